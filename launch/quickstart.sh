@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# From nothing to videos: installs salt_jax into .venv, distils a 2-8 step student from the shipped teacher of
+# Moving Shapes, samples it and evaluates it. At most 10 minutes on 2 CPU cores. Run it again to go on where it
+# stopped.
+#
+#   bash launch/quickstart.sh [WORKDIR]     WORKDIR defaults to runs/quickstart
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/venv.sh
+workdir=${1:-runs/quickstart}
+peaks=$(mktemp)
+trap 'rm -f "$peaks"' EXIT
+
+# Runs a command; notes its peak memory where GNU time is installed.
+measured() {
+    echo "== $*"
+    if /usr/bin/time -f %M true 2>/dev/null; then
+        /usr/bin/time -f %M -a -o "$peaks" "$@"
+    else
+        "$@"
+    fi
+}
+
+make_venv
+if ! up_to_date runtime requirements.txt; then
+    echo "== Installing requirements.txt (about a minute, once)"
+    python -m pip install -q --upgrade "pip>=25.1" # shows how far an installation is
+    python -m pip install -r requirements.txt
+    mark_installed runtime requirements.txt
+fi
+
+measured python -m launch.train --config=configs/shapes_sc_dmd.py --workdir="$workdir"
+measured python -m launch.sample --workdir="$workdir" --num_updates=2,4,8
+measured python -m launch.evaluate --workdir="$workdir"
+
+echo "== Done in $((SECONDS / 60)) min $((SECONDS % 60)) s"
+if [ -s "$peaks" ]; then
+    echo "Peak memory: $(($(sort -n "$peaks" | tail -1) / 1024)) MiB"
+fi
+echo "Videos: $workdir/samples/"
+echo "Report: $workdir/report.html (open it in a browser)"
+echo "Curves: $workdir holds TensorBoard event files"

@@ -1,0 +1,157 @@
+"""Clips become files: MP4, GIF and contact sheets.
+
+A clip is uint8 RGB [F, H, W, 3]. `encode_*` returns the bytes of a file, `write_*` puts them in place at
+once: a reader sees the old file or the whole new one. `scale` enlarges every pixel to scale x scale, so
+that clips of 12 x 12 pixels can be seen; `visible_scale` proposes one.
+"""
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+H264_ENCODERS = ("libx264", "libopenh264", "h264_videotoolbox")  # the first one present is used
+
+
+def visible_scale(size: int, wanted: int) -> int:
+    """The largest whole factor that keeps `size` pixels within `wanted`; 1 when they are more already."""
+    return max(1, wanted // size)
+
+
+def enlarge(frames: np.ndarray, scale: int) -> np.ndarray:
+    """Nearest neighbour, [..., H, W, 3] -> [..., scale H, scale W, 3]. Raises ValueError for scale < 1."""
+    if scale < 1:
+        raise ValueError(f"scale={scale} must be 1 or more")
+    return frames.repeat(scale, axis=-3).repeat(scale, axis=-2)
+
+
+def encode_mp4(frames: np.ndarray, fps: int, scale: int) -> bytes:
+    """H.264 in MP4, yuv420p, which every browser plays. Odd sizes repeat the last row or column.
+
+    Raises RuntimeError when PyAV was built without an H.264 encoder.
+    """
+    frames = enlarge(_clip(frames), scale)
+    height, width = frames.shape[1:3]
+    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        # CRF 12: a picture of a few flat shapes shows every artefact, and costs few bytes all the same.
+        stream = container.add_stream(_h264_encoder(), rate=fps, options={"crf": "12"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def encode_gif(frames: np.ndarray, fps: int, scale: int) -> bytes:
+    """A GIF that loops. Its clock ticks in 1/100 s: durations alternate so that the whole clip keeps time."""
+    images = [Image.fromarray(frame) for frame in enlarge(_clip(frames), scale)]
+    ticks = np.round(np.arange(len(images) + 1) * 100 / fps).astype(int)
+    file = io.BytesIO()
+    images[0].save(
+        file,
+        format="GIF",
+        save_all=True,
+        append_images=images[1:],
+        duration=(10 * np.diff(ticks)).tolist(),
+        loop=0,
+    )
+    return file.getvalue()
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """A still picture, e.g. a contact sheet."""
+    file = io.BytesIO()
+    image.save(file, format="PNG", optimize=True)
+    return file.getvalue()
+
+
+def contact_sheet(videos: np.ndarray, labels: Sequence[str], scale: int) -> Image.Image:
+    """All clips on one page: each a row of its frames, first to last, under its label.
+
+    `videos` is uint8 [N, F, H, W, 3]. Long clips make wide pages: pass every n-th frame. Labels wrap.
+    """
+    if videos.ndim != 5 or len(videos) != len(labels) or not len(videos):
+        raise ValueError(f"expected [N, F, H, W, 3] and N labels, got {list(videos.shape)} and {len(labels)}")
+    gap, font = 4, ImageFont.load_default(size=14)
+    clips = [enlarge(_clip(video), scale) for video in videos]
+    _, columns, height, width, _ = videos.shape
+    page_width = max(columns * (scale * width + gap) + gap, 240)
+    captions = [_wrap(label, font, page_width - 2 * gap) for label in labels]
+    line = 18
+    page_height = sum(line * len(lines) + 2 * gap + scale * height for lines in captions) + 2 * gap
+    page = Image.new("RGB", (page_width, page_height), "white")
+    draw, y = ImageDraw.Draw(page), gap
+    for clip, lines in zip(clips, captions, strict=True):
+        for text in lines:
+            draw.text((gap, y), text, fill="black", font=font)
+            y += line
+        for column, frame in enumerate(clip):
+            page.paste(Image.fromarray(frame), (gap + column * (scale * width + gap), y))
+        y += scale * height + 2 * gap
+    return page
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """Writes a file at once: under a temporary name beside it, then renamed. Makes the folder if needed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_mp4(path: str | os.PathLike, frames: np.ndarray, scale: int, fps: int = 16) -> None:
+    """Writes a clip as MP4, see `encode_mp4`."""
+    write_bytes(path, encode_mp4(frames, fps, scale))
+
+
+def write_gif(path: str | os.PathLike, frames: np.ndarray, scale: int, fps: int = 16) -> None:
+    """Writes a clip as GIF, see `encode_gif`."""
+    write_bytes(path, encode_gif(frames, fps, scale))
+
+
+def write_contact_sheet(
+    path: str | os.PathLike, videos: np.ndarray, labels: Sequence[str], scale: int
+) -> None:
+    """Writes a `contact_sheet` as PNG."""
+    write_bytes(path, encode_png(contact_sheet(videos, labels, scale)))
+
+
+def _clip(frames: np.ndarray) -> np.ndarray:
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
+        raise ValueError(f"a clip is uint8 [F, H, W, 3], got {frames.dtype} {list(frames.shape)}")
+    return frames
+
+
+def _h264_encoder() -> str:
+    for name in H264_ENCODERS:
+        try:
+            return av.Codec(name, "w").name
+        except av.codec.codec.UnknownCodecError:
+            continue
+    raise RuntimeError(
+        f"PyAV has none of the H.264 encoders {H264_ENCODERS}: install its ready-made wheel (pip install av)"
+    )
+
+
+def _wrap(text: str, font, width: int) -> list[str]:
+    """Breaks a text into lines of at most `width` pixels, between words."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines

@@ -1,0 +1,1 @@
+"""The mathematics of rectified flow. Knows no network."""

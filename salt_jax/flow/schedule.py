@@ -1,0 +1,90 @@
+"""Noise levels: the shift, the grids T(K), and the shortcut triples of Salt Eq. 9.
+
+A grid of K updates has K + 1 levels. Level i is u_i = 1 - i / K, bent towards noise by the shift:
+
+    sigma = s u / (1 + (s - 1) u)                                                      (1)
+
+so sigma_0 = 1 (noise) and sigma_K = 0 (clean). Grids nest: T(2) is in T(4), T(4) in T(8). The time
+that Wan's time embedding reads is 1000 sigma; that number exists only in `models.denoiser`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from salt_jax.types import PRNGKey
+
+
+def shift(u, amount: float):
+    """Bends u in [0, 1] towards noise, Eq. (1) above. `amount` 1 changes nothing; works on arrays and floats."""
+    return amount * u / (1 + (amount - 1) * u)
+
+
+def grid(num_updates: int, shift_amount: float) -> np.ndarray:
+    """T(K): K + 1 noise levels from 1 down to 0, float32.
+
+    >>> grid(4, 5.0).round(4).tolist()
+    [1.0, 0.9375, 0.8333..., 0.625, 0.0]
+    """
+    if num_updates < 1:
+        raise ValueError(f"a schedule needs at least one update, got num_updates={num_updates}")
+    u = 1.0 - np.arange(num_updates + 1) / num_updates
+    return shift(u, shift_amount).astype(np.float32)
+
+
+class Triples(NamedTuple):
+    """All triples (sigma_s, sigma_m, sigma_e) of Eq. 9, as indices into the training grid.
+
+    Row i lists the pairs that start at level i; `probability` is 0 in unused columns and in the whole
+    row of a level that has no triple (the smallest non-zero level has none).
+    """
+
+    middle: np.ndarray  # [n, P] int
+    end: np.ndarray  # [n, P] int
+    probability: np.ndarray  # [n, P] float32, rows sum to 1 or 0
+
+
+def triples(train_updates: int, anchor_updates: int) -> Triples:
+    """Tabulates Salt Eq. 9: sigma_e uniform on the anchors T(K) below sigma_s, then sigma_m uniform on
+    the training levels strictly between. Anchors that leave no room for sigma_m are not drawn.
+
+    Raises ValueError unless `anchor_updates` divides `train_updates` (else T(K) is not part of T_train).
+    """
+    n = train_updates
+    if n % anchor_updates:
+        raise ValueError(
+            f"anchor_updates={anchor_updates} must divide train_updates={n}: Eq. 9 takes the end from a part of the grid"
+        )
+    anchors = [j * (n // anchor_updates) for j in range(anchor_updates + 1)]
+    rows = []
+    for start in range(n):
+        ends = [e for e in anchors if e >= start + 2]
+        rows.append([(m, e, 1 / (len(ends) * (e - start - 1))) for e in ends for m in range(start + 1, e)])
+    width = max(1, max(map(len, rows)))
+    table = np.array([row + [(0, 0, 0.0)] * (width - len(row)) for row in rows])
+    return Triples(table[..., 0].astype(np.int32), table[..., 1].astype(np.int32), table[..., 2].astype(np.float32))
+
+
+def draw_triple(
+    key: PRNGKey, start: Int[Array, "b"], table: Triples
+) -> tuple[Int[Array, "b"], Int[Array, "b"], Bool[Array, "b"]]:
+    """Draws (middle, end) levels for each start level. The third result is False where no triple exists;
+    the levels are then equal to the start, so that every difference of noise levels is zero."""
+    probability = jnp.asarray(table.probability)[start]
+    exists = probability.sum(-1) > 0
+    column = jax.random.categorical(key, jnp.log(jnp.where(exists[:, None], probability, 1.0)), axis=-1)
+    take = lambda options: jnp.take_along_axis(jnp.asarray(options)[start], column[:, None], axis=1)[:, 0]
+    return jnp.where(exists, take(table.middle), start), jnp.where(exists, take(table.end), start), exists
+
+
+def draw_view_sigma(
+    key: PRNGKey, batch: int, shift_amount: float, lowest: float, highest: float
+) -> Float[Array, "b"]:
+    """Noise levels at which teacher and critic judge a video: u uniform, shifted, then clamped.
+
+    The peers clamp to [0.02, 0.98] at shift 5, so 9.3 % of the draws sit exactly on 0.98.
+    """
+    return jnp.clip(shift(jax.random.uniform(key, (batch,)), shift_amount), lowest, highest)

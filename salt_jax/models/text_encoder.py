@@ -1,0 +1,130 @@
+"""umT5 encoder: token ids -> the text embedding that conditions the denoiser.
+
+A T5 v1.1 encoder (arXiv:1910.10683, arXiv:2002.05202) whose layers each own a relative position bias
+(umT5, arXiv:2304.09151). What differs from a usual transformer:
+  no 1/sqrt(d) in attention (the initialisation of q absorbs it), no absolute positions, no linear biases,
+  RMS norms with a gain only, a GELU-gated feed-forward, token embedding not scaled.
+Parameter names follow transformers' `UMT5EncoderModel`; its `encoder.block.{i}.layer.{0,1}` are `blocks`,
+stacked on a leading layer axis.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from salt_jax.models.tokenizer import PAD
+from salt_jax.types import Params, PRNGKey, TextEmb, TokenIds
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """Sizes of the encoder. The last three are the same for every published umT5."""
+
+    vocab_size: int  # rows of the token table
+    dim: int
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    ffn_dim: int
+    num_buckets: int = 32  # of relative positions, half for each side
+    max_distance: int = 128  # tokens; farther ones share the last bucket
+    eps: float = 1e-6  # of the RMS norms
+
+
+PRESETS = {
+    "tiny": TextEncoderConfig(vocab_size=259, dim=64, num_layers=2, num_heads=4, head_dim=16, ffn_dim=128),
+    "umt5-xxl": TextEncoderConfig(
+        vocab_size=256_384, dim=4096, num_layers=24, num_heads=64, head_dim=64, ffn_dim=10_240
+    ),
+}
+"""`tiny` reads the bytes of `tokenizer.byte_tokenize`; `umt5-xxl` is the encoder of Wan 2.1."""
+
+
+def init_text_encoder(key: PRNGKey, config: TextEncoderConfig) -> Params:
+    """Fresh float32 parameters with T5's initialisation: every sub-layer puts out values of order one."""
+    k_shared, k_blocks, k_norm = jax.random.split(key, 3)
+    x, buckets = jnp.zeros((1, 1, config.dim)), relative_buckets(1, config)
+    init_block = lambda k: _Block(config, jnp.float32).init(k, x, jnp.ones((1, 1), bool), buckets)["params"]
+    return {
+        "shared": _embed(config, jnp.float32).init(k_shared, jnp.zeros((1, 1), jnp.int32))["params"],
+        "blocks": jax.vmap(init_block)(jax.random.split(k_blocks, config.num_layers)),
+        "final_layer_norm": nn.RMSNorm(config.eps).init(k_norm, x)["params"],
+    }
+
+
+def encode_text(
+    params: Params, tokens: TokenIds, config: TextEncoderConfig, *, dtype: Any = jnp.float32
+) -> TextEmb:
+    """The embedding of each token in the light of its text; rows past the end of the text are zero.
+
+    Padding (id 0) is no key for attention, so a row does not depend on the length it is padded to. `dtype` is
+    that of the activations and of the result; norms' statistics and the softmax are float32 whatever it is.
+    """
+    is_text = tokens != PAD
+    buckets = relative_buckets(tokens.shape[1], config)
+
+    def layer(x, block):
+        return _Block(config, dtype).apply({"params": block}, x, is_text, buckets), None
+
+    x = _embed(config, dtype).apply({"params": params["shared"]}, tokens)
+    x, _ = jax.lax.scan(layer, x, params["blocks"])
+    x = nn.RMSNorm(config.eps, dtype=dtype).apply({"params": params["final_layer_norm"]}, x)
+    return jnp.where(is_text[..., None], x, 0)
+
+
+def relative_buckets(length: int, config: TextEncoderConfig) -> np.ndarray:
+    """Which row of a position bias table each (query, key) pair reads, int32 [length, length].
+
+    With n buckets a side: keys after the query use the upper n; distances below n/2 have a bucket each, the
+    rest grow logarithmically up to `max_distance` (T5, arXiv:1910.10683, section 2.1).
+    """
+    relative = np.arange(length)[None, :] - np.arange(length)[:, None]
+    side = config.num_buckets // 2
+    exact = side // 2
+    distance = np.abs(relative)
+    octaves = np.log(np.maximum(distance, 1) / exact) / np.log(config.max_distance / exact)
+    # 1e-6 keeps distances on a bucket's edge (16, 32, 64, 128) from falling below it by rounding
+    far = np.minimum(exact + np.floor(octaves * (side - exact) + 1e-6), side - 1)
+    return (np.where(relative > 0, side, 0) + np.where(distance < exact, distance, far)).astype(np.int32)
+
+
+def _embed(config: TextEncoderConfig, dtype: Any) -> nn.Embed:
+    return nn.Embed(config.vocab_size, config.dim, dtype=dtype, embedding_init=nn.initializers.normal(1.0))
+
+
+class _Block(nn.Module):
+    """Self-attention with its own position bias, then the gated feed-forward, both pre-norm."""
+
+    config: TextEncoderConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, is_text: jax.Array, buckets: np.ndarray) -> jax.Array:
+        c = self.config
+        inner = c.num_heads * c.head_dim
+        norm = lambda name: nn.RMSNorm(c.eps, dtype=self.dtype, name=name)
+
+        def linear(name, features, variance):
+            init = nn.initializers.normal(variance**-0.5)
+            return nn.Dense(features, use_bias=False, dtype=self.dtype, kernel_init=init, name=name)
+
+        h = norm("attention_layer_norm")(x)
+        split = lambda z: z.reshape(*z.shape[:2], c.num_heads, c.head_dim)
+        q = split(linear("q", inner, c.dim * c.head_dim)(h))  # 1 / head_dim here in place of a scale below
+        k = split(linear("k", inner, c.dim)(h))
+        v = split(linear("v", inner, c.dim)(h))
+        init = nn.initializers.normal(c.dim**-0.5)
+        table = nn.Embed(c.num_buckets, c.num_heads, embedding_init=init, name="relative_attention_bias")
+        bias = table(buckets).transpose(2, 0, 1)[None]  # [1, A, query, key]
+        mask = is_text[:, None, None, :]  # [B, 1, 1, key]
+        # "xla" is the one whose logits and softmax are float32 on every backend
+        h = jax.nn.dot_product_attention(q, k, v, bias, mask, scale=1.0, implementation="xla")
+        x = x + linear("o", c.dim, inner)(h.reshape(*h.shape[:2], inner))
+
+        h = norm("ffn_layer_norm")(x)
+        gate = nn.gelu(linear("wi_0", c.ffn_dim, c.dim)(h), approximate=True)
+        return x + linear("wo", c.dim, c.ffn_dim)(gate * linear("wi_1", c.ffn_dim, c.dim)(h))

@@ -1,0 +1,1 @@
+"""The student generates. Training and inference share this code."""

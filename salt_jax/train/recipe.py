@@ -1,0 +1,203 @@
+"""The numbers of a run as frozen values. The only reader of a ConfigDict inside salt_jax; it adds no default."""
+
+import dataclasses
+import json
+import typing
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from salt_jax.data.shapes import World
+from salt_jax.errors import UserError
+from salt_jax.losses.self_consistency import StopGradient
+from salt_jax.models import text_encoder
+from salt_jax.models.wan import PRESETS, Compute, WanConfig
+from salt_jax.rollout.parallel import Solver
+
+
+@dataclass(frozen=True)
+class Model:
+    preset: str
+    dtype: typing.Literal["float32", "bfloat16"]
+    remat: bool
+
+
+@dataclass(frozen=True)
+class Data:
+    dir: str
+    num_train: int
+    num_test: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Teacher:
+    kind: typing.Literal["data", "network", "closed_form"]
+    guidance: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    train_updates: int
+    anchor_updates: int
+    shift: float
+
+
+@dataclass(frozen=True)
+class View:
+    shift: float
+    lowest: float
+    highest: float
+
+
+@dataclass(frozen=True)
+class Loss:
+    self_consistency: float
+    stop_gradient: StopGradient
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    learning_rate: float
+    warmup: int
+    decay: bool
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    clip: float
+
+
+@dataclass(frozen=True)
+class Ema:
+    decay: float
+    start: int
+
+
+@dataclass(frozen=True)
+class Mesh:
+    data: int
+    fsdp: int
+    context: int
+    tensor: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    num_updates: tuple[int, ...]
+    solver: Solver
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run. Fields and their units are explained once, in configs/base.py."""
+
+    stage: typing.Literal["denoising", "distil"]
+    seed: int
+    updates: int
+    batch_size: int
+    model: Model
+    text_encoder: str
+    weights: str
+    data: Data
+    world: World
+    teacher: Teacher
+    caption_dropout: float
+    schedule: Schedule
+    view: View
+    loss: Loss
+    student_optimizer: Optimizer
+    critic_optimizer: Optimizer
+    critic_updates: int
+    ema: Ema
+    mesh: Mesh
+    log_every: int
+    save_every: int
+    keep: int
+    max_skipped: int
+    sample: Sample
+
+    @property
+    def wan(self) -> WanConfig:
+        return PRESETS[self.model.preset]
+
+    @property
+    def compute(self) -> Compute:
+        return Compute(jnp.dtype(self.model.dtype), self.model.remat)
+
+    @property
+    def text(self) -> text_encoder.TextEncoderConfig:
+        return text_encoder.PRESETS[self.text_encoder]
+
+
+def read_recipe(config: ConfigDict) -> Recipe:
+    """ConfigDict -> Recipe.
+
+    Raises:
+      UserError: a key is missing or unknown, a value is not one of the choices, or numbers contradict each other.
+    """
+    recipe = _build(Recipe, config, "config")
+    for name, value, known in (
+        ("config.model.preset", recipe.model.preset, PRESETS),
+        ("config.text_encoder", recipe.text_encoder, text_encoder.PRESETS),
+    ):
+        if value not in known:
+            raise UserError(f"{name} is {value!r}; choose one of {', '.join(known)}")
+    world, patch = recipe.world, recipe.wan.patch_size
+    if world.frames % patch[0] or world.size % patch[1] or world.size % patch[2]:
+        raise UserError(
+            f"a clip of {world.frames} frames of {world.size} x {world.size} does not split into the {patch} patches of "
+            f"model preset {recipe.model.preset!r}; change config.world or config.model.preset"
+        )
+    if recipe.schedule.train_updates % recipe.schedule.anchor_updates:
+        raise UserError(
+            f"config.schedule.anchor_updates={recipe.schedule.anchor_updates} must divide "
+            f"train_updates={recipe.schedule.train_updates}"
+        )
+    return recipe
+
+
+def make_optimizer(o: Optimizer, updates: int) -> optax.GradientTransformation:
+    """Clipped AdamW with linear warm-up, then constant or cosine over `updates`."""
+    end = 0.0 if o.decay else o.learning_rate
+    if o.decay:
+        rate = optax.warmup_cosine_decay_schedule(0.0, o.learning_rate, o.warmup, updates, end)
+    else:
+        rate = optax.linear_schedule(0.0, o.learning_rate, o.warmup) if o.warmup else o.learning_rate
+    adamw = optax.adamw(rate, o.b1, o.b2, o.eps, weight_decay=o.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(o.clip), adamw)
+
+
+def to_json(recipe: Recipe) -> str:
+    """The resolved config, as written to the workdir."""
+    return json.dumps(dataclasses.asdict(recipe), indent=2)
+
+
+def from_json(text: str) -> Recipe:
+    """Reads back what `to_json` wrote."""
+    return read_recipe(ConfigDict(json.loads(text)))
+
+
+def _build(kind, config, path):
+    """One dataclass from one ConfigDict, recursively: same names, nothing missing, nothing more."""
+    hints = typing.get_type_hints(kind)
+    unknown, missing = sorted(set(config) - set(hints)), sorted(set(hints) - set(config))
+    if unknown or missing:
+        raise UserError(f"{path} has unknown keys {unknown} and lacks {missing}; configs/base.py lists every key")
+    values = {}
+    for name, hint in hints.items():
+        value, where = config[name], f"{path}.{name}"
+        if dataclasses.is_dataclass(hint):
+            values[name] = _build(hint, value, where)
+        elif typing.get_origin(hint) is typing.Literal:
+            if value not in typing.get_args(hint):
+                raise UserError(f"{where} is {value!r}; choose one of {', '.join(typing.get_args(hint))}")
+            values[name] = value
+        else:
+            values[name] = tuple(value) if typing.get_origin(hint) is tuple else value
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error

@@ -1,0 +1,107 @@
+"""Where every array lives: one mesh with four named axes, and rules from a parameter's path to its PartitionSpec.
+
+| axis    | cuts                                | note                                      |
+|---------|-------------------------------------|-------------------------------------------|
+| data    | the batch                           | parameters are copied along it            |
+| fsdp    | the batch, parameters and moments   | gathered layer by layer, when they are used |
+| context | the tokens of a clip                | parameters are copied along it            |
+| tensor  | the width of the matrix products    |                                           |
+
+A single device is a mesh of one: axes of size 1 stay, so no spec ever changes. The compiler propagates (Auto axes);
+a jitted step fixes its inputs and outputs with the shardings made here.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from salt_jax.errors import UserError
+
+AXES = ("data", "fsdp", "context", "tensor")
+
+# The first rule that matches a path wins. Moments and EMA end in the path of their parameter, so they follow it.
+# Column-parallel kernels feed row-parallel ones: along `tensor` the wide activation between the two is never gathered.
+RULES = (
+    (r"(^|/)blocks/((self|cross)_attn/[qkv]|ffn_in)/kernel$", P(None, "fsdp", "tensor")),
+    (r"(^|/)blocks/((self|cross)_attn/o|ffn_out)/kernel$", P(None, "tensor", "fsdp")),
+)
+LARGE = r"(^|/)(kernel|embedding)$"  # any other matrix: its largest axis that divides, over fsdp
+STACKED = r"(^|/)blocks/"  # axis 0 counts layers; a scan slices it, so it is never cut
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices as a grid of data x fsdp x context x tensor.
+
+    Args:
+        sizes: one size for each of `AXES`; one of them may be -1, which takes all devices that are left.
+        devices: the devices to use, all by default.
+
+    Raises:
+        UserError: an axis is missing, unknown or not a positive number, or the sizes do not make up the devices.
+    """
+    sizes = {axis: sizes.get(axis) for axis in AXES} | dict(sizes)
+    count = len(jax.devices() if devices is None else devices)
+    told = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    known = [size for size in sizes.values() if size != -1]
+    whole = all(isinstance(size, int) and size > 0 for size in known)
+    if set(sizes) != set(AXES) or len(known) < len(AXES) - 1 or not whole:
+        raise UserError(
+            f"config.mesh is ({told}), but it needs {', '.join(AXES)} and no other, each a whole number >= 1; "
+            "one of them may be -1, which takes the devices that are left"
+        )
+    rest = count // math.prod(known) if len(known) < len(AXES) else 1
+    if math.prod(known) * rest != count:
+        raise UserError(
+            f"config.mesh ({told}) does not fit {count} device(s): the product of the sizes has to be {count}; "
+            "set one of them to -1 to take the devices that are left, or change the others"
+        )
+    shape = tuple(rest if sizes[axis] == -1 else sizes[axis] for axis in AXES)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def partition_spec(path: str, shape: tuple[int, ...], axis_sizes: Mapping[str, int]) -> P:
+    """How an array of `shape` at `path` (keys joined by "/") is cut; an axis that does not divide stays whole."""
+    first = 1 if re.search(STACKED, path) else 0
+    for pattern, spec in RULES:
+        if re.search(pattern, path) and len(shape) == len(spec):
+            sizes = [axis_sizes.get(name, 1) for name in spec]
+            cut = zip(spec, shape, sizes, strict=True)
+            return P(*(name if n % size == 0 else None for name, n, size in cut))
+    divisible = [i for i in range(first, len(shape)) if shape[i] % axis_sizes["fsdp"] == 0]
+    if not re.search(LARGE, path) or not divisible:
+        return P()
+    largest = max(divisible, key=lambda i: shape[i])
+    return P(*(None,) * largest, "fsdp")
+
+
+def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:
+    """A sharding for every array of a tree: parameters, EMA, moments, or a whole TrainState (see `jax.eval_shape`)."""
+
+    def sharding(path: tuple, leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, partition_spec(name, leaf.shape, mesh.shape))
+
+    return jax.tree_util.tree_map_with_path(sharding, abstract_state)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Examples are spread over data and fsdp; an example is whole."""
+    return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A copy on every device."""
+    return NamedSharding(mesh, P())
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Copies of all arrays, laid out as told. Always copies: donating one never frees what it was made from.
+
+    In a run of several processes every process passes the same, whole values.
+    """
+    return jax.device_put(tree, shardings, may_alias=False)

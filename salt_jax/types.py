@@ -1,0 +1,55 @@
+"""The vocabulary. Every public signature speaks these words; the paper's symbols stand beside ours.
+
+| paper                     | here                            | meaning                                        |
+|---------------------------|---------------------------------|------------------------------------------------|
+| t, s, t_s, t_m, t_e       | sigma, sigma_s, sigma_m, sigma_e | noise level in [0, 1], 1 is pure noise         |
+| x_t                       | x                               | latent at noise level sigma                    |
+| x_0                       | x0                              | clean latent                                   |
+| epsilon, z                | noise                           | standard Gaussian                              |
+| v_theta                   | velocity                        | noise - x0, the slope dx / dsigma              |
+| c                         | text                            | text embedding, padded rows are zero           |
+| G_theta, s_phi (s_f), s_r | student, critic, teacher        | few-step generator, its score, the real score  |
+| Psi^{t->s}                | flow.transition.euler           | one Euler update                               |
+| T^(K), T_train            | flow.schedule.grid(K)           | noise levels of K updates                      |
+
+Latents are `B F H W C` everywhere: batch, latent frames, latent height, latent width, channels.
+"""
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from jaxtyping import Array, Float, Int, Key
+
+Latent = Float[Array, "b f h w c"]
+"""A batch of clips: clean, noisy or a velocity."""
+
+Sigma = Float[Array, "b"] | Float[Array, "b f"]
+"""Noise level, one per example or one per latent frame, in [0, 1]."""
+
+TextEmb = Float[Array, "b t d"]
+"""Text embedding: T rows of the text encoder; rows past the end of the text are zero."""
+
+TokenIds = Int[Array, "b t"]
+"""Token ids, padded with 0."""
+
+PerExample = Float[Array, "b"]
+"""What every loss returns: one float32 number per example."""
+
+PRNGKey = Key[Array, ""]
+"""A typed PRNG key (`jax.random.key`), used once."""
+
+Params = Any
+"""A tree of nested dicts with arrays as leaves."""
+
+
+class Prediction(NamedTuple):
+    """What a denoiser says about x at sigma. The two always travel together: x0 = x - sigma * velocity."""
+
+    velocity: Latent
+    x0: Latent
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """A network, or a formula, that predicts the clean latent. Pure: all state is in `params`."""
+
+    def __call__(self, params: Params, x: Latent, sigma: Sigma, text: TextEmb) -> Prediction: ...

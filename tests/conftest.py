@@ -1,0 +1,28 @@
+"""How every test sees JAX: float32 for real on 8 virtual CPU devices, nothing broadcast by accident.
+
+A test runs on the first device unless it builds a mesh from `jax.devices()`. `JAX_PLATFORMS=cuda pytest -m gpu`
+runs the tests that need a GPU.
+"""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "salt_jax" / "jax_tests"
+
+jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Compiled programs are kept between runs, outside the repository: they fit the CPU they were made on.
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked `gpu` run where the default backend is a GPU and say so elsewhere."""
+    if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
+        pytest.skip("needs a GPU: run with JAX_PLATFORMS=cuda")

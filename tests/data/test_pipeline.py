@@ -1,0 +1,110 @@
+"""A batch is a function of (seed, step): no matter where reading starts or how many processes share it."""
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from salt_jax.data import moving_shapes, pipeline, shapes
+from salt_jax.data.shapes import World
+
+WORLD = World()
+NUM = 22  # not a multiple of the batch: epochs end inside batches
+BATCH = 8
+
+
+@pytest.fixture(scope="module")
+def source():
+    return [moving_shapes.example(WORLD, 0, i) for i in range(NUM)]
+
+
+def encode(caption: str) -> np.ndarray:
+    return np.frombuffer(caption.encode().ljust(40), np.uint8).astype(np.int32)
+
+
+def read(source, count, **changes):
+    settings = {"batch_size": BATCH, "seed": 5, "start": 0, "encode_caption": encode}
+    settings |= {"process_index": 0, "process_count": 1}
+    return list(itertools.islice(pipeline.batches(source, **(settings | changes)), count))
+
+
+def assert_same(batches, others):
+    for batch, other in zip(batches, others, strict=True):
+        assert batch.keys() == other.keys()
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], other[name])
+
+
+def test_batch_has_the_promised_form(source):
+    (batch,) = read(source, 1)
+    assert {name: (value.shape, value.dtype) for name, value in batch.items()} == {
+        "video": ((BATCH, 9, 12, 12, 3), np.float32),
+        "text": ((BATCH, 40), np.int32),
+        "scene": ((BATCH,), np.int32),
+    }
+    assert batch["video"].min() == -1 and batch["video"].max() <= 1
+    clips = {record["video"].tobytes(): record for record in source}
+    for video, text, scene in zip(batch["video"], batch["text"], batch["scene"], strict=True):
+        record = clips[shapes.to_pixels(video).tobytes()]  # the three still belong together
+        assert record["scene"] == scene
+        np.testing.assert_array_equal(text, encode(record["caption"]))
+
+
+@pytest.mark.parametrize("start", [1, 7])
+@pytest.mark.parametrize("process_index, process_count", [(0, 1), (1, 2)])
+def test_reading_from_start_is_the_rest_of_the_stream(source, start, process_index, process_count):
+    share = {"process_index": process_index, "process_count": process_count}
+    assert_same(read(source, 4, start=start, **share), read(source, start + 4, **share)[start:])
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_shares_of_processes_are_the_batch_of_one(source, process_count):
+    whole = read(source, 5)
+    shares = [read(source, 5, process_index=i, process_count=process_count) for i in range(process_count)]
+    joined = [
+        {name: np.concatenate([s[name] for s in step]) for name in step[0]}
+        for step in zip(*shares, strict=True)
+    ]
+    assert shares[0][0]["video"].shape[0] == BATCH // process_count
+    assert_same(joined, whole)
+
+
+def test_every_epoch_has_every_example_once_in_another_order():
+    source = [{"video": np.zeros((1, 1, 1, 3), np.uint8), "caption": "", "scene": i} for i in range(NUM)]
+    stream = np.concatenate([b["scene"] for b in read(source, 11)])  # 88 = 4 epochs
+    epochs = stream.reshape(4, NUM)
+    assert all(Counter(epoch.tolist()) == Counter(range(NUM)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert not np.array_equal(stream, np.concatenate([b["scene"] for b in read(source, 11, seed=6)]))
+
+
+def test_each_caption_is_encoded_once(source):
+    calls = Counter()
+
+    def counted(caption: str) -> np.ndarray:
+        calls[caption] += 1
+        return encode(caption)
+
+    read(source, 9, encode_caption=counted)
+    assert calls == Counter({record["caption"] for record in source})
+
+
+def test_reads_from_disk_what_it_reads_from_memory(source, tmp_path):
+    train, _ = moving_shapes.build(tmp_path, WORLD, NUM, 1, 0)
+    assert_same(read(train, 4), read(source, 4))
+
+
+def test_failure_to_encode_reaches_the_caller(source):
+    def fails(caption: str) -> np.ndarray:
+        raise ValueError("caption too long")
+
+    with pytest.raises(ValueError, match="caption too long"):
+        read(source, 1, encode_caption=fails)
+
+
+def test_wrong_settings_are_named(source):
+    with pytest.raises(ValueError, match="batch_size=8 must be a multiple of the 3 processes"):
+        read(source, 1, process_count=3)
+    with pytest.raises(ValueError, match="empty"):
+        read([], 1)

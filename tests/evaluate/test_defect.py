@@ -1,0 +1,139 @@
+"""The semigroup defect against fields whose defect is known, and against a slow loop in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from salt_jax.evaluate.defect import defect_grid, semigroup_defect
+from salt_jax.flow.prediction import expand, from_velocity
+from salt_jax.rollout.parallel import sample
+
+SIGMAS, MIDPOINTS = defect_grid(4, 5.0)
+TEXT = jnp.linspace(-1.0, 1.0, 3 * 2 * 4).reshape(3, 2, 4)
+
+
+def noise_of(seed: int):
+    """Three clips of different contrast, so that a mean of ratios is not a ratio of means."""
+    noise = jax.random.normal(jax.random.key(seed), (3, 2, 4, 4, 3))
+    return noise * jnp.array([0.5, 1.0, 3.0]).reshape(3, 1, 1, 1, 1)
+
+
+def recorder(seen: list):
+    """`curved`, writing down every state and noise level at which it is asked."""
+
+    def recorded(params, x, sigma, text):
+        note = lambda x, sigma: seen.append((np.array(x, float), float(sigma[0])))
+        jax.debug.callback(note, x, sigma, ordered=True)
+        return curved(params, x, sigma, text)
+
+    return recorded
+
+
+def constant(params, x, sigma, text):
+    return from_velocity(x, jnp.full_like(x, 0.7), sigma)
+
+
+def linear(params, x, sigma, text):
+    return from_velocity(x, params * x, sigma)
+
+
+def curved(params, x, sigma, text):
+    """Depends on everything a denoiser sees and mixes neighbours."""
+    prompt = text.mean((1, 2)).reshape(-1, 1, 1, 1, 1)
+    velocity = jnp.sin(params * x + prompt) + expand(sigma, x) * jnp.roll(x, 1, axis=3)
+    return from_velocity(x, velocity, sigma)
+
+
+def curved_velocity(params, x, sigma, text):
+    """`curved` once more, in float64, for one clip."""
+    return np.sin(params * x + text.mean()) + sigma * np.roll(x, 1, axis=2)
+
+
+def slow_defect(params, x_s, text, s, m, e):
+    """Eq. 14-16 as printed, for one clip: (defect, curvature)."""
+    v_s = curved_velocity(params, x_s, s, text)
+    direct = x_s - (s - e) * v_s
+    x_m = x_s - (s - m) * v_s
+    v_m = curved_velocity(params, x_m, m, text)
+    composed = x_m - (m - e) * v_m
+    square = lambda a: float(np.sum(a**2))
+    return square(direct - composed) / (square(direct - x_s) + 1e-8), square(v_m - v_s) / square(v_s)
+
+
+@pytest.mark.parametrize(
+    ("shift", "prefactors"), [(5.0, [0.309, 0.327, 0.360, 0.444]), (12.0, [0.319, 0.345, 0.402, 0.623])]
+)
+def test_grid_splits_every_interval_of_the_inference_grid(shift, prefactors):
+    sigmas, midpoints = defect_grid(4, shift)
+    part = (midpoints - sigmas[1:]) / (sigmas[:-1] - sigmas[1:])
+    np.testing.assert_allclose(part**2, prefactors, atol=6e-4)
+
+
+@pytest.mark.parametrize("solver", ["euler", "cm"])
+def test_straight_lines_have_no_defect(solver):
+    defect = semigroup_defect(constant, None, noise_of(0), TEXT, SIGMAS, MIDPOINTS, solver, jax.random.key(1))
+    assert defect.per_interval.shape == defect.curvature.shape == (4,)
+    assert not np.any(defect.per_interval)
+    assert not np.any(defect.curvature)
+    assert defect.mean == 0
+
+
+@pytest.mark.parametrize("solver", ["euler", "cm"])
+def test_linear_field_has_the_defect_derived_by_hand(solver):
+    """v = a x: v_m = a (1 - (s - m) a) x_s, so v_m - v_s = -(s - m) a v_s wherever the rollout stands."""
+    a = 0.8
+    s, m, e = SIGMAS[:-1].astype(float), MIDPOINTS.astype(float), SIGMAS[1:].astype(float)
+    curvature = ((s - m) * a) ** 2
+    per_interval = ((m - e) / (s - e)) ** 2 * curvature
+    got = semigroup_defect(linear, a, noise_of(0), TEXT, SIGMAS, MIDPOINTS, solver, jax.random.key(1))
+    np.testing.assert_allclose(got.curvature, curvature, rtol=1e-4)
+    np.testing.assert_allclose(got.per_interval, per_interval, rtol=1e-4)
+    np.testing.assert_allclose(got.mean, per_interval.mean(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("solver", ["euler", "cm"])
+def test_agrees_with_a_slow_loop_on_the_path_that_the_solver_takes(solver):
+    """The states at which the denoiser was asked are recorded: they are the path, and the oracle's input."""
+    seen, scale, noise = [], 0.9, noise_of(2)
+    key = jax.random.key(3, impl="rbg")  # programs with callbacks are not cached, and this one compiles fast
+    got = semigroup_defect(recorder(seen), scale, noise, TEXT, SIGMAS, MIDPOINTS, solver, key)
+    jax.effects_barrier()
+    assert [sigma for _, sigma in seen] == [
+        float(s) for pair in zip(SIGMAS, MIDPOINTS, strict=False) for s in pair
+    ]
+
+    text, path = np.array(TEXT, float), [x for x, _ in seen[::2]]
+    np.testing.assert_array_equal(path[0], noise)
+    pairs = np.array(
+        [
+            [slow_defect(scale, x[b], text[b], *map(float, levels)) for b in range(3)]
+            for x, *levels in zip(path, SIGMAS[:-1], MIDPOINTS, SIGMAS[1:], strict=True)
+        ]
+    )
+    np.testing.assert_allclose(got.per_interval, pairs[..., 0].mean(1), rtol=1e-4)
+    np.testing.assert_allclose(got.curvature, pairs[..., 1].mean(1), rtol=1e-4)
+    np.testing.assert_allclose(got.mean, pairs[..., 0].mean(), rtol=1e-4)
+
+    sampled = []
+    sample(recorder(sampled), scale, noise, TEXT, jnp.asarray(SIGMAS), solver, key)
+    jax.effects_barrier()
+    for (expected, _), x in zip(sampled, path, strict=True):
+        np.testing.assert_allclose(x, expected, atol=1e-5)
+
+
+def test_the_key_matters_to_the_cm_solver_only():
+    run = lambda solver, seed: (
+        semigroup_defect(
+            curved, 0.9, noise_of(2), TEXT, SIGMAS, MIDPOINTS, solver, jax.random.key(seed)
+        ).per_interval
+    )
+    np.testing.assert_array_equal(run("euler", 0), run("euler", 1))
+    np.testing.assert_array_equal(run("cm", 0), run("cm", 0))
+    assert run("cm", 0)[0] == run("cm", 1)[0]  # nothing was drawn before the first interval
+    assert np.all(run("cm", 0)[1:] != run("cm", 1)[1:])
+
+
+def test_midpoints_must_fit_the_grid():
+    with pytest.raises(ValueError, match=r"5 noise levels have 4 intervals.*got 3"):
+        semigroup_defect(constant, None, noise_of(0), TEXT, SIGMAS, MIDPOINTS[:3], "euler", jax.random.key(0))

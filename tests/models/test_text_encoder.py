@@ -1,0 +1,141 @@
+"""The umT5 encoder against transformers, the published bucket table, and what the denoiser relies on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from salt_jax.models import text_encoder
+from salt_jax.models.text_encoder import PRESETS, TextEncoderConfig, encode_text, init_text_encoder
+
+# `num_buckets` and `max_distance` are umT5's, so that a text of 160 tokens reaches the last bucket.
+SMALL = TextEncoderConfig(vocab_size=100, dim=32, num_layers=3, num_heads=4, head_dim=16, ffn_dim=48)
+
+
+def random_tokens(lengths, width, seed=0):
+    tokens = np.random.default_rng(seed).integers(2, SMALL.vocab_size, (len(lengths), width))
+    return jnp.asarray(np.where(np.arange(width) < np.array(lengths)[:, None], tokens, 0), jnp.int32)
+
+
+def random_params(seed=0):
+    """Every leaf random: norm gains around 1, the rest of std 0.2, so that no two layers agree."""
+    rng = np.random.default_rng(seed)
+    gain = lambda path: path[-1].key == "scale"
+    return jax.tree_util.tree_map_with_path(
+        lambda path, w: jnp.asarray(gain(path) + rng.normal(0, 0.2, w.shape), jnp.float32),
+        jax.eval_shape(lambda k: init_text_encoder(k, SMALL), jax.random.key(0)),
+    )
+
+
+def from_transformers(state, config):
+    """UMT5EncoderModel's state dict -> our tree. Reads every tensor once; linear weights are transposed."""
+    state = dict(state)
+    take = lambda name: state.pop(name + ".weight")
+    layers = [f"encoder.block.{i}.layer." for i in range(config.num_layers)]
+    stack = lambda name, f: np.stack([f(take(layer + name)) for layer in layers])
+    same, transpose = lambda w: w, lambda w: w.T
+    state.pop("encoder.embed_tokens.weight", None)  # tied to shared
+    blocks = {
+        "attention_layer_norm": {"scale": stack("0.layer_norm", same)},
+        "relative_attention_bias": {"embedding": stack("0.SelfAttention.relative_attention_bias", same)},
+        **{name: {"kernel": stack(f"0.SelfAttention.{name}", transpose)} for name in "qkvo"},
+        "ffn_layer_norm": {"scale": stack("1.layer_norm", same)},
+        **{name: {"kernel": stack(f"1.DenseReluDense.{name}", transpose)} for name in ("wi_0", "wi_1", "wo")},
+    }
+    tree = {
+        "shared": {"embedding": take("shared")},
+        "blocks": blocks,
+        "final_layer_norm": {"scale": take("encoder.final_layer_norm")},
+    }
+    assert not state, f"tensors without a place: {sorted(state)}"
+    return tree
+
+
+@pytest.mark.parity
+def test_equals_transformers_with_padding():
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    oracle = transformers.UMT5EncoderModel(
+        transformers.UMT5Config(
+            vocab_size=100, d_model=32, d_kv=16, d_ff=48, num_layers=3, num_heads=4, dropout_rate=0.0,
+            relative_attention_num_buckets=32, relative_attention_max_distance=128, layer_norm_epsilon=1e-6,
+            feed_forward_proj="gated-gelu",
+        )
+    ).eval()  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, w in oracle.named_parameters():
+            std = (
+                1.0 if "bias" in name or "wi_0" in name else 0.1
+            )  # wide enough to tell GELU's two forms apart
+            w.copy_(("norm" in name) + std * torch.randn(w.shape, generator=generator))
+    params = from_transformers({k: v.numpy() for k, v in oracle.state_dict().items()}, SMALL)
+    fresh = jax.eval_shape(lambda k: init_text_encoder(k, SMALL), jax.random.key(0))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, fresh)
+
+    tokens = random_tokens([160, 37, 1], 160)
+    with torch.no_grad():
+        ids = torch.from_numpy(np.array(tokens)).long()
+        want = oracle(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state.numpy()
+    got = np.asarray(encode_text(jax.tree.map(jnp.asarray, params), tokens, SMALL))
+    is_text = np.asarray(tokens) != 0
+    np.testing.assert_allclose(got[is_text], want[is_text], atol=2e-5, rtol=1e-5)
+    assert np.abs(want[is_text]).max() > 1  # the tolerance is judged against outputs of order one
+    assert (got[~is_text] == 0).all()
+
+
+def test_buckets_are_the_published_ones():
+    relative = np.array([-200, -128, -64, -16, -9, -8, -7, -1, 0, 1, 7, 8, 9, 16, 64, 127, 128, 200])
+    want = [15, 15, 14, 10, 8, 8, 7, 1, 0, 17, 23, 24, 24, 26, 30, 31, 31, 31]
+    buckets = text_encoder.relative_buckets(401, SMALL)  # [query, key], relative = key - query
+    np.testing.assert_array_equal(buckets[200, 200 + relative], want)
+
+
+def test_full_size_has_the_published_parameter_count():
+    params = jax.eval_shape(lambda k: init_text_encoder(k, PRESETS["umt5-xxl"]), jax.random.key(0))
+    assert sum(w.size for w in jax.tree.leaves(params)) == 5_680_910_336
+
+
+def test_padding_changes_nothing_but_adds_zero_rows():
+    params = random_params()
+    tokens = random_tokens([20, 9], 20)
+    padded = encode_text(params, tokens, SMALL)
+    alone = encode_text(params, tokens[1:, :9], SMALL)
+    np.testing.assert_allclose(padded[1, :9], alone[0], atol=1e-5)
+    assert (np.asarray(padded)[1, 9:] == 0).all()
+
+
+def test_gradient_reaches_every_layer_and_only_the_tokens_used():
+    tokens = random_tokens([12, 5], 16)
+    target = np.random.default_rng(1).normal(size=(2, 16, SMALL.dim))
+    grads = jax.grad(lambda p: jnp.sum(encode_text(p, tokens, SMALL) * target))(random_params())
+    for path, g in jax.tree_util.tree_leaves_with_path(grads["blocks"]):
+        per_layer = np.abs(np.asarray(g)).reshape(SMALL.num_layers, -1).max(1)
+        assert ((per_layer > 0) & (per_layer < np.inf)).all(), jax.tree_util.keystr(path)
+    moved = np.flatnonzero(np.abs(np.asarray(grads["shared"]["embedding"])).sum(1))
+    assert set(moved) == set(np.unique(tokens)) - {0}
+
+
+def test_fresh_sub_layers_put_out_values_of_order_one():
+    """With q's missing 1/sqrt(d) absorbed in the initialisation, no softmax starts saturated."""
+    config = PRESETS["tiny"]
+    params = jax.tree.map(np.asarray, jax.jit(lambda k: init_text_encoder(k, config))(jax.random.key(0)))
+    assert 0.7 < params["shared"]["embedding"].std() < 1.4
+    assert not np.allclose(params["blocks"]["q"]["kernel"][0], params["blocks"]["q"]["kernel"][1])
+    h = np.random.default_rng(0).normal(size=(64, config.dim))
+    linear = lambda name, h: h @ params["blocks"][name]["kernel"][0]
+    heads = lambda name: linear(name, h).reshape(64, config.num_heads, config.head_dim)
+    assert 0.7 < np.einsum("qad,kad->aqk", heads("q"), heads("k")).std() < 1.4
+    assert 0.7 < linear("o", linear("v", h)).std() < 1.4
+    gated = np.asarray(jax.nn.gelu(linear("wi_0", h))) * linear("wi_1", h)
+    assert 0.3 < linear("wo", gated).std() < 1.4
+
+
+def test_bfloat16_stays_near_float32():
+    params, tokens = random_params(), random_tokens([20, 9], 20)
+    exact = encode_text(params, tokens, SMALL)
+    rough = encode_text(params, tokens, SMALL, dtype=jnp.bfloat16)
+    assert rough.dtype == jnp.bfloat16
+    assert (
+        np.abs(np.asarray(rough, np.float32) - np.asarray(exact)).mean() < 0.05
+    )  # rows have mean square one

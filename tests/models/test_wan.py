@@ -1,0 +1,161 @@
+"""The Wan port: parity with diffusers, parameter counts of the real sizes, and the traps of the architecture."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from salt_jax.models.denoiser import guided, wan_denoiser
+from salt_jax.models.wan import PRESETS, Compute, WanConfig, apply_wan, init_wan
+
+SMALL = WanConfig(48, 2, 2, 96, 16, 16, (1, 2, 2), 32, 12, 64, 1e-6)
+
+
+def randomised(params, seed):
+    """Every leaf random, gains around one: default zeros and ones would hide a wrong mapping."""
+    rng = np.random.default_rng(seed)
+    noise = lambda path, p: (0.08 * rng.standard_normal(p.shape) + (path[-1].key == "scale")).astype(np.float32)
+    return jax.tree_util.tree_map_with_path(noise, params)
+
+
+def inputs(seed, config=SMALL, batch=2, frames=3, height=8, width=6, rows=12):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((batch, frames, height, width, config.in_channels)).astype(np.float32)
+    text = rng.standard_normal((batch, rows, config.text_dim)).astype(np.float32)
+    return x, np.array([937.5, 20.25], np.float32)[:batch], text
+
+
+def to_diffusers(params, config):
+    """Our tree under diffusers' names, torch tensors: written from the name table, not from our loader."""
+    torch = pytest.importorskip("torch")
+    out = {}
+
+    def linear(name, p):
+        out[f"{name}.weight"], out[f"{name}.bias"] = p["kernel"].T, p["bias"]
+
+    pt, ph, pw = config.patch_size
+    patch = params["patch_embedding"]
+    out["patch_embedding.weight"] = patch["kernel"].T.reshape(config.dim, config.in_channels, pt, ph, pw)
+    out["patch_embedding.bias"] = patch["bias"]
+    for ours, theirs in (("time", "time_embedder"), ("text", "text_embedder")):
+        linear(f"condition_embedder.{theirs}.linear_1", params[f"{ours}_embedding"]["in"])
+        linear(f"condition_embedder.{theirs}.linear_2", params[f"{ours}_embedding"]["out"])
+    linear("condition_embedder.time_proj", params["time_embedding"]["projection"])
+    linear("proj_out", params["head"]["linear"])
+    out["scale_shift_table"] = params["head"]["modulation"][None]
+    for i in range(config.num_layers):
+        block, name = jax.tree.map(lambda p, i=i: p[i], params["blocks"]), f"blocks.{i}"
+        for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2")):
+            for a, b in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0")):
+                linear(f"{name}.{theirs}.{b}", block[ours][a])
+            for norm in ("norm_q", "norm_k"):
+                out[f"{name}.{theirs}.{norm}.weight"] = block[ours][norm]["scale"]
+        out[f"{name}.norm2.weight"], out[f"{name}.norm2.bias"] = block["norm_cross"]["scale"], block["norm_cross"]["bias"]
+        linear(f"{name}.ffn.net.0.proj", block["ffn_in"])
+        linear(f"{name}.ffn.net.2", block["ffn_out"])
+        out[f"{name}.scale_shift_table"] = block["modulation"][None]
+    return {k: torch.tensor(np.array(v)) for k, v in out.items()}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        (SMALL, (3, 8, 6)),
+        (WanConfig(64, 4, 3, 80, 4, 4, (1, 2, 2), 24, 7, 32, 1e-6), (2, 4, 10)),
+        (WanConfig(96, 2, 1, 64, 3, 3, (1, 6, 6), 16, 5, 64, 1e-6), (4, 12, 12)),
+    ],
+)
+def test_equals_diffusers(config, shape):
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    oracle = diffusers.WanTransformer3DModel(
+        patch_size=config.patch_size,
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.dim // config.num_heads,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        text_dim=config.text_dim,
+        freq_dim=config.freq_dim,
+        ffn_dim=config.ffn_dim,
+        num_layers=config.num_layers,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        eps=config.eps,
+    ).eval()
+    params = randomised(init_wan(jax.random.key(0), config), 1)
+    missing = oracle.load_state_dict(to_diffusers(params, config), strict=True)
+    assert not missing.missing_keys
+    x, timestep, text = inputs(2, config, 2, *shape, rows=config.text_length)
+    ours = apply_wan(params, jnp.asarray(x), jnp.asarray(timestep), jnp.asarray(text), config, Compute())
+    with torch.no_grad():
+        theirs = oracle(torch.tensor(x.transpose(0, 4, 1, 2, 3)), torch.tensor(timestep), torch.tensor(text)).sample
+    np.testing.assert_allclose(np.asarray(ours), theirs.numpy().transpose(0, 2, 3, 4, 1), atol=2e-5, rtol=1e-5)
+    assert np.std(ours) > 0.05
+
+
+@pytest.mark.parametrize(
+    ("preset", "count"), [("wan2.1-t2v-1.3b", 1_418_996_800), ("wan2.1-t2v-14b", 14_288_491_584)]
+)
+def test_real_sizes_trace(preset, count):
+    config = PRESETS[preset]
+    params = jax.eval_shape(lambda key: init_wan(key, config), jax.random.key(0))
+    assert sum(p.size for p in jax.tree.leaves(params)) == count
+    spec = jax.ShapeDtypeStruct
+    out = jax.eval_shape(
+        lambda p, x, t, c: apply_wan(p, x, t, c, config, Compute(jnp.bfloat16, remat=True)),
+        params, spec((1, 21, 60, 104, 16), jnp.float32), spec((1,), jnp.float32), spec((1, 512, 4096), jnp.float32),
+    )  # fmt: skip
+    assert out.shape == (1, 21, 60, 104, 16) and out.dtype == jnp.float32
+
+
+def run(params, x, timestep, text, **compute):
+    return apply_wan(params, *map(jnp.asarray, (x, timestep, text)), SMALL, Compute(**compute))
+
+
+def test_one_sigma_per_frame_equals_one_per_clip():
+    params, (x, t, text) = randomised(init_wan(jax.random.key(0), SMALL), 3), inputs(4)
+    per_clip, per_frame = run(params, x, t, text), run(params, x, np.repeat(t[:, None], 3, 1), text)
+    np.testing.assert_allclose(per_clip, per_frame, atol=1e-5)
+    other = np.repeat(t[:, None], 3, 1) * np.array([[1.0, 1.0, 0.5]], np.float32)
+    assert np.abs(run(params, x, other, text) - per_clip)[:, 2].max() > 1e-3
+
+
+def test_padding_rows_of_text_are_seen():
+    """Zero rows become a constant row after the MLP and take part in the softmax: dropping them changes the output."""
+    params, (x, t, text) = randomised(init_wan(jax.random.key(0), SMALL), 5), inputs(6, rows=5)
+    padded = np.pad(text, ((0, 0), (0, 7), (0, 0)))
+    np.testing.assert_array_equal(run(params, x, t, text), run(params, x, t, padded))
+    short = WanConfig(**{**SMALL.__dict__, "text_length": 5})
+    unpadded = apply_wan(params, *map(jnp.asarray, (x, t, text)), short, Compute())
+    assert np.abs(unpadded - run(params, x, t, text)).max() > 1e-4
+
+
+def test_remat_changes_nothing_and_bfloat16_little():
+    params, (x, t, text) = randomised(init_wan(jax.random.key(0), SMALL), 7), inputs(8)
+    loss = lambda p, **kw: (run(p, x, t, text, **kw) ** 2).mean()
+    plain, remat = jax.grad(loss)(params), jax.grad(lambda p: loss(p, remat=True))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), plain, remat)
+    full, half = run(params, x, t, text), run(params, x, t, text, dtype=jnp.bfloat16)
+    assert half.dtype == jnp.float32
+    assert 1e-5 < np.abs(half - full).mean() / np.abs(full).mean() < 0.03
+
+
+def test_guidance_has_one_convention():
+    """w = 1 is the conditional network; the peers' g = 3, c + g (c - u), is w = 4."""
+    params, (x, _, text) = randomised(init_wan(jax.random.key(0), SMALL), 9), inputs(10)
+    denoise, null = wan_denoiser(SMALL, Compute()), jnp.zeros((1, 12, 32))
+    x, sigma, text = jnp.asarray(x), jnp.array([0.9, 0.3]), jnp.asarray(text)
+    c, u = denoise(params, x, sigma, text), denoise(params, x, sigma, null.repeat(2, 0))
+    np.testing.assert_array_equal(guided(denoise, null, 1.0)(params, x, sigma, text).x0, c.x0)
+    peers = c.x0 + 3.0 * (c.x0 - u.x0)
+    np.testing.assert_allclose(guided(denoise, null, 4.0)(params, x, sigma, text).x0, peers, atol=1e-5)
+
+
+@pytest.mark.parametrize(("frames", "height", "message"), [(3, 7, "does not split"), (3, 8, "at most text_length")])
+def test_wrong_shapes_are_named(frames, height, message):
+    params = jax.eval_shape(lambda key: init_wan(key, SMALL), jax.random.key(0))
+    rows = 12 if message.startswith("does") else 13
+    x, t, text = inputs(0, frames=frames, height=height, rows=rows)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda p: run(p, x, t, text), params)

@@ -1,0 +1,65 @@
+"""Promises that the files beside the code make."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def requirements(name: str) -> list[str]:
+    lines = (line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines())
+    return [line for line in lines if line and not line.startswith("-")]
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
+def test_requirements_have_both_bounds(name):
+    for line in requirements(name):
+        assert "==" in line or re.search(r">=[\d.]+,<[\d.]+$", line), f"{name}: {line} lacks a bound"
+
+
+def test_torch_is_no_runtime_requirement():
+    assert not any(
+        line.startswith(("torch", "diffusers", "transformers")) for line in requirements("requirements.txt")
+    )
+
+
+def test_readme_names_the_two_commands():
+    readme = (ROOT / "README.md").read_text()
+    for command in ("bash launch/quickstart.sh", "bash launch/test.sh"):
+        assert command in readme
+
+
+def test_every_local_link_in_the_documents_leads_somewhere():
+    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", document.read_text()):
+            if "://" not in target:
+                assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+@pytest.mark.parametrize("name", ["algorithm.md", "decisions.md", "results.md"])
+def test_document_exists(name):
+    assert (ROOT / "docs" / name).stat().st_size > 0
+
+
+@pytest.mark.parametrize("script", ["launch/quickstart.sh", "launch/test.sh"])
+def test_script_refuses_an_old_python(script, tmp_path):
+    """Scripts run in a copy without .venv, with an interpreter that says it is too old."""
+    (tmp_path / "launch").mkdir()
+    for name in {script, "launch/venv.sh"}:
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    old = tmp_path / "old-python"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.9.1" && exit 0\nexit 1\n')
+    old.chmod(0o755)
+    done = subprocess.run(
+        ["bash", script],
+        cwd=tmp_path,
+        env={"PYTHON": str(old), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "needs Python 3.11 or newer" in done.stderr and "Python 3.9.1" in done.stderr
+    assert not (tmp_path / ".venv").exists()
