@@ -3,6 +3,8 @@
 Numbers are the shapes world's (two CPU cores). Where the Salt paper is silent the comment says where a value is from.
 """
 
+from typing import Any
+
 import ml_collections
 
 
@@ -21,7 +23,7 @@ def optimizer(learning_rate: float, warmup: int = 0, decay: bool = False):
     )
 
 
-def get_config():
+def get_config() -> Any:  # a ConfigDict; its attributes are not known to a type checker
     c = ml_collections.ConfigDict()
     c.stage = "distil"  # "distil" a student, or "denoising": train a teacher and its text encoder on data
     c.seed = 0
@@ -36,10 +38,12 @@ def get_config():
         )
     )
     c.text_encoder = "tiny"  # tiny, umt5-xxl
-    c.weights = "assets/shapes_teacher.safetensors"  # where student, critic and text encoder start; "" is fresh
+    c.weights = (
+        "assets/shapes_teacher.safetensors"  # where student, critic and text encoder start; "" is fresh
+    )
 
     c.data = ml_collections.ConfigDict(
-        dict(dir="data", num_train=4096, num_test=512, seed=0)  # clips; drawn with this seed
+        dict(dir="runs/data", num_train=4096, num_test=512, seed=0)  # clips; drawn with this seed
     )
     c.world = ml_collections.ConfigDict(
         dict(

@@ -1,21 +1,124 @@
-"""What all programs share: one clear line for an error that is the user's to mend."""
+"""What the programs share: a trained workdir, prompts, and one clear line for an error that is the user's to mend."""
 
+import logging as std_logging
+import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, NoReturn
 
-from absl import app
+import jax
+import numpy as np
+from absl import app, flags, logging
 
+from salt_jax.data import shapes
 from salt_jax.errors import UserError
+from salt_jax.models.denoiser import wan_denoiser
+from salt_jax.train.checkpoint import restore_params
+from salt_jax.train.recipe import Recipe, from_json
+from salt_jax.train.setup import embed, initial_weights
+from salt_jax.train.sharding import make_mesh
+from salt_jax.types import Denoiser, Params
+
+
+class Trained(NamedTuple):
+    """A workdir, opened for reading."""
+
+    recipe: Recipe
+    denoiser: Denoiser  # unguided
+    params: Params  # of the averaged student, or teacher-to-be
+    weights: Params  # {"wan", "text_encoder"} of the teacher that belongs to it
+    embed: Callable[[Sequence[str]], np.ndarray]  # captions -> float32 [N, T, D]
+    shape: tuple[int, int, int, int]  # (F, H, W, C) of a clip
+
+
+def open_workdir(workdir: str) -> Trained:
+    """Reads config.json and the newest checkpoint's EMA.
+
+    Raises:
+      UserError: there is nothing to read, or it does not fit.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"{path} does not exist; train with --workdir={workdir} first, or name another workdir"
+        )
+    recipe = from_json(path.read_text())
+    params = restore_params(workdir, "ema", make_mesh({"data": 1, "fsdp": -1, "context": 1, "tensor": 1}))
+    weights = params if recipe.stage == "denoising" else initial_weights(recipe)
+    params = params["wan"] if recipe.stage == "denoising" else params
+    w = recipe.world
+    return Trained(
+        recipe,
+        wan_denoiser(recipe.wan, recipe.compute),
+        params,
+        weights,
+        lambda captions: embed(recipe, weights["text_encoder"], captions),
+        (w.frames, w.size, w.size, recipe.wan.out_channels),
+    )
+
+
+def read_prompts(prompt: str | None, file: str | None, recipe: Recipe, count: int) -> tuple[str, ...]:
+    """Captions from a flag, from a text file with one a line, or `count` of the world's own, evenly spread.
+
+    Raises:
+      UserError: the file is unreadable, not UTF-8, or has no prompt.
+    """
+    if prompt and file:
+        raise UserError("--prompt and --prompts_file exclude each other; give one of them")
+    if prompt:
+        return (prompt,) * count
+    if not file:
+        scenes = shapes.scenes(recipe.world)
+        return tuple(shapes.caption(scenes[i * len(scenes) // count % len(scenes)]) for i in range(count))
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(
+            f"cannot read the prompt file {file} ({error.strerror}); check --prompts_file"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"the prompt file {file} is not UTF-8 (byte {error.start}); save it as UTF-8"
+        ) from error
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise UserError(f"the prompt file {file} has no prompt; write one per line")
+    return prompts
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
-    """absl's app.run, with a UserError printed as one line and exit code 2."""
+    """absl's app.run, with every error that is the user's to mend printed as one line and exit code 2."""
+
+    def parse(argv):
+        try:
+            rest = flags.FLAGS(argv)
+        except (AttributeError, KeyError) as error:  # from ml_collections, which names the key alone
+            key, hint = re.search(r"\w+", str(error)), re.search(r"Did you mean.*\?", str(error))
+            told = hint[0] if hint else "configs/base.py lists every key."
+            fail(f"unknown config key {key and key[0]!r} in {' '.join(argv[1:])}. {told}")
+        except (flags.Error, TypeError, ValueError) as error:
+            fail(f"{error}; see --help and configs/base.py")
+        if len(rest) > 1:
+            fail(f"unknown argument {rest[1]!r}; options start with --")
+        return rest
 
     def guarded(argv):
+        # Programs that were compiled once are kept, so the next start and the next run of the same shape are quick.
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+            jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "salt_jax" / "jax"))
+        # TFDS talks through absl; our own warnings go through the standard logger of their module.
+        logging.set_verbosity(logging.ERROR)
+        std_logging.getLogger("salt_jax").setLevel(std_logging.WARNING)
         try:
             main(argv)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            fail(str(error))
 
-    app.run(guarded)
+    app.run(guarded, flags_parser=parse)
+
+
+def fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "rollout": BOTTOM | {"flow", "models"},
     "train": BOTTOM | {"flow", "models", "rollout", "losses", "data"},
     "sample": BOTTOM | {"flow", "models", "rollout", "data"},
-    "evaluate": BOTTOM | {"flow", "models", "rollout", "data"},
+    "evaluate": BOTTOM | {"flow", "models", "rollout", "data", "sample"},
 }
 READS_CONFIG = {"configs", "launch"}  # rooms; in salt_jax only train/recipe.py
 

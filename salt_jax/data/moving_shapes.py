@@ -14,6 +14,7 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from salt_jax.data import shapes
+from salt_jax.errors import UserError
 
 TEST_START = 2**32  # the test split counts from here, so it shares no stream of random numbers with train
 
@@ -102,10 +103,10 @@ def build(
     `source[i]` is what `example` returns. Writing that was interrupted is never taken for complete.
 
     Raises:
-      ValueError: a split would be empty, or the data on disk differs from what `data.shapes` makes today.
+      UserError: a split would be empty, or the data on disk differs from what `data.shapes` makes today.
     """
     if min(num_train, num_test) < 1:
-        raise ValueError(f"num_train={num_train} and num_test={num_test} must both be at least 1")
+        raise UserError(f"config.data: num_train={num_train} and num_test={num_test} must both be at least 1")
     tfds.disable_progress_bar()  # ours knows the total, so it has an ETA
     config = MovingShapesConfig(world, num_train, num_test, seed)
     builder = MovingShapes(config=config, data_dir=data_dir, file_format="array_record")
@@ -116,7 +117,7 @@ def build(
     train, test = read("train"), read("test")
     stored, expected = train[0], example(world, seed, 0)
     if not all(np.array_equal(stored[key], value) for key, value in expected.items()):
-        raise ValueError(
+        raise UserError(
             f"the data set in {builder.data_dir} was written by another version of salt_jax/data/shapes.py: "
             "delete this directory and run again"
         )

@@ -15,9 +15,19 @@ from dataclasses import dataclass
 import numpy as np
 
 SHAPES = ("circle", "square", "triangle")
-COLOURS = {"red": (1.0, 0.1, 0.1), "green": (0.1, 0.9, 0.1), "blue": (0.2, 0.3, 1.0), "yellow": (1.0, 0.9, 0.1)}
+COLOURS = {
+    "red": (1.0, 0.1, 0.1),
+    "green": (0.1, 0.9, 0.1),
+    "blue": (0.2, 0.3, 1.0),
+    "yellow": (1.0, 0.9, 0.1),
+}
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (dx, dy), y points down
-RELATIONS = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}  # where the second object is
+RELATIONS = {
+    "left of": (1, 0),
+    "right of": (-1, 0),
+    "above": (0, 1),
+    "below": (0, -1),
+}  # where the second object is
 FPS = 16
 
 
@@ -35,7 +45,9 @@ class World:
 
     def __post_init__(self):
         if self.size % self.start_step:
-            raise ValueError(f"start_step={self.start_step} must divide size={self.size}, or the start grid has a seam")
+            raise ValueError(
+                f"start_step={self.start_step} must divide size={self.size}, or the start grid has a seam"
+            )
 
 
 @dataclass(frozen=True)
@@ -107,7 +119,9 @@ def shape_mask(shape: str, x, y, world: World) -> np.ndarray:
         distance = np.maximum(abs(dx), abs(dy)) - np.sqrt(area) / 2
     elif shape == "triangle":  # equilateral, pointing up
         slope = np.sqrt(3) / 2
-        distance = np.maximum(dy, np.maximum(slope * dx - dy / 2, -slope * dx - dy / 2)) - np.sqrt(area / 3**1.5)
+        distance = np.maximum(dy, np.maximum(slope * dx - dy / 2, -slope * dx - dy / 2)) - np.sqrt(
+            area / 3**1.5
+        )
     else:
         raise ValueError(f"unknown shape {shape!r}, expected one of {SHAPES}")
     return np.clip(0.5 - distance / world.softness, 0, 1).astype(np.float32)

@@ -20,12 +20,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from salt_jax.flow.schedule import grid
-from salt_jax.flow.transition import euler, renoise
-from salt_jax.rollout.parallel import Solver
-from salt_jax.types import Denoiser, Latent, Params, PRNGKey, TextEmb
+from salt_jax.flow.transition import euler
+from salt_jax.rollout.parallel import Solver, advance, noise_at
+from salt_jax.types import Denoiser, Params, TextEmb
 
 EPS = 1e-8  # of Eq. 16; the paper gives no value
 
@@ -43,21 +43,21 @@ def defect_grid(num_updates: int, shift_amount: float) -> tuple[np.ndarray, np.n
     return grid(num_updates, shift_amount), grid(2 * num_updates, shift_amount)[1::2]
 
 
-@partial(jax.jit, static_argnames=("denoiser", "solver"))
+@partial(jax.jit, static_argnames=("denoiser", "solver", "shape"))
 def semigroup_defect(
     denoiser: Denoiser,
     params: Params,
-    noise: Latent,
     text: TextEmb,
     sigmas: Float[Array | np.ndarray, " k"],
     midpoints: Float[Array | np.ndarray, " n"],
     solver: Solver,
-    key: PRNGKey,
+    keys: Key[Array, " b"],
+    shape: tuple[int, ...],
 ) -> Defect:
-    """Salt Eq. 16 on the test-time path: x_s is where the denoiser's own rollout from `noise` arrives.
+    """Salt Eq. 16 on the test-time path: x_s is where the denoiser's own rollout arrives.
 
     `sigmas` falls from 1 to 0; midpoint i lies between levels i and i + 1 (`defect_grid`). `solver` is how
-    the rollout moves on; "cm" draws its noise from `key`, "euler" ignores it. The states are those that
+    the rollout moves on, `keys` give each clip its noise, `shape` is (F, H, W, C). The states are those that
     `rollout.parallel.sample` passes through with the same arguments. The denoiser runs twice per interval;
     bring it without guidance. Squared norms go over the whole clip, in float32.
     """
@@ -71,7 +71,7 @@ def semigroup_defect(
     squared_norm = lambda x: jnp.sum(jnp.square(x), axis=(1, 2, 3, 4))
 
     def interval(x_s, levels):
-        sigma_s, sigma_m, sigma_e, k_noise = levels
+        sigma_s, sigma_m, sigma_e = levels
         per_example = lambda sigma: jnp.full(len(x_s), sigma, jnp.float32)
         at_s = denoiser(params, x_s, per_example(sigma_s), text)
         v_s = at_s.velocity.astype(jnp.float32)
@@ -81,14 +81,10 @@ def semigroup_defect(
         bend, displacement = squared_norm(v_m - v_s), squared_norm((sigma_s - sigma_e) * v_s)
         defect = jnp.square(sigma_m - sigma_e) * bend / (displacement + EPS)
         curvature = bend / (squared_norm(v_s) + EPS)
-        if solver == "cm":
-            fresh = jax.random.normal(k_noise, x_s.shape, jnp.float32)
-            x_e = renoise(at_s.x0.astype(jnp.float32), fresh, per_example(sigma_e))
-        else:
-            x_e = euler(x_s, v_s, per_example(sigma_s), per_example(sigma_e))
+        x_e = advance(x_s, at_s, per_example(sigma_s), sigma_e, solver, keys)
         return x_e, (defect.mean(), curvature.mean())
 
     sigmas, midpoints = jnp.asarray(sigmas, jnp.float32), jnp.asarray(midpoints, jnp.float32)
-    levels = (sigmas[:-1], midpoints, sigmas[1:], jax.random.split(key, len(midpoints)))
-    _, (defects, curvatures) = jax.lax.scan(interval, noise.astype(jnp.float32), levels)
+    x = noise_at(keys, sigmas[0], shape)
+    _, (defects, curvatures) = jax.lax.scan(interval, x, (sigmas[:-1], midpoints, sigmas[1:]))
     return Defect(defects, defects.mean(), curvatures)

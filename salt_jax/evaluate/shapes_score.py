@@ -17,7 +17,7 @@ A pair is read in the order of the palette, because a caption does not say which
 
 import functools
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -199,7 +199,8 @@ def _read_chunk(videos: np.ndarray, world: World) -> Reading:
     second = (_find_relation(centres, world), shape[:, 1], colour[:, 1]) if world.pair else (none, none, none)
     rest = _find_differences(pixels, _render(pixels, masks, palette), world)
     stated = shape[:, 0], colour[:, 0], direction, *second
-    return Reading(*stated, centres, *motion, same.all(1).mean(-1), *rest)
+    values: Any = (*stated, centres, *motion, same.all(1).mean(-1), *rest)
+    return Reading(*values)
 
 
 def _find_colours(pixels, objects: int):

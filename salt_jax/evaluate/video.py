@@ -9,6 +9,7 @@ import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -40,7 +41,7 @@ def encode_mp4(frames: np.ndarray, fps: int, scale: int) -> bytes:
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         # CRF 12: a picture of a few flat shapes shows every artefact, and costs few bytes all the same.
-        stream = container.add_stream(_h264_encoder(), rate=fps, options={"crf": "12"})
+        stream: Any = container.add_stream(_h264_encoder(), rate=fps, options={"crf": "12"})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for frame in frames:
@@ -138,7 +139,7 @@ def _h264_encoder() -> str:
     for name in H264_ENCODERS:
         try:
             return av.Codec(name, "w").name
-        except av.codec.codec.UnknownCodecError:
+        except av.codec.codec.UnknownCodecError:  # pyright: ignore[reportAttributeAccessIssue]
             continue
     raise RuntimeError(
         f"PyAV has none of the H.264 encoders {H264_ENCODERS}: install its ready-made wheel (pip install av)"

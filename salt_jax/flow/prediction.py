@@ -48,4 +48,6 @@ def guide(conditional: Prediction, unconditional: Prediction, guidance: float) -
     Self-Forcing writes c + g (c - u): its `guidance_scale: 3.0` is w = 4.0 here.
     """
     mix = lambda c, u: u + guidance * (c - u)
-    return Prediction(mix(conditional.velocity, unconditional.velocity), mix(conditional.x0, unconditional.x0))
+    return Prediction(
+        mix(conditional.velocity, unconditional.velocity), mix(conditional.x0, unconditional.x0)
+    )

@@ -13,5 +13,5 @@ def flow_matching_loss(velocity: Latent, x0: Latent, noise: Latent) -> PerExampl
     >>> flow_matching_loss(jnp.zeros((2, 1, 1, 1, 1)), jnp.ones((2, 1, 1, 1, 1)), jnp.ones((2, 1, 1, 1, 1)))
     Array([0., 0.], dtype=float32)
     """
-    error = velocity.astype(jnp.float32) - (noise - x0)
-    return (error**2).mean((1, 2, 3, 4))
+    velocity, x0, noise = (a.astype(jnp.float32) for a in (velocity, x0, noise))
+    return ((velocity - (noise - x0)) ** 2).mean((1, 2, 3, 4))

@@ -45,10 +45,12 @@ def closed_form_denoiser(params: Params, x: Latent, sigma: Sigma, text: TextEmb)
     """A `Denoiser` without a network. One sigma per example, [B], in (0, 1]."""
     posterior = jnp.exp(log_posterior(params, x, sigma, text))
     x0 = jnp.einsum("bn,nd->bd", posterior, params["clips"].reshape(-1, x[0].size), precision="highest")
-    return from_x0(x, x0.reshape(x.shape), jnp.maximum(sigma, 1e-6))
+    return from_x0(x, x0.reshape(x.shape), sigma)
 
 
-def expected_error(params: Params, prediction: Prediction, x: Latent, sigma: Sigma, text: TextEmb) -> jax.Array:
+def expected_error(
+    params: Params, prediction: Prediction, x: Latent, sigma: Sigma, text: TextEmb
+) -> jax.Array:
     """Mean squared velocity error of a prediction against the optimum, float32 [B]."""
     best = closed_form_denoiser(params, x, sigma, text)
     return ((prediction.velocity - best.velocity) ** 2).mean((1, 2, 3, 4))

@@ -72,7 +72,7 @@ def encode_text(
 
     x = _embed(config, dtype).apply({"params": params["shared"]}, tokens)
     x, _ = jax.lax.scan(layer, x, params["blocks"])
-    x = nn.RMSNorm(config.eps, dtype=dtype).apply({"params": params["final_layer_norm"]}, x)
+    x: Any = nn.RMSNorm(config.eps, dtype=dtype).apply({"params": params["final_layer_norm"]}, x)
     return jnp.where(is_text[..., None], x, 0)
 
 

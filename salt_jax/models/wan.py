@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
-from jaxtyping import Array, Float
 
 from salt_jax.models.attention import attention
 from salt_jax.models.rope import rope_angles, rotate
@@ -73,6 +72,10 @@ def _dense(features, dtype, name, init=None):
     return nn.Dense(features, dtype=dtype, kernel_init=init or nn.initializers.xavier_uniform(), name=name)
 
 
+def _apply(module: nn.Module, params: Params, *args: Any) -> Any:
+    return module.apply({"params": params}, *args)
+
+
 def _rows(layer, x):
     """Applies a layer to `x` as a matrix of rows: XLA's CPU backend halves the backward pass of products that way."""
     return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
@@ -80,7 +83,7 @@ def _rows(layer, x):
 
 def _layer_norm(x, eps):
     """LayerNorm without parameters, in float32."""
-    return nn.LayerNorm(epsilon=eps, use_bias=False, use_scale=False, use_fast_variance=False).apply({}, x)
+    return _apply(nn.LayerNorm(epsilon=eps, use_bias=False, use_scale=False, use_fast_variance=False), {}, x)
 
 
 class Attention(nn.Module):
@@ -115,7 +118,7 @@ class Block(nn.Module):
         flat = lambda z: rearrange(z, "b f s d -> b (f s) d")
         tokens = lambda z: z.reshape(x.shape).astype(jnp.float32)
         modulation = self.param("modulation", nn.initializers.normal(c.dim**-0.5), (6, c.dim))
-        m = jnp.split((e0 + modulation)[:, :, None], 6, axis=3)  # six of [B, 1 or F, 1, 1, D]
+        m = jnp.split((e0 + modulation[None, None])[:, :, None], 6, axis=3)  # six of [B, 1 or F, 1, 1, D]
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (z[:, :, :, 0] for z in m)
 
         h = flat(_layer_norm(x, c.eps) * (1 + scale_sa) + shift_sa)
@@ -167,7 +170,7 @@ class Head(nn.Module):
     def __call__(self, x, e):
         c = self.config
         modulation = self.param("modulation", nn.initializers.normal(c.dim**-0.5), (2, c.dim))
-        m = e[:, :, None] + modulation  # [B, 1 or F, 2, D]
+        m = e[:, :, None] + modulation[None, None]  # [B, 1 or F, 2, D]
         x = _layer_norm(x, c.eps) * (1 + m[:, :, None, 1]) + m[:, :, None, 0]
         pt, ph, pw = c.patch_size
         return _dense(pt * ph * pw * c.out_channels, jnp.float32, "linear", nn.initializers.zeros)(x)
@@ -214,21 +217,23 @@ def apply_wan(
             f"latent {x.shape[1:]} does not split into {c.patch_size} patches of {c.in_channels} channels"
         )
     if text.shape[1] > c.text_length:
-        raise ValueError(f"text has {text.shape[1]} rows, the model reads at most text_length={c.text_length}")
+        raise ValueError(
+            f"text has {text.shape[1]} rows, the model reads at most text_length={c.text_length}"
+        )
 
     patches = rearrange(x, "b (f pt) (h ph) (w pw) c -> b f (h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
-    tokens = _dense(c.dim, dtype, None).apply({"params": params["patch_embedding"]}, patches)
+    tokens = _apply(_dense(c.dim, dtype, None), params["patch_embedding"], patches)
     text = jnp.pad(text, ((0, 0), (0, c.text_length - text.shape[1]), (0, 0)))
-    text = TextMLP(c, dtype).apply({"params": params["text_embedding"]}, text)
+    text = _apply(TextMLP(c, dtype), params["text_embedding"], text)
     per_frame = timestep.reshape(b, -1).astype(jnp.float32)  # [B, 1 or F]
-    e, e0 = TimeMLP(c).apply({"params": params["time_embedding"]}, per_frame)
+    e, e0 = _apply(TimeMLP(c), params["time_embedding"], per_frame)
     angles = rope_angles(f, h, w, c.dim // c.num_heads).reshape(f * h * w, -1)
 
     def layer(tokens, block):
-        return Block(c, dtype).apply({"params": block}, tokens, e0, text, jnp.asarray(angles)), None
+        return _apply(Block(c, dtype), block, tokens, e0, text, jnp.asarray(angles)), None
 
     if compute.remat:
         layer = jax.checkpoint(layer, prevent_cse=False)
     tokens, _ = jax.lax.scan(layer, tokens.astype(jnp.float32), params["blocks"])
-    out: Float[Array, "b f s p"] = Head(c).apply({"params": params["head"]}, tokens, e)
+    out = _apply(Head(c), params["head"], tokens, e)
     return rearrange(out, "b f (h w) (pt ph pw c) -> b (f pt) (h ph) (w pw) c", h=h, w=w, pt=pt, ph=ph, pw=pw)

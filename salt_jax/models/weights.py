@@ -1,6 +1,7 @@
 """Parameter trees as safetensors files: nested keys joined by "/", float32."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +33,10 @@ def load_weights(path: str | Path, like: Params) -> Params:
             flat = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read weights from {path} ({error}); check config.weights") from error
-    expected = flatten_dict(like, sep="/")
+    expected: dict[str, Any] = flatten_dict(like, sep="/")
     for name in sorted(set(flat) | set(expected)):
-        found, wanted = (tuple(t[name].shape) if name in t else "absent" for t in (flat, expected))
+        found = flat[name].shape if name in flat else "absent"
+        wanted = expected[name].shape if name in expected else "absent"
         if found != wanted:
             raise UserError(
                 f"{path} does not fit the model: {name} is {found}, expected {wanted}; "

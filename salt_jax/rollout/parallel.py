@@ -4,45 +4,68 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Key
 
 from salt_jax.flow.transition import euler, renoise
-from salt_jax.types import Denoiser, Latent, Params, PRNGKey, Sigma, TextEmb
+from salt_jax.types import Denoiser, Latent, Params, Prediction, Sigma, TextEmb
 
 Solver = Literal["euler", "cm"]
 """How to go from one noise level to the next: Euler keeps the path, CM re-noises the clean estimate afresh."""
 
 
+def noise_at(keys: Key[Array, "b"], sigma: Float[Array, ""], shape: tuple[int, ...]) -> Latent:
+    """The noise of each clip at one noise level, [B, *shape].
+
+    A function of the clip's key and the level alone: the same whatever the batch, and shared by all schedules that
+    visit the level, so that 2, 4 and 8 updates can be compared noise for noise. Needs JAX's default PRNG, threefry:
+    other implementations draw differently under vmap.
+    """
+    level = jax.lax.bitcast_convert_type(jnp.asarray(sigma, jnp.float32), jnp.uint32)
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, level), shape))(keys)
+
+
+def advance(
+    x: Latent,
+    prediction: Prediction,
+    sigma: Sigma,
+    sigma_next: Float[Array, ""],
+    solver: Solver,
+    keys: Key[Array, "b"],
+) -> Latent:
+    """The state at `sigma_next`, one level for all clips, given what the network says at `sigma`, [B]."""
+    after = jnp.full(x.shape[0], sigma_next)
+    if solver == "euler":
+        return euler(x, prediction.velocity, sigma, after)
+    return renoise(prediction.x0, noise_at(keys, sigma_next, x.shape[1:]), after)
+
+
 def sample(
     denoiser: Denoiser,
     params: Params,
-    noise: Latent,
     text: TextEmb,
-    sigmas: Float[Array, "k"],
+    sigmas: Float[Array | np.ndarray, "k"],
     solver: Solver,
-    key: PRNGKey,
+    keys: Key[Array, "b"],
+    shape: tuple[int, ...],
 ) -> Latent:
     """Makes clean latents from noise with one network evaluation per update.
 
     Args:
       denoiser, params: student, or a (guided) teacher.
-      noise: standard Gaussian, the state at sigmas[0] = 1.
-      sigmas: K + 1 levels, falling to 0 (`flow.schedule.grid(K, shift)`). K is static.
+      text: one text per clip.
+      sigmas: K + 1 levels, falling from 1 to 0 (`flow.schedule.grid(K, shift)`). K is static.
       solver: static.
-      key: for the fresh noises of the CM solver; Euler does not use it.
+      keys: one per clip; all its noise comes from it.
+      shape: (F, H, W, C), static.
     """
-    batch = noise.shape[0]
 
-    def update(x, inputs):
-        sigma, sigma_next, key = inputs
-        now, after = jnp.full(batch, sigma), jnp.full(batch, sigma_next)
-        prediction = denoiser(params, x, now, text)
-        if solver == "euler":
-            return euler(x, prediction.velocity, now, after), None
-        return renoise(prediction.x0, jax.random.normal(key, x.shape), after), None
+    def update(x, levels):
+        sigma, sigma_next = jnp.full(x.shape[0], levels[0]), levels[1]
+        return advance(x, denoiser(params, x, sigma, text), sigma, sigma_next, solver, keys), None
 
-    keys = jax.random.split(key, sigmas.shape[0] - 1)
-    return jax.lax.scan(update, noise, (sigmas[:-1], sigmas[1:], keys))[0]
+    sigmas = jnp.asarray(sigmas)
+    return jax.lax.scan(update, noise_at(keys, sigmas[0], shape), (sigmas[:-1], sigmas[1:]))[0]
 
 
 def midpoint(x_s: Latent, v_s: Latent, sigma_s: Sigma, sigma_m: Sigma, stop: bool) -> Latent:

@@ -30,6 +30,8 @@ from salt_jax.train.sharding import state_shardings
 from salt_jax.train.state import TrainState
 from salt_jax.types import Params
 
+log = logging.getLogger(__name__)
+
 TREES = ("student", "student_opt", "ema")
 JSONS = ("data", "meta")
 WITH_CRITIC = ("critic", "critic_opt")
@@ -139,9 +141,7 @@ def _newest_readable(manager: ocp.CheckpointManager, read: Callable[[int], T], s
             if type(error) is not Exception and not isinstance(error, (ValueError, KeyError, OSError)):
                 raise
             damaged[step] = why = str(error).split("\n")[0].split(". See")[0][:200]
-            logging.warning(
-                "checkpoint step %d in %s is damaged (%s): back to the one before", step, root, why
-            )
+            log.warning("checkpoint step %d in %s is damaged (%s): back to the one before", step, root, why)
             if jax.process_count() > 1:
                 break  # other processes may have read their part; they must not go on without this one
             continue

@@ -6,31 +6,32 @@ One iteration is one student update followed by the critic's. A batch, and every
 
 import dataclasses
 import functools
+import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from salt_jax.data import moving_shapes, shapes
+from salt_jax.data import moving_shapes
 from salt_jax.data.pipeline import batches
 from salt_jax.errors import UserError
-from salt_jax.models.closed_form import closed_form_denoiser, closed_form_params
-from salt_jax.models.denoiser import guided, wan_denoiser
-from salt_jax.models.text_encoder import encode_text, init_text_encoder
-from salt_jax.models.tokenizer import byte_tokenize
-from salt_jax.models.wan import init_wan
-from salt_jax.models.weights import load_weights
 from salt_jax.train import checkpoint, sharding
-from salt_jax.train.recipe import Recipe, make_optimizer, to_json
-from salt_jax.train.state import TrainState, init_learner, init_state
-from salt_jax.train.step import Networks, compile_step, critic_step, denoising_step, student_step
+from salt_jax.train.recipe import Recipe, to_json
+from salt_jax.train.setup import Setup, setup
+from salt_jax.train.state import TrainState
+from salt_jax.train.step import compile_step, critic_step, denoising_step, student_step
 from salt_jax.types import Params
+
+log = logging.getLogger(__name__)
+
+# Keys that may differ when a workdir goes on: they change how long and how often, not what an update does.
+MAY_CHANGE = {"updates", "log_every", "save_every", "keep", "max_skipped", "sample", "mesh"}
 
 
 class Run(NamedTuple):
@@ -40,74 +41,8 @@ class Run(NamedTuple):
     student_step: Callable
     critic_step: Callable
     critic_updates: int
-
-
-def initial_weights(recipe: Recipe) -> Params:
-    """{"wan", "text_encoder"}: from the file that the recipe names, or fresh."""
-    k_wan, k_text = jax.random.split(jax.random.key(recipe.seed))
-
-    def fresh():
-        return {"wan": init_wan(k_wan, recipe.wan), "text_encoder": init_text_encoder(k_text, recipe.text)}
-
-    if not recipe.weights:
-        return jax.jit(fresh)()
-    return load_weights(recipe.weights, jax.eval_shape(fresh))
-
-
-def tokenize(recipe: Recipe, caption: str) -> np.ndarray:
-    """A caption as int32 [T]."""
-    return byte_tokenize(caption, recipe.wan.text_length)
-
-
-def embed(recipe: Recipe, text_encoder: Params, captions: tuple[str, ...]) -> np.ndarray:
-    """Captions as float32 [N, T, D], by the frozen text encoder."""
-    tokens = np.stack([tokenize(recipe, c) for c in captions])
-    encode = jax.jit(lambda p, t: encode_text(p, t, recipe.text))
-    return np.asarray(encode(text_encoder, tokens))
-
-
-def closed_form(recipe: Recipe, encode: Callable[[tuple[str, ...]], np.ndarray]) -> Params:
-    """All clips of the world by caption, for the closed-form denoiser."""
-    if recipe.world.pair:
-        raise UserError("the pair world has too many clips for the closed form; set config.teacher.kind=network")
-    scenes, modes = shapes.scenes(recipe.world), shapes.modes(recipe.world)
-    clips = [[shapes.to_latent(shapes.render(s, m, recipe.world)) for m in modes] for s in scenes]
-    return closed_form_params(np.array(clips), encode(tuple(map(shapes.caption, scenes))))
-
-
-def prepare(recipe: Recipe, weights: Params) -> tuple[TrainState, Params, Networks, Callable[[str], np.ndarray]]:
-    """Initial state, teacher parameters, apply functions, and how a caption enters a batch."""
-    student = wan_denoiser(recipe.wan, recipe.compute)
-    learner = lambda params, o, n: init_learner(params, make_optimizer(o, n))
-    tokens = functools.partial(tokenize, recipe)
-    if recipe.stage == "denoising":
-        state = init_state(learner(weights, recipe.student_optimizer, recipe.updates), None)
-        as_text = lambda captions: np.stack([tokens(c) for c in captions])[..., None].astype(np.float32)
-        teacher = {} if recipe.teacher.kind == "data" else closed_form(recipe, as_text)
-        return state, teacher, Networks(student, student, closed_form_denoiser), tokens
-    if recipe.teacher.kind == "data":
-        raise UserError("config.teacher.kind=data has no teacher to distil; choose network or closed_form")
-    encode = functools.partial(embed, recipe, weights["text_encoder"])
-    exact = recipe.teacher.kind == "closed_form"
-    teacher, denoise = (closed_form(recipe, encode), closed_form_denoiser) if exact else (weights["wan"], student)
-    teacher_net = guided(denoise, jnp.asarray(encode(("",))), recipe.teacher.guidance)
-    critic_updates = recipe.updates * recipe.critic_updates
-    state = init_state(
-        learner(weights["wan"], recipe.student_optimizer, recipe.updates),
-        learner(weights["wan"], recipe.critic_optimizer, critic_updates),
-    )
-    return state, teacher, Networks(student, student, teacher_net), lambda caption: encode((caption,))[0]
-
-
-def iterate(state: TrainState, run: Run, feed: Iterator[Any], key: jax.Array, iteration: int) -> tuple[TrainState, Any]:
-    """One student update, then the critic's; each update has its own batch and its own key."""
-    first = iteration * (1 + run.critic_updates)
-    index = lambda i: jnp.int32(first + i)
-    state, metrics = run.student_step(state, run.teacher, next(feed), key, index(0))
-    for i in range(run.critic_updates):
-        state, more = run.critic_step(state, run.teacher, next(feed), key, index(1 + i))
-        metrics = metrics | more
-    return state, metrics
+    key: jax.Array
+    feed: Iterator[dict[str, jax.Array]]  # stands at the batch that the state asks for
 
 
 def train(recipe: Recipe, workdir: str | Path) -> TrainState:
@@ -116,47 +51,23 @@ def train(recipe: Recipe, workdir: str | Path) -> TrainState:
     The workdir gets config.json, TensorBoard events and checkpoints.
 
     Raises:
-      UserError: weights or checkpoints do not fit the recipe, the workdir is not writable, or too many updates in a
-        row were not finite (the term is named).
+      UserError: weights, data or checkpoints do not fit the recipe, the workdir is not writable, or too many updates
+        in a row were not finite (the term is named).
     """
     mesh = sharding.make_mesh(dataclasses.asdict(recipe.mesh))
-    state, teacher, nets, encode_caption = prepare(recipe, initial_weights(recipe))
-    abstract = jax.eval_shape(lambda: state)
-    shard_state, shard_teacher = (sharding.state_shardings(mesh, t) for t in (abstract, teacher))
-    everywhere, over_batch = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    shardings = (shard_state, shard_teacher, over_batch, everywhere)
-    train_source, _ = moving_shapes.build(recipe.data.dir, recipe.world, **_data(recipe))
+    parts = setup(recipe)
     with checkpoint.open_checkpoints(workdir, recipe.keep) as manager:
+        state = resume(manager, parts.state, mesh, recipe)
+        parts = parts._replace(state=jax.eval_shape(lambda: parts.state))  # the placed copy is enough
         (Path(workdir) / "config.json").write_text(to_json(recipe))
-        wanted = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shard_state
-        )
-        restored = checkpoint.restore(manager, wanted)
-        state = restored[0] if restored else sharding.place(state, shard_state)
-        denoising = recipe.stage == "denoising"
-        run = Run(
-            sharding.place(teacher, shard_teacher),
-            compile_step(denoising_step if denoising else student_step, nets, recipe, shardings),
-            compile_step(critic_step, nets, recipe, shardings),
-            0 if denoising else recipe.critic_updates,
-        )
-        start = int(state.step)
-        feed = batches(
-            train_source,
-            batch_size=recipe.batch_size,
-            seed=recipe.seed,
-            start=start * (1 + run.critic_updates),
-            encode_caption=encode_caption,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        feed = (to_device(b, over_batch) for b in feed)
-        key = jax.device_put(jax.random.key(recipe.seed + 1), everywhere)
+        run = make_run(recipe, parts, mesh, int(state.step))
         meta = {"config": to_json(recipe), "mesh": dict(mesh.shape)}
+        span = range(int(state.step), recipe.updates)
+        bar = tqdm(span, initial=span.start, total=recipe.updates, desc=recipe.stage, mininterval=1)
         with SummaryWriter(str(workdir)) as writer:
-            bar = tqdm(range(start, recipe.updates), initial=start, total=recipe.updates, desc=recipe.stage, mininterval=1)
             for iteration in bar:
-                state, metrics = iterate(state, run, feed, key, iteration)
+                with jax.transfer_guard("disallow"):
+                    state, metrics = iterate(state, run, iteration)
                 done = iteration + 1
                 if done % recipe.log_every == 0 or done == recipe.updates:
                     values = {name: float(v) for name, v in jax.device_get(metrics).items()}
@@ -167,10 +78,78 @@ def train(recipe: Recipe, workdir: str | Path) -> TrainState:
     return state
 
 
-def to_device(batch: dict[str, np.ndarray], over_batch: Any) -> dict[str, jax.Array]:
-    """This process's share of a batch -> global arrays."""
+def resume(manager: Any, state: TrainState, mesh: Mesh, recipe: Recipe) -> TrainState:
+    """The newest checkpoint, or `state` where there is none, laid out on the mesh.
+
+    Raises:
+      UserError: the checkpoint is of a run with another config.
+    """
+    shardings = sharding.state_shardings(mesh, state)
+    wanted = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
+    restored = checkpoint.restore(manager, wanted)
+    if not restored:
+        return sharding.place(state, shardings)
+    before, now = json.loads(restored[1]["config"]), json.loads(to_json(recipe))
+    for config in (before, now):
+        config["data"].pop("dir")  # the same data set may lie elsewhere
+    for name in sorted(set(now) - MAY_CHANGE):
+        if before.get(name) != now[name]:
+            raise UserError(
+                f"this workdir was trained with config.{name} = {before.get(name)}, not {now[name]}; "
+                "pass the config that made it, or a new --workdir"
+            )
+    return restored[0]
+
+
+def make_run(recipe: Recipe, parts: Setup, mesh: Mesh, start: int) -> Run:
+    """Places the teacher, jits the steps, and opens the data where iteration `start` needs it.
+
+    Raises:
+      UserError: the batch does not spread over the mesh, or the data set cannot be made or read.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if recipe.batch_size % ways:
+        raise UserError(
+            f"config.batch_size={recipe.batch_size} must be a multiple of mesh data x fsdp = {ways}"
+        )
+    states, teachers = (sharding.state_shardings(mesh, tree) for tree in (parts.state, parts.teacher))
+    everywhere, over_batch = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    compiled = functools.partial(
+        compile_step, nets=parts.networks, recipe=recipe, shardings=(states, teachers, over_batch, everywhere)
+    )
+    denoising = recipe.stage == "denoising"
+    critic_updates = 0 if denoising else recipe.critic_updates
+    d = recipe.data
+    source, _ = moving_shapes.build(d.dir, recipe.world, d.num_train, d.num_test, d.seed)
+    stream = batches(
+        source,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        start=start * (1 + critic_updates),
+        encode_caption=parts.encode_caption,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
     place = functools.partial(jax.make_array_from_process_local_data, over_batch)
-    return {name: place(batch[name]) for name in ("video", "text")}
+    return Run(
+        sharding.place(parts.teacher, teachers),
+        compiled(denoising_step if denoising else student_step),
+        compiled(critic_step),
+        critic_updates,
+        jax.device_put(jax.random.key(recipe.seed + 1), everywhere),
+        ({name: place(batch[name]) for name in ("video", "text")} for batch in stream),
+    )
+
+
+def iterate(state: TrainState, run: Run, iteration: int) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One student update, then the critic's; each update has its own batch and its own key."""
+    first = iteration * (1 + run.critic_updates)
+    index = lambda i: jax.device_put(np.int32(first + i), run.key.sharding)
+    state, metrics = run.student_step(state, run.teacher, next(run.feed), run.key, index(0))
+    for i in range(run.critic_updates):
+        state, more = run.critic_step(state, run.teacher, next(run.feed), run.key, index(1 + i))
+        metrics = metrics | more
+    return state, metrics
 
 
 def report(values: dict[str, float], step: int, writer: SummaryWriter, bar: tqdm) -> None:
@@ -184,15 +163,12 @@ def report(values: dict[str, float], step: int, writer: SummaryWriter, bar: tqdm
 def stop_if_stuck(values: dict[str, float], limit: int, step: int) -> None:
     """Raises UserError, naming the terms that are not finite, once `limit` updates in a row were skipped."""
     for who in ("student", "critic"):
-        if values.get(f"{who}_skipped_in_a_row", 0) >= limit:
+        skipped, in_a_row = values.get(f"{who}_skipped", 0), values.get(f"{who}_skipped_in_a_row", 0)
+        if in_a_row >= limit:
             bad = [k for k, v in values.items() if not np.isfinite(v)] or ["the gradient"]
             raise UserError(
-                f"{values[f'{who}_skipped_in_a_row']:.0f} {who} updates in a row were not finite at update {step} "
-                f"({', '.join(bad)}); lower the learning rate, or restart from an earlier checkpoint"
+                f"{in_a_row:.0f} {who} updates in a row were not finite at update {step} ({', '.join(bad)}); "
+                "lower the learning rate, or restart from an earlier checkpoint"
             )
-        if values.get(f"{who}_skipped", 0):
-            logging.warning("%d %s updates skipped so far: not finite", values[f"{who}_skipped"], who)
-
-
-def _data(recipe: Recipe) -> dict[str, int]:
-    return {"num_train": recipe.data.num_train, "num_test": recipe.data.num_test, "seed": recipe.data.seed}
+        if skipped:
+            log.warning("%d %s updates skipped so far: not finite", skipped, who)

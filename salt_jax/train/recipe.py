@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 from salt_jax.data.shapes import World
 from salt_jax.errors import UserError
 from salt_jax.losses.self_consistency import StopGradient
-from salt_jax.models import text_encoder
+from salt_jax.models.text_encoder import PRESETS as TEXT_PRESETS
+from salt_jax.models.text_encoder import TextEncoderConfig
 from salt_jax.models.wan import PRESETS, Compute, WanConfig
 from salt_jax.rollout.parallel import Solver
 
@@ -128,8 +129,8 @@ class Recipe:
         return Compute(jnp.dtype(self.model.dtype), self.model.remat)
 
     @property
-    def text(self) -> text_encoder.TextEncoderConfig:
-        return text_encoder.PRESETS[self.text_encoder]
+    def text(self) -> TextEncoderConfig:
+        return TEXT_PRESETS[self.text_encoder]
 
 
 def read_recipe(config: ConfigDict) -> Recipe:
@@ -141,21 +142,11 @@ def read_recipe(config: ConfigDict) -> Recipe:
     recipe = _build(Recipe, config, "config")
     for name, value, known in (
         ("config.model.preset", recipe.model.preset, PRESETS),
-        ("config.text_encoder", recipe.text_encoder, text_encoder.PRESETS),
+        ("config.text_encoder", recipe.text_encoder, TEXT_PRESETS),
     ):
         if value not in known:
             raise UserError(f"{name} is {value!r}; choose one of {', '.join(known)}")
-    world, patch = recipe.world, recipe.wan.patch_size
-    if world.frames % patch[0] or world.size % patch[1] or world.size % patch[2]:
-        raise UserError(
-            f"a clip of {world.frames} frames of {world.size} x {world.size} does not split into the {patch} patches of "
-            f"model preset {recipe.model.preset!r}; change config.world or config.model.preset"
-        )
-    if recipe.schedule.train_updates % recipe.schedule.anchor_updates:
-        raise UserError(
-            f"config.schedule.anchor_updates={recipe.schedule.anchor_updates} must divide "
-            f"train_updates={recipe.schedule.train_updates}"
-        )
+    _refuse_contradictions(recipe)
     return recipe
 
 
@@ -180,12 +171,61 @@ def from_json(text: str) -> Recipe:
     return read_recipe(ConfigDict(json.loads(text)))
 
 
+def _refuse_contradictions(r: Recipe) -> None:
+    names = ("updates", "batch_size", "critic_updates", "log_every", "save_every", "keep", "max_skipped")
+    least_one = {name: getattr(r, name) for name in names}
+    least_one |= {
+        f"schedule.{name}": getattr(r.schedule, name) for name in ("train_updates", "anchor_updates")
+    }
+    for name, value in least_one.items():
+        if value < 1:
+            raise UserError(f"config.{name}={value} must be at least 1")
+    if r.stage == "denoising" and r.teacher.kind == "network":
+        raise UserError(
+            "config.stage=denoising makes a teacher; set config.teacher.kind to data or closed_form"
+        )
+    if r.stage == "distil" and r.teacher.kind == "data":
+        raise UserError(
+            "config.teacher.kind=data leaves no teacher to distil; set it to network or closed_form"
+        )
+    world, patch, preset = r.world, r.wan.patch_size, f"config.model.preset={r.model.preset}"
+    if world.frames % patch[0] or world.size % patch[1] or world.size % patch[2]:
+        raise UserError(
+            f"a clip of {world.frames} frames of {world.size} x {world.size} does not split into the {patch} patches "
+            f"of {preset}; change config.world or config.model.preset"
+        )
+    if r.wan.in_channels != 3:
+        raise UserError(
+            f"{preset} reads {r.wan.in_channels} channels, Moving Shapes has 3; choose tiny or small"
+        )
+    if r.wan.text_dim != r.text.dim:
+        raise UserError(
+            f"config.text_encoder={r.text_encoder} writes rows of {r.text.dim}, {preset} reads rows of "
+            f"{r.wan.text_dim}; choose two that fit"
+        )
+    if r.schedule.train_updates % r.schedule.anchor_updates:
+        raise UserError(
+            f"config.schedule.anchor_updates={r.schedule.anchor_updates} must divide "
+            f"train_updates={r.schedule.train_updates}"
+        )
+    for name, o, updates in (
+        ("student_optimizer", r.student_optimizer, r.updates),
+        ("critic_optimizer", r.critic_optimizer, r.updates * r.critic_updates),
+    ):
+        if o.decay and o.warmup >= updates:
+            raise UserError(
+                f"config.{name}.warmup={o.warmup} leaves no update of {updates} to decay in; lower it"
+            )
+
+
 def _build(kind, config, path):
     """One dataclass from one ConfigDict, recursively: same names, nothing missing, nothing more."""
     hints = typing.get_type_hints(kind)
     unknown, missing = sorted(set(config) - set(hints)), sorted(set(hints) - set(config))
     if unknown or missing:
-        raise UserError(f"{path} has unknown keys {unknown} and lacks {missing}; configs/base.py lists every key")
+        raise UserError(
+            f"{path} has unknown keys {unknown} and lacks {missing}; configs/base.py lists every key"
+        )
     values = {}
     for name, hint in hints.items():
         value, where = config[name], f"{path}.{name}"

@@ -34,7 +34,7 @@ LARGE = r"(^|/)(kernel|embedding)$"  # any other matrix: its largest axis that d
 STACKED = r"(^|/)blocks/"  # axis 0 counts layers; a scan slices it, so it is never cut
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[str, Any], devices: Sequence[Any] | None = None) -> Mesh:
     """The devices as a grid of data x fsdp x context x tensor.
 
     Args:
@@ -44,12 +44,12 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     Raises:
         UserError: an axis is missing, unknown or not a positive number, or the sizes do not make up the devices.
     """
-    sizes = {axis: sizes.get(axis) for axis in AXES} | dict(sizes)
+    asked: dict[str, Any] = {axis: sizes.get(axis) for axis in AXES} | dict(sizes)
     count = len(jax.devices() if devices is None else devices)
-    told = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
-    known = [size for size in sizes.values() if size != -1]
+    told = ", ".join(f"{axis}={size}" for axis, size in asked.items())
+    known = [size for size in asked.values() if size != -1]
     whole = all(isinstance(size, int) and size > 0 for size in known)
-    if set(sizes) != set(AXES) or len(known) < len(AXES) - 1 or not whole:
+    if set(asked) != set(AXES) or len(known) < len(AXES) - 1 or not whole:
         raise UserError(
             f"config.mesh is ({told}), but it needs {', '.join(AXES)} and no other, each a whole number >= 1; "
             "one of them may be -1, which takes the devices that are left"
@@ -60,7 +60,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             f"config.mesh ({told}) does not fit {count} device(s): the product of the sizes has to be {count}; "
             "set one of them to -1 to take the devices that are left, or change the others"
         )
-    shape = tuple(rest if sizes[axis] == -1 else sizes[axis] for axis in AXES)
+    shape = tuple(rest if asked[axis] == -1 else asked[axis] for axis in AXES)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 

@@ -5,7 +5,7 @@ matching. `student_step` moves the student and its EMA and nothing else, `critic
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -24,7 +24,8 @@ from salt_jax.train.recipe import Recipe, make_optimizer
 from salt_jax.train.state import TrainState, apply_gradients, update_ema
 from salt_jax.types import Denoiser, Params, Prediction, PRNGKey, Sigma
 
-Batch = dict[str, jax.Array]  # video: Latent [B, F, H, W, C]; text: TextEmb [B, T, D], or TokenIds in stage denoising
+# video: Latent [B, F, H, W, C]; text: TextEmb [B, T, D], or TokenIds [B, T] in stage denoising
+Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
@@ -60,7 +61,13 @@ def noised_view(x0: jax.Array, key: PRNGKey, recipe: Recipe) -> tuple[jax.Array,
 
 
 def student_loss(
-    params: Params, critic: Params, teacher: Params, batch: Batch, key: PRNGKey, nets: Networks, recipe: Recipe
+    params: Params,
+    critic: Params,
+    teacher: Params,
+    batch: Batch,
+    key: PRNGKey,
+    nets: Networks,
+    recipe: Recipe,
 ) -> tuple[jax.Array, Metrics]:
     """What the student is blamed for, Salt Eq. 10."""
     k_video, k_view = jax.random.split(key)
@@ -81,7 +88,7 @@ def student_loss(
             video.velocity, v_m, plan.sigma_s, plan.sigma_m, plan.sigma_e, stop
         )
     terms = {name: term.mean() for name, term in terms.items()}
-    return sum(weights[name] * term for name, term in terms.items()), terms
+    return jnp.stack([weights[name] * term for name, term in terms.items()]).sum(), terms
 
 
 def critic_loss(
@@ -143,7 +150,7 @@ def critic_step(
     tx = make_optimizer(recipe.critic_optimizer, recipe.updates * recipe.critic_updates)
     critic = apply_gradients(state.critic, grads, metrics["critic"], tx)
     metrics |= {"critic_grad_norm": optax.tree.norm(grads), "critic_skipped": critic.skipped}
-    return state.replace(critic=critic), metrics | {"critic_skipped_in_a_row": critic.skipped_in_a_row}
+    return replace(state, critic=critic), metrics | {"critic_skipped_in_a_row": critic.skipped_in_a_row}
 
 
 def _move_student(state: TrainState, loss: Callable, recipe: Recipe) -> tuple[TrainState, Metrics]:
@@ -153,7 +160,7 @@ def _move_student(state: TrainState, loss: Callable, recipe: Recipe) -> tuple[Tr
     ema = update_ema(state.ema, student.params, recipe.ema.decay, state.step, recipe.ema.start)
     metrics |= {"student_grad_norm": optax.tree.norm(grads), "student_skipped": student.skipped}
     metrics |= {"student_skipped_in_a_row": student.skipped_in_a_row}
-    return state.replace(step=state.step + 1, student=student, ema=ema), metrics
+    return replace(state, step=state.step + 1, student=student, ema=ema), metrics
 
 
 def compile_step(step: Callable, nets: Networks, recipe: Recipe, shardings: Any) -> Callable:

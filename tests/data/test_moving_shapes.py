@@ -8,6 +8,7 @@ import pytest
 
 from salt_jax.data import moving_shapes, shapes
 from salt_jax.data.shapes import World
+from salt_jax.errors import UserError
 
 WORLDS = {
     "9 frames": World(),
@@ -101,10 +102,10 @@ def test_interrupted_build_starts_again(tmp_path, monkeypatch):
 def test_data_of_another_renderer_is_refused(tmp_path, monkeypatch):
     moving_shapes.build(tmp_path, World(), 3, 1, 0)
     monkeypatch.setattr(shapes, "COLOURS", dict.fromkeys(shapes.COLOURS, (0.5, 0.5, 0.5)))
-    with pytest.raises(ValueError, match=r"another version of .*shapes.py: delete this directory"):
+    with pytest.raises(UserError, match=r"another version of .*shapes.py: delete this directory"):
         moving_shapes.build(tmp_path, World(), 3, 1, 0)
 
 
 def test_empty_split_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="num_test=0"):
+    with pytest.raises(UserError, match="num_test=0"):
         moving_shapes.build(tmp_path, World(), 3, 0, 0)

@@ -7,16 +7,11 @@ import pytest
 
 from salt_jax.evaluate.defect import defect_grid, semigroup_defect
 from salt_jax.flow.prediction import expand, from_velocity
-from salt_jax.rollout.parallel import sample
+from salt_jax.rollout.parallel import noise_at, sample
 
 SIGMAS, MIDPOINTS = defect_grid(4, 5.0)
 TEXT = jnp.linspace(-1.0, 1.0, 3 * 2 * 4).reshape(3, 2, 4)
-
-
-def noise_of(seed: int):
-    """Three clips of different contrast, so that a mean of ratios is not a ratio of means."""
-    noise = jax.random.normal(jax.random.key(seed), (3, 2, 4, 4, 3))
-    return noise * jnp.array([0.5, 1.0, 3.0]).reshape(3, 1, 1, 1, 1)
+SHAPE = (2, 4, 4, 3)
 
 
 def recorder(seen: list):
@@ -72,7 +67,9 @@ def test_grid_splits_every_interval_of_the_inference_grid(shift, prefactors):
 
 @pytest.mark.parametrize("solver", ["euler", "cm"])
 def test_straight_lines_have_no_defect(solver):
-    defect = semigroup_defect(constant, None, noise_of(0), TEXT, SIGMAS, MIDPOINTS, solver, jax.random.key(1))
+    defect = semigroup_defect(
+        constant, None, TEXT, SIGMAS, MIDPOINTS, solver, jax.random.split(jax.random.key(1), 3), SHAPE
+    )
     assert defect.per_interval.shape == defect.curvature.shape == (4,)
     assert not np.any(defect.per_interval)
     assert not np.any(defect.curvature)
@@ -86,7 +83,9 @@ def test_linear_field_has_the_defect_derived_by_hand(solver):
     s, m, e = SIGMAS[:-1].astype(float), MIDPOINTS.astype(float), SIGMAS[1:].astype(float)
     curvature = ((s - m) * a) ** 2
     per_interval = ((m - e) / (s - e)) ** 2 * curvature
-    got = semigroup_defect(linear, a, noise_of(0), TEXT, SIGMAS, MIDPOINTS, solver, jax.random.key(1))
+    got = semigroup_defect(
+        linear, a, TEXT, SIGMAS, MIDPOINTS, solver, jax.random.split(jax.random.key(1), 3), SHAPE
+    )
     np.testing.assert_allclose(got.curvature, curvature, rtol=1e-4)
     np.testing.assert_allclose(got.per_interval, per_interval, rtol=1e-4)
     np.testing.assert_allclose(got.mean, per_interval.mean(), rtol=1e-4)
@@ -95,16 +94,18 @@ def test_linear_field_has_the_defect_derived_by_hand(solver):
 @pytest.mark.parametrize("solver", ["euler", "cm"])
 def test_agrees_with_a_slow_loop_on_the_path_that_the_solver_takes(solver):
     """The states at which the denoiser was asked are recorded: they are the path, and the oracle's input."""
-    seen, scale, noise = [], 0.9, noise_of(2)
-    key = jax.random.key(3, impl="rbg")  # programs with callbacks are not cached, and this one compiles fast
-    got = semigroup_defect(recorder(seen), scale, noise, TEXT, SIGMAS, MIDPOINTS, solver, key)
+    seen, scale = [], 0.9
+    keys = jax.random.split(
+        jax.random.key(3, impl="rbg"), 3
+    )  # programs with callbacks are not cached, and this one compiles fast
+    got = semigroup_defect(recorder(seen), scale, TEXT, SIGMAS, MIDPOINTS, solver, keys, SHAPE)
     jax.effects_barrier()
     assert [sigma for _, sigma in seen] == [
         float(s) for pair in zip(SIGMAS, MIDPOINTS, strict=False) for s in pair
     ]
 
     text, path = np.array(TEXT, float), [x for x, _ in seen[::2]]
-    np.testing.assert_array_equal(path[0], noise)
+    np.testing.assert_array_equal(path[0], noise_at(keys, jnp.float32(1.0), SHAPE))
     pairs = np.array(
         [
             [slow_defect(scale, x[b], text[b], *map(float, levels)) for b in range(3)]
@@ -116,24 +117,23 @@ def test_agrees_with_a_slow_loop_on_the_path_that_the_solver_takes(solver):
     np.testing.assert_allclose(got.mean, pairs[..., 0].mean(), rtol=1e-4)
 
     sampled = []
-    sample(recorder(sampled), scale, noise, TEXT, jnp.asarray(SIGMAS), solver, key)
+    sample(recorder(sampled), scale, TEXT, jnp.asarray(SIGMAS), solver, keys, SHAPE)
     jax.effects_barrier()
     for (expected, _), x in zip(sampled, path, strict=True):
         np.testing.assert_allclose(x, expected, atol=1e-5)
 
 
-def test_the_key_matters_to_the_cm_solver_only():
-    run = lambda solver, seed: (
-        semigroup_defect(
-            curved, 0.9, noise_of(2), TEXT, SIGMAS, MIDPOINTS, solver, jax.random.key(seed)
-        ).per_interval
+def test_all_noise_is_a_function_of_the_clips_key():
+    keys = jax.random.split(jax.random.key(0), 6)
+    run = lambda solver, some: (
+        semigroup_defect(curved, 0.9, TEXT, SIGMAS, MIDPOINTS, solver, some, SHAPE).per_interval
     )
-    np.testing.assert_array_equal(run("euler", 0), run("euler", 1))
-    np.testing.assert_array_equal(run("cm", 0), run("cm", 0))
-    assert run("cm", 0)[0] == run("cm", 1)[0]  # nothing was drawn before the first interval
-    assert np.all(run("cm", 0)[1:] != run("cm", 1)[1:])
+    for solver in ("euler", "cm"):
+        np.testing.assert_array_equal(run(solver, keys[:3]), run(solver, keys[:3]))
+        assert np.all(run(solver, keys[:3]) != run(solver, keys[3:]))
 
 
 def test_midpoints_must_fit_the_grid():
+    keys = jax.random.split(jax.random.key(0), 3)
     with pytest.raises(ValueError, match=r"5 noise levels have 4 intervals.*got 3"):
-        semigroup_defect(constant, None, noise_of(0), TEXT, SIGMAS, MIDPOINTS[:3], "euler", jax.random.key(0))
+        semigroup_defect(constant, None, TEXT, SIGMAS, MIDPOINTS[:3], "euler", keys, SHAPE)

@@ -1,5 +1,7 @@
 """The Wan port: parity with diffusers, parameter counts of the real sizes, and the traps of the architecture."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,9 @@ SMALL = WanConfig(48, 2, 2, 96, 16, 16, (1, 2, 2), 32, 12, 64, 1e-6)
 def randomised(params, seed):
     """Every leaf random, gains around one: default zeros and ones would hide a wrong mapping."""
     rng = np.random.default_rng(seed)
-    noise = lambda path, p: (0.08 * rng.standard_normal(p.shape) + (path[-1].key == "scale")).astype(np.float32)
+    noise = lambda path, p: (0.08 * rng.standard_normal(p.shape) + (path[-1].key == "scale")).astype(
+        np.float32
+    )
     return jax.tree_util.tree_map_with_path(noise, params)
 
 
@@ -50,7 +54,10 @@ def to_diffusers(params, config):
                 linear(f"{name}.{theirs}.{b}", block[ours][a])
             for norm in ("norm_q", "norm_k"):
                 out[f"{name}.{theirs}.{norm}.weight"] = block[ours][norm]["scale"]
-        out[f"{name}.norm2.weight"], out[f"{name}.norm2.bias"] = block["norm_cross"]["scale"], block["norm_cross"]["bias"]
+        out[f"{name}.norm2.weight"], out[f"{name}.norm2.bias"] = (
+            block["norm_cross"]["scale"],
+            block["norm_cross"]["bias"],
+        )
         linear(f"{name}.ffn.net.0.proj", block["ffn_in"])
         linear(f"{name}.ffn.net.2", block["ffn_out"])
         out[f"{name}.scale_shift_table"] = block["modulation"][None]
@@ -89,8 +96,12 @@ def test_equals_diffusers(config, shape):
     x, timestep, text = inputs(2, config, 2, *shape, rows=config.text_length)
     ours = apply_wan(params, jnp.asarray(x), jnp.asarray(timestep), jnp.asarray(text), config, Compute())
     with torch.no_grad():
-        theirs = oracle(torch.tensor(x.transpose(0, 4, 1, 2, 3)), torch.tensor(timestep), torch.tensor(text)).sample
-    np.testing.assert_allclose(np.asarray(ours), theirs.numpy().transpose(0, 2, 3, 4, 1), atol=2e-5, rtol=1e-5)
+        theirs = oracle(
+            torch.tensor(x.transpose(0, 4, 1, 2, 3)), torch.tensor(timestep), torch.tensor(text)
+        ).sample
+    np.testing.assert_allclose(
+        np.asarray(ours), theirs.numpy().transpose(0, 2, 3, 4, 1), atol=2e-5, rtol=1e-5
+    )
     assert np.std(ours) > 0.05
 
 
@@ -109,8 +120,9 @@ def test_real_sizes_trace(preset, count):
     assert out.shape == (1, 21, 60, 104, 16) and out.dtype == jnp.float32
 
 
-def run(params, x, timestep, text, **compute):
-    return apply_wan(params, *map(jnp.asarray, (x, timestep, text)), SMALL, Compute(**compute))
+@partial(jax.jit, static_argnames=("dtype", "remat"))
+def run(params, x, timestep, text, dtype=jnp.float32, remat=False):
+    return apply_wan(params, *map(jnp.asarray, (x, timestep, text)), SMALL, Compute(dtype, remat))
 
 
 def test_one_sigma_per_frame_equals_one_per_clip():
@@ -131,10 +143,12 @@ def test_padding_rows_of_text_are_seen():
     assert np.abs(unpadded - run(params, x, t, text)).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing_and_bfloat16_little():
     params, (x, t, text) = randomised(init_wan(jax.random.key(0), SMALL), 7), inputs(8)
     loss = lambda p, **kw: (run(p, x, t, text, **kw) ** 2).mean()
-    plain, remat = jax.grad(loss)(params), jax.grad(lambda p: loss(p, remat=True))(params)
+    gradient = lambda **kw: jax.jit(jax.grad(lambda p: loss(p, **kw)))(params)
+    plain, remat = gradient(), gradient(remat=True)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), plain, remat)
     full, half = run(params, x, t, text), run(params, x, t, text, dtype=jnp.bfloat16)
     assert half.dtype == jnp.float32
@@ -152,7 +166,9 @@ def test_guidance_has_one_convention():
     np.testing.assert_allclose(guided(denoise, null, 4.0)(params, x, sigma, text).x0, peers, atol=1e-5)
 
 
-@pytest.mark.parametrize(("frames", "height", "message"), [(3, 7, "does not split"), (3, 8, "at most text_length")])
+@pytest.mark.parametrize(
+    ("frames", "height", "message"), [(3, 7, "does not split"), (3, 8, "at most text_length")]
+)
 def test_wrong_shapes_are_named(frames, height, message):
     params = jax.eval_shape(lambda key: init_wan(key, SMALL), jax.random.key(0))
     rows = 12 if message.startswith("does") else 13

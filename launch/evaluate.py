@@ -1,0 +1,108 @@
+"""python -m launch.evaluate --workdir=DIR [--count=96] [--seed=0]
+
+Measures the averaged student of a workdir beside its teacher and writes DIR/evaluation.json and DIR/report.html. On a
+teacher's workdir (stage denoising) it measures the teacher alone. The teacher makes its clips with 32 guided Euler
+updates; its velocity error is against the closed form.
+"""
+
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from launch.common import Trained, open_workdir, run_main
+from salt_jax.data import shapes
+from salt_jax.evaluate import suite, summary
+from salt_jax.evaluate.report import write_report
+from salt_jax.evaluate.video import write_bytes
+from salt_jax.models.denoiser import guided
+from salt_jax.rollout.parallel import Solver
+from salt_jax.train.setup import closed_form
+
+WORKDIR = flags.DEFINE_string("workdir", None, "what launch.train wrote", required=True)
+COUNT = flags.DEFINE_integer("count", 96, "clips per number of updates", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "of the noise", lower_bound=0)
+TEACHER_UPDATES = flags.DEFINE_integer(
+    "teacher_updates", 32, "guided Euler updates of the teacher, 0 leaves it out", lower_bound=0
+)
+GUIDANCE = flags.DEFINE_float("guidance", None, "of the teacher; default as in the config")
+SOLVERS: tuple[Solver, ...] = ("euler", "cm")
+LEVELS = (0.995, 0.98, 0.95, 0.9, 0.7, 0.3)  # noise levels of the velocity error
+
+
+def make_task(run: Trained, count: int, seed: int) -> suite.Task:
+    """`count` captions of the world, spread evenly over its scenes."""
+    world, scenes = run.recipe.world, shapes.scenes(run.recipe.world)
+    scene = np.arange(count) * max(1, len(scenes) // count) % len(scenes)
+    text = run.embed([shapes.caption(scenes[i]) for i in scene])
+    return suite.Task(world, scene, text, run.shape, run.recipe.schedule.shift, seed, min(count, 48))
+
+
+def measure_teacher(run: Trained, task: suite.Task) -> tuple[dict, np.ndarray]:
+    """The teacher's numbers and its clips."""
+    guidance = run.recipe.teacher.guidance if GUIDANCE.value is None else GUIDANCE.value
+    network, wan = guided(run.denoiser, jnp.asarray(run.embed([""])), guidance), run.weights["wan"]
+    clips = suite.clips(network, wan, task, TEACHER_UPDATES.value, "euler")
+    numbers = {
+        "updates": TEACHER_UPDATES.value,
+        "guidance": guidance,
+        "score": suite.shapes_score(clips, task),
+    }
+    if not task.world.pair:
+        exact = closed_form(run.recipe, run.embed)
+        real, text = suite.real_clips(task.world, COUNT.value, SEED.value, run.embed)
+        error = lambda level: suite.velocity_error(run.denoiser, wan, exact, real, text, level, SEED.value)
+        numbers["velocity_error"] = {str(level): error(level) for level in LEVELS}
+    return numbers, clips
+
+
+def origin(run: Trained) -> dict[str, str]:
+    """Where the numbers come from."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "command": shlex.join(["python", "-m", "launch.evaluate", *sys.argv[1:]]),
+        "commit": commit or "unknown",
+        "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {platform.machine()}",
+        "versions": f"jax {jax.__version__}, Python {platform.python_version()}",
+        "seeds": f"training {run.recipe.seed}, evaluation {SEED.value}",
+        "clips": str(COUNT.value),
+    }
+
+
+def main(_):
+    run = open_workdir(WORKDIR.value)
+    recipe, out = run.recipe, Path(WORKDIR.value)
+    task = make_task(run, COUNT.value, SEED.value)
+    updates, student = recipe.sample.num_updates, recipe.stage == "distil"
+    with tqdm(total=1 + student * len(SOLVERS) * (len(updates) + 1), desc="teacher") as bar:
+        teacher, clips = measure_teacher(run, task)
+        columns, results = [("teacher", clips)], {}
+        bar.update()
+        for solver in SOLVERS if student else ():
+            bar.set_description(f"student, {solver}")
+            results[solver], made = suite.measure(run.denoiser, run.params, task, updates, solver, bar.update)
+            if solver == recipe.sample.solver:
+                columns += [(f"{k} updates", made[k]) for k in updates]
+    numbers = {**origin(run), "teacher": teacher, "student": results}
+    write_bytes(out / "evaluation.json", json.dumps(numbers, indent=2).encode())
+    write_report(out / "report.html", summary.make_report(numbers, task, columns, min(6, COUNT.value)))
+    table = summary.score_table(numbers)
+    for row in (table.header, *table.rows):
+        print("".join(f"{cell:>15}" for cell in row))
+    for solver, result in results.items():
+        print(f"semigroup defect, {solver}: {result['defect']['mean']:.4f}")
+    print(f"{out / 'evaluation.json'}\n{out / 'report.html'}")
+
+
+if __name__ == "__main__":
+    run_main(main)

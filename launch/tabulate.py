@@ -1,0 +1,58 @@
+"""python -m launch.tabulate --dir=DIR
+
+Prints every DIR/**/SEED/evaluation.json as Markdown tables, one row per run, mean and range over seeds.
+"""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from launch.common import run_main
+from salt_jax.errors import UserError
+
+DIR = flags.DEFINE_string("dir", None, "where launch/results.sh worked", required=True)
+SCORES = ("all", "shape", "direction", "clean", "coverage_ratio", "off_grid", "sharpness", "motion")
+
+
+def cell(values: list[float]) -> str:
+    """Mean, and half the range where there are several seeds."""
+    spread = (max(values) - min(values)) / 2
+    return f"{np.mean(values):.3f}" + (f" ± {spread:.3f}" if len(values) > 1 else "")
+
+
+def row(name: str, runs: list[dict], read) -> str:
+    columns = zip(*(read(run) for run in runs), strict=True)
+    return f"| {name} | {len(runs)} | " + " | ".join(cell(list(column)) for column in columns) + " |"
+
+
+def table(title: str, columns, groups, read) -> str:
+    head = f"| run | seeds | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 2)}"
+    return "\n".join((f"\n{title}\n", head, *(row(name, runs, read) for name, runs in groups.items())))
+
+
+def main(_):
+    root, groups = Path(DIR.value), defaultdict(list)
+    for file in sorted(root.glob("**/evaluation.json")):
+        groups[str(file.parent.parent.relative_to(root))].append(json.loads(file.read_text()))
+    if not groups:
+        raise UserError(f"no evaluation.json below {root}; run launch/results.sh first, or check --dir")
+    for solver in ("euler", "cm"):
+        of = lambda run, solver=solver: run["student"][solver]
+        for k in next(iter(groups.values()))[0]["student"][solver]["score"]:
+            read = lambda run, k=k, of=of: [of(run)["score"][k][name] for name in SCORES]
+            print(table(f"Shapes score, {k} updates, {solver}", SCORES, groups, read))
+        pairs = list(of(next(iter(groups.values()))[0])["cross_step"])
+        columns = ("defect", *(f"interval {i}" for i in (1, 2, 3, 4)), *(f"distance {p}" for p in pairs))
+        read = lambda run, of=of: [
+            of(run)["defect"]["mean"],
+            *of(run)["defect"]["per_interval"],
+            *of(run)["cross_step"].values(),
+        ]
+        print(table(f"Semigroup defect and cross-step distance, {solver}", columns, groups, read))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,122 @@
+"""Everything that is measured of a student on Moving Shapes, as one dictionary of plain numbers."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from salt_jax.data import shapes
+from salt_jax.data.shapes import World, to_pixels
+from salt_jax.evaluate.consistency import cross_step_distance
+from salt_jax.evaluate.defect import defect_grid, semigroup_defect
+from salt_jax.evaluate.shapes_score import score
+from salt_jax.models.closed_form import expected_error
+from salt_jax.rollout.parallel import Solver
+from salt_jax.sample import clip_keys, sample_clips
+from salt_jax.types import Denoiser, Params
+
+DEFECT_UPDATES = 4  # Eq. 16 is measured on T(4) with the midpoints of T(8)
+
+
+class Task(NamedTuple):
+    """What to make: one caption per clip."""
+
+    world: World
+    scene: np.ndarray  # int [N], index into data.shapes.scenes
+    text: np.ndarray  # float32 [N, T, D]
+    shape: tuple[int, int, int, int]  # (F, H, W, C)
+    shift: float  # of the grids
+    seed: int
+    batch_size: int
+
+
+def clips(denoiser: Denoiser, params: Params, task: Task, num_updates: int, solver: Solver) -> np.ndarray:
+    """float32 latents [N, F, H, W, C]; clip i has the same noise for every network, solver and number of updates."""
+    keys = clip_keys(task.seed, len(task.text))
+    args = (task.text, keys, num_updates, task.shift, solver, task.shape, task.batch_size)
+    return np.concatenate(list(sample_clips(denoiser, params, *args)))
+
+
+def shapes_score(latents: np.ndarray, task: Task) -> dict[str, float]:
+    """The scorer's report card."""
+    return score(to_pixels(latents), task.scene, task.world)
+
+
+def defect(denoiser: Denoiser, params: Params, task: Task, solver: Solver) -> dict[str, list[float] | float]:
+    """Salt Eq. 16 over all of the task's captions (as many as fill whole batches)."""
+    sigmas, midpoints = defect_grid(DEFECT_UPDATES, task.shift)
+    keys, b = clip_keys(task.seed, len(task.text)), task.batch_size
+    starts = range(0, max(len(task.text) - b + 1, 1), b)
+    parts = [
+        semigroup_defect(
+            denoiser,
+            params,
+            jnp.asarray(task.text[i : i + b]),
+            sigmas,
+            midpoints,
+            solver,
+            keys[i : i + b],
+            task.shape,
+        )
+        for i in starts
+    ]
+    mean = jax.tree.map(lambda *a: np.mean(np.stack(a), axis=0), *parts)
+    return {
+        "per_interval": mean.per_interval.tolist(),
+        "mean": float(mean.mean),
+        "curvature": mean.curvature.tolist(),
+    }
+
+
+def measure(
+    denoiser: Denoiser,
+    params: Params,
+    task: Task,
+    updates: Sequence[int],
+    solver: Solver,
+    tick: Callable[[], object],
+) -> tuple[dict, dict[int, np.ndarray]]:
+    """A student under one solver; `tick` is called after each of the len(updates) + 1 parts.
+
+    Returns:
+      {"score": {K: {...}}, "cross_step": {"2-4": ...}, "defect": {...}}, JSON-ready, and {K: latents}.
+    """
+    made = {}
+    for k in updates:
+        made[k] = clips(denoiser, params, task, k, solver)
+        tick()
+    numbers = {
+        "score": {k: shapes_score(made[k], task) for k in updates},
+        "cross_step": cross_step_distance(made),
+        "defect": defect(denoiser, params, task, solver),
+    }
+    tick()
+    return numbers, made
+
+
+def real_clips(
+    world: World, count: int, seed: int, embed: Callable[[Sequence[str]], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Random clips of the world with their captions' embeddings: float32 [N, F, H, W, C] and [N, T, D]."""
+    rng, scenes, modes = np.random.default_rng(seed), shapes.scenes(world), shapes.modes(world)
+    drawn = [(scenes[rng.integers(len(scenes))], modes[rng.integers(len(modes))]) for _ in range(count)]
+    latents = np.array([shapes.to_latent(shapes.render(scene, mode, world)) for scene, mode in drawn])
+    return latents, embed([shapes.caption(scene) for scene, _ in drawn])
+
+
+def velocity_error(
+    denoiser: Denoiser,
+    params: Params,
+    exact: Params,
+    latents: np.ndarray,
+    text: np.ndarray,
+    sigma: float,
+    seed: int,
+) -> float:
+    """Mean squared velocity error against the closed form at one noise level, on noised clips [N, F, H, W, C]."""
+    noise = jax.random.normal(jax.random.key(seed), latents.shape)
+    x, level = (1 - sigma) * jnp.asarray(latents) + sigma * noise, jnp.full(len(latents), sigma)
+    run = jax.jit(lambda p, e, x, s, t: expected_error(e, denoiser(p, x, s, t), x, s, t).mean())
+    return float(run(params, exact, x, level, jnp.asarray(text)))

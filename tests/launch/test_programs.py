@@ -1,0 +1,132 @@
+"""The programs one after another, as a user runs them: train, sample, evaluate, export, and train from the export."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FRESH = ["--config.weights=", "--config.teacher.kind=closed_form", "--config.data.num_train=64"]
+TINY = [
+    *FRESH,
+    "--config.updates=2",
+    "--config.batch_size=4",
+    "--config.critic_updates=1",
+]
+
+
+def program(name, *args):
+    """Runs `python -m launch.NAME` in the root of the repository on one CPU device."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", f"launch.{name}", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def succeed(name, *args):
+    done = program(name, *args)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("programs")
+    data = f"--config.data.dir={folder / 'data'}"
+    succeed("train", "--config=configs/shapes_sc_dmd.py", f"--workdir={folder / 'run'}", data, *TINY)
+    return folder / "run"
+
+
+def frames(path):
+    with av.open(str(path)) as container:
+        return np.stack(
+            [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+        ), container.streams.video[0].average_rate
+
+
+@pytest.mark.slow
+def test_sampling_writes_clips_that_depend_on_the_seed_alone(workdir):
+    out = workdir / "samples"
+    succeed("sample", f"--workdir={workdir}", "--num_updates=2", "--count=3", "--seed=5")
+    clip, fps = frames(out / "2_001.mp4")
+    assert (
+        clip.shape[0] == 9
+        and fps == 16
+        and (out / "2_001.gif").stat().st_size
+        and (out / "2_sheet.png").stat().st_size
+    )
+    before = [(out / f"2_{i:03d}.mp4").read_bytes() for i in range(3)]
+    captions = workdir / "captions.txt"
+    captions.write_text("\n".join(json.loads(succeed_captions())[:2]), encoding="utf-8")
+    succeed("sample", f"--workdir={workdir}", "--num_updates=2", f"--prompts_file={captions}", "--seed=5")
+    assert [(out / f"2_{i:03d}.mp4").read_bytes() for i in range(2)] == before[:2]
+    succeed("sample", f"--workdir={workdir}", "--num_updates=2", "--count=3", "--seed=6")
+    assert (out / "2_001.mp4").read_bytes() != before[1]
+
+
+def succeed_captions():
+    """The captions that `--count=3` spreads over the world, as launch.common makes them."""
+    from salt_jax.data import shapes
+
+    scenes = shapes.scenes(shapes.World())
+    return json.dumps([shapes.caption(scenes[i * len(scenes) // 3]) for i in range(3)])
+
+
+@pytest.mark.slow
+def test_evaluating_writes_numbers_and_a_report(workdir):
+    table = succeed("evaluate", f"--workdir={workdir}", "--count=6", "--teacher_updates=2")
+    numbers = json.loads((workdir / "evaluation.json").read_text())
+    assert "direction" in table and (workdir / "report.html").stat().st_size > 10_000
+    assert set(numbers["student"]) == {"euler", "cm"} and set(numbers["student"]["cm"]["score"]) == {
+        "2",
+        "4",
+        "8",
+    }
+    assert len(numbers["student"]["euler"]["defect"]["per_interval"]) == 4
+    assert set(numbers["teacher"]["velocity_error"]) >= {"0.98", "0.3"} and numbers["commit"]
+
+
+@pytest.mark.slow
+def test_an_exported_network_is_weights_for_the_next_run(workdir, tmp_path):
+    file = tmp_path / "student.safetensors"
+    succeed("export", f"--workdir={workdir}", f"--dst={file}")
+    data = f"--config.data.dir={workdir.parent / 'data'}"
+    args = [a for a in TINY if a != "--config.weights="]
+    succeed(
+        "train",
+        "--config=configs/shapes_sc_dmd.py",
+        f"--workdir={tmp_path / 'next'}",
+        data,
+        *args,
+        f"--config.weights={file}",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "message"),
+    [
+        ("sample", ["--workdir=/nowhere"], "/nowhere/config.json does not exist"),
+        ("evaluate", ["--workdir=/nowhere"], "/nowhere/config.json does not exist"),
+        ("evaluate", [], "workdir"),
+    ],
+)
+def test_what_is_missing_is_named(name, args, message):
+    done = program(name, *args)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_prompt_files_that_cannot_be_used_are_named(workdir, tmp_path):
+    bad = tmp_path / "prompts.txt"
+    for content, message in (
+        (b"\n \n", "has no prompt"),
+        (b"\xff\xfe\x00", "is not UTF-8"),
+        (b"x" * 99, "99"),
+    ):
+        bad.write_bytes(content)
+        done = program("sample", f"--workdir={workdir}", f"--prompts_file={bad}")
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,185 @@
+"""Sampling against loops in float64, with denoisers whose answer is known: lines, Gaussians, a handful of clips."""
+
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from salt_jax.flow.prediction import expand, from_velocity, from_x0
+from salt_jax.flow.schedule import grid
+from salt_jax.models.closed_form import closed_form_denoiser, closed_form_params
+from salt_jax.rollout.parallel import advance, midpoint, noise_at, sample
+
+SHAPE = (2, 2, 3, 1)
+each_solver = pytest.mark.parametrize("solver", ["euler", "cm"])
+
+
+def keys(count, seed=0):
+    return jax.random.split(jax.random.key(seed), count)
+
+
+def quick_keys(count):
+    """Of a generator that compiles fast: programs with callbacks are not kept between runs."""
+    return jax.random.split(jax.random.key(0, impl="rbg"), count)
+
+
+def texts(count):
+    """One text [3, 2] per clip, all different."""
+    return jnp.asarray(np.random.default_rng(7).normal(size=(count, 3, 2)), jnp.float32)
+
+
+def gaussian(params, x, sigma, text):
+    """E[x0 | x] for N(mean, std^2); the text shifts the mean, so that it must reach its clip."""
+    mean, std = params
+    mean = mean + text[:, 0, 0].reshape(-1, 1, 1, 1, 1)
+    s = expand(sigma, x)
+    gain = (1 - s) * std**2 / (((1 - s) * std) ** 2 + s**2)
+    return from_x0(x, mean + gain * (x - (1 - s) * mean), sigma)
+
+
+def slow_gaussian(params, x, s, text):
+    """x0 of the above in float64, for one clip."""
+    mean, std = params[0] + float(text[0, 0]), params[1]
+    return mean + (1 - s) * std**2 / (((1 - s) * std) ** 2 + s**2) * (x - (1 - s) * mean)
+
+
+def watched(denoiser, seen):
+    """A denoiser that writes down what it is asked while the compiled program runs."""
+
+    def watcher(params, x, sigma, text):
+        jax.debug.callback(lambda *a: seen.append([np.array(b) for b in a]), x, sigma, ordered=True)
+        return denoiser(params, x, sigma, text)
+
+    return watcher
+
+
+@each_solver
+@pytest.mark.parametrize("num_updates", [1, 2, 8])
+def test_samples_are_those_of_a_slow_loop(solver, num_updates):
+    params, sigmas, text = (0.7, 0.4), grid(num_updates, 5.0), texts(2)
+    got = sample(gaussian, params, text, jnp.asarray(sigmas), solver, keys(2), SHAPE)
+    noise = {s: np.asarray(noise_at(keys(2), jnp.float32(s), SHAPE), float) for s in sigmas}
+    for b in range(2):
+        x = noise[sigmas[0]][b]
+        for now, after in pairwise(sigmas):
+            s, e = float(now), float(after)
+            x0 = slow_gaussian(params, x, s, text[b])
+            x = x - (s - e) * (x - x0) / s if solver == "euler" else (1 - e) * x0 + e * noise[after][b]
+        np.testing.assert_allclose(got[b], x, atol=2e-5)
+
+
+@each_solver
+@pytest.mark.parametrize("num_updates", [1, 4])
+def test_one_network_evaluation_per_update(solver, num_updates):
+    """Counted while it runs, not while it is traced; every clip is at the level of the schedule."""
+    seen, sigmas = [], grid(num_updates, 5.0)
+    sample(watched(gaussian, seen), (0.0, 1.0), texts(2), jnp.asarray(sigmas), solver, quick_keys(2), SHAPE)
+    jax.effects_barrier()
+    np.testing.assert_array_equal([sigma for _, sigma in seen], np.repeat(sigmas[:-1, None], 2, axis=1))
+
+
+@pytest.mark.parametrize("num_updates", [1, 3, 4])
+def test_euler_is_exact_on_a_straight_path(num_updates):
+    velocity = jnp.asarray(np.random.default_rng(1).normal(size=(2, *SHAPE)), jnp.float32)
+    denoiser = lambda params, x, sigma, text: from_velocity(x, params, sigma)
+    got = sample(denoiser, velocity, texts(2), jnp.asarray(grid(num_updates, 5.0)), "euler", keys(2), SHAPE)
+    np.testing.assert_allclose(got, noise_at(keys(2), jnp.float32(1), SHAPE) - velocity, atol=2e-6)
+
+
+def test_the_start_is_gaussian_noise_at_level_one():
+    denoiser = lambda params, x, sigma, text: from_velocity(x, jnp.zeros_like(x), sigma)  # stay where you are
+    got = sample(denoiser, None, texts(2), jnp.asarray(grid(2, 5.0)), "euler", keys(2), SHAPE)
+    np.testing.assert_array_equal(got, noise_at(keys(2), jnp.float32(1), SHAPE))
+
+
+def test_noise_is_standard_and_independent_across_clips_and_levels():
+    shape = (4, 16, 16, 4)
+    drawn = np.stack([noise_at(keys(3), jnp.float32(s), shape) for s in (1.0, 0.9375, 0.5)]).reshape(9, -1)
+    assert np.abs(drawn.mean(1)).max() < 0.06
+    assert np.abs(drawn.std(1) - 1).max() < 0.05
+    assert np.abs(np.corrcoef(drawn) - np.eye(9)).max() < 0.07
+
+
+def test_noise_of_a_level_is_shared_by_all_schedules_and_batches():
+    two, eight = grid(2, 5.0), grid(8, 5.0)
+    noise = noise_at(keys(3), jnp.asarray(two[1]), SHAPE)
+    np.testing.assert_array_equal(noise, noise_at(keys(3), jnp.asarray(eight[4]), SHAPE))
+    np.testing.assert_array_equal(noise[1:2], noise_at(keys(3)[1:2], jnp.asarray(two[1]), SHAPE))
+
+
+def test_cm_forgets_its_state_and_draws_around_the_clean_estimate():
+    """Undoes the re-noising of the recorded states: what remains is fresh noise, another at every level."""
+    seen, sigmas, shape, params = [], grid(4, 5.0), (4, 16, 16, 4), (0.7, 0.4)
+    sample(watched(gaussian, seen), params, texts(1), jnp.asarray(sigmas), "cm", quick_keys(1), shape)
+    jax.effects_barrier()
+    noises = [seen[0][0]]
+    for (x, sigma), (after, level) in pairwise(seen):
+        x0 = slow_gaussian(params, x.astype(float), float(sigma[0]), texts(1)[0])
+        noises.append((after - (1 - level[0]) * x0) / level[0])
+    noises = np.stack(noises).reshape(4, -1)
+    assert np.abs(noises.std(1) - 1).max() < 0.05
+    assert np.abs(np.corrcoef(noises) - np.eye(4)).max() < 0.07
+
+
+def test_euler_draws_once_and_cm_at_every_level():
+    """Two sets of keys whose first noise is made equal differ only by what is drawn later."""
+    state = noise_at(keys(2), jnp.float32(1), SHAPE)
+    prediction, sigma = gaussian((0.7, 0.4), state, jnp.ones(2), texts(2)), jnp.ones(2)
+    run = lambda solver, seed: advance(state, prediction, sigma, jnp.float32(0.8), solver, keys(2, seed))
+    np.testing.assert_array_equal(run("euler", 0), run("euler", 1))
+    np.testing.assert_array_equal(run("cm", 0), run("cm", 0))
+    assert np.all(run("cm", 0) != run("cm", 1))
+
+
+@each_solver
+def test_a_clip_does_not_depend_on_its_batch(solver):
+    run = lambda part: sample(
+        gaussian, (0.7, 0.4), texts(3)[part], jnp.asarray(grid(4, 5.0)), solver, keys(3)[part], SHAPE
+    )
+    np.testing.assert_allclose(run(slice(1, 2)), run(slice(None))[1:2], atol=1e-6)
+
+
+@each_solver
+@pytest.mark.parametrize("num_updates", [1, 4])
+def test_a_world_of_one_clip_per_caption_is_sampled_exactly(solver, num_updates):
+    """Even in one update: the denoiser knows the answer at sigma = 1."""
+    captions = np.asarray(texts(3))
+    clips = np.random.default_rng(2).uniform(-1, 1, (3, 1, *SHAPE)).astype(np.float32)
+    params, order = closed_form_params(clips, captions), [2, 0, 1, 1]
+    sigmas, text = jnp.asarray(grid(num_updates, 5.0)), jnp.asarray(captions[order])
+    got = sample(closed_form_denoiser, params, text, sigmas, solver, keys(4), SHAPE)
+    np.testing.assert_allclose(got, clips[order, 0], atol=1e-6)
+
+
+@each_solver
+def test_many_updates_land_on_the_clips_equally_often(solver):
+    """Transport by the optimal denoiser turns noise into the data: five clips, a fifth of the samples each."""
+    count, num = 800, 5
+    clips = np.random.default_rng(3).choice([-1.0, 1.0], (1, num, 1, 2, 4, 1)).astype(np.float32)
+    assert len(np.unique(clips.reshape(num, -1), axis=0)) == num
+    params = closed_form_params(clips, np.zeros((1, 1, 1), np.float32))
+    text = jnp.zeros((count, 1, 1))
+    sample_all = jax.jit(
+        lambda keys: sample(
+            closed_form_denoiser, params, text, jnp.asarray(grid(64, 1.0)), solver, keys, (1, 2, 4, 1)
+        )
+    )
+    got = np.asarray(sample_all(keys(count)))
+    distance = np.abs(got[:, None] - clips).max((2, 3, 4, 5))
+    assert distance.min(1).max() < 0.02
+    share = np.bincount(distance.argmin(1), minlength=num) / count
+    np.testing.assert_allclose(share, np.full(num, 1 / num), atol=4 * np.sqrt(0.2 * 0.8 / count))
+
+
+def test_midpoint_is_an_euler_update_and_may_stop_the_gradient():
+    x, v = (jnp.asarray(np.random.default_rng(i).normal(size=(2, *SHAPE)), jnp.float32) for i in (4, 5))
+    s, m = jnp.array([1.0, 0.9]), jnp.array([0.75, 0.3])
+    gap = np.array([0.25, 0.6]).reshape(2, 1, 1, 1, 1)
+    for stop in (False, True):
+        np.testing.assert_allclose(midpoint(x, v, s, m, stop), np.asarray(x) - gap * v, atol=1e-6)
+    slope = lambda stop: jax.grad(lambda x, v: midpoint(x, v, s, m, stop).sum(), argnums=(0, 1))(x, v)
+    np.testing.assert_array_equal(slope(False)[0], np.ones(x.shape))
+    np.testing.assert_allclose(slope(False)[1], np.broadcast_to(-gap, x.shape), atol=1e-6)
+    assert not np.any(slope(True))
