@@ -27,14 +27,14 @@ def get_config() -> Any:  # a ConfigDict; its attributes are not known to a type
     c = ml_collections.ConfigDict()
     c.stage = "distil"  # "distil" a student, or "denoising": train a teacher and its text encoder on data
     c.seed = 0
-    c.updates = 100  # student updates in the whole run; peers count critic updates, five times as many
-    c.batch_size = 32  # clips, over all devices
+    c.updates = 60  # student updates in the whole run; peers count critic updates, five times as many
+    c.batch_size = 24  # clips, over all devices
 
     c.model = ml_collections.ConfigDict(
         dict(
             preset="tiny",  # student, critic and teacher: tiny, small, wan2.1-t2v-1.3b, wan2.1-t2v-14b
             dtype="float32",  # of matrix products: float32, bfloat16; parameters and losses are always float32
-            remat=False,  # recompute each block in the backward pass
+            remat=True,  # recompute each block in the backward pass: less memory, and faster on a CPU
         )
     )
     c.text_encoder = "tiny"  # tiny, umt5-xxl
@@ -82,16 +82,16 @@ def get_config() -> Any:  # a ConfigDict; its attributes are not known to a type
             stop_gradient="none",  # none, composed, direct, midpoint: see losses.self_consistency
         )
     )
-    c.student_optimizer = optimizer(1e-4)
-    c.critic_optimizer = optimizer(2e-4)
-    c.critic_updates = 5  # critic updates after each student update
+    c.student_optimizer = optimizer(2e-4)
+    c.critic_optimizer = optimizer(4e-4)
+    c.critic_updates = 3  # critic updates after each student update; the peers take 5
     c.ema = ml_collections.ConfigDict(dict(decay=0.95, start=20))  # start in student updates
 
     c.mesh = ml_collections.ConfigDict(
         dict(data=1, fsdp=-1, context=1, tensor=1)  # devices per axis; one -1 takes the rest
     )
     c.log_every = 10  # student updates
-    c.save_every = 50
+    c.save_every = 20
     c.keep = 2  # checkpoints
     c.max_skipped = 5  # updates in a row with something not finite, then the run stops
     c.sample = ml_collections.ConfigDict(

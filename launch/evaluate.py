@@ -85,8 +85,10 @@ def main(_):
     task = make_task(run, COUNT.value, SEED.value)
     updates, student = recipe.sample.num_updates, recipe.stage == "distil"
     with tqdm(total=1 + student * len(SOLVERS) * (len(updates) + 1), desc="teacher") as bar:
-        teacher, clips = measure_teacher(run, task)
-        columns, results = [("teacher", clips)], {}
+        teacher, columns, results = {}, [], {}
+        if TEACHER_UPDATES.value:
+            teacher, clips = measure_teacher(run, task)
+            columns.append(("teacher", clips))
         bar.update()
         for solver in SOLVERS if student else ():
             bar.set_description(f"student, {solver}")

@@ -26,7 +26,8 @@ INTERVALS = [f"interval {i + 1}" for i in range(DEFECT_UPDATES)]
 
 def score_table(numbers: Mapping[str, Any]) -> Table:
     """One row per network, number of updates and solver."""
-    rows = [["teacher", numbers["teacher"]["updates"], "euler", numbers["teacher"]["score"]]]
+    teacher = numbers["teacher"]
+    rows = [["teacher", teacher["updates"], "euler", teacher["score"]]] if teacher else []
     for solver, result in numbers["student"].items():
         rows += [["student", k, solver, score] for k, score in result["score"].items()]
     explanation = (
