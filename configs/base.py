@@ -51,7 +51,7 @@ def get_config() -> Any:  # a ConfigDict; its attributes are not known to a type
             frames=9,  # at 16 per second
             radius=3.0,  # pixels
             softness=1.0,  # width of an edge, pixels
-            start_step=2,  # pixels between the possible starts
+            starts=(2.0, 4.0, 6.0, 8.0),  # possible x, and possible y, of the first frame, pixels
             speeds=(0.5, 1.0),  # pixels per frame
             pair=False,  # two objects and their relation
         )

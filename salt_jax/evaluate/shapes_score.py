@@ -32,7 +32,7 @@ MAX_RESIDUAL = 0.35
 MIN_SHARPNESS = 0.75
 MIN_IDENTITY = 0.75
 MAX_WOBBLE = 1.0  # pixels
-MODE_TOLERANCE = 0.5  # pixels; an average of neighbouring starts is start_step / 2 away from both
+MODE_TOLERANCE = 0.5  # pixels; an average of starts 2 pixels apart is 1 away from both
 
 
 class Reading(NamedTuple):

@@ -45,7 +45,9 @@ def test_example_agrees_with_its_indices(world):
 
 def test_scenes_and_modes_are_uniform_and_independent(monkeypatch):
     monkeypatch.setattr(shapes, "render", lambda *args: None)  # only the draws matter here
-    draws = [moving_shapes.example(World(size=6, radius=1.0), 0, i) for i in range(4800)]
+    draws = [
+        moving_shapes.example(World(size=6, radius=1.0, starts=(0.0, 2.0, 4.0)), 0, i) for i in range(4800)
+    ]
     scenes, modes = (np.array([d[name] for d in draws]) for name in ("scene", "mode"))
     for values, count in ((scenes, 48), (modes, 18), (scenes % 8 * 6 + modes % 6, 48)):
         expected = len(draws) / count

@@ -23,7 +23,7 @@ TIED = {
     "loss.stop_gradient",
     "sample.solver",
 }
-TIED |= {"world.size", "world.start_step", "schedule.train_updates", "schedule.anchor_updates"}
+TIED |= {"world.size", "schedule.train_updates", "schedule.anchor_updates"}
 DECAYS = {"student_optimizer.decay": True, "critic_optimizer.decay": True}
 
 
@@ -95,7 +95,6 @@ def test_a_wrong_choice_is_told_the_right_ones(key, choice):
             r"9 frames of 14 x 14 does not split .* config\.model\.preset=tiny; .*config\.world",
             {"world.size": 14},
         ),
-        (r"config\.world: start_step=5 must divide size=12", {"world.start_step": 5}),
         (r"config\.model\.preset=wan2.1-t2v-1.3b reads 16 channels", {"model.preset": "wan2.1-t2v-1.3b"}),
         (
             r"config\.text_encoder=umt5-xxl writes rows of 4096, .*tiny reads .* 64",
