@@ -22,10 +22,10 @@ from launch.common import Trained, open_workdir, run_main
 from salt_jax.data import shapes
 from salt_jax.evaluate import suite, summary
 from salt_jax.evaluate.report import write_report
-from salt_jax.evaluate.video import write_bytes
 from salt_jax.models.denoiser import guided
 from salt_jax.rollout.parallel import Solver
 from salt_jax.train.setup import closed_form
+from salt_jax.video import write_bytes
 
 WORKDIR = flags.DEFINE_string("workdir", None, "what launch.train wrote", required=True)
 COUNT = flags.DEFINE_integer("count", 96, "clips per number of updates", lower_bound=1)

@@ -14,9 +14,9 @@ from tqdm import tqdm
 from launch.common import open_workdir, read_prompts, run_main
 from salt_jax.data.shapes import FPS, to_pixels
 from salt_jax.errors import UserError
-from salt_jax.evaluate.video import visible_scale, write_contact_sheet, write_gif, write_mp4
 from salt_jax.rollout.parallel import Solver
 from salt_jax.sample import clip_keys, sample_clips
+from salt_jax.video import visible_scale, write_contact_sheet, write_gif, write_mp4
 
 WORKDIR = flags.DEFINE_string("workdir", None, "what launch.train wrote", required=True)
 NUM_UPDATES = flags.DEFINE_list("num_updates", None, "network evaluations per clip; default as in the config")

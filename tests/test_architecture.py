@@ -13,14 +13,15 @@ BOTTOM = {"types", "errors"}
 MAY_IMPORT = {
     "types": set(),
     "errors": set(),
+    "video": set(),
     "flow": BOTTOM,
     "data": BOTTOM,
     "losses": BOTTOM | {"flow"},
     "models": BOTTOM | {"flow"},
     "rollout": BOTTOM | {"flow", "models"},
-    "train": BOTTOM | {"flow", "models", "rollout", "losses", "data"},
+    "train": BOTTOM | {"flow", "models", "rollout", "losses", "data", "video"},
     "sample": BOTTOM | {"flow", "models", "rollout", "data"},
-    "evaluate": BOTTOM | {"flow", "models", "rollout", "data", "sample"},
+    "evaluate": BOTTOM | {"flow", "models", "rollout", "data", "sample", "video"},
 }
 READS_CONFIG = {"configs", "launch"}  # rooms; in salt_jax only train/recipe.py
 

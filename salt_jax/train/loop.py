@@ -22,6 +22,7 @@ from salt_jax.data import moving_shapes
 from salt_jax.data.pipeline import batches
 from salt_jax.errors import UserError
 from salt_jax.train import checkpoint, sharding
+from salt_jax.train.preview import make_preview, show
 from salt_jax.train.recipe import Recipe, to_json
 from salt_jax.train.setup import Setup, setup
 from salt_jax.train.state import TrainState
@@ -61,6 +62,7 @@ def train(recipe: Recipe, workdir: str | Path) -> TrainState:
         parts = parts._replace(state=jax.eval_shape(lambda: parts.state))  # the placed copy is enough
         (Path(workdir) / "config.json").write_text(to_json(recipe))
         run = make_run(recipe, parts, mesh, int(state.step))
+        preview = make_preview(recipe, parts, sharding.replicated(mesh))
         meta = {"config": to_json(recipe), "mesh": dict(mesh.shape)}
         span = range(int(state.step), recipe.updates)
         bar = tqdm(span, initial=span.start, total=recipe.updates, desc=recipe.stage, mininterval=1)
@@ -75,6 +77,7 @@ def train(recipe: Recipe, workdir: str | Path) -> TrainState:
                     stop_if_stuck(values, recipe.max_skipped, done)
                 if done % recipe.save_every == 0 or done == recipe.updates:
                     checkpoint.save(manager, state, meta)
+                    show(writer, preview(state.ema), done)
     return state
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from salt_jax.evaluate import video
+from salt_jax import video
 
 COLOURS = np.array([[230, 20, 20], [20, 200, 20], [40, 60, 240], [240, 220, 20], [250, 250, 250]], np.uint8)
 
