@@ -1,15 +1,45 @@
 """Networks as denoisers: the only place that turns sigma into Wan's timestep."""
 
+import jax.numpy as jnp
+import numpy as np
+
 from salt_jax.flow.prediction import from_velocity, guide
 from salt_jax.models.wan import Compute, WanConfig, apply_wan
 from salt_jax.types import Denoiser, Latent, Params, Prediction, Sigma, TextEmb
 
+WAVES = (4, 2, 2)  # position channels for frames, rows and columns
+
+
+def position_channels(frames: int, height: int, width: int) -> np.ndarray:
+    """Where an element is in its clip: the lowest cosines along each axis, float32 [F, H, W, sum(WAVES)].
+
+    Rotary positions tell a token how far another one is, not where it is itself. Large models find that out from
+    content; over noise alone, a small one does not. So small presets read these channels behind the latent's own, as
+    Wan's image-to-video models read their conditioning.
+    """
+    grid = np.meshgrid(*((np.arange(n) + 0.5) / n for n in (frames, height, width)), indexing="ij")
+    waves = [np.cos(np.pi * k * axis) for axis, n in zip(grid, WAVES, strict=True) for k in range(1, n + 1)]
+    return np.stack(waves, -1).astype(np.float32)
+
 
 def wan_denoiser(config: WanConfig, compute: Compute) -> Denoiser:
-    """Wan as a `Denoiser`. Its input and output are float32 whatever `compute.dtype` is."""
+    """Wan as a `Denoiser`. Its input and output are float32 whatever `compute.dtype` is.
+
+    A network that reads more channels than it writes gets `position_channels` behind the latent.
+
+    Raises:
+      ValueError: the number of additional input channels is not that of `position_channels`.
+    """
+    more = config.in_channels - config.out_channels
+    if more not in (0, sum(WAVES)):
+        raise ValueError(f"{more} additional input channels; position channels are {sum(WAVES)}")
 
     def denoise(params: Params, x: Latent, sigma: Sigma, text: TextEmb) -> Prediction:
-        return from_velocity(x, apply_wan(params, x, 1000.0 * sigma, text, config, compute), sigma)
+        inputs = x
+        if more:
+            position = jnp.asarray(position_channels(*x.shape[1:4]))
+            inputs = jnp.concatenate([x, jnp.broadcast_to(position, (*x.shape[:4], more))], axis=-1)
+        return from_velocity(x, apply_wan(params, inputs, 1000.0 * sigma, text, config, compute), sigma)
 
     return denoise
 

@@ -194,9 +194,9 @@ def _refuse_contradictions(r: Recipe) -> None:
             f"a clip of {world.frames} frames of {world.size} x {world.size} does not split into the {patch} patches "
             f"of {preset}; change config.world or config.model.preset"
         )
-    if r.wan.in_channels != 3:
+    if r.wan.out_channels != 3:
         raise UserError(
-            f"{preset} reads {r.wan.in_channels} channels, Moving Shapes has 3; choose tiny or small"
+            f"{preset} makes {r.wan.out_channels} channels, Moving Shapes has 3; choose tiny or small"
         )
     if r.wan.text_dim != r.text.dim:
         raise UserError(

@@ -95,7 +95,7 @@ def test_a_wrong_choice_is_told_the_right_ones(key, choice):
             r"9 frames of 14 x 14 does not split .* config\.model\.preset=tiny; .*config\.world",
             {"world.size": 14},
         ),
-        (r"config\.model\.preset=wan2.1-t2v-1.3b reads 16 channels", {"model.preset": "wan2.1-t2v-1.3b"}),
+        (r"config\.model\.preset=wan2.1-t2v-1.3b makes 16 channels", {"model.preset": "wan2.1-t2v-1.3b"}),
         (
             r"config\.text_encoder=umt5-xxl writes rows of 4096, .*tiny reads .* 64",
             {"text_encoder": "umt5-xxl"},
