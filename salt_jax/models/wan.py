@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
+from jaxtyping import Array, Float
 
 from salt_jax.models.attention import attention
 from salt_jax.models.rope import rope_angles, rotate
@@ -197,7 +198,7 @@ def init_wan(key: PRNGKey, config: WanConfig) -> Params:
 
 def apply_wan(
     params: Params, x: Latent, timestep: Sigma, text: TextEmb, config: WanConfig, compute: Compute
-) -> Latent:
+) -> Float[Array, "b f h w out"]:
     """The velocity at `x`, float32 [B, F, H, W, out_channels].
 
     Args:

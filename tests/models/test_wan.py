@@ -178,7 +178,7 @@ def test_wrong_shapes_are_named(frames, height, message):
 
 
 def test_position_channels_tell_every_place_apart():
-    """A network that reads more than it writes sees where it is; all places of a clip differ, the latent stays itself."""
+    """A network that reads more than it writes sees where it is; all places of a clip differ."""
     places = position_channels(9, 12, 12)
     assert (
         places.shape == (9, 12, 12, 8)
