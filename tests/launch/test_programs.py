@@ -125,7 +125,7 @@ def test_prompt_files_that_cannot_be_used_are_named(workdir, tmp_path):
     for content, message in (
         (b"\n \n", "has no prompt"),
         (b"\xff\xfe\x00", "is not UTF-8"),
-        (b"x" * 99, "99"),
+        (b"x" * 99, "shorten the text"),
     ):
         bad.write_bytes(content)
         done = program("sample", f"--workdir={workdir}", f"--prompts_file={bad}")
