@@ -30,7 +30,6 @@ class Trained(NamedTuple):
     params: Params  # of the averaged student, or teacher-to-be
     weights: Params  # {"wan", "text_encoder"} of the teacher that belongs to it
     embed: Callable[[Sequence[str]], np.ndarray]  # captions -> float32 [N, T, D]
-    shape: tuple[int, int, int, int]  # (F, H, W, C) of a clip
 
 
 def open_workdir(workdir: str) -> Trained:
@@ -48,14 +47,12 @@ def open_workdir(workdir: str) -> Trained:
     params = restore_params(workdir, "ema", make_mesh({"data": 1, "fsdp": -1, "context": 1, "tensor": 1}))
     weights = params if recipe.stage == "denoising" else initial_weights(recipe)
     params = params["wan"] if recipe.stage == "denoising" else params
-    w = recipe.world
     return Trained(
         recipe,
         wan_denoiser(recipe.wan, recipe.compute),
         params,
         weights,
         lambda captions: embed(recipe, weights["text_encoder"], captions),
-        (w.frames, w.size, w.size, recipe.wan.out_channels),
     )
 
 

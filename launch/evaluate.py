@@ -43,7 +43,9 @@ def make_task(run: Trained, count: int, seed: int) -> suite.Task:
     world, scenes = run.recipe.world, shapes.scenes(run.recipe.world)
     scene = np.arange(count) * max(1, len(scenes) // count) % len(scenes)
     text = run.embed([shapes.caption(scenes[i]) for i in scene])
-    return suite.Task(world, scene, text, run.shape, run.recipe.schedule.shift, seed, min(count, 48))
+    return suite.Task(
+        world, scene, text, run.recipe.clip_shape, run.recipe.schedule.shift, seed, min(count, 48)
+    )
 
 
 def measure_teacher(run: Trained, task: suite.Task) -> tuple[dict, np.ndarray]:
@@ -59,8 +61,8 @@ def measure_teacher(run: Trained, task: suite.Task) -> tuple[dict, np.ndarray]:
     if not task.world.pair:
         exact = closed_form(run.recipe, run.embed)
         real, text = suite.real_clips(task.world, COUNT.value, SEED.value, run.embed)
-        error = lambda level: suite.velocity_error(run.denoiser, wan, exact, real, text, level, SEED.value)
-        numbers["velocity_error"] = {str(level): error(level) for level in LEVELS}
+        errors = suite.velocity_errors(run.denoiser, wan, exact, real, text, LEVELS, SEED.value)
+        numbers["velocity_error"] = errors
     return numbers, clips
 
 

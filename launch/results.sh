@@ -16,7 +16,7 @@ run() {
     shift 2
     [ -f "$work/evaluation.json" ] && return
     python -m launch.train --config="configs/$config.py" --workdir="$work" --config.keep=1 "$@"
-    python -m launch.evaluate --workdir="$work" --count=192
+    python -m launch.evaluate --workdir="$work" --count=192 --teacher_updates=0 # the teacher is the same in all
 }
 
 for seed in 0 1 2; do
@@ -27,7 +27,7 @@ for seed in 0 1 2; do
         done
     done
 done
-for weight in 0.1 0.3 1 3 10; do
+for weight in 0.1 0.3 3 10; do # 0 is dmd8, 1 is sc_dmd, both above
     run "sweep/lambda $weight/0" shapes_sc_dmd --config.loss.self_consistency=$weight \
         --config.teacher.kind=closed_form "$@"
 done

@@ -42,7 +42,7 @@ def main(_):
     solver: Any = SOLVER.value or recipe.sample.solver
     scale = visible_scale(recipe.world.size, 192)
     for k in updates:
-        args = (run.denoiser, run.params, text, keys, k, recipe.schedule.shift, solver, run.shape, 1)
+        args = (run.denoiser, run.params, text, keys, k, recipe.schedule.shift, solver, recipe.clip_shape, 1)
         clips = []
         for i, latent in enumerate(
             tqdm(sample_clips(*args), total=len(prompts), desc=f"{k} updates", unit="clip")

@@ -12,6 +12,7 @@ from salt_jax.data.shapes import World, to_pixels
 from salt_jax.evaluate.consistency import cross_step_distance
 from salt_jax.evaluate.defect import defect_grid, semigroup_defect
 from salt_jax.evaluate.shapes_score import score
+from salt_jax.flow.prediction import add_noise
 from salt_jax.models.closed_form import expected_error
 from salt_jax.rollout.parallel import Solver
 from salt_jax.sample import clip_keys, sample_clips
@@ -106,17 +107,23 @@ def real_clips(
     return latents, embed([shapes.caption(scene) for scene, _ in drawn])
 
 
-def velocity_error(
+def velocity_errors(
     denoiser: Denoiser,
     params: Params,
     exact: Params,
     latents: np.ndarray,
     text: np.ndarray,
-    sigma: float,
+    sigmas: Sequence[float],
     seed: int,
-) -> float:
-    """Mean squared velocity error against the closed form at one noise level, on noised clips [N, F, H, W, C]."""
-    noise = jax.random.normal(jax.random.key(seed), latents.shape)
-    x, level = (1 - sigma) * jnp.asarray(latents) + sigma * noise, jnp.full(len(latents), sigma)
-    run = jax.jit(lambda p, e, x, s, t: expected_error(e, denoiser(p, x, s, t), x, s, t).mean())
-    return float(run(params, exact, x, level, jnp.asarray(text)))
+) -> dict[str, float]:
+    """Mean squared velocity error against the closed form by noise level, on clips [N, F, H, W, C] noised alike."""
+    x0, given = jnp.asarray(latents), jnp.asarray(text)
+    noise = jax.random.normal(jax.random.key(seed), x0.shape)
+
+    @jax.jit
+    def error(params, exact, sigma):
+        level = jnp.full(len(x0), sigma)
+        x = add_noise(x0, noise, level)
+        return expected_error(exact, denoiser(params, x, level, given), x, level, given).mean()
+
+    return {str(sigma): float(error(params, exact, sigma)) for sigma in sigmas}

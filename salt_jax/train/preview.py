@@ -33,15 +33,16 @@ def make_preview(recipe: Recipe, parts: Setup, everywhere: NamedSharding) -> Cal
     given = jnp.asarray(np.stack([parts.encode_caption(caption) for caption in captions]))
     keys = jax.random.split(jax.random.key(recipe.seed), CLIPS)
     updates = sorted(recipe.sample.num_updates)[len(recipe.sample.num_updates) // 2]
-    sigmas, w = grid(updates, recipe.schedule.shift), recipe.world
-    shape = (w.frames, w.size, w.size, recipe.wan.out_channels)
+    sigmas = grid(updates, recipe.schedule.shift)
     teacher_to_be = recipe.stage == "denoising"
 
     @functools.partial(jax.jit, out_shardings=everywhere)
     def clips(ema):
         text = encode_text(ema["text_encoder"], given, recipe.text) if teacher_to_be else given
         params = ema["wan"] if teacher_to_be else ema
-        return sample(parts.networks.student, params, text, sigmas, recipe.sample.solver, keys, shape)
+        return sample(
+            parts.networks.student, params, text, sigmas, recipe.sample.solver, keys, recipe.clip_shape
+        )
 
     return lambda ema: np.concatenate(list(shapes.to_pixels(jax.device_get(clips(ema)))), axis=2)
 

@@ -125,6 +125,11 @@ class Recipe:
         return PRESETS[self.model.preset]
 
     @property
+    def clip_shape(self) -> tuple[int, int, int, int]:
+        """(F, H, W, C) of a clip."""
+        return (self.world.frames, self.world.size, self.world.size, self.wan.out_channels)
+
+    @property
     def compute(self) -> Compute:
         return Compute(jnp.dtype(self.model.dtype), self.model.remat)
 
