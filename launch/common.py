@@ -68,7 +68,7 @@ def read_prompts(prompt: str | None, file: str | None, recipe: Recipe, count: in
         return (prompt,) * count
     if not file:
         scenes = shapes.scenes(recipe.world)
-        return tuple(shapes.caption(scenes[i * len(scenes) // count % len(scenes)]) for i in range(count))
+        return tuple(shapes.caption(scenes[i]) for i in shapes.spread(recipe.world, count))
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
     except OSError as error:

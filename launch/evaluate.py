@@ -41,7 +41,7 @@ LEVELS = (0.995, 0.98, 0.95, 0.9, 0.7, 0.3)  # noise levels of the velocity erro
 def make_task(run: Trained, count: int, seed: int) -> suite.Task:
     """`count` captions of the world, spread evenly over its scenes."""
     world, scenes = run.recipe.world, shapes.scenes(run.recipe.world)
-    scene = np.arange(count) * max(1, len(scenes) // count) % len(scenes)
+    scene = np.array(shapes.spread(world, count))
     text = run.embed([shapes.caption(scenes[i]) for i in scene])
     return suite.Task(
         world, scene, text, run.recipe.clip_shape, run.recipe.schedule.shift, seed, min(count, 48)

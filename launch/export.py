@@ -4,6 +4,8 @@ Writes the averaged network of a workdir, with its text encoder, as one file tha
 float16: half the size, and the rounding is far below the network's own error.
 """
 
+from pathlib import Path
+
 from absl import flags
 
 from launch.common import open_workdir, run_main
@@ -17,6 +19,7 @@ DST = flags.DEFINE_string("dst", None, "the file to write", required=True)
 def main(_):
     run = open_workdir(WORKDIR.value)
     tree = {"wan": run.params, "text_encoder": run.weights["text_encoder"]}
+    Path(DST.value).parent.mkdir(parents=True, exist_ok=True)
     save_weights(DST.value, tree, "float16", {"config": to_json(run.recipe)})
     print(f"wrote {DST.value}")
 

@@ -1,37 +1,65 @@
 #!/usr/bin/env bash
-# Every number of docs/results.md about students: methods, teachers and seeds, then the sweep. Hours on 2 CPU cores;
-# run it again to go on where it stopped.
+# Every number of docs/results.md about students: the sweep of lambda_SC and stop-gradient over training length, then
+# methods, teachers and seeds. Two hours on 2 CPU cores; run it again to go on where it stopped.
 #
 #   bash launch/results.sh [DIR] [train options]     DIR defaults to runs/results
+#
+# PART=1/2 and PART=2/2 split the work between two processes, each best bound to one core (taskset).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/venv.sh
 make_venv
 dir=${1:-runs/results}
 shift || true
+part=${PART:-1/1}
+count=0
+options=("$@")
 
-# run NAME CONFIG [options]: trains and evaluates DIR/NAME unless that is done.
-run() {
-    local work=$dir/$1 config=$2
-    shift 2
-    [ -f "$work/evaluation.json" ] && return
-    python -m launch.train --config="configs/$config.py" --workdir="$work" --config.keep=1 "$@"
-    python -m launch.evaluate --workdir="$work" --count=192 --teacher_updates=0 # the teacher is the same in all
+# mine: whether the next piece of work belongs to this process.
+mine() {
+    count=$((count + 1))
+    [ $((count % ${part#*/})) -eq $((${part%/*} - 1)) ]
 }
 
+# run WORKDIR CONFIG [train options]: trains and evaluates, unless that is done.
+run() {
+    local work=$1 config=$2
+    shift 2
+    [ -f "$work/evaluation.json" ] && return
+    python -m launch.train --config="configs/$config.py" --workdir="$work" --config.keep=1 "$@" "${options[@]}"
+    python -m launch.evaluate --workdir="$work" --teacher_updates=0 # the teacher is the same in all
+}
+
+# sweep NAME [train options]: one student, measured after 30, 60 and 120 updates.
+sweep() {
+    local name=$1 updates before=
+    shift
+    mine || return 0
+    for updates in 30 60 120; do
+        local work="$dir/sweep/$updates/$name/0"
+        if [ -n "$before" ] && [ ! -d "$work" ]; then
+            rm -rf "$dir/copy $name" && mkdir -p "$dir/copy $name" "${work%/0}"
+            cp -r "$before/checkpoints" "$before/config.json" "$dir/copy $name"
+            mv "$dir/copy $name" "$work"
+        fi
+        run "$work" shapes_sc_dmd --config.updates=$updates "$@"
+        before=$work
+    done
+}
+
+for weight in 0 0.1 0.3 1 3 10; do
+    sweep "lambda $weight" --config.loss.self_consistency=$weight --config.loss.stop_gradient=none
+done
+for stop in composed direct midpoint; do
+    sweep "stop $stop" --config.loss.self_consistency=1 --config.loss.stop_gradient=$stop
+done
 for seed in 0 1 2; do
     for teacher in network closed_form; do
         for method in dmd4 dmd8 sc_dmd; do
-            run "main/$teacher/$method/$seed" "shapes_$method" \
-                --config.teacher.kind=$teacher --config.seed=$seed "$@"
+            mine || continue
+            run "$dir/main/$teacher/$method/$seed" "shapes_$method" \
+                --config.teacher.kind=$teacher --config.seed=$seed
         done
     done
 done
-for weight in 0.1 0.3 3 10; do # 0 is dmd8, 1 is sc_dmd, both above
-    run "sweep/lambda $weight/0" shapes_sc_dmd --config.loss.self_consistency=$weight \
-        --config.teacher.kind=closed_form "$@"
-done
-for stop in composed direct midpoint; do
-    run "sweep/stop $stop/0" shapes_sc_dmd --config.loss.stop_gradient=$stop --config.teacher.kind=closed_form "$@"
-done
-python -m launch.tabulate --dir="$dir"
+[ "$part" != 1/1 ] || python -m launch.tabulate --dir="$dir"

@@ -11,6 +11,8 @@ from salt_jax.flow.schedule import grid
 from salt_jax.rollout.parallel import Solver, sample
 from salt_jax.types import Denoiser, Params
 
+_sample = jax.jit(sample, static_argnums=(0, 4, 6))
+
 
 def clip_keys(seed: int, count: int) -> jax.Array:
     """One key per clip, [count]: all noise of clip i comes from the i-th."""
@@ -39,7 +41,8 @@ def sample_clips(
       shape: (F, H, W, C).
     """
     sigmas = grid(num_updates, shift)
-    run = jax.jit(lambda params, text, keys: sample(denoiser, params, text, sigmas, solver, keys, shape))
     for start in range(0, len(text), batch_size):
         part = slice(start, start + batch_size)
-        yield np.asarray(run(params, jnp.asarray(text[part]), keys[part]))
+        yield np.asarray(
+            _sample(denoiser, params, jnp.asarray(text[part]), sigmas, solver, keys[part], shape)
+        )

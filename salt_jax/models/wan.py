@@ -54,9 +54,9 @@ def _wan(dim, heads, layers, ffn):
 
 PRESETS = {
     # Moving Shapes: few wide tokens (6 x 6 pixels each) learn shape in minutes on two cores. 3 channels of colour and
-    # 8 of position in, see models.denoiser.
-    "tiny": WanConfig(192, 4, 4, 768, 11, 3, (1, 6, 6), 64, 32, 64, 1e-6),
-    "small": WanConfig(384, 6, 8, 1536, 11, 3, (1, 4, 4), 64, 80, 128, 1e-6),
+    # 16 of position in, see models.denoiser.
+    "tiny": WanConfig(192, 4, 4, 768, 19, 3, (1, 6, 6), 64, 32, 64, 1e-6),
+    "small": WanConfig(384, 6, 8, 1536, 19, 3, (1, 4, 4), 64, 80, 128, 1e-6),
     "wan2.1-t2v-1.3b": _wan(1536, 12, 30, 8960),
     "wan2.1-t2v-14b": _wan(5120, 40, 40, 13824),
 }

@@ -95,7 +95,9 @@ def resume(manager: Any, state: TrainState, mesh: Mesh, recipe: Recipe) -> Train
     before, now = json.loads(restored[1]["config"]), json.loads(to_json(recipe))
     for config in (before, now):
         config["data"].pop("dir")  # the same data set may lie elsewhere
-    for name in sorted(set(now) - MAY_CHANGE):
+    decays = recipe.student_optimizer.decay or recipe.critic_optimizer.decay
+    fixed = set(now) - MAY_CHANGE | ({"updates"} if decays else set())  # a decay is over the whole run
+    for name in sorted(fixed):
         if before.get(name) != now[name]:
             raise UserError(
                 f"this workdir was trained with config.{name} = {before.get(name)}, not {now[name]}; "

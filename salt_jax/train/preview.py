@@ -29,7 +29,7 @@ def make_preview(recipe: Recipe, parts: Setup, everywhere: NamedSharding) -> Cal
     `everywhere` is the replicated sharding: every process computes the clips, so that one may write them.
     """
     scenes = shapes.scenes(recipe.world)
-    captions = [shapes.caption(scenes[i * len(scenes) // CLIPS]) for i in range(CLIPS)]
+    captions = [shapes.caption(scenes[i]) for i in shapes.spread(recipe.world, CLIPS)]
     given = jnp.asarray(np.stack([parts.encode_caption(caption) for caption in captions]))
     keys = jax.random.split(jax.random.key(recipe.seed), CLIPS)
     updates = sorted(recipe.sample.num_updates)[len(recipe.sample.num_updates) // 2]

@@ -21,6 +21,8 @@ from salt_jax.train.state import TrainState, init_learner, init_state
 from salt_jax.train.step import Networks
 from salt_jax.types import Params
 
+_encode = jax.jit(encode_text, static_argnums=2)
+
 
 class Setup(NamedTuple):
     """What a run starts from."""
@@ -58,8 +60,7 @@ def tokenize(recipe: Recipe, caption: str) -> np.ndarray:
 def embed(recipe: Recipe, text_encoder: Params, captions: Sequence[str]) -> np.ndarray:
     """Captions as float32 [N, T, D], by the frozen text encoder."""
     tokens = np.stack([tokenize(recipe, c) for c in captions])
-    encode = jax.jit(lambda p, t: encode_text(p, t, recipe.text))
-    return np.asarray(encode(text_encoder, jnp.asarray(tokens)))
+    return np.asarray(_encode(text_encoder, jnp.asarray(tokens), recipe.text))
 
 
 def closed_form(recipe: Recipe, encode: Callable[[Sequence[str]], np.ndarray]) -> Params:

@@ -61,6 +61,14 @@ def test_captions_are_english():
     assert shapes.caption(pair) == "A blue square above a green triangle, both moving up."
 
 
+@pytest.mark.parametrize("count", [1, 6, 48, 96, 100])
+def test_captions_are_spread_evenly(count):
+    drawn = shapes.spread(World(), count)
+    times = np.bincount(drawn, minlength=48)
+    assert len(drawn) == count and drawn == sorted(drawn) and times.max() - times.min() <= 1
+    assert count > 6 or len({shapes.scenes(World())[i].shape for i in drawn}) == min(count, 3)
+
+
 def test_modes_are_the_grid_of_starts_and_speeds():
     modes = shapes.modes(World())
     assert len(modes) == len(set(modes)) == 4 * 4 * 2

@@ -92,7 +92,7 @@ def test_evaluating_writes_numbers_and_a_report(workdir):
 
 @pytest.mark.slow
 def test_an_exported_network_is_weights_for_the_next_run(workdir, tmp_path):
-    file = tmp_path / "student.safetensors"
+    file = tmp_path / "new folder" / "student.safetensors"
     succeed("export", f"--workdir={workdir}", f"--dst={file}")
     data = f"--config.data.dir={workdir.parent / 'data'}"
     args = [a for a in TINY if a != "--config.weights="]

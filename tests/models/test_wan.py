@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from salt_jax.models.denoiser import guided, position_channels, wan_denoiser
+from salt_jax.models.denoiser import POSITION_CHANNELS, guided, position_channels, wan_denoiser
 from salt_jax.models.wan import PRESETS, Compute, WanConfig, apply_wan, init_wan
 
 SMALL = WanConfig(48, 2, 2, 96, 16, 16, (1, 2, 2), 32, 12, 64, 1e-6)
@@ -181,14 +181,16 @@ def test_position_channels_tell_every_place_apart():
     """A network that reads more than it writes sees where it is; all places of a clip differ."""
     places = position_channels(9, 12, 12)
     assert (
-        places.shape == (9, 12, 12, 8)
-        and len(np.unique(places.reshape(-1, 8).round(4), axis=0)) == 9 * 12 * 12
+        places.shape == (9, 12, 12, POSITION_CHANNELS)
+        and len(np.unique(places.reshape(-1, POSITION_CHANNELS).round(4), axis=0)) == 9 * 12 * 12
     )
-    config = WanConfig(**{**SMALL.__dict__, "in_channels": 24})
+    config = WanConfig(**{**SMALL.__dict__, "in_channels": 16 + POSITION_CHANNELS})
     params, (x, _, text) = randomised(init_wan(jax.random.key(0), config), 11), inputs(12)
     sigma = jnp.array([0.9, 0.3])
     got = wan_denoiser(config, Compute())(params, jnp.asarray(x), sigma, jnp.asarray(text))
-    behind = np.concatenate([x, np.broadcast_to(position_channels(3, 8, 6), (2, 3, 8, 6, 8))], -1)
+    behind = np.concatenate(
+        [x, np.broadcast_to(position_channels(3, 8, 6), (2, 3, 8, 6, POSITION_CHANNELS))], -1
+    )
     direct = apply_wan(params, jnp.asarray(behind), 1000 * sigma, jnp.asarray(text), config, Compute())
     np.testing.assert_allclose(got.velocity, direct, atol=1e-6)
     with pytest.raises(ValueError, match="3 additional input channels"):

@@ -104,6 +104,21 @@ def test_killed_and_started_again_is_never_killed(tmp_path):
     assert told == {key: value for key, value in full.items() if key[1] in steps}
 
 
+def test_a_run_whose_learning_rate_decays_keeps_its_length(tmp_path):
+    """Every update's learning rate depends on how many there are."""
+    recipe = read_recipe(base.get_config())
+    recipe = replace(recipe, critic_optimizer=replace(recipe.critic_optimizer, decay=True))
+    mesh = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])
+    learner = init_learner({"w": jnp.arange(3.0)}, make_optimizer(recipe.student_optimizer, 10))
+    state = init_state(learner, learner)
+    with open_checkpoints(tmp_path, 2) as manager:
+        save(manager, state, {"config": to_json(recipe), "mesh": {}})
+        manager.wait_until_finished()
+        resume(manager, state, mesh, replace(recipe, log_every=3))
+        with pytest.raises(UserError, match=r"config\.updates = 60, not 200"):
+            resume(manager, state, mesh, replace(recipe, updates=200))
+
+
 def test_a_workdir_goes_on_with_the_same_config_only_but_may_be_longer_or_elsewhere(tmp_path):
     recipe = read_recipe(base.get_config())
     mesh = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])
