@@ -1,6 +1,7 @@
 """python -m launch.tabulate --dir=DIR
 
-Prints every DIR/**/SEED/evaluation.json as Markdown tables, one row per run, mean and range over seeds.
+Prints every DIR/**/SEED/evaluation.json as Markdown tables, one row per run, mean and range over seeds. Where DIR holds
+the sweep, draws its defect over training length in DIR/defect_lambda.png and DIR/defect_stop.png.
 """
 
 import json
@@ -12,6 +13,8 @@ from absl import flags
 
 from launch.common import run_main
 from salt_jax.errors import UserError
+from salt_jax.evaluate.report import curves
+from salt_jax.video import write_bytes
 
 DIR = flags.DEFINE_string("dir", None, "where launch/results.sh worked", required=True)
 SCORES = ("all", "shape", "direction", "clean", "coverage_ratio", "off_grid", "sharpness", "motion")
@@ -33,6 +36,18 @@ def table(title: str, columns, groups, read) -> str:
     return "\n".join((f"\n{title}\n", head, *(row(name, runs, read) for name, runs in groups.items())))
 
 
+def defect_over_length(groups: dict[str, list[dict]], kind: str) -> dict[str, tuple]:
+    """Per variant of the sweep: student updates, and the mean defect on the Euler path."""
+    lines = defaultdict(list)
+    for group, runs in groups.items():
+        sweep, length, name = ("//" + group).split("/")[-3:]
+        if sweep == "sweep" and name.startswith(kind):
+            lines[name].append(
+                (int(length), np.mean([r["student"]["euler"]["defect"]["mean"] for r in runs]))
+            )
+    return {name: tuple(zip(*sorted(points), strict=True)) for name, points in lines.items()}
+
+
 def main(_):
     root, groups = Path(DIR.value), defaultdict(list)
     for file in sorted(root.glob("**/evaluation.json")):
@@ -52,6 +67,9 @@ def main(_):
             *of(run)["cross_step"].values(),
         ]
         print(table(f"Semigroup defect and cross-step distance, {solver}", columns, groups, read))
+    for kind in ("lambda", "stop"):
+        if lines := defect_over_length(groups, kind):
+            write_bytes(root / f"defect_{kind}.png", curves(lines, "student updates", "semigroup defect"))
 
 
 if __name__ == "__main__":

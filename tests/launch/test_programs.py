@@ -130,3 +130,25 @@ def test_prompt_files_that_cannot_be_used_are_named(workdir, tmp_path):
         bad.write_bytes(content)
         done = program("sample", f"--workdir={workdir}", f"--prompts_file={bad}")
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_tabulating_averages_seeds_and_draws_the_sweep(tmp_path):
+    names = ("all", "shape", "direction", "clean", "coverage_ratio", "off_grid", "sharpness", "motion")
+    for run, defect in (
+        ("sweep/30/lambda 1/0", 2.0),
+        ("sweep/60/lambda 1/0", 1.0),
+        ("main/x/0", 3.0),
+        ("main/x/1", 5.0),
+    ):
+        solver = {
+            "score": {"4": dict.fromkeys(names, 0.5)},
+            "cross_step": {"2-4": 0.25},
+            "defect": {"mean": defect, "per_interval": [1, 2, 3, 4]},
+        }
+        (tmp_path / run).mkdir(parents=True)
+        numbers = json.dumps({"student": {"euler": solver, "cm": solver}})
+        (tmp_path / run / "evaluation.json").write_text(numbers)
+    table = succeed("tabulate", f"--dir={tmp_path}")
+    assert "| main/x | 2 | 4.000 ± 1.000 |" in table and "| sweep/60/lambda 1 | 1 | 1.000 | 1.000 |" in table
+    assert (tmp_path / "defect_lambda.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "defect_stop.png").exists()
