@@ -62,4 +62,7 @@ for seed in 0 1 2; do
         done
     done
 done
+# Where every student starts: the teacher's own network, without guidance, in few updates.
+! mine || run "$dir/main/network/undistilled/0" shapes_dmd8 --config.updates=1 \
+    --config.student_optimizer.learning_rate=0
 [ "$part" != 1/1 ] || python -m launch.tabulate --dir="$dir"

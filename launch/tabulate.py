@@ -37,7 +37,7 @@ def table(title: str, columns, groups, read) -> str:
 
 
 def defect_over_length(groups: dict[str, list[dict]], kind: str) -> dict[str, tuple]:
-    """Per variant of the sweep: student updates, and the mean defect on the Euler path."""
+    """Per variant of the sweep: numbers of student updates, and the defect on the Euler path after each."""
     lines = defaultdict(list)
     for group, runs in groups.items():
         sweep, length, name = ("//" + group).split("/")[-3:]
@@ -45,7 +45,8 @@ def defect_over_length(groups: dict[str, list[dict]], kind: str) -> dict[str, tu
             lines[name].append(
                 (int(length), np.mean([r["student"]["euler"]["defect"]["mean"] for r in runs]))
             )
-    return {name: tuple(zip(*sorted(points), strict=True)) for name, points in lines.items()}
+    from_top = sorted(lines.items(), key=lambda line: -max(line[1])[1])  # the legend reads as the plot does
+    return {name: tuple(zip(*sorted(points), strict=True)) for name, points in from_top}
 
 
 def main(_):
