@@ -20,20 +20,22 @@ DIR = flags.DEFINE_string("dir", None, "where launch/results.sh worked", require
 SCORES = ("all", "shape", "direction", "clean", "coverage_ratio", "off_grid", "sharpness", "motion")
 
 
-def cell(values: list[float]) -> str:
+def cell(values: list[float], digits: int) -> str:
     """Mean, and half the range where there are several seeds."""
     spread = (max(values) - min(values)) / 2
-    return f"{np.mean(values):.3f}" + (f" ± {spread:.3f}" if len(values) > 1 else "")
+    return f"{np.mean(values):.{digits}f}" + (f" ± {spread:.{digits}f}" if len(values) > 1 else "")
 
 
-def row(name: str, runs: list[dict], read) -> str:
+def row(name: str, runs: list[dict], read, digits: int) -> str:
     columns = zip(*(read(run) for run in runs), strict=True)
-    return f"| {name} | {len(runs)} | " + " | ".join(cell(list(column)) for column in columns) + " |"
+    return f"| {name} | {len(runs)} | " + " | ".join(cell(list(column), digits) for column in columns) + " |"
 
 
-def table(title: str, columns, groups, read) -> str:
+def table(title: str, columns, groups, read, digits: int = 3) -> str:
     head = f"| run | seeds | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 2)}"
-    return "\n".join((f"\n{title}\n", head, *(row(name, runs, read) for name, runs in groups.items())))
+    return "\n".join(
+        (f"\n{title}\n", head, *(row(name, runs, read, digits) for name, runs in groups.items()))
+    )
 
 
 def defect_over_length(groups: dict[str, list[dict]], kind: str) -> dict[str, tuple]:
@@ -67,7 +69,7 @@ def main(_):
             *of(run)["defect"]["per_interval"],
             *of(run)["cross_step"].values(),
         ]
-        print(table(f"Semigroup defect and cross-step distance, {solver}", columns, groups, read))
+        print(table(f"Semigroup defect and cross-step distance, {solver}", columns, groups, read, 4))
     for kind in ("lambda", "stop"):
         if lines := defect_over_length(groups, kind):
             write_bytes(root / f"defect_{kind}.png", curves(lines, "student updates", "semigroup defect"))

@@ -149,6 +149,8 @@ def test_tabulating_averages_seeds_and_draws_the_sweep(tmp_path):
         numbers = json.dumps({"student": {"euler": solver, "cm": solver}})
         (tmp_path / run / "evaluation.json").write_text(numbers)
     table = succeed("tabulate", f"--dir={tmp_path}")
-    assert "| main/x | 2 | 4.000 ± 1.000 |" in table and "| sweep/60/lambda 1 | 1 | 1.000 | 1.000 |" in table
+    assert (
+        "| main/x | 2 | 4.0000 ± 1.0000 |" in table and "| sweep/60/lambda 1 | 1 | 1.0000 | 1.0000 |" in table
+    )
     assert (tmp_path / "defect_lambda.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "defect_stop.png").exists()
