@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Every number of docs/results.md about students: the sweep of lambda_SC and stop-gradient over training length, then
-# methods, teachers and seeds. Two hours on 2 CPU cores; run it again to go on where it stopped.
+# methods, teachers and seeds. An hour on 2 CPU cores in two parts; run it again to go on where it stopped.
 #
 #   bash launch/results.sh [DIR] [train options]     DIR defaults to runs/results
 #
-# PART=1/2 and PART=2/2 split the work between two processes, each best bound to one core (taskset).
+#   PART=1/2 taskset -c 0 bash launch/results.sh & PART=2/2 taskset -c 1 bash launch/results.sh     both halves at once
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/venv.sh
@@ -63,6 +63,8 @@ for seed in 0 1 2; do
     done
 done
 # Where every student starts: the teacher's own network, without guidance, in few updates.
-! mine || run "$dir/main/network/undistilled/0" shapes_dmd8 --config.updates=1 \
-    --config.student_optimizer.learning_rate=0
+if mine; then
+    run "$dir/main/network/undistilled/0" shapes_dmd8 --config.updates=1 \
+        --config.student_optimizer.learning_rate=0
+fi
 [ "$part" != 1/1 ] || python -m launch.tabulate --dir="$dir"

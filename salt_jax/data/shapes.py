@@ -100,7 +100,7 @@ def caption(scene: Scene) -> str:
 def spread(world: World, count: int) -> list[int]:
     """`count` indices into `scenes`, spread evenly over them."""
     total = len(scenes(world))
-    return [i * total // count % total for i in range(count)]
+    return [i * total // count for i in range(count)]
 
 
 def shape_mask(shape: str, x, y, world: World) -> np.ndarray:
