@@ -2,15 +2,16 @@
 
 import ast
 import importlib
+import re
 from pathlib import Path
 
 import pytest
+from flax.traverse_util import flatten_dict
 
 from salt_jax.train.recipe import read_recipe
 
-FILES = sorted(
-    path for path in (Path(__file__).parents[1] / "configs").glob("*.py") if path.name != "__init__.py"
-)
+ROOT = Path(__file__).parents[1]
+FILES = sorted(path for path in (ROOT / "configs").glob("*.py") if path.name != "__init__.py")
 DELTAS = [path for path in FILES if path.name != "base.py"]
 
 
@@ -39,3 +40,17 @@ def test_two_calls_of_a_config_share_nothing():
     first = module.get_config()
     first.ema.decay = 0.123
     assert module.get_config().ema.decay != 0.123
+
+
+def test_the_guide_lists_every_config_key_with_its_default():
+    """The optimizers' keys are listed without values; the rest as in configs/base.py."""
+    known, told = flatten_dict(load(ROOT / "configs/base.py").get_config().to_dict(), sep="."), {}
+    table = (ROOT / "docs/guide.md").read_text().split("\n## 3. ")[1].split("**From a Self-Forcing")[0]
+    for row in table.splitlines():
+        keys, default = [*row.split(" | "), ""][:2]
+        names = re.findall(r"`([\w.]+)`", keys)
+        if names and default:
+            names = [n if n[0] != "." else names[0].split(".")[0] + n for n in names]
+            values = ast.literal_eval(f"({default.replace('`', '')},)")
+            told |= dict(zip(names, values, strict=True))
+    assert told == {name: value for name, value in known.items() if "_optimizer." not in name}

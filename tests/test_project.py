@@ -63,3 +63,12 @@ def test_script_refuses_an_old_python(script, tmp_path):
     assert done.returncode == 1
     assert "needs Python 3.11 or newer" in done.stderr and "Python 3.9.1" in done.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/guide.md"])
+def test_documented_flags_exist(document):
+    programs = "".join(path.read_text() for path in (ROOT / "launch").glob("*.py"))
+    others = {"all", "logdir"}  # of launch/test.sh and of TensorBoard
+    known = others | set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', programs))
+    told = set(re.findall(r"(?<![\w-])--(\w+)", (ROOT / document).read_text()))
+    assert {name for name in told if not name.startswith("xla_")} <= known
