@@ -25,7 +25,14 @@ def optimizer(learning_rate: float, warmup: int = 0, decay: bool = False):
 
 def get_config() -> Any:  # a ConfigDict; its attributes are not known to a type checker
     c = ml_collections.ConfigDict()
-    c.stage = "distil"  # "distil" a student, or "denoising": train a teacher and its text encoder on data
+    # "denoising": train a teacher and its text encoder on data; "teacher_forcing", "ode_regression", "consistency":
+    # make a student causal (docs/guide.md); "distil": DMD, the stage of Salt
+    c.stage = "distil"
+    # How a student under distillation makes its videos: "noised": the whole clip in one update of a noised real one;
+    # "noised_chunks": the same with a level for each chunk, causally (CausVid); "rollout": chunk by chunk from noise
+    c.video = "noised"
+    # The stage before: its workdir, or the file exported from it; "": the student starts as the weights
+    c.init_from = ""
     c.seed = 0
     c.updates = 60  # student updates in the whole run; peers count critic updates, five times as many
     c.batch_size = 24  # clips, over all devices
@@ -43,7 +50,14 @@ def get_config() -> Any:  # a ConfigDict; its attributes are not known to a type
     )
 
     c.data = ml_collections.ConfigDict(
-        dict(dir="runs/data", num_train=4096, num_test=512, seed=0)  # clips; drawn with this seed
+        dict(
+            kind="moving_shapes",  # or "latents": encoded videos of any size
+            clip=(),  # kind latents: frames, height and width of a latent clip
+            dir="runs/data",
+            num_train=4096,  # clips
+            num_test=512,
+            seed=0,  # clips are drawn with it
+        )
     )
     c.world = ml_collections.ConfigDict(
         dict(
@@ -61,6 +75,7 @@ def get_config() -> Any:  # a ConfigDict; its attributes are not known to a type
         dict(
             kind="network",  # "network": the weights above; "closed_form": the exact optimum for this world;
             # "data" (stage denoising only): no teacher, the clips themselves
+            preset="",  # of the teacher's network; "" is the student's
             guidance=2.0,  # w of u + w (c - u), 1 is none; the peers' guidance_scale g is w = 1 + g
         )
     )
@@ -72,6 +87,52 @@ def get_config() -> Any:  # a ConfigDict; its attributes are not known to a type
             anchor_updates=4,  # T(K) of Eq. 9: levels where shortcuts end
             shift=12.0,  # Salt App. A.1, non-autoregressive
         )
+    )
+    c.memory = ml_collections.ConfigDict(
+        dict(  # latent frames; a student that works whole clips ignores it
+            chunk=3,  # generated together
+            first=3,  # of the first chunk; 1 makes it a picture
+            window=0,  # seen at most, with the chunk itself and the sink; 0 is everything
+            sink=0,  # first frames of the video, never forgotten
+            positions="absolute",  # or "relative": a frame's rank among those that are seen
+        )
+    )
+    c.rollout = ml_collections.ConfigDict(
+        dict(
+            updates=(2, 4, 8),  # K is drawn for each optimizer update, Salt App. B
+            probabilities=(0.2, 0.4, 0.4),
+            first_updates=0,  # of the first chunk; 0 is as the others (Causal Forcing's few-step models take 4)
+            solver="cm",  # between updates, as in all peers
+        )
+    )
+    c.align = ml_collections.ConfigDict(
+        dict(  # cache alignment, Eq. 11-12; row numbers are those of docs/algorithm.md 9
+            weight=0.0,  # 0 turns the term off; VideoREPA's coefficient is 0.5 (row 21)
+            start=0,  # student updates before it begins; the paper names 600 of its iterations
+            probability=0.5,  # of an update with a shorter rollout ("stochastically", row 22)
+            margin=0.1,  # delta of Eq. 12, VideoREPA's (row 20)
+            network="base",  # whose features: base (the weights, frozen), critic, student (row 17)
+            layers=2,  # blocks before the features are taken; about 0.6 of them (row 18)
+        )
+    )
+    c.stream = ml_collections.ConfigDict(
+        dict(  # streaming long tuning (LongLive): one sequence goes on over many updates
+            max_frames=0,  # latent frames of a sequence; 0 turns it off
+            overlap=3,  # frames of the teacher's window that were there before
+            switch=0.5,  # probability that a sequence changes its prompt once
+        )
+    )
+    c.ode = ml_collections.ConfigDict(
+        dict(  # stages ode_regression and consistency
+            updates=48,  # Euler updates of a trajectory
+            guidance=2.0,  # w of the causal teacher along it
+            trajectories=512,  # stage ode_regression
+        )
+    )
+    c.lora = ml_collections.ConfigDict(
+        dict(
+            rank=0, alpha=0.0
+        )  # train only a product of this rank on each matrix of the blocks; 0 trains all
     )
     c.view = ml_collections.ConfigDict(
         dict(shift=5.0, lowest=0.02, highest=0.98)  # where teacher and critic look; peers' values

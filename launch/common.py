@@ -1,12 +1,13 @@
 """What the programs share: a trained workdir, prompts, and one clear line for an error that is the user's to mend."""
 
+import dataclasses
 import logging as std_logging
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, get_args
 
 import jax
 import numpy as np
@@ -14,19 +15,21 @@ from absl import app, flags, logging
 
 from salt_jax.data import shapes
 from salt_jax.errors import UserError
-from salt_jax.models.denoiser import wan_denoiser
+from salt_jax.models.denoiser import Network
+from salt_jax.models.kv_cache import CachePolicy, Positions
+from salt_jax.models.lora import merge
 from salt_jax.train.checkpoint import restore_params
 from salt_jax.train.recipe import Recipe, from_json
-from salt_jax.train.setup import embed, initial_weights
+from salt_jax.train.setup import embed, initial_weights, make_network, student_start
 from salt_jax.train.sharding import make_mesh
-from salt_jax.types import Denoiser, Params
+from salt_jax.types import Params
 
 
 class Trained(NamedTuple):
     """A workdir, opened for reading."""
 
     recipe: Recipe
-    denoiser: Denoiser  # unguided
+    network: Network
     params: Params  # of the averaged student, or teacher-to-be
     weights: Params  # {"wan", "text_encoder"} of the teacher that belongs to it
     embed: Callable[[Sequence[str]], np.ndarray]  # captions -> float32 [N, T, D]
@@ -47,13 +50,32 @@ def open_workdir(workdir: str) -> Trained:
     params = restore_params(workdir, "ema", make_mesh({"data": 1, "fsdp": -1, "context": 1, "tensor": 1}))
     weights = params if recipe.stage == "denoising" else initial_weights(recipe)
     params = params["wan"] if recipe.stage == "denoising" else params
+    if recipe.lora.rank:
+        params = merge(student_start(recipe, weights["wan"]), params, recipe.lora)
     return Trained(
         recipe,
-        wan_denoiser(recipe.wan, recipe.compute),
+        make_network(recipe),
         params,
         weights,
         lambda captions: embed(recipe, weights["text_encoder"], captions),
     )
+
+
+def read_memory(told: str, policy: CachePolicy) -> CachePolicy:
+    """ "WINDOW:SINK:POSITIONS" -> `policy` with another memory.
+
+    Raises:
+      UserError: it is not of that form, or the numbers do not fit the chunks.
+    """
+    try:
+        window, sink, positions = told.split(":")
+        if positions not in get_args(Positions):
+            raise ValueError(f"positions is {positions!r}, not one of {', '.join(get_args(Positions))}")
+        return dataclasses.replace(policy, window=int(window), sink=int(sink), positions=positions)
+    except ValueError as error:
+        raise UserError(
+            f"--memory {told}: {error}; write WINDOW:SINK:POSITIONS, such as 6:1:relative"
+        ) from error
 
 
 def read_prompts(prompt: str | None, file: str | None, recipe: Recipe, count: int) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
 Measures the averaged student of a workdir beside its teacher and writes DIR/evaluation.json and DIR/report.html. On a
 teacher's workdir (stage denoising) it measures the teacher alone. The teacher makes its clips with 32 guided Euler
-updates; its velocity error is against the closed form.
+updates; its velocity error is against the closed form. A student that works chunk by chunk also makes long videos,
+under each memory of --memory.
 """
 
 import json
@@ -18,8 +19,9 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from launch.common import Trained, open_workdir, run_main
+from launch.common import Trained, open_workdir, read_memory, run_main
 from salt_jax.data import shapes
+from salt_jax.errors import UserError
 from salt_jax.evaluate import suite, summary
 from salt_jax.evaluate.report import write_report
 from salt_jax.models.denoiser import guided
@@ -34,7 +36,17 @@ TEACHER_UPDATES = flags.DEFINE_integer(
     "teacher_updates", 32, "guided Euler updates of the teacher, 0 leaves it out", lower_bound=0
 )
 GUIDANCE = flags.DEFINE_float("guidance", None, "of the teacher; default as in the config")
-SOLVERS: tuple[Solver, ...] = ("euler", "cm")
+LONG = flags.DEFINE_integer(
+    "long",
+    4,
+    "length of the long videos of a student that works chunk by chunk, in clips; 0 leaves them out",
+    lower_bound=0,
+)
+MEMORY = flags.DEFINE_list(
+    "memory", [], "WINDOW:SINK:POSITIONS of long videos, with commas; default as in the config"
+)
+SOLVERS = flags.DEFINE_list("solvers", get_args(Solver), "of the student")
+LONG_UPDATES = 4
 LEVELS = (0.995, 0.98, 0.95, 0.9, 0.7, 0.3)  # noise levels of the velocity error
 
 
@@ -43,15 +55,26 @@ def make_task(run: Trained, count: int, seed: int) -> suite.Task:
     world, scenes = run.recipe.world, shapes.scenes(run.recipe.world)
     scene = np.array(shapes.spread(world, count))
     text = run.embed([shapes.caption(scenes[i]) for i in scene])
+    recipe = run.recipe
     return suite.Task(
-        world, scene, text, run.recipe.clip_shape, run.recipe.schedule.shift, seed, min(count, 48)
+        world,
+        scene,
+        text,
+        recipe.clip_shape,
+        recipe.schedule.shift,
+        seed,
+        min(count, 48),
+        recipe.memory if recipe.causal else None,
+        recipe.rollout.first_updates if recipe.causal else 0,
     )
 
 
 def measure_teacher(run: Trained, task: suite.Task) -> tuple[dict, np.ndarray]:
     """The teacher's numbers and its clips."""
     guidance = run.recipe.teacher.guidance if GUIDANCE.value is None else GUIDANCE.value
-    network, wan = guided(run.denoiser, jnp.asarray(run.embed([""])), guidance), run.weights["wan"]
+    denoise, wan = run.network.denoise, run.weights["wan"]
+    network = run.network._replace(denoise=guided(denoise, jnp.asarray(run.embed([""])), guidance))
+    task = task._replace(policy=None)
     clips = suite.clips(network, wan, task, TEACHER_UPDATES.value, "euler")
     numbers = {
         "updates": TEACHER_UPDATES.value,
@@ -61,9 +84,24 @@ def measure_teacher(run: Trained, task: suite.Task) -> tuple[dict, np.ndarray]:
     if not task.world.pair:
         exact = closed_form(run.recipe, run.embed)
         real, text = suite.real_clips(task.world, COUNT.value, SEED.value, run.embed)
-        errors = suite.velocity_errors(run.denoiser, wan, exact, real, text, LEVELS, SEED.value)
+        errors = suite.velocity_errors(denoise, wan, exact, real, text, LEVELS, SEED.value)
         numbers["velocity_error"] = errors
     return numbers, clips
+
+
+def measure_long(run: Trained, task: suite.Task) -> tuple[dict, dict[str, np.ndarray]]:
+    """By memory: how videos of several times the training length hold, and the videos."""
+    numbers, made = {}, {}
+    m = run.recipe.memory
+    for told in MEMORY.value or [f"{m.window}:{m.sink}:{m.positions}"]:
+        longer = (LONG.value * task.shape[0], *task.shape[1:])
+        this = task._replace(policy=read_memory(told, m), shape=longer)
+        try:
+            made[told] = suite.clips(run.network, run.params, this, LONG_UPDATES, run.recipe.sample.solver)
+        except ValueError as error:
+            raise UserError(f"{error}; check --memory and --long") from error
+        numbers[told] = suite.drift(made[told], this)
+    return numbers, made
 
 
 def origin(run: Trained) -> dict[str, str]:
@@ -85,21 +123,27 @@ def main(_):
     run = open_workdir(WORKDIR.value)
     recipe, out = run.recipe, Path(WORKDIR.value)
     task = make_task(run, COUNT.value, SEED.value)
-    updates, student = recipe.sample.num_updates, recipe.stage == "distil"
-    with tqdm(total=1 + student * len(SOLVERS) * (len(updates) + 1), desc="teacher") as bar:
-        teacher, columns, results = {}, [], {}
+    updates, student = recipe.sample.num_updates, recipe.stage != "denoising"
+    with tqdm(total=2 + student * len(SOLVERS.value) * (len(updates) + 1), desc="teacher") as bar:
+        teacher, columns, results, long, videos = {}, [], {}, {}, {}
         if TEACHER_UPDATES.value:
             teacher, clips = measure_teacher(run, task)
             columns.append(("teacher", clips))
         bar.update()
-        for solver in SOLVERS if student else ():
+        for solver in SOLVERS.value if student else ():
             bar.set_description(f"student, {solver}")
-            results[solver], made = suite.measure(run.denoiser, run.params, task, updates, solver, bar.update)
+            results[solver], made = suite.measure(run.network, run.params, task, updates, solver, bar.update)
             if solver == recipe.sample.solver:
                 columns += [(f"{k} updates", made[k]) for k in updates]
-    numbers = {**origin(run), "teacher": teacher, "student": results}
+        if recipe.causal and LONG.value:
+            bar.set_description("long videos")
+            long, videos = measure_long(run, task)
+        bar.update()
+    numbers = {**origin(run), "teacher": teacher, "student": results, "long": long}
     write_bytes(out / "evaluation.json", json.dumps(numbers, indent=2).encode())
-    write_report(out / "report.html", summary.make_report(numbers, task, columns, min(6, COUNT.value)))
+    write_report(
+        out / "report.html", summary.make_report(numbers, task, columns, videos, min(6, COUNT.value))
+    )
     table = summary.score_table(numbers)
     for row in (table.header, *table.rows):
         print("".join(f"{cell:>15}" for cell in row))

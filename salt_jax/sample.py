@@ -1,17 +1,51 @@
-"""Checkpoint and captions in, clips out: few-step students and many-step teachers through one function."""
+"""Checkpoint and captions in, clips out: few-step students and many-step teachers through one function, whole clips or
+chunk by chunk, as long as one likes in constant memory."""
 
 from collections.abc import Iterator
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from salt_jax.flow.schedule import grid
+from salt_jax.models.denoiser import Network
+from salt_jax.models.kv_cache import CachePolicy, flush, refuse_overflow
+from salt_jax.rollout.causal import commit, generate_chunk, recache
 from salt_jax.rollout.parallel import Solver, sample
 from salt_jax.types import Denoiser, Params
 
 _sample = jax.jit(sample, static_argnums=(0, 4, 6))
+_read_text = jax.jit(lambda network, params, text: network.read_text(params, text), static_argnums=0)
+_recache = jax.jit(recache, static_argnums=(0, 4), donate_argnums=2)
+_flush = jax.jit(flush, static_argnums=(1, 2), donate_argnums=0)
+
+FLUSH_KEEPS = 2  # frames, and
+CUT_AHEAD = 42  # positions: as Infinity-RoPE has them (45 where 3 would follow)
+
+
+class Cue(NamedTuple):
+    """What changes at a frame of a video under way."""
+
+    text: np.ndarray  # float32 [B, T, D], the prompts from here on
+    flush: bool = (
+        False  # forget all but the sink and the last frames, instead of reading them again under the prompt
+    )
+    cut: bool = False  # a scene cut: the first chunk stands far ahead in time (relative positions)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _empty_cache(network, slots, batch, picture):
+    return network.empty_cache(jnp.zeros((batch, 0, *picture)), slots)
+
+
+@partial(jax.jit, static_argnames=("network", "solver", "size", "policy"), donate_argnames="cache")
+def _next_chunk(network, params, cache, text, levels, exit_update, solver, keys, size, policy, jump):
+    _, x0 = generate_chunk(
+        network, params, cache, text, levels, exit_update, solver, keys, size, policy, jump
+    )
+    return x0, commit(network, params, cache, x0, text, policy)
 
 
 def clip_keys(seed: int, count: int) -> jax.Array:
@@ -46,3 +80,59 @@ def sample_clips(
         yield np.asarray(
             _sample(denoiser, params, jnp.asarray(text[part]), sigmas, solver, keys[part], shape)
         )
+
+
+def stream_chunks(
+    network: Network,
+    params: Params,
+    cues: dict[int, Cue],
+    keys: jax.Array,
+    num_updates: int,
+    shift: float,
+    solver: Solver,
+    shape: tuple[int, ...],
+    policy: CachePolicy,
+    first_updates: int = 0,
+) -> Iterator[np.ndarray]:
+    """Yields a video chunk by chunk, float32 [B, chunk, H, W, C] each, as soon as it is there.
+
+    Memory does not grow with the video's length, unless `policy` forgets nothing.
+
+    Args:
+      cues: by frame. Frame 0 must be there, the others must begin a chunk.
+      keys: [B], from `clip_keys`.
+      shape: (F, H, W, C); F of any length that splits into chunks.
+      first_updates: of the first chunk; 0 is as the others.
+
+    Raises:
+      ValueError: F does not split into chunks or does not fit the cache, or a cue is not at the start of a chunk, or a
+        cut is asked of absolute positions.
+    """
+    sizes = policy.sizes(shape[0])
+    starts = (0, *np.cumsum(sizes)[:-1].tolist())
+    if 0 not in cues or not set(cues) <= set(starts):
+        raise ValueError(
+            f"prompts begin at frames {sorted(cues)}; these must be starts of chunks, and 0 among them"
+        )
+    if policy.positions == "absolute" and any(cue.cut for cue in cues.values()):
+        raise ValueError("a scene cut moves relative positions; set positions to relative")
+    slots = policy.capacity(shape[0])
+    refuse_overflow(policy, slots, shape[0])
+    longest = max(num_updates, first_updates) + 1
+    padded = lambda k: jnp.asarray(np.pad(grid(k, shift), (0, longest - k - 1)))
+    cache = _empty_cache(network, slots, len(keys), shape[1:])
+    text = None
+    for at, size in zip(starts, sizes, strict=True):
+        cue = cues.get(at)
+        if cue:
+            if at and cue.flush:
+                cache = _flush(cache, policy, min(FLUSH_KEEPS, slots - policy.sink))
+            elif at:
+                cache = _recache(network, params, cache, jnp.asarray(cue.text), policy)
+            text = _read_text(network, params, jnp.asarray(cue.text))
+        k = first_updates if first_updates and not at else num_updates
+        jump = jnp.int32(CUT_AHEAD if cue and cue.cut else 0)
+        x0, cache = _next_chunk(
+            network, params, cache, text, padded(k), jnp.int32(k - 1), solver, keys, size, policy, jump
+        )
+        yield np.asarray(x0)

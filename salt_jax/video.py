@@ -30,6 +30,21 @@ def enlarge(frames: np.ndarray, scale: int) -> np.ndarray:
     return frames.repeat(scale, axis=-3).repeat(scale, axis=-2)
 
 
+def looks(pixels: np.ndarray) -> dict[str, float]:
+    """Saturation, contrast and brightness of uint8 pixels [..., H, W, 3], each in [0, 1].
+
+    What drifts first when a student collapses: mean spread of a pixel's channels, standard deviation of luminance
+    over a picture, mean luminance (ITU-R BT.601 weights).
+    """
+    rgb = np.asarray(pixels, np.float64) / 255
+    luminance = rgb @ np.array([0.299, 0.587, 0.114])
+    return {
+        "saturation": float((rgb.max(-1) - rgb.min(-1)).mean()),
+        "contrast": float(luminance.std((-2, -1)).mean()),
+        "brightness": float(luminance.mean()),
+    }
+
+
 def encode_mp4(frames: np.ndarray, fps: int, scale: int) -> bytes:
     """H.264 in MP4, yuv420p, which every browser plays. Odd sizes repeat the last row or column.
 

@@ -28,14 +28,14 @@ def batches(
     laid end to end, are the same global batch for any number of processes, and an epoch may end inside a batch.
 
     Args:
-      source: records with `video` uint8 [F, H, W, 3], `caption` and `scene`.
+      source: records with `video` uint8 [F, H, W, 3] or float32 latents, `caption`, `scene`, and perhaps `states`.
       batch_size: global, in examples.
       start: number of global batches consumed before.
       encode_caption: pure; called once per distinct caption, in the thread that reads ahead; the results are kept.
 
     Yields:
-      video float32 [b, F, H, W, 3] in [-1, 1], text [b, ...] stacked encodings, scene int32 [b], where
-      b = batch_size / process_count.
+      video float32 [b, F, H, W, 3] in [-1, 1], text [b, ...] stacked encodings, scene int32 [b], and
+      states where the records have them; b = batch_size / process_count.
 
     Raises:
       ValueError: the batch does not divide over the processes, or the source is empty.
@@ -50,11 +50,16 @@ def batches(
 
     def load(indices: np.ndarray) -> dict[str, np.ndarray]:
         records = [source[int(i)] for i in indices[mine]]
-        return {
-            "video": to_latent(np.stack([r["video"] for r in records])),
+        batch = {
+            "video": np.stack([r["video"] for r in records]),
             "text": np.stack([encode(r["caption"]) for r in records]),
             "scene": np.array([r["scene"] for r in records], np.int32),
         }
+        if batch["video"].dtype == np.uint8:
+            batch["video"] = to_latent(batch["video"])
+        if "states" in records[0]:
+            batch["states"] = np.stack([r["states"] for r in records])
+        return batch
 
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     stream = iter(order.batch(batch_size).map(load).to_iter_dataset(READ_AHEAD))

@@ -24,8 +24,11 @@ from jaxtyping import Array, Float, Key
 
 from salt_jax.flow.schedule import grid
 from salt_jax.flow.transition import euler
+from salt_jax.models.denoiser import Network
+from salt_jax.models.kv_cache import CachePolicy
+from salt_jax.rollout.causal import rollout, sight_of
 from salt_jax.rollout.parallel import Solver, advance, noise_at
-from salt_jax.types import Denoiser, Params, TextEmb
+from salt_jax.types import Denoiser, Latent, Params, TextEmb
 
 EPS = 1e-8  # of Eq. 16; the paper gives no value
 
@@ -68,23 +71,61 @@ def semigroup_defect(
         )
     if solver not in ("euler", "cm"):
         raise ValueError(f"unknown solver {solver!r}, expected 'euler' or 'cm'")
-    squared_norm = lambda x: jnp.sum(jnp.square(x), axis=(1, 2, 3, 4))
 
     def interval(x_s, levels):
         sigma_s, sigma_m, sigma_e = levels
         per_example = lambda sigma: jnp.full(len(x_s), sigma, jnp.float32)
         at_s = denoiser(params, x_s, per_example(sigma_s), text)
-        v_s = at_s.velocity.astype(jnp.float32)
-        x_m = euler(x_s, v_s, per_example(sigma_s), per_example(sigma_m))
-        v_m = denoiser(params, x_m, per_example(sigma_m), text).velocity.astype(jnp.float32)
-        # Form (4): the difference of two endpoints would lose the digits that the two have in common.
-        bend, displacement = squared_norm(v_m - v_s), squared_norm((sigma_s - sigma_e) * v_s)
-        defect = jnp.square(sigma_m - sigma_e) * bend / (displacement + EPS)
-        curvature = bend / (squared_norm(v_s) + EPS)
-        x_e = advance(x_s, at_s, per_example(sigma_s), sigma_e, solver, keys)
-        return x_e, (defect.mean(), curvature.mean())
+        x_m = euler(x_s, at_s.velocity.astype(jnp.float32), per_example(sigma_s), per_example(sigma_m))
+        v_m = denoiser(params, x_m, per_example(sigma_m), text).velocity
+        x_e = advance(x_s, at_s, per_example(sigma_s), sigma_e, solver, keys, frames)
+        return x_e, defect_and_curvature(at_s.velocity, v_m, *levels)
 
     sigmas, midpoints = jnp.asarray(sigmas, jnp.float32), jnp.asarray(midpoints, jnp.float32)
-    x = noise_at(keys, sigmas[0], shape)
+    frames = np.arange(shape[0])
+    x = noise_at(keys, sigmas[0], frames, shape[1:])
     _, (defects, curvatures) = jax.lax.scan(interval, x, (sigmas[:-1], midpoints, sigmas[1:]))
     return Defect(defects, defects.mean(), curvatures)
+
+
+@partial(jax.jit, static_argnames=("network", "solver", "shape", "policy"))
+def causal_defect(
+    network: Network,
+    params: Params,
+    text: TextEmb,
+    sigmas: Float[Array | np.ndarray, " k"],
+    midpoints: Float[Array | np.ndarray, " n"],
+    solver: Solver,
+    keys: Key[Array, " b"],
+    shape: tuple[int, ...],
+    policy: CachePolicy,
+) -> Defect:
+    """The same for a student that works chunk by chunk: x_s is its rollout up to each interval, on the cache of a video
+    whose chunks all stopped there. Both velocities read that cache. Arguments as in `semigroup_defect`."""
+    sigmas, midpoints = jnp.asarray(sigmas, jnp.float32), jnp.asarray(midpoints, jnp.float32)
+
+    def interval(_, given):
+        i, levels = given[0], given[1:]
+        trajectory = rollout(network, params, text, sigmas, i, solver, keys, shape, policy)
+        sight, everywhere = sight_of(trajectory, policy), jnp.ones_like(trajectory.sigma)
+        v_s = network.denoise(params, trajectory.x, trajectory.sigma, text, sight).velocity
+        sigma_m = levels[1] * everywhere
+        x_m = euler(trajectory.x, v_s, trajectory.sigma, sigma_m)
+        v_m = network.denoise(params, x_m, sigma_m, text, sight).velocity
+        return None, defect_and_curvature(v_s, v_m, *levels)
+
+    given = (jnp.arange(len(midpoints)), sigmas[:-1], midpoints, sigmas[1:])
+    _, (defects, curvatures) = jax.lax.scan(interval, None, given)
+    return Defect(defects, defects.mean(), curvatures)
+
+
+def defect_and_curvature(v_s: Latent, v_m: Latent, sigma_s, sigma_m, sigma_e):
+    """Eq. (4) of one interval and its second factor, means over the clips, from the two velocities.
+
+    Form (4): the difference of two endpoints would lose the digits that the two have in common.
+    """
+    squared_norm = lambda x: jnp.sum(jnp.square(x), axis=(1, 2, 3, 4))
+    v_s, v_m = v_s.astype(jnp.float32), v_m.astype(jnp.float32)
+    bend, displacement = squared_norm(v_m - v_s), squared_norm((sigma_s - sigma_e) * v_s)
+    defect = jnp.square(sigma_m - sigma_e) * bend / (displacement + EPS)
+    return defect.mean(), (bend / (squared_norm(v_s) + EPS)).mean()

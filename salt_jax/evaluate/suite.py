@@ -1,6 +1,8 @@
 """Everything that is measured of a student on Moving Shapes, as one dictionary of plain numbers."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import jax
@@ -10,13 +12,16 @@ import numpy as np
 from salt_jax.data import shapes
 from salt_jax.data.shapes import World, to_pixels
 from salt_jax.evaluate.consistency import cross_step_distance
-from salt_jax.evaluate.defect import defect_grid, semigroup_defect
+from salt_jax.evaluate.defect import causal_defect, defect_grid, semigroup_defect
 from salt_jax.evaluate.shapes_score import score
 from salt_jax.flow.prediction import add_noise
 from salt_jax.models.closed_form import expected_error
+from salt_jax.models.denoiser import Network
+from salt_jax.models.kv_cache import CachePolicy
 from salt_jax.rollout.parallel import Solver
-from salt_jax.sample import clip_keys, sample_clips
+from salt_jax.sample import Cue, clip_keys, sample_clips, stream_chunks
 from salt_jax.types import Denoiser, Params
+from salt_jax.video import looks
 
 DEFECT_UPDATES = 4  # Eq. 16 is measured on T(4) with the midpoints of T(8)
 
@@ -31,13 +36,30 @@ class Task(NamedTuple):
     shift: float  # of the grids
     seed: int
     batch_size: int
+    policy: CachePolicy | None  # chunk by chunk; None: whole clips
+    first_updates: int  # of the first chunk; 0 is as the others
 
 
-def clips(denoiser: Denoiser, params: Params, task: Task, num_updates: int, solver: Solver) -> np.ndarray:
+def clips(network: Network, params: Params, task: Task, num_updates: int, solver: Solver) -> np.ndarray:
     """float32 latents [N, F, H, W, C]; clip i has the same noise for every network, solver and number of updates."""
-    keys = clip_keys(task.seed, len(task.text))
-    args = (task.text, keys, num_updates, task.shift, solver, task.shape, task.batch_size)
-    return np.concatenate(list(sample_clips(denoiser, params, *args)))
+    keys, size = clip_keys(task.seed, len(task.text)), task.batch_size
+    if task.policy is None:
+        args = (task.text, keys, num_updates, task.shift, solver, task.shape, size)
+        return np.concatenate(list(sample_clips(network.denoise, params, *args)))
+    made = []
+    for start in range(0, len(keys), size):
+        part = slice(start, start + size)
+        args = (
+            {0: Cue(task.text[part])},
+            keys[part],
+            num_updates,
+            task.shift,
+            solver,
+            task.shape,
+            task.policy,
+        )
+        made.append(np.concatenate(list(stream_chunks(network, params, *args, task.first_updates)), axis=1))
+    return np.concatenate(made)
 
 
 def shapes_score(latents: np.ndarray, task: Task) -> dict[str, float]:
@@ -45,14 +67,15 @@ def shapes_score(latents: np.ndarray, task: Task) -> dict[str, float]:
     return score(to_pixels(latents), task.scene, task.world)
 
 
-def defect(denoiser: Denoiser, params: Params, task: Task, solver: Solver) -> dict[str, list[float] | float]:
+def defect(network: Network, params: Params, task: Task, solver: Solver) -> dict[str, list[float] | float]:
     """Salt Eq. 16 over all of the task's captions (as many as fill whole batches)."""
     sigmas, midpoints = defect_grid(DEFECT_UPDATES, task.shift)
+    whole = task.policy is None
+    measure = partial(semigroup_defect, network.denoise) if whole else partial(causal_defect, network)
     keys, b = clip_keys(task.seed, len(task.text)), task.batch_size
     starts = range(0, max(len(task.text) - b + 1, 1), b)
     parts = [
-        semigroup_defect(
-            denoiser,
+        measure(
             params,
             jnp.asarray(task.text[i : i + b]),
             sigmas,
@@ -60,6 +83,7 @@ def defect(denoiser: Denoiser, params: Params, task: Task, solver: Solver) -> di
             solver,
             keys[i : i + b],
             task.shape,
+            *(() if whole else (task.policy,)),
         )
         for i in starts
     ]
@@ -72,7 +96,7 @@ def defect(denoiser: Denoiser, params: Params, task: Task, solver: Solver) -> di
 
 
 def measure(
-    denoiser: Denoiser,
+    network: Network,
     params: Params,
     task: Task,
     updates: Sequence[int],
@@ -86,15 +110,32 @@ def measure(
     """
     made = {}
     for k in updates:
-        made[k] = clips(denoiser, params, task, k, solver)
+        made[k] = clips(network, params, task, k, solver)
         tick()
     numbers = {
         "score": {k: shapes_score(made[k], task) for k in updates},
         "cross_step": cross_step_distance(made),
-        "defect": defect(denoiser, params, task, solver),
+        "defect": defect(network, params, task, solver),
     }
     tick()
     return numbers, made
+
+
+def drift(latents: np.ndarray, task: Task) -> dict[str, list]:
+    """How a long video changes: the scorer's card of each stretch of one clip's length, and looks by chunk.
+
+    A stretch is read as a clip of its own, so an object that starts elsewhere is no fault; saturation, contrast and
+    brightness are means over the pixels of each chunk, in [0, 1].
+    """
+    assert task.policy
+    frames, pixels = task.world.frames, to_pixels(latents)
+    stretches = [pixels[:, i : i + frames] for i in range(0, pixels.shape[1] - frames + 1, frames)]
+    edges = np.cumsum((0, *task.policy.sizes(pixels.shape[1])))
+    chunks = [pixels[:, a:b] for a, b in pairwise(edges)]
+    return {
+        "stretches": [score(part, task.scene, task.world) for part in stretches],
+        "looks": [looks(chunk) for chunk in chunks],
+    }
 
 
 def real_clips(

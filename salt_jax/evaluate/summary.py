@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from salt_jax.data import shapes
-from salt_jax.evaluate.report import Plot, Report, Table, VideoRow, bars
+from salt_jax.evaluate.report import Plot, Report, Table, VideoRow, bars, curves
 from salt_jax.evaluate.suite import DEFECT_UPDATES, Task
 
 SHOWN = (
@@ -59,17 +59,51 @@ def student_tables(student: Mapping[str, Any]) -> list[Table]:
     ]
 
 
+LOOKS = ("saturation", "contrast", "brightness")
+STRETCH = ("all", "shape", "colour", "direction", "clean", "sharpness", "motion")
+
+
+def long_tables(long: Mapping[str, Any]) -> list[Table]:
+    """How long videos hold, by memory and stretch of one training clip, and how their looks drift over the chunks."""
+    stretches = [
+        [memory, f"{i + 1}", *(f"{score[name]:.3f}" for name in STRETCH)]
+        for memory, result in long.items()
+        for i, score in enumerate(result["stretches"])
+    ]
+    ends = lambda result, name: [result["looks"][i][name] for i in (0, -1)]
+    drifts = [
+        [memory, *(f"{a:.3f} -> {b:.3f}" for a, b in (ends(result, name) for name in LOOKS))]
+        for memory, result in long.items()
+    ]
+    return [
+        Table(
+            "Long videos",
+            ["memory", "stretch", *STRETCH],
+            stretches,
+            "Longer than in training, in stretches of a training clip. Memory is WINDOW:SINK:POSITIONS in latent "
+            "frames; window 0 forgets nothing.",
+        ),
+        Table("Drift, first to last chunk", ["memory", *LOOKS], drifts, "Means over pixels and clips."),
+    ]
+
+
 def make_report(
-    numbers: Mapping[str, Any], task: Task, columns: Sequence[tuple[str, np.ndarray]], rows: int
+    numbers: Mapping[str, Any],
+    task: Task,
+    columns: Sequence[tuple[str, np.ndarray]],
+    long: Mapping[str, np.ndarray],
+    rows: int,
 ) -> Report:
     """The report of one run.
 
     Args:
       numbers: as written to evaluation.json.
       columns: (label, latents [N, F, H, W, C]) of networks to show side by side; clip i has the same noise in all.
+      long: by memory, long videos of the same captions.
       rows: how many captions to show, spread evenly.
     """
     scenes = shapes.scenes(task.world)
+    columns = [*columns, *((f"{memory}, {v.shape[1]} frames", v) for memory, v in long.items())]
     videos = [
         VideoRow(
             shapes.caption(scenes[task.scene[i]]),
@@ -84,6 +118,15 @@ def make_report(
         plots = [
             Plot("Defect per interval", bars(INTERVALS, series, "defect"), "From noise (1) to clean (4).")
         ]
+    if numbers["long"]:
+        tables += long_tables(numbers["long"])
+        count = len(next(iter(numbers["long"].values()))["looks"])
+        lines = {
+            m: (range(1, count + 1), [x["saturation"] for x in r["looks"]])
+            for m, r in numbers["long"].items()
+        }
+        explanation = "A flat line is no drift. Lines are memories, WINDOW:SINK:POSITIONS."
+        plots.append(Plot("Saturation by chunk", curves(lines, "chunk", "saturation"), explanation))
     errors = numbers["teacher"].get("velocity_error")
     if errors:
         row = [f"{e:.4f}" for e in errors.values()]

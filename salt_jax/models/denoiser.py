@@ -1,10 +1,16 @@
 """Networks as denoisers: the only place that turns sigma into Wan's timestep."""
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax.numpy as jnp
 import numpy as np
 
 from salt_jax.flow.prediction import from_velocity, guide
-from salt_jax.models.wan import Compute, WanConfig, apply_wan
+from salt_jax.models import wan
+from salt_jax.models.blocks import TextKV
+from salt_jax.models.kv_cache import KVCache, Sight
+from salt_jax.models.presets import Compute, WanConfig
 from salt_jax.types import Denoiser, Latent, Params, Prediction, Sigma, TextEmb
 
 WAVES = (4, 2, 2)  # cosines along frames, rows and columns
@@ -28,10 +34,21 @@ def position_channels(frames: int, height: int, width: int) -> np.ndarray:
     return np.stack([*time, *place, *(t * p for t in time[:PRODUCTS] for p in place)], -1).astype(np.float32)
 
 
-def wan_denoiser(config: WanConfig, compute: Compute) -> Denoiser:
-    """Wan as a `Denoiser`. Its input and output are float32 whatever `compute.dtype` is.
+class Network(NamedTuple):
+    """Wan as functions of values. `denoise` is a `Denoiser` that may also be told a sight; only it needs a sigma."""
 
-    A network that reads more channels than it writes gets `position_channels` behind the latent.
+    denoise: Callable[..., Prediction]  # (params, x, sigma, text, sight=None)
+    keys_values: Callable[..., tuple[Any, Any]]  # (params, x0, text, sight), of clean frames
+    read_text: Callable[[Params, TextEmb], TextKV]  # what `text` may be replaced with under one prompt
+    features: Callable[..., Any]  # (params, x, sigma, text, layers) -> [B, F, S, D]
+    empty_cache: Callable[[Latent, int], KVCache]  # (latents of any number of frames, slots)
+
+
+def wan_network(config: WanConfig, compute: Compute, clip_frames: int, chunk: int) -> Network:
+    """Wan with its input and output in float32 whatever `compute.dtype` is.
+
+    A network that reads more channels than it writes gets `position_channels` of a clip of `clip_frames` behind the
+    latent. Frames past the clip stand where its last `chunk` frames do.
 
     Raises:
       ValueError: the number of additional input channels is not that of `position_channels`.
@@ -39,15 +56,45 @@ def wan_denoiser(config: WanConfig, compute: Compute) -> Denoiser:
     more = config.in_channels - config.out_channels
     if more not in (0, POSITION_CHANNELS):
         raise ValueError(f"{more} additional input channels; position channels are {POSITION_CHANNELS}")
+    timestep = lambda sigma: 1000.0 * sigma
 
-    def denoise(params: Params, x: Latent, sigma: Sigma, text: TextEmb) -> Prediction:
-        inputs = x
-        if more:
-            position = jnp.asarray(position_channels(*x.shape[1:4]))
-            inputs = jnp.concatenate([x, jnp.broadcast_to(position, (*x.shape[:4], more))], axis=-1)
-        return from_velocity(x, apply_wan(params, inputs, 1000.0 * sigma, text, config, compute), sigma)
+    def inputs(x: Latent, frames: Any) -> Any:
+        if not more:
+            return x
+        past = clip_frames - chunk + (frames - clip_frames) % chunk
+        table = jnp.asarray(position_channels(clip_frames, *x.shape[2:4]))
+        position = table[jnp.where(frames < clip_frames, frames, past)]
+        return jnp.concatenate([x, jnp.broadcast_to(position, (*x.shape[:4], more))], axis=-1)
 
-    return denoise
+    def denoise(
+        params: Params, x: Latent, sigma: Sigma, text: TextEmb | TextKV, sight: Sight | None = None
+    ) -> Prediction:
+        given = inputs(x, sight.frames if sight else np.arange(x.shape[1]))
+        return from_velocity(
+            x, wan.apply_wan(params, given, timestep(sigma), text, config, compute, sight), sigma
+        )
+
+    def keys_values(params: Params, x0: Latent, text: TextEmb | TextKV, sight: Sight) -> tuple[Any, Any]:
+        clean = jnp.zeros(x0.shape[:1])
+        return wan.keys_values(
+            params, inputs(x0, sight.frames), timestep(clean), text, config, compute, sight
+        )
+
+    def features(params: Params, x: Latent, sigma: Sigma, text: TextEmb, layers: int):
+        given = inputs(x, np.arange(x.shape[1]))
+        return wan.features(params, given, timestep(sigma), text, config, compute, layers)
+
+    def empty_cache(like: Latent, slots: int) -> KVCache:
+        b, _, h, w, channels = like.shape
+        tokens = (h // config.patch_size[1]) * (w // config.patch_size[2])
+        heads = (config.num_heads, config.dim // config.num_heads)
+        zeros = jnp.zeros((config.num_layers, b, slots, tokens, *heads), compute.dtype)
+        x0 = jnp.zeros((b, slots, h, w, channels))
+        none = jnp.zeros((), jnp.int32)
+        return KVCache(zeros, zeros, x0, jnp.zeros(slots, jnp.int32), none, none)
+
+    read_text = lambda params, text: wan.text_keys_values(params, text, config, compute)
+    return Network(denoise, keys_values, read_text, features, empty_cache)
 
 
 def guided(denoiser: Denoiser, null_text: TextEmb, guidance: float) -> Denoiser:
@@ -56,10 +103,12 @@ def guided(denoiser: Denoiser, null_text: TextEmb, guidance: float) -> Denoiser:
     Two evaluations a call, as the peers do: their memory then peaks at one batch, not at two.
     """
 
-    def denoise(params: Params, x: Latent, sigma: Sigma, text: TextEmb) -> Prediction:
+    def denoise(params: Params, x: Latent, sigma: Sigma, text: TextEmb, *sight: Sight) -> Prediction:
         if guidance == 1.0:
-            return denoiser(params, x, sigma, text)
+            return denoiser(params, x, sigma, text, *sight)
         null = null_text.repeat(x.shape[0], axis=0)
-        return guide(denoiser(params, x, sigma, text), denoiser(params, x, sigma, null), guidance)
+        return guide(
+            denoiser(params, x, sigma, text, *sight), denoiser(params, x, sigma, null, *sight), guidance
+        )
 
     return denoise

@@ -22,6 +22,15 @@ def save_weights(path: str | Path, params: Params, dtype: str, metadata: dict[st
     temporary.replace(path)
 
 
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What `save_weights` was given to write beside the arrays. Raises UserError where the file cannot be read."""
+    try:
+        with safe_open(path, "numpy") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {path} ({error}); name a file that launch.export wrote") from error
+
+
 def load_weights(path: str | Path, like: Params) -> Params:
     """Reads a tree that must have exactly the keys and shapes of `like` (arrays or ShapeDtypeStructs).
 

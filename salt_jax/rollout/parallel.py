@@ -5,7 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from salt_jax.flow.transition import euler, renoise
 from salt_jax.types import Denoiser, Latent, Params, Prediction, Sigma, TextEmb
@@ -14,15 +14,25 @@ Solver = Literal["euler", "cm"]
 """How to go from one noise level to the next: Euler keeps the path, CM re-noises the clean estimate afresh."""
 
 
-def noise_at(keys: Key[Array, "b"], sigma: Float[Array, ""], shape: tuple[int, ...]) -> Latent:
-    """The noise of each clip at one noise level, [B, *shape].
+def noise_at(
+    keys: Key[Array, "b"],
+    sigma: Float[Array, ""],
+    frames: Int[Array | np.ndarray, "f"],
+    shape: tuple[int, int, int],
+) -> Latent:
+    """The noise of some frames of each clip at one noise level, [B, F, *shape].
 
-    A function of the clip's key and the level alone: the same whatever the batch, and shared by all schedules that
-    visit the level, so that 2, 4 and 8 updates can be compared noise for noise. Needs JAX's default PRNG, threefry:
-    other implementations draw differently under vmap.
+    A function of the clip's key, the level and the frame's number alone: the same whatever the batch and the chunks
+    it is made in, and shared by all schedules that visit the level, so that 2, 4 and 8 updates can be compared
+    noise for noise. Needs JAX's default PRNG, threefry: other implementations draw differently under vmap.
     """
     level = jax.lax.bitcast_convert_type(jnp.asarray(sigma, jnp.float32), jnp.uint32)
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, level), shape))(keys)
+
+    def draw(key, frame):
+        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, level), frame), shape)
+
+    over_frames = jax.vmap(draw, in_axes=(None, 0))
+    return jax.vmap(over_frames, in_axes=(0, None))(keys, jnp.asarray(frames))
 
 
 def advance(
@@ -32,12 +42,16 @@ def advance(
     sigma_next: Float[Array, ""],
     solver: Solver,
     keys: Key[Array, "b"],
+    frames: Int[Array | np.ndarray, "f"],
 ) -> Latent:
-    """The state at `sigma_next`, one level for all clips, given what the network says at `sigma`, [B]."""
+    """The state at `sigma_next`, one level for all clips, given what the network says at `sigma`, [B].
+
+    `frames` are the numbers of the frames of `x` in the video.
+    """
     after = jnp.full(x.shape[0], sigma_next)
     if solver == "euler":
         return euler(x, prediction.velocity, sigma, after)
-    return renoise(prediction.x0, noise_at(keys, sigma_next, x.shape[1:]), after)
+    return renoise(prediction.x0, noise_at(keys, sigma_next, frames, x.shape[2:]), after)
 
 
 def sample(
@@ -62,10 +76,11 @@ def sample(
 
     def update(x, levels):
         sigma, sigma_next = jnp.full(x.shape[0], levels[0]), levels[1]
-        return advance(x, denoiser(params, x, sigma, text), sigma, sigma_next, solver, keys), None
+        return advance(x, denoiser(params, x, sigma, text), sigma, sigma_next, solver, keys, frames), None
 
-    sigmas = jnp.asarray(sigmas)
-    return jax.lax.scan(update, noise_at(keys, sigmas[0], shape), (sigmas[:-1], sigmas[1:]))[0]
+    sigmas, frames = jnp.asarray(sigmas), np.arange(shape[0])
+    x = noise_at(keys, sigmas[0], frames, shape[1:])
+    return jax.lax.scan(update, x, (sigmas[:-1], sigmas[1:]))[0]
 
 
 def midpoint(x_s: Latent, v_s: Latent, sigma_s: Sigma, sigma_m: Sigma, stop: bool) -> Latent:

@@ -1,22 +1,25 @@
-"""What is drawn at each step: pure functions of a key, so every host draws the same without a broadcast."""
+"""What is drawn at each step: pure functions of a key or of (seed, index), so every host draws the same without a
+broadcast. What decides which program runs is drawn with numpy, before anything runs on a device."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from salt_jax.flow.schedule import draw_triple, grid, triples
 from salt_jax.types import PRNGKey
 
 
 class Plan(NamedTuple):
-    """One triple of Salt Eq. 9 per example. Without a triple the three levels are equal (and `exists` False)."""
+    """One triple of Salt Eq. 9 per example, or per frame; where there is none the levels are equal, `exists` False."""
 
-    sigma_s: Float[Array, "b"]
-    sigma_m: Float[Array, "b"]
-    sigma_e: Float[Array, "b"]
-    exists: Bool[Array, "b"]
+    sigma_s: Float[Array, "b"] | Float[Array, "b f"]
+    sigma_m: Float[Array, "b"] | Float[Array, "b f"]
+    sigma_e: Float[Array, "b"] | Float[Array, "b f"]
+    exists: Bool[Array, "b"] | Bool[Array, "b f"]
 
 
 def draw_plan(key: PRNGKey, batch: int, train_updates: int, anchor_updates: int, shift: float) -> Plan:
@@ -26,3 +29,116 @@ def draw_plan(key: PRNGKey, batch: int, train_updates: int, anchor_updates: int,
     start = jax.random.randint(k_start, (batch,), 0, train_updates)
     middle, end, exists = draw_triple(k_triple, start, triples(train_updates, anchor_updates))
     return Plan(levels[start], levels[middle], levels[end], exists)
+
+
+def draw_chunk_plan(
+    key: PRNGKey,
+    batch: int,
+    sizes: Sequence[int],
+    train_updates: int,
+    anchor_updates: int,
+    shift: float,
+) -> Plan:
+    """As `draw_plan` with a draw for each chunk, [B, F]; a chunk may also be clean already, sigma 0 (CausVid)."""
+    plan = draw_plan(key, batch * len(sizes), train_updates, anchor_updates, shift)
+    clean = jax.random.bernoulli(jax.random.fold_in(key, 1), 1 / (train_updates + 1), (batch * len(sizes),))
+    spread = lambda value: jnp.repeat(
+        value.reshape(batch, -1), np.array(sizes), axis=1, total_repeat_length=sum(sizes)
+    )
+    levels = (jnp.where(clean, 0.0, level) for level in plan[:3])
+    return Plan(*map(spread, levels), spread(plan.exists & ~clean))
+
+
+class Choice(NamedTuple):
+    """What is static in an update: each value is a program of its own."""
+
+    self_consistency: bool = False
+    alignment: bool = False
+    sequence: Literal["new", "on", "switch"] = (
+        "new"  # start a video, go on with the last one, or with another prompt
+    )
+
+
+class Draw(NamedTuple):
+    """What is drawn for one rollout, shared by all clips and chunks. Levels are padded with zeros to one length."""
+
+    levels: Float[np.ndarray | Array, " n"]  # T(K)
+    exit_update: Int[np.ndarray | Array, ""]
+    first_levels: Float[np.ndarray | Array, " n"]  # of the first chunk
+    first_exit: Int[np.ndarray | Array, ""]
+    sigma_m: Float[
+        np.ndarray | Array, ""
+    ]  # of the triple that starts at the exit update; that level where none is
+    sigma_e: Float[np.ndarray | Array, ""]
+    reference_levels: Float[np.ndarray | Array, " n"]  # T(2K), all of whose updates the reference runs
+    reference_exit: Int[np.ndarray | Array, ""]
+
+
+def draw_rollout(
+    seed: int,
+    index: int,
+    updates: Sequence[int],
+    probabilities: Sequence[float],
+    first_updates: int,
+    anchor_updates: int,
+    shift: float,
+    self_consistency: bool,
+    alignment: float,
+) -> tuple[Choice, Draw]:
+    """K, then the exit update uniform on its K, then a triple of Eq. 9, then the coin of the alignment.
+
+    Self-consistency is trained at the longest K only (Salt 3.3), where T_train is T(K); alignment at the others, whose
+    reference takes twice as many updates. Every call draws the same amount, so that a term that is off changes no draw.
+
+    Args:
+      index: number of the optimizer call in the run.
+      first_updates: K of the first chunk, which then runs to an exit of its own; 0 is as the others.
+      self_consistency: whether the term is on; alignment: the probability of that term.
+    """
+    rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
+    longest, u = max(updates), rng.random(4)
+    k = int(updates[min(np.searchsorted(np.cumsum(probabilities), u[0], side="right"), len(updates) - 1)])
+    exit_update = int(u[1] * k)
+    train = grid(longest, shift)
+
+    def padded(num_updates):
+        levels = grid(num_updates, shift)
+        return np.pad(levels, (0, max(longest, first_updates) + 1 - len(levels)))
+
+    table, start = triples(longest, anchor_updates), exit_update
+    middle = end = start * (longest // k)
+    exists = k == longest and table.probability[start].sum() > 0
+    if exists:
+        column = min(
+            np.searchsorted(np.cumsum(table.probability[start]), u[2], side="right"), table.end.shape[1] - 1
+        )
+        middle, end = int(table.middle[start, column]), int(table.end[start, column])
+    first = first_updates or k
+    first_exit = int(u[1] * first) if first_updates else exit_update
+    aligned = bool(k < longest and u[3] < alignment)
+    draw = Draw(
+        padded(k),
+        np.int32(exit_update),
+        padded(first),
+        np.int32(first_exit),
+        train[middle],
+        train[end],
+        padded(min(2 * k, longest)),
+        np.int32(min(2 * k, longest) - 1),
+    )
+    return Choice(self_consistency and exists, aligned), draw
+
+
+def place_in_sequence(
+    seed: int, call: int, first_frames: int, more_frames: int, max_frames: int, switch: float
+) -> Literal["new", "on", "switch"]:
+    """Whether optimizer call number `call` starts a video, goes on with it, or goes on under another prompt.
+
+    A video has `first_frames`, then `more_frames` at each call while `max_frames` allow. With probability `switch`
+    it changes its prompt once, at a call drawn uniformly.
+    """
+    calls = 1 + (max_frames - first_frames) // more_frames
+    sequence, position = divmod(call, calls)
+    rng = np.random.default_rng(np.random.SeedSequence([seed, sequence, 1]))
+    at = int(rng.integers(1, calls)) if rng.random() < switch and calls > 1 else 0
+    return "new" if position == 0 else "switch" if position == at else "on"

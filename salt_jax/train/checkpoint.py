@@ -4,6 +4,7 @@
 |-------------------------|----------------------------------------------------------------------------------|
 | student, ema, critic    | parameters as nested dicts; each loads without the others                        |
 | student_opt, critic_opt | moments and the counts of skipped updates                                        |
+| stream                  | in streaming long tuning: caches and prompts of the videos under way             |
 | data                    | {"step": int}, the data position: a batch is a function of (seed, step)          |
 | meta                    | {"config": str, "mesh": {axis: size}}, for the reader; nothing in it is restored |
 
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 TREES = ("student", "student_opt", "ema")
 JSONS = ("data", "meta")
 WITH_CRITIC = ("critic", "critic_opt")
+STREAM = ("stream",)
 T = TypeVar("T")
 
 
@@ -161,7 +163,9 @@ def _newest_readable(manager: ocp.CheckpointManager, read: Callable[[int], T], s
 
 def _refuse_uncommitted(directory: Path) -> None:
     """Orbax takes a half-copied directory for a step; only these files say that its writer, or a copy, finished."""
-    items = TREES + JSONS + (WITH_CRITIC if any((directory / name).exists() for name in WITH_CRITIC) else ())
+    items = TREES + JSONS
+    for optional in (WITH_CRITIC, STREAM):
+        items += optional if any((directory / name).exists() for name in optional) else ()
     for item in ("", *items):
         if not (directory / item / "commit_success.txt").is_file():
             raise OSError(f"{directory / item}/commit_success.txt is missing")
@@ -170,7 +174,9 @@ def _refuse_uncommitted(directory: Path) -> None:
 def _stored(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     """What is on disk, as trees of shapes and dtypes. No array is read."""
     metadata = manager.item_metadata(step)
-    trees = [name for name in TREES + WITH_CRITIC if (Path(manager.directory) / str(step) / name).is_dir()]
+    trees = [
+        name for name in TREES + WITH_CRITIC + STREAM if (Path(manager.directory) / str(step) / name).is_dir()
+    ]
     if lost := [name for name in trees if metadata[name] is None]:
         raise OSError(f"{lost[0]}/_METADATA is missing")
     return {name: metadata[name].tree for name in trees}
@@ -195,14 +201,16 @@ def _items(state: TrainState) -> dict[str, Any]:
     tree = _nested(state)
     learners = [name for name in ("student", "critic") if name in tree]
     params = {name: tree[name].pop("params") for name in learners}
-    return params | {"ema": tree["ema"]} | {f"{name}_opt": tree[name] for name in learners}
+    others = {name: tree[name] for name in ("ema", "stream") if name in tree}
+    return params | others | {f"{name}_opt": tree[name] for name in learners}
 
 
 def _state(items: dict[str, Any], like: TrainState, step: int) -> TrainState:
     """The inverse of `_items`."""
     names = [name for name in ("student", "critic") if name in items]
     tree = {name: items[f"{name}_opt"] | {"params": items[name]} for name in names}
-    tree |= {"ema": items["ema"], "step": jax.device_put(np.int32(step), like.step.sharding)}
+    tree |= {name: items[name] for name in ("ema", "stream") if name in items}
+    tree |= {"step": jax.device_put(np.int32(step), like.step.sharding)}
     leaves = _paths(tree)
     return jax.tree.unflatten(jax.tree.structure(like), [leaves[path] for path in _paths(like)])
 
@@ -222,6 +230,6 @@ def _directory(workdir: str | Path) -> Path:
 
 
 def _manager(directory: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
-    handlers = {name: ocp.StandardCheckpointHandler() for name in TREES + WITH_CRITIC}
+    handlers = {name: ocp.StandardCheckpointHandler() for name in TREES + WITH_CRITIC + STREAM}
     handlers |= {name: ocp.JsonCheckpointHandler() for name in JSONS}
     return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)

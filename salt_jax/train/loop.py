@@ -21,12 +21,15 @@ from tqdm import tqdm
 from salt_jax.data import moving_shapes
 from salt_jax.data.pipeline import batches
 from salt_jax.errors import UserError
+from salt_jax.rollout.plan import Choice, Draw, draw_rollout, place_in_sequence
 from salt_jax.train import checkpoint, sharding
 from salt_jax.train.preview import make_preview, show
 from salt_jax.train.recipe import Recipe, to_json
 from salt_jax.train.setup import Setup, setup
+from salt_jax.train.stages import stage_step
 from salt_jax.train.state import TrainState
-from salt_jax.train.step import compile_step, critic_step, denoising_step, student_step
+from salt_jax.train.step import compile_step, critic_step, student_step
+from salt_jax.train.trajectories import make_trajectories
 from salt_jax.types import Params
 
 log = logging.getLogger(__name__)
@@ -38,9 +41,9 @@ MAY_CHANGE = {"updates", "log_every", "save_every", "keep", "max_skipped", "samp
 class Run(NamedTuple):
     """Everything an iteration needs besides the state."""
 
-    teacher: Params
-    student_step: Callable
-    critic_step: Callable
+    recipe: Recipe
+    frozen: dict[str, Params]
+    step: Callable[[str, Choice], Callable]  # "student" or "critic" and the choice -> its program
     critic_updates: int
     key: jax.Array
     feed: Iterator[dict[str, jax.Array]]  # stands at the batch that the state asks for
@@ -61,8 +64,10 @@ def train(recipe: Recipe, workdir: str | Path) -> TrainState:
         state = resume(manager, parts.state, mesh, recipe)
         parts = parts._replace(state=jax.eval_shape(lambda: parts.state))  # the placed copy is enough
         (Path(workdir) / "config.json").write_text(to_json(recipe))
-        run = make_run(recipe, parts, mesh, int(state.step))
+        run = make_run(recipe, parts, mesh, int(state.step), workdir)
         preview = make_preview(recipe, parts, sharding.replicated(mesh))
+        sizes = recipe.memory.sizes(recipe.clip_shape[0]) if recipe.causal else ()
+        recent: list[dict[str, jax.Array]] = []
         meta = {"config": to_json(recipe), "mesh": dict(mesh.shape)}
         span = range(int(state.step), recipe.updates)
         bar = tqdm(span, initial=span.start, total=recipe.updates, desc=recipe.stage, mininterval=1)
@@ -70,14 +75,15 @@ def train(recipe: Recipe, workdir: str | Path) -> TrainState:
             for iteration in bar:
                 with jax.transfer_guard("disallow"):
                     state, metrics = iterate(state, run, iteration)
+                recent.append(metrics)
                 done = iteration + 1
                 if done % recipe.log_every == 0 or done == recipe.updates:
-                    values = {name: float(v) for name, v in jax.device_get(metrics).items()}
+                    values, recent = summarize(jax.device_get(recent)), []
                     report(values, done, writer, bar)
                     stop_if_stuck(values, recipe.max_skipped, done)
                 if done % recipe.save_every == 0 or done == recipe.updates:
                     checkpoint.save(manager, state, meta)
-                    show(writer, preview(state.ema), done)
+                    show(writer, preview(state.ema), sizes, done)
     return state
 
 
@@ -106,8 +112,8 @@ def resume(manager: Any, state: TrainState, mesh: Mesh, recipe: Recipe) -> Train
     return restored[0]
 
 
-def make_run(recipe: Recipe, parts: Setup, mesh: Mesh, start: int) -> Run:
-    """Places the teacher, jits the steps, and opens the data where iteration `start` needs it.
+def make_run(recipe: Recipe, parts: Setup, mesh: Mesh, start: int, workdir: str | Path) -> Run:
+    """Places what is frozen, readies the steps, and opens the data where iteration `start` needs it.
 
     Raises:
       UserError: the batch does not spread over the mesh, or the data set cannot be made or read.
@@ -117,15 +123,23 @@ def make_run(recipe: Recipe, parts: Setup, mesh: Mesh, start: int) -> Run:
         raise UserError(
             f"config.batch_size={recipe.batch_size} must be a multiple of mesh data x fsdp = {ways}"
         )
-    states, teachers = (sharding.state_shardings(mesh, tree) for tree in (parts.state, parts.teacher))
+    states, frozen = (sharding.state_shardings(mesh, tree) for tree in (parts.state, parts.frozen))
     everywhere, over_batch = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    compiled = functools.partial(
-        compile_step, nets=parts.networks, recipe=recipe, shardings=(states, teachers, over_batch, everywhere)
-    )
-    denoising = recipe.stage == "denoising"
-    critic_updates = 0 if denoising else recipe.critic_updates
+
+    @functools.cache
+    def step(who: str, choice: Choice) -> Callable:
+        steps = {"student": student_step, "critic": critic_step}
+        which, static = (steps[who], {"choice": choice}) if recipe.stage == "distil" else (stage_step, {})
+        return compile_step(which, parts.networks, recipe, (states, frozen, over_batch, everywhere), **static)
+
+    critic_updates = recipe.critic_updates if recipe.stage == "distil" else 0
     d = recipe.data
     source, _ = moving_shapes.build(d.dir, recipe.world, d.num_train, d.num_test, d.seed)
+    if recipe.stage == "ode_regression":
+        teacher, null = parts.frozen["teacher"], parts.frozen["null_text"]
+        directory = Path(workdir) / "trajectories"
+        network = parts.networks.student
+        source = make_trajectories(directory, recipe, network, teacher, null, parts.encode_caption, source)
     stream = batches(
         source,
         batch_size=recipe.batch_size,
@@ -137,24 +151,63 @@ def make_run(recipe: Recipe, parts: Setup, mesh: Mesh, start: int) -> Run:
     )
     place = functools.partial(jax.make_array_from_process_local_data, over_batch)
     return Run(
-        sharding.place(parts.teacher, teachers),
-        compiled(denoising_step if denoising else student_step),
-        compiled(critic_step),
+        recipe,
+        sharding.place(parts.frozen, frozen),
+        step,
         critic_updates,
         jax.device_put(jax.random.key(recipe.seed + 1), everywhere),
-        ({name: place(batch[name]) for name in ("video", "text")} for batch in stream),
+        ({name: place(batch[name]) for name in batch if name != "scene"} for batch in stream),
     )
 
 
 def iterate(state: TrainState, run: Run, iteration: int) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One student update, then the critic's; each update has its own batch and its own key."""
-    first = iteration * (1 + run.critic_updates)
-    index = lambda i: jax.device_put(np.int32(first + i), run.key.sharding)
-    state, metrics = run.student_step(state, run.teacher, next(run.feed), run.key, index(0))
-    for i in range(run.critic_updates):
-        state, more = run.critic_step(state, run.teacher, next(run.feed), run.key, index(1 + i))
-        metrics = metrics | more
+    """One student update, then the critic's; each update has its own batch, its own key and its own draw."""
+    metrics: dict[str, jax.Array] = {}
+    for i in range(1 + run.critic_updates):
+        call = iteration * (1 + run.critic_updates) + i
+        choice, draw = decide(run.recipe, iteration, call)
+        if i:
+            choice = Choice(sequence=choice.sequence)  # the critic has one term, whatever the student has
+        step = run.step("critic" if i else "student", choice)
+        put = functools.partial(jax.device_put, device=run.key.sharding)
+        state, more = step(
+            state, run.frozen, next(run.feed), run.key, put(np.int32(call)), jax.tree.map(put, draw)
+        )
+        metrics |= {"critic_fresh": more["critic"]} if i == 1 else {}
+        metrics |= more
     return state, metrics
+
+
+def decide(recipe: Recipe, iteration: int, call: int) -> tuple[Choice, Draw | None]:
+    """What optimizer call number `call` does: which program, and what is drawn for it. Pure, on the host."""
+    on = recipe.loss.self_consistency > 0
+    if recipe.stage != "distil" or recipe.video != "rollout":
+        return Choice(self_consistency=on), None
+    r, s, align, stream = recipe.rollout, recipe.schedule, recipe.align, recipe.stream
+    choice, draw = draw_rollout(
+        recipe.seed,
+        call,
+        r.updates,
+        r.probabilities,
+        r.first_updates,
+        s.anchor_updates,
+        s.shift,
+        on,
+        align.probability if align.weight and iteration >= align.start else 0.0,
+    )
+    if stream.max_frames:
+        frames, more = recipe.clip_shape[0], recipe.clip_shape[0] - stream.overlap
+        place = place_in_sequence(recipe.seed, call, frames, more, stream.max_frames, stream.switch)
+        choice = choice._replace(sequence=place)
+    return choice, draw
+
+
+def summarize(recent: list[dict[str, Any]]) -> dict[str, float]:
+    """The mean of each term over the updates that had it; of counters the last value."""
+    names = {name for metrics in recent for name in metrics}
+    series = {name: [float(m[name]) for m in recent if name in m] for name in sorted(names)}
+    last = lambda name: name.endswith(("skipped", "in_a_row"))
+    return {name: values[-1] if last(name) else float(np.mean(values)) for name, values in series.items()}
 
 
 def report(values: dict[str, float], step: int, writer: SummaryWriter, bar: tqdm) -> None:

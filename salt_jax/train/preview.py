@@ -1,4 +1,4 @@
-"""A look at a run while it trains: a few clips of the averaged network, as a moving picture for TensorBoard."""
+"""A look at a run while it trains: a few clips of the averaged network, as a moving picture and as numbers."""
 
 import functools
 from collections.abc import Callable
@@ -13,18 +13,20 @@ from tensorboardX.proto import summary_pb2
 
 from salt_jax.data import shapes
 from salt_jax.flow.schedule import grid
+from salt_jax.models.lora import merge
 from salt_jax.models.text_encoder import encode_text
+from salt_jax.rollout.causal import rollout
 from salt_jax.rollout.parallel import sample
 from salt_jax.train.recipe import Recipe
 from salt_jax.train.setup import Setup
 from salt_jax.types import Params
-from salt_jax.video import encode_gif, visible_scale
+from salt_jax.video import encode_gif, looks, visible_scale
 
 CLIPS = 6  # side by side, spread over the captions
 
 
 def make_preview(recipe: Recipe, parts: Setup, everywhere: NamedSharding) -> Callable[[Params], np.ndarray]:
-    """EMA -> uint8 [F, H, CLIPS * W, 3]. Always the same captions and noise; the middle number of updates.
+    """EMA -> uint8 [CLIPS, F, H, W, 3]. Always the same captions and noise; the middle number of updates.
 
     `everywhere` is the replicated sharding: every process computes the clips, so that one may write them.
     """
@@ -34,21 +36,29 @@ def make_preview(recipe: Recipe, parts: Setup, everywhere: NamedSharding) -> Cal
     keys = jax.random.split(jax.random.key(recipe.seed), CLIPS)
     updates = sorted(recipe.sample.num_updates)[len(recipe.sample.num_updates) // 2]
     sigmas = grid(updates, recipe.schedule.shift)
-    teacher_to_be = recipe.stage == "denoising"
+    network, solver, shape = parts.networks.student, recipe.sample.solver, recipe.clip_shape
 
     @functools.partial(jax.jit, out_shardings=everywhere)
-    def clips(ema):
-        text = encode_text(ema["text_encoder"], given, recipe.text) if teacher_to_be else given
-        params = ema["wan"] if teacher_to_be else ema
-        return sample(
-            parts.networks.student, params, text, sigmas, recipe.sample.solver, keys, recipe.clip_shape
-        )
+    def clips(ema, base):
+        if recipe.stage == "denoising":
+            text = encode_text(ema["text_encoder"], given, recipe.text)
+            return sample(network.denoise, ema["wan"], text, sigmas, solver, keys, shape)
+        params = merge(base, ema, recipe.lora)
+        if not recipe.causal:
+            return sample(network.denoise, params, given, sigmas, solver, keys, shape)
+        levels, policy = jnp.asarray(sigmas), recipe.memory
+        return rollout(network, params, given, levels, updates - 1, solver, keys, shape, policy).x0
 
-    return lambda ema: np.concatenate(list(shapes.to_pixels(jax.device_get(clips(ema)))), axis=2)
+    base = parts.frozen.get("student")
+    return lambda ema: shapes.to_pixels(jax.device_get(clips(ema, base)))
 
 
-def show(writer: SummaryWriter, frames: np.ndarray, step: int) -> None:
-    """Writes a clip, uint8 [F, H, W, 3], as an animated picture."""
+def show(writer: SummaryWriter, clips: np.ndarray, sizes: tuple[int, ...], step: int) -> None:
+    """Writes clips, uint8 [N, F, H, W, 3], side by side as an animated picture, and how they look, over training.
+
+    `sizes` are the chunks: what drifts from one to the next is written by chunk.
+    """
+    frames = np.concatenate(list(clips), axis=2)
     scale = visible_scale(frames.shape[1], 96)
     gif = encode_gif(frames, shapes.FPS, scale)
     height, width = (scale * n for n in frames.shape[1:3])
@@ -56,4 +66,10 @@ def show(writer: SummaryWriter, frames: np.ndarray, step: int) -> None:
     picture = proto.Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
     file: Any = writer.file_writer
     file.add_summary(proto.Summary(value=[proto.Summary.Value(tag="clips", image=picture)]), step)
+    for name, value in looks(clips).items():
+        writer.add_scalar(f"looks/{name}", value, step)
+    ends = np.cumsum(sizes)
+    for i, (size, end) in enumerate(zip(sizes, ends, strict=True)):
+        for name, value in looks(clips[:, end - size : end]).items():
+            writer.add_scalar(f"looks_by_chunk/{name}_{i}", value, step)
     writer.flush()

@@ -12,10 +12,12 @@ from ml_collections import ConfigDict
 from salt_jax.data.shapes import World
 from salt_jax.errors import UserError
 from salt_jax.losses.self_consistency import StopGradient
+from salt_jax.models.kv_cache import CachePolicy
+from salt_jax.models.presets import PRESETS, Compute, WanConfig
 from salt_jax.models.text_encoder import PRESETS as TEXT_PRESETS
 from salt_jax.models.text_encoder import TextEncoderConfig
-from salt_jax.models.wan import PRESETS, Compute, WanConfig
 from salt_jax.rollout.parallel import Solver
+from salt_jax.train.contradictions import refuse_contradictions
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Model:
 
 @dataclass(frozen=True)
 class Data:
+    kind: typing.Literal["moving_shapes", "latents"]
+    clip: tuple[int, ...]
     dir: str
     num_train: int
     num_test: int
@@ -36,6 +40,7 @@ class Data:
 @dataclass(frozen=True)
 class Teacher:
     kind: typing.Literal["data", "network", "closed_form"]
+    preset: str
     guidance: float
 
 
@@ -44,6 +49,44 @@ class Schedule:
     train_updates: int
     anchor_updates: int
     shift: float
+
+
+@dataclass(frozen=True)
+class Rollout:
+    updates: tuple[int, ...]
+    probabilities: tuple[float, ...]
+    first_updates: int
+    solver: Solver
+
+
+@dataclass(frozen=True)
+class Align:
+    weight: float
+    start: int
+    probability: float
+    margin: float
+    network: typing.Literal["base", "critic", "student"]
+    layers: int
+
+
+@dataclass(frozen=True)
+class Stream:
+    max_frames: int
+    overlap: int
+    switch: float
+
+
+@dataclass(frozen=True)
+class Ode:
+    updates: int
+    guidance: float
+    trajectories: int
+
+
+@dataclass(frozen=True)
+class Lora:
+    rank: int
+    alpha: float
 
 
 @dataclass(frozen=True)
@@ -95,7 +138,9 @@ class Sample:
 class Recipe:
     """A whole run. Fields and their units are explained once, in configs/base.py."""
 
-    stage: typing.Literal["denoising", "distil"]
+    stage: typing.Literal["denoising", "teacher_forcing", "ode_regression", "consistency", "distil"]
+    video: typing.Literal["noised", "noised_chunks", "rollout"]
+    init_from: str
     seed: int
     updates: int
     batch_size: int
@@ -107,6 +152,12 @@ class Recipe:
     teacher: Teacher
     caption_dropout: float
     schedule: Schedule
+    memory: CachePolicy
+    rollout: Rollout
+    align: Align
+    stream: Stream
+    ode: Ode
+    lora: Lora
     view: View
     loss: Loss
     student_optimizer: Optimizer
@@ -125,9 +176,21 @@ class Recipe:
         return PRESETS[self.model.preset]
 
     @property
+    def teacher_wan(self) -> WanConfig:
+        return PRESETS[self.teacher.preset or self.model.preset]
+
+    @property
     def clip_shape(self) -> tuple[int, int, int, int]:
         """(F, H, W, C) of a clip."""
-        return (self.world.frames, self.world.size, self.world.size, self.wan.out_channels)
+        shapes = (self.world.frames, self.world.size, self.world.size)
+        return (*(self.data.clip if self.data.kind == "latents" else shapes), self.wan.out_channels)
+
+    @property
+    def causal(self) -> bool:
+        """Whether the student works chunk by chunk."""
+        return self.stage in ("teacher_forcing", "ode_regression", "consistency") or (
+            self.stage == "distil" and self.video != "noised"
+        )
 
     @property
     def compute(self) -> Compute:
@@ -147,11 +210,12 @@ def read_recipe(config: ConfigDict) -> Recipe:
     recipe = _build(Recipe, config, "config")
     for name, value, known in (
         ("config.model.preset", recipe.model.preset, PRESETS),
+        ("config.teacher.preset", recipe.teacher.preset or recipe.model.preset, PRESETS),
         ("config.text_encoder", recipe.text_encoder, TEXT_PRESETS),
     ):
         if value not in known:
             raise UserError(f"{name} is {value!r}; choose one of {', '.join(known)}")
-    _refuse_contradictions(recipe)
+    refuse_contradictions(recipe)
     return recipe
 
 
@@ -174,53 +238,6 @@ def to_json(recipe: Recipe) -> str:
 def from_json(text: str) -> Recipe:
     """Reads back what `to_json` wrote."""
     return read_recipe(ConfigDict(json.loads(text)))
-
-
-def _refuse_contradictions(r: Recipe) -> None:
-    names = ("updates", "batch_size", "critic_updates", "log_every", "save_every", "keep", "max_skipped")
-    least_one = {name: getattr(r, name) for name in names}
-    least_one |= {
-        f"schedule.{name}": getattr(r.schedule, name) for name in ("train_updates", "anchor_updates")
-    }
-    for name, value in least_one.items():
-        if value < 1:
-            raise UserError(f"config.{name}={value} must be at least 1")
-    if r.stage == "denoising" and r.teacher.kind == "network":
-        raise UserError(
-            "config.stage=denoising makes a teacher; set config.teacher.kind to data or closed_form"
-        )
-    if r.stage == "distil" and r.teacher.kind == "data":
-        raise UserError(
-            "config.teacher.kind=data leaves no teacher to distil; set it to network or closed_form"
-        )
-    world, patch, preset = r.world, r.wan.patch_size, f"config.model.preset={r.model.preset}"
-    if world.frames % patch[0] or world.size % patch[1] or world.size % patch[2]:
-        raise UserError(
-            f"a clip of {world.frames} frames of {world.size} x {world.size} does not split into the {patch} patches "
-            f"of {preset}; change config.world or config.model.preset"
-        )
-    if r.wan.out_channels != 3:
-        raise UserError(
-            f"{preset} makes {r.wan.out_channels} channels, Moving Shapes has 3; choose tiny or small"
-        )
-    if r.wan.text_dim != r.text.dim:
-        raise UserError(
-            f"config.text_encoder={r.text_encoder} writes rows of {r.text.dim}, {preset} reads rows of "
-            f"{r.wan.text_dim}; choose two that fit"
-        )
-    if r.schedule.train_updates % r.schedule.anchor_updates:
-        raise UserError(
-            f"config.schedule.anchor_updates={r.schedule.anchor_updates} must divide "
-            f"train_updates={r.schedule.train_updates}"
-        )
-    for name, o, updates in (
-        ("student_optimizer", r.student_optimizer, r.updates),
-        ("critic_optimizer", r.critic_optimizer, r.updates * r.critic_updates),
-    ):
-        if o.decay and o.warmup >= updates:
-            raise UserError(
-                f"config.{name}.warmup={o.warmup} leaves no update of {updates} to decay in; lower it"
-            )
 
 
 def _build(kind, config, path):

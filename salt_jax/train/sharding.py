@@ -30,6 +30,8 @@ RULES = (
     (r"(^|/)blocks/((self|cross)_attn/[qkv]|ffn_in)/kernel$", P(None, "fsdp", "tensor")),
     (r"(^|/)blocks/((self|cross)_attn/o|ffn_out)/kernel$", P(None, "tensor", "fsdp")),
 )
+# Videos under way are spread as the batch is; a KV cache has its layers in front.
+VIDEOS = ((r"(^|/)stream/cache/[kv]$", 1), (r"(^|/)stream/(cache/x0|text)$", 0))
 LARGE = r"(^|/)(kernel|embedding)$"  # any other matrix: its largest axis that divides, over fsdp
 STACKED = r"(^|/)blocks/"  # axis 0 counts layers; a scan slices it, so it is never cut
 
@@ -66,6 +68,9 @@ def make_mesh(sizes: Mapping[str, Any], devices: Sequence[Any] | None = None) ->
 
 def partition_spec(path: str, shape: tuple[int, ...], axis_sizes: Mapping[str, int]) -> P:
     """How an array of `shape` at `path` (keys joined by "/") is cut; an axis that does not divide stays whole."""
+    for pattern, axis in VIDEOS:
+        if re.search(pattern, path) and shape[axis] % (axis_sizes["data"] * axis_sizes["fsdp"]) == 0:
+            return P(*(None,) * axis, ("data", "fsdp"))
     first = 1 if re.search(STACKED, path) else 0
     for pattern, spec in RULES:
         if re.search(pattern, path) and len(shape) == len(spec):

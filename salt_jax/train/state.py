@@ -25,13 +25,22 @@ class Learner:
 
 
 @flax.struct.dataclass
+class Stream:
+    """The videos that streaming long tuning is making: an update goes on where the last one stopped."""
+
+    cache: Any  # KVCache of the student, every slot filled
+    text: Any  # [B, T, D], the prompts
+
+
+@flax.struct.dataclass
 class TrainState:
     """Everything a run needs to go on as if it had never stopped. The teacher never changes and is not in here."""
 
     step: Any  # int32[], finished iterations = student updates
     student: Any  # Learner
     ema: Any  # float32, the averaged student
-    critic: Any  # Learner, or None while a teacher is trained
+    critic: Any  # Learner, or None in a stage without one
+    stream: Any = None  # Stream, in streaming long tuning
 
 
 def init_learner(params: Params, tx: optax.GradientTransformation) -> Learner:
@@ -40,9 +49,9 @@ def init_learner(params: Params, tx: optax.GradientTransformation) -> Learner:
     return Learner(params, tx.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
-def init_state(student: Learner, critic: Learner | None) -> TrainState:
+def init_state(student: Learner, critic: Learner | None, stream: Stream | None = None) -> TrainState:
     """The state before the first iteration; the EMA starts as a copy of the student."""
-    return TrainState(jnp.zeros((), jnp.int32), student, _float32_copy(student.params), critic)
+    return TrainState(jnp.zeros((), jnp.int32), student, _float32_copy(student.params), critic, stream)
 
 
 def apply_gradients(

@@ -1,12 +1,13 @@
-"""The heart: what one update does. Pure functions of (state, frozen, batch, key); `compile_steps` jits them.
+"""The heart: what one update does. Pure functions of (state, frozen, batch, key, draw); `compile_step` jits them.
 
-Salt Eq. 10: minimise L_DMD + lambda_SC L_SC over the student, while the critic follows the student's videos by flow
-matching. `student_step` moves the student and its EMA and nothing else, `critic_step` the critic and nothing else.
+Salt Eq. 13: minimise L_DMD + lambda_SC L_SC + lambda_align L_align over the student, while the critic follows the
+student's videos by flow matching. For whole clips that is Eq. 10. `student_step` moves the student, its EMA and the
+video it is making, and nothing else; `critic_step` the critic and that video.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,45 +15,96 @@ import optax
 
 from salt_jax.flow.prediction import add_noise
 from salt_jax.flow.schedule import draw_view_sigma
+from salt_jax.losses.cache_alignment import cache_alignment_loss
 from salt_jax.losses.denoising import flow_matching_loss
 from salt_jax.losses.dmd import dmd_loss
 from salt_jax.losses.self_consistency import self_consistency_loss
-from salt_jax.models.text_encoder import encode_text
+from salt_jax.models.denoiser import Network
+from salt_jax.models.kv_cache import KVCache, forget
+from salt_jax.models.lora import merge
+from salt_jax.rollout.causal import Trajectory, diffusion_forcing, recache, rollout, sight_of
 from salt_jax.rollout.parallel import midpoint
-from salt_jax.rollout.plan import Plan, draw_plan
+from salt_jax.rollout.plan import Choice, Draw, draw_chunk_plan, draw_plan
 from salt_jax.train.recipe import Recipe, make_optimizer
-from salt_jax.train.state import TrainState, apply_gradients, update_ema
-from salt_jax.types import Denoiser, Params, Prediction, PRNGKey, Sigma
+from salt_jax.train.state import Stream, TrainState, apply_gradients, update_ema
+from salt_jax.types import Denoiser, Latent, Params, PRNGKey, Sigma
 
 # video: Latent [B, F, H, W, C]; text: TextEmb [B, T, D], or TokenIds [B, T] in stage denoising
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+Frozen = dict[str, Params]  # "teacher", and what a recipe asks for: "base", "null_text", ...
 
 
 @dataclass(frozen=True)
 class Networks:
-    """The apply functions of a run. Parameters travel apart: student and critic in the state, teacher frozen."""
+    """The apply functions of a run. Parameters travel apart: student and critic in the state, the rest frozen."""
 
-    student: Denoiser
+    student: Network
     critic: Denoiser
     teacher: Denoiser  # guided
 
 
-def students_video(
-    denoiser: Denoiser, params: Params, batch: Batch, key: PRNGKey, recipe: Recipe
-) -> tuple[jax.Array, Prediction, Plan]:
-    """The student's update at one level of its grid, from a noised real clip (backward simulation off, Salt App. B).
+class Start(NamedTuple):
+    """Where the update begins that the student is blamed for. Nothing in it carries a gradient."""
 
-    Both optimisers see the same mixture of levels. Returns the noised clip, the prediction and the drawn levels.
+    x: Latent
+    sigma: Sigma
+    sigma_m: Sigma  # the triple of Eq. 9; equal levels where there is none
+    sigma_e: Sigma
+    sight: Any  # how the student looks around; None: at everything
+    before: Latent  # [B, F', H, W, C] frames of the same video that the teacher sees too; F' is mostly 0
+    trajectory: Trajectory | None
+
+
+def begin(
+    network: Network,
+    params: Params,
+    batch: Batch,
+    key: PRNGKey,
+    draw: Draw | None,
+    cache: KVCache | None,
+    recipe: Recipe,
+) -> Start:
+    """The student's state before an update, made as `config.video` says. Both optimisers see the same mixture.
+
+    From a noised real clip (backward simulation off, Salt App. B), with one level or one for each chunk; or by the
+    student's own rollout on its own, imperfect, cache.
     """
+    s, policy, params = recipe.schedule, recipe.memory, jax.lax.stop_gradient(params)
+    if recipe.video == "rollout":
+        assert draw is not None
+        keys, shape = jax.random.split(key, len(batch["text"])), recipe.clip_shape
+        overlap = recipe.stream.overlap if cache is not None else 0
+        trajectory = rollout(
+            network,
+            params,
+            batch["text"],
+            draw.levels,
+            draw.exit_update,
+            recipe.rollout.solver,
+            keys,
+            (shape[0] - overlap, *shape[1:]),
+            policy,
+            cache,
+            (draw.first_levels, draw.first_exit) if recipe.rollout.first_updates else None,
+        )
+        x, sigma = trajectory.x, trajectory.sigma
+        before = cache.x0[:, cache.slots - overlap :] if cache is not None else x[:, :0]
+        level = lambda value: jnp.full(x.shape[:2], value)
+        sight = sight_of(trajectory, policy)
+        return Start(x, sigma, level(draw.sigma_m), level(draw.sigma_e), sight, before, trajectory)
     k_plan, k_noise = jax.random.split(key)
-    s, x0 = recipe.schedule, batch["video"]
-    plan = draw_plan(k_plan, x0.shape[0], s.train_updates, s.anchor_updates, s.shift)
-    x_s = add_noise(x0, jax.random.normal(k_noise, x0.shape), plan.sigma_s)
-    return x_s, denoiser(params, x_s, plan.sigma_s, batch["text"]), plan
+    x0 = batch["video"]
+    if recipe.video == "noised_chunks":
+        sizes, sight = policy.sizes(x0.shape[1]), diffusion_forcing(x0.shape[1], policy)
+        plan = draw_chunk_plan(k_plan, x0.shape[0], sizes, s.train_updates, s.anchor_updates, s.shift)
+    else:
+        plan, sight = draw_plan(k_plan, x0.shape[0], s.train_updates, s.anchor_updates, s.shift), None
+    x = add_noise(x0, jax.random.normal(k_noise, x0.shape), plan.sigma_s)
+    return Start(x, plan.sigma_s, plan.sigma_m, plan.sigma_e, sight, x0[:, :0], None)
 
 
-def noised_view(x0: jax.Array, key: PRNGKey, recipe: Recipe) -> tuple[jax.Array, jax.Array, Sigma]:
+def noised_view(x0: Latent, key: PRNGKey, recipe: Recipe) -> tuple[Latent, Latent, Sigma]:
     """A noised copy of a video, with its noise and level, for teacher and critic to look at. No gradient into x0."""
     k_sigma, k_noise = jax.random.split(key)
     sigma = draw_view_sigma(k_sigma, x0.shape[0], recipe.view.shift, recipe.view.lowest, recipe.view.highest)
@@ -63,122 +115,167 @@ def noised_view(x0: jax.Array, key: PRNGKey, recipe: Recipe) -> tuple[jax.Array,
 def student_loss(
     params: Params,
     critic: Params,
-    teacher: Params,
+    frozen: Frozen,
     batch: Batch,
     key: PRNGKey,
+    draw: Draw | None,
+    cache: KVCache | None,
     nets: Networks,
     recipe: Recipe,
-) -> tuple[jax.Array, Metrics]:
-    """What the student is blamed for, Salt Eq. 10."""
+    choice: Choice,
+) -> tuple[jax.Array, tuple[Metrics, Trajectory | None]]:
+    """What the student is blamed for, Salt Eq. 13. `choice` is static: its ifs are gone after tracing."""
     k_video, k_view = jax.random.split(key)
     text, stop = batch["text"], recipe.loss.stop_gradient
-    # 1. The student makes a video in one update.
-    x_s, video, plan = students_video(nets.student, params, batch, k_video, recipe)
+    # 1. The student begins a video on its own, then makes the update that it is blamed for, of all chunks at once.
+    start = begin(nets.student, params, batch, k_video, draw, cache, recipe)
+    video = nets.student.denoise(params, start.x, start.sigma, text, start.sight)
     # 2. Teacher and critic judge the same noised copy of it.
-    x, _, sigma = noised_view(video.x0, k_view, recipe)
-    x0_teacher = nets.teacher(teacher, x, sigma, text).x0
-    x0_critic = nets.critic(critic, x, sigma, text).x0
+    whole = lambda x0: jnp.concatenate([start.before, x0], axis=1)
+    new = slice(start.before.shape[1], None)
+    x, noise, sigma = noised_view(whole(video.x0), k_view, recipe)
+    x0_teacher = nets.teacher(frozen["teacher"], x, sigma, text).x0[:, new]
+    x0_critic = nets.critic(critic, x, sigma, text).x0[:, new]
     # 3. The equations.
     terms = {"dmd": dmd_loss(video.x0, x0_critic, x0_teacher)}
-    weights = {"dmd": 1.0, "self_consistency": recipe.loss.self_consistency}
-    if recipe.loss.self_consistency:
-        x_m = midpoint(x_s, video.velocity, plan.sigma_s, plan.sigma_m, stop == "midpoint")
-        v_m = nets.student(params, x_m, plan.sigma_m, text).velocity
+    more = {"dmd_gap": jnp.abs(x0_critic - x0_teacher).mean()}
+    if choice.self_consistency:
+        x_m = midpoint(start.x, video.velocity, start.sigma, start.sigma_m, stop == "midpoint")
+        v_m = nets.student.denoise(params, x_m, start.sigma_m, text, start.sight).velocity
         terms["self_consistency"] = self_consistency_loss(
-            video.velocity, v_m, plan.sigma_s, plan.sigma_m, plan.sigma_e, stop
+            video.velocity, v_m, start.sigma, start.sigma_m, start.sigma_e, stop
         )
+    if choice.alignment:
+        reference = draw._replace(levels=draw.reference_levels, exit_update=draw.reference_exit)
+        better = begin(nets.student, params, batch, k_video, reference, cache, recipe).trajectory.x0
+        judge = {"base": frozen.get("base"), "critic": critic, "student": params}[recipe.align.network]
+        look = lambda x0: nets.student.features(
+            jax.lax.stop_gradient(judge), add_noise(whole(x0), noise, sigma), sigma, text, recipe.align.layers
+        )[:, new]
+        terms["alignment"], active = cache_alignment_loss(look(video.x0), look(better), recipe.align.margin)
+        more["alignment_active"] = active.mean()
+    weights = {"dmd": 1.0, "self_consistency": recipe.loss.self_consistency, "alignment": recipe.align.weight}
     terms = {name: term.mean() for name, term in terms.items()}
-    return jnp.stack([weights[name] * term for name, term in terms.items()]).sum(), terms
+    loss = jnp.stack([weights[name] * term for name, term in terms.items()]).sum()
+    return loss, (terms | more, start.trajectory)
 
 
 def critic_loss(
-    params: Params, student: Params, batch: Batch, key: PRNGKey, nets: Networks, recipe: Recipe
-) -> tuple[jax.Array, Metrics]:
+    params: Params,
+    student: Params,
+    batch: Batch,
+    key: PRNGKey,
+    draw: Draw | None,
+    cache: KVCache | None,
+    nets: Networks,
+    recipe: Recipe,
+) -> tuple[jax.Array, tuple[Metrics, Trajectory | None]]:
     """The critic learns to denoise the student's videos, so that Eq. 4 has the student's score."""
     k_video, k_view = jax.random.split(key)
-    _, video, _ = students_video(nets.student, jax.lax.stop_gradient(student), batch, k_video, recipe)
-    x, noise, sigma = noised_view(video.x0, k_view, recipe)
-    velocity = nets.critic(params, x, sigma, batch["text"]).velocity
-    loss = flow_matching_loss(velocity, video.x0, noise).mean()
-    return loss, {"critic": loss}
-
-
-def denoising_loss(
-    params: Params, teacher: Params, batch: Batch, key: PRNGKey, nets: Networks, recipe: Recipe
-) -> tuple[jax.Array, Metrics]:
-    """Flow matching for a teacher-to-be and its text encoder together; some examples see the empty caption.
-
-    The target is the data's velocity, or, where there is a teacher already, its velocity: for the closed form that is
-    the conditional mean of the former, so the minimiser is the same and the gradient has less variance.
-    """
-    k_drop, k_view = jax.random.split(key)
-    x0, tokens = batch["video"], batch["text"]
-    null = jnp.zeros_like(tokens).at[:, 0].set(1)  # the empty caption: only the end token
-    drop = jax.random.bernoulli(k_drop, recipe.caption_dropout, (x0.shape[0], 1))
-    tokens = jnp.where(drop, null, tokens)
-    text = encode_text(params["text_encoder"], tokens, recipe.text)
-    x, noise, sigma = noised_view(x0, k_view, recipe)
-    velocity = nets.student(params["wan"], x, sigma, text).velocity
-    if recipe.teacher.kind != "data":
-        target = nets.teacher(teacher, x, sigma, tokens[..., None].astype(jnp.float32)).velocity
-        x0 = noise - target
-    loss = flow_matching_loss(velocity, x0, noise).mean()
-    return loss, {"denoising": loss}
+    student, text = jax.lax.stop_gradient(student), batch["text"]
+    start = begin(nets.student, student, batch, k_video, draw, cache, recipe)
+    if start.trajectory:
+        x0 = start.trajectory.x0
+    else:
+        x0 = nets.student.denoise(student, start.x, start.sigma, text, start.sight).x0
+    x, noise, sigma = noised_view(jnp.concatenate([start.before, x0], axis=1), k_view, recipe)
+    new = slice(start.before.shape[1], None)
+    velocity = nets.critic(params, x, sigma, text).velocity[:, new]
+    loss = flow_matching_loss(velocity, x0, noise[:, new]).mean()
+    return loss, ({"critic": loss}, start.trajectory)
 
 
 def student_step(
-    state: TrainState, teacher: Params, batch: Batch, key: PRNGKey, nets: Networks, recipe: Recipe
+    state: TrainState,
+    frozen: Frozen,
+    batch: Batch,
+    key: PRNGKey,
+    draw: Draw | None,
+    nets: Networks,
+    recipe: Recipe,
+    choice: Choice,
 ) -> tuple[TrainState, Metrics]:
     """One update of the student and its EMA."""
-    loss = lambda p: student_loss(p, state.critic.params, teacher, batch, key, nets, recipe)
-    return _move_student(state, loss, recipe)
-
-
-def denoising_step(
-    state: TrainState, teacher: Params, batch: Batch, key: PRNGKey, nets: Networks, recipe: Recipe
-) -> tuple[TrainState, Metrics]:
-    """One update of a teacher-to-be and its EMA."""
-    return _move_student(state, lambda p: denoising_loss(p, teacher, batch, key, nets, recipe), recipe)
+    lora, critic = recipe.lora, merge(frozen.get("base"), state.critic.params, recipe.lora)
+    whole = lambda p: merge(frozen.get("student"), p, lora)
+    batch, cache = go_on(whole(state.student.params), state.stream, batch, nets, recipe, choice)
+    loss = lambda p: student_loss(whole(p), critic, frozen, batch, key, draw, cache, nets, recipe, choice)
+    state, metrics, made = move_student(state, loss, recipe)
+    return replace(state, stream=carry(made, batch, recipe)), metrics
 
 
 def critic_step(
-    state: TrainState, teacher: Params, batch: Batch, key: PRNGKey, nets: Networks, recipe: Recipe
+    state: TrainState,
+    frozen: Frozen,
+    batch: Batch,
+    key: PRNGKey,
+    draw: Draw | None,
+    nets: Networks,
+    recipe: Recipe,
+    choice: Choice,
 ) -> tuple[TrainState, Metrics]:
     """One update of the critic."""
-    loss = lambda p: critic_loss(p, state.student.params, batch, key, nets, recipe)
-    grads, metrics = jax.grad(loss, has_aux=True)(state.critic.params)
+    student = merge(frozen.get("student"), state.student.params, recipe.lora)
+    batch, cache = go_on(student, state.stream, batch, nets, recipe, choice)
+    whole = lambda p: merge(frozen.get("base"), p, recipe.lora)
+    loss = lambda p: critic_loss(whole(p), student, batch, key, draw, cache, nets, recipe)
+    grads, (metrics, made) = jax.grad(loss, has_aux=True)(state.critic.params)
     tx = make_optimizer(recipe.critic_optimizer, recipe.updates * recipe.critic_updates)
     critic = apply_gradients(state.critic, grads, metrics["critic"], tx)
     metrics |= {"critic_grad_norm": optax.tree.norm(grads), "critic_skipped": critic.skipped}
-    return replace(state, critic=critic), metrics | {"critic_skipped_in_a_row": critic.skipped_in_a_row}
+    metrics |= {"critic_skipped_in_a_row": critic.skipped_in_a_row}
+    return replace(state, critic=critic, stream=carry(made, batch, recipe)), metrics
 
 
-def _move_student(state: TrainState, loss: Callable, recipe: Recipe) -> tuple[TrainState, Metrics]:
-    grads, metrics = jax.grad(loss, has_aux=True)(state.student.params)
+def go_on(
+    params: Params, stream: Stream | None, batch: Batch, nets: Networks, recipe: Recipe, choice: Choice
+) -> tuple[Batch, KVCache | None]:
+    """The prompts of an update and the cache it goes on from: those of the video under way, unless a new one starts.
+
+    A switch takes the batch's prompts and reads the cached frames again under them, before anything is made.
+    """
+    if stream is None or choice.sequence == "new":
+        return batch, None
+    if choice.sequence == "on":
+        return batch | {"text": stream.text}, stream.cache
+    return batch, recache(nets.student, params, stream.cache, batch["text"], recipe.memory)
+
+
+def carry(made: Trajectory | None, batch: Batch, recipe: Recipe) -> Stream | None:
+    """What the next update goes on from."""
+    if made is None or not recipe.stream.max_frames:
+        return None
+    return Stream(forget(made.cache, recipe.memory), batch["text"])
+
+
+def move_student(state: TrainState, loss: Callable, recipe: Recipe) -> tuple[TrainState, Metrics, Any]:
+    """One update of the student's parameters and their average. `loss` returns (value, (metrics, anything))."""
+    (value, (metrics, more)), grads = jax.value_and_grad(loss, has_aux=True)(state.student.params)
     tx = make_optimizer(recipe.student_optimizer, recipe.updates)
-    student = apply_gradients(state.student, grads, jnp.stack(list(metrics.values())), tx)
+    student = apply_gradients(state.student, grads, value, tx)
     ema = update_ema(state.ema, student.params, recipe.ema.decay, state.step, recipe.ema.start)
     metrics |= {"student_grad_norm": optax.tree.norm(grads), "student_skipped": student.skipped}
     metrics |= {"student_skipped_in_a_row": student.skipped_in_a_row}
-    return replace(state, step=state.step + 1, student=student, ema=ema), metrics
+    return replace(state, step=state.step + 1, student=student, ema=ema), metrics, more
 
 
-def compile_step(step: Callable, nets: Networks, recipe: Recipe, shardings: Any) -> Callable:
-    """Jits one step: `(state, teacher, batch, seed key, index) -> state, metrics`.
+def compile_step(step: Callable, nets: Networks, recipe: Recipe, shardings: Any, **static: Any) -> Callable:
+    """Jits one step: `(state, frozen, batch, seed key, index, draw) -> state, metrics`.
 
-    The state is donated, the teacher never. Shardings are fixed on both sides, so nothing recompiles and nothing moves.
+    The state is donated, what is frozen never. Shardings are fixed on both sides, so nothing recompiles or moves.
 
     Args:
-      shardings: (state, teacher, batch, replicated), trees of NamedSharding.
+      shardings: (state, frozen, batch, replicated), trees of NamedSharding.
+      static: what else the step takes that is not an array.
     """
-    in_state, in_teacher, in_batch, everywhere = shardings
+    in_state, in_frozen, in_batch, everywhere = shardings
 
-    def run(state, teacher, batch, key, index):
-        return step(state, teacher, batch, jax.random.fold_in(key, index), nets, recipe)
+    def run(state, frozen, batch, key, index, draw):
+        return step(state, frozen, batch, jax.random.fold_in(key, index), draw, nets, recipe, **static)
 
     return jax.jit(
         run,
         donate_argnums=0,
-        in_shardings=(in_state, in_teacher, in_batch, everywhere, everywhere),
+        in_shardings=(in_state, in_frozen, in_batch, everywhere, everywhere, everywhere),
         out_shardings=(in_state, everywhere),
     )

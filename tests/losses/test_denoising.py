@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from salt_jax.losses.denoising import flow_matching_loss
+from salt_jax.losses.denoising import flow_matching_loss, midlevel_weight
 
 SHAPE = (3, 2, 4, 2, 3)
 
@@ -60,3 +61,38 @@ def test_half_precision_is_computed_in_float32():
     loss = flow_matching_loss(*arrays)
     assert loss.dtype == jnp.float32
     np.testing.assert_allclose(loss, slow_loss(*arrays), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 2)])
+def test_a_weight_multiplies_the_squares_of_its_clip_or_frame(shape):
+    arrays, weight = (normal(0), normal(1), normal(2)), jnp.arange(1.0, 1 + np.prod(shape)).reshape(shape)
+    velocity, x0, noise = (np.asarray(a, float) for a in arrays)
+    by_frame = ((velocity - (noise - x0)) ** 2).mean((2, 3, 4))
+    wanted = (by_frame * np.asarray(weight).reshape(3, -1)).mean(1)
+    np.testing.assert_allclose(flow_matching_loss(*arrays, weight), wanted, rtol=1e-5)
+    np.testing.assert_allclose(
+        flow_matching_loss(*arrays, jnp.ones(shape)), flow_matching_loss(*arrays), rtol=1e-6
+    )
+
+
+def slow_weights(shift):
+    """Self-Forcing's table: 1000 levels that fall from 1, a bell around the middle of their timesteps, mean 1."""
+    levels = [shift * u / (1 + (shift - 1) * u) for u in (1 - i / 1000 for i in range(1000))]
+    bell = [np.exp(-2 * ((1000 * sigma - 500) / 1000) ** 2) for sigma in levels]
+    raised = [y - min(bell) for y in bell]
+    return np.array(levels), np.array(raised) * 1000 / sum(raised)
+
+
+@pytest.mark.parametrize("shift", [1.0, 5.0, 12.0])
+def test_the_weight_of_levels_is_that_of_the_table(shift):
+    levels, wanted = slow_weights(shift)
+    weight = midlevel_weight(jnp.asarray(levels, jnp.float32), shift)
+    np.testing.assert_allclose(weight, wanted, atol=2e-5)
+    assert float(weight.mean()) == pytest.approx(1.0, abs=1e-5) and weight[0] == pytest.approx(0.0, abs=1e-6)
+    assert weight.min() >= -1e-6
+
+
+def test_the_weight_at_shift_five_is_largest_in_the_middle_and_nothing_at_pure_noise():
+    sigma = jnp.array([[0.5, 0.25, 0.75], [0.9375, 1.0, 0.0]])
+    wanted = [[2.08, 1.46, 1.46], [0.40, 0.0, 0.0]]
+    np.testing.assert_allclose(midlevel_weight(sigma, 5.0), wanted, atol=0.01)

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from salt_jax.models.denoiser import POSITION_CHANNELS, guided, position_channels, wan_denoiser
-from salt_jax.models.wan import PRESETS, Compute, WanConfig, apply_wan, init_wan
+from salt_jax.models.denoiser import POSITION_CHANNELS, guided, position_channels, wan_network
+from salt_jax.models.presets import PRESETS, Compute, WanConfig
+from salt_jax.models.wan import apply_wan, init_wan
 
 SMALL = WanConfig(48, 2, 2, 96, 16, 16, (1, 2, 2), 32, 12, 64, 1e-6)
 
@@ -158,7 +159,7 @@ def test_remat_changes_nothing_and_bfloat16_little():
 def test_guidance_has_one_convention():
     """w = 1 is the conditional network; the peers' g = 3, c + g (c - u), is w = 4."""
     params, (x, _, text) = randomised(init_wan(jax.random.key(0), SMALL), 9), inputs(10)
-    denoise, null = wan_denoiser(SMALL, Compute()), jnp.zeros((1, 12, 32))
+    denoise, null = wan_network(SMALL, Compute(), 3, 3).denoise, jnp.zeros((1, 12, 32))
     x, sigma, text = jnp.asarray(x), jnp.array([0.9, 0.3]), jnp.asarray(text)
     c, u = denoise(params, x, sigma, text), denoise(params, x, sigma, null.repeat(2, 0))
     np.testing.assert_array_equal(guided(denoise, null, 1.0)(params, x, sigma, text).x0, c.x0)
@@ -187,11 +188,11 @@ def test_position_channels_tell_every_place_apart():
     config = WanConfig(**{**SMALL.__dict__, "in_channels": 16 + POSITION_CHANNELS})
     params, (x, _, text) = randomised(init_wan(jax.random.key(0), config), 11), inputs(12)
     sigma = jnp.array([0.9, 0.3])
-    got = wan_denoiser(config, Compute())(params, jnp.asarray(x), sigma, jnp.asarray(text))
+    got = wan_network(config, Compute(), 3, 3).denoise(params, jnp.asarray(x), sigma, jnp.asarray(text))
     behind = np.concatenate(
         [x, np.broadcast_to(position_channels(3, 8, 6), (2, 3, 8, 6, POSITION_CHANNELS))], -1
     )
     direct = apply_wan(params, jnp.asarray(behind), 1000 * sigma, jnp.asarray(text), config, Compute())
     np.testing.assert_allclose(got.velocity, direct, atol=1e-6)
     with pytest.raises(ValueError, match="3 additional input channels"):
-        wan_denoiser(WanConfig(**{**SMALL.__dict__, "in_channels": 19}), Compute())
+        wan_network(WanConfig(**{**SMALL.__dict__, "in_channels": 19}), Compute(), 3, 3)

@@ -13,6 +13,7 @@ from salt_jax.models.closed_form import closed_form_denoiser, closed_form_params
 from salt_jax.rollout.parallel import advance, midpoint, noise_at, sample
 
 SHAPE = (2, 2, 3, 1)
+FRAMES = np.arange(SHAPE[0])
 each_solver = pytest.mark.parametrize("solver", ["euler", "cm"])
 
 
@@ -23,6 +24,11 @@ def keys(count, seed=0):
 def quick_keys(count):
     """Of a generator that compiles fast: programs with callbacks are not kept between runs."""
     return jax.random.split(jax.random.key(0, impl="rbg"), count)
+
+
+def clip_noise(keys, sigma, shape=SHAPE):
+    """The noise of a whole clip at one level."""
+    return noise_at(keys, jnp.float32(sigma), np.arange(shape[0]), shape[1:])
 
 
 def texts(count):
@@ -60,7 +66,7 @@ def watched(denoiser, seen):
 def test_samples_are_those_of_a_slow_loop(solver, num_updates):
     params, sigmas, text = (0.7, 0.4), grid(num_updates, 5.0), texts(2)
     got = sample(gaussian, params, text, jnp.asarray(sigmas), solver, keys(2), SHAPE)
-    noise = {s: np.asarray(noise_at(keys(2), jnp.float32(s), SHAPE), float) for s in sigmas}
+    noise = {s: np.asarray(clip_noise(keys(2), s), float) for s in sigmas}
     for b in range(2):
         x = noise[sigmas[0]][b]
         for now, after in pairwise(sigmas):
@@ -85,18 +91,18 @@ def test_euler_is_exact_on_a_straight_path(num_updates):
     velocity = jnp.asarray(np.random.default_rng(1).normal(size=(2, *SHAPE)), jnp.float32)
     denoiser = lambda params, x, sigma, text: from_velocity(x, params, sigma)
     got = sample(denoiser, velocity, texts(2), jnp.asarray(grid(num_updates, 5.0)), "euler", keys(2), SHAPE)
-    np.testing.assert_allclose(got, noise_at(keys(2), jnp.float32(1), SHAPE) - velocity, atol=2e-6)
+    np.testing.assert_allclose(got, clip_noise(keys(2), 1.0) - velocity, atol=2e-6)
 
 
 def test_the_start_is_gaussian_noise_at_level_one():
     denoiser = lambda params, x, sigma, text: from_velocity(x, jnp.zeros_like(x), sigma)  # stay where you are
     got = sample(denoiser, None, texts(2), jnp.asarray(grid(2, 5.0)), "euler", keys(2), SHAPE)
-    np.testing.assert_array_equal(got, noise_at(keys(2), jnp.float32(1), SHAPE))
+    np.testing.assert_array_equal(got, clip_noise(keys(2), 1.0))
 
 
 def test_noise_is_standard_and_independent_across_clips_and_levels():
     shape = (4, 16, 16, 4)
-    drawn = np.stack([noise_at(keys(3), jnp.float32(s), shape) for s in (1.0, 0.9375, 0.5)]).reshape(9, -1)
+    drawn = np.stack([clip_noise(keys(3), s, shape) for s in (1.0, 0.9375, 0.5)]).reshape(9, -1)
     assert np.abs(drawn.mean(1)).max() < 0.06
     assert np.abs(drawn.std(1) - 1).max() < 0.05
     assert np.abs(np.corrcoef(drawn) - np.eye(9)).max() < 0.07
@@ -104,9 +110,35 @@ def test_noise_is_standard_and_independent_across_clips_and_levels():
 
 def test_noise_of_a_level_is_shared_by_all_schedules_and_batches():
     two, eight = grid(2, 5.0), grid(8, 5.0)
-    noise = noise_at(keys(3), jnp.asarray(two[1]), SHAPE)
-    np.testing.assert_array_equal(noise, noise_at(keys(3), jnp.asarray(eight[4]), SHAPE))
-    np.testing.assert_array_equal(noise[1:2], noise_at(keys(3)[1:2], jnp.asarray(two[1]), SHAPE))
+    noise = clip_noise(keys(3), two[1])
+    np.testing.assert_array_equal(noise, clip_noise(keys(3), eight[4]))
+    np.testing.assert_array_equal(noise[1:2], clip_noise(keys(3)[1:2], two[1]))
+
+
+def test_noise_of_a_frame_is_the_same_however_the_clip_is_cut():
+    """A chunk of the frames 3, 4 and 5 gets what the whole clip has there; frames are independent."""
+    whole = clip_noise(keys(2), 0.5, (9, 16, 16, 1))
+    part = jax.jit(lambda frames: noise_at(keys(2), jnp.float32(0.5), frames, (16, 16, 1)))(jnp.arange(3, 6))
+    np.testing.assert_array_equal(part, whole[:, 3:6])
+    drawn = np.asarray(whole).reshape(18, -1)
+    assert np.abs(np.corrcoef(drawn) - np.eye(18)).max() < 0.3  # five standard deviations of 256 values
+
+
+def test_cm_re_noises_every_frame_with_its_own_number():
+    """The last two frames of a clip, moved on alone, land where they land within the clip."""
+    shape = (4, *SHAPE[1:])
+    x = clip_noise(keys(2), 1.0, shape)
+    move = lambda x, frames: advance(
+        x,
+        gaussian((0.7, 0.4), x, jnp.ones(2), texts(2)),
+        jnp.ones(2),
+        jnp.float32(0.8),
+        "cm",
+        keys(2),
+        frames,
+    )
+    np.testing.assert_array_equal(move(x[:, 2:], np.array([2, 3])), move(x, np.arange(4))[:, 2:])
+    assert np.all(move(x[:, 2:], np.array([0, 1])) != move(x, np.arange(4))[:, 2:])
 
 
 def test_cm_forgets_its_state_and_draws_around_the_clean_estimate():
@@ -125,9 +157,11 @@ def test_cm_forgets_its_state_and_draws_around_the_clean_estimate():
 
 def test_euler_draws_once_and_cm_at_every_level():
     """Two sets of keys whose first noise is made equal differ only by what is drawn later."""
-    state = noise_at(keys(2), jnp.float32(1), SHAPE)
+    state = clip_noise(keys(2), 1.0)
     prediction, sigma = gaussian((0.7, 0.4), state, jnp.ones(2), texts(2)), jnp.ones(2)
-    run = lambda solver, seed: advance(state, prediction, sigma, jnp.float32(0.8), solver, keys(2, seed))
+    run = lambda solver, seed: advance(
+        state, prediction, sigma, jnp.float32(0.8), solver, keys(2, seed), FRAMES
+    )
     np.testing.assert_array_equal(run("euler", 0), run("euler", 1))
     np.testing.assert_array_equal(run("cm", 0), run("cm", 0))
     assert np.all(run("cm", 0) != run("cm", 1))

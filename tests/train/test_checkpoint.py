@@ -18,9 +18,10 @@ import optax
 import pytest
 
 from salt_jax.errors import UserError
+from salt_jax.models.kv_cache import KVCache
 from salt_jax.train.checkpoint import open_checkpoints, restore, restore_params, save
 from salt_jax.train.sharding import make_mesh, state_shardings
-from salt_jax.train.state import apply_gradients, init_learner, init_state
+from salt_jax.train.state import Stream, apply_gradients, init_learner, init_state
 
 # Orbax abandons its other reads when one fails; Python reports those coroutines when it collects them.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -52,12 +53,12 @@ def make(step=0, width=64, critic=True, tx=TX):
     return state.replace(step=jnp.int32(step), ema=ema)
 
 
-def on(mesh, **how):
+def on(mesh, make=make, **how):
     state = make(**how)
     return jax.device_put(state, state_shardings(mesh, state))
 
 
-def abstract(mesh, **how):
+def abstract(mesh, make=make, **how):
     state = jax.eval_shape(lambda: make(**how))
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, state_shardings(mesh, state)
@@ -113,6 +114,41 @@ def test_round_trip_is_bit_exact_on_this_and_on_another_mesh(saved, count):
         assert x.sharding == like.sharding
     kernel = state.student.params["blocks"]["self_attn"]["q"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (2, 64 // count, 64)
+
+
+def streaming(step=5, slots=6):
+    """A state with videos under way: a cache, half of it in half precision, and prompts."""
+    k_cache, k_text = jax.random.split(jax.random.key(step))
+    kv = jax.random.normal(k_cache, (2, 8, slots, 4, 2, 4), jnp.bfloat16)
+    x0, frames = kv[0].astype(jnp.float32), jnp.arange(slots, dtype=jnp.int32) + 3
+    cache = KVCache(kv, -kv, x0, frames, jnp.int32(slots), jnp.int32(9))
+    return make(step=step).replace(stream=Stream(cache, jax.random.normal(k_text, (8, 3, 5))))
+
+
+def test_videos_under_way_come_back_bit_for_bit_on_this_and_on_another_mesh(tmp_path):
+    with open_checkpoints(tmp_path, keep=1) as manager:
+        save(manager, on(mesh_of(8), streaming), meta_of(5))
+        manager.wait_until_finished()
+        for count in (8, 1):
+            state, _ = restore(manager, abstract(mesh_of(count), streaming))
+            assert_same_bits(state, streaming())
+            assert state.stream.cache.k.addressable_shards[0].data.shape[1] == 8 // count
+        with pytest.raises(UserError, match=r"stream/cache/end is int32\[\] there and absent in this"):
+            restore(manager, abstract(mesh_of(1), step=5))
+        with pytest.raises(
+            UserError, match=r"stream/cache/frames is int32\[6\] there and int32\[3\] in this"
+        ):
+            restore(manager, abstract(mesh_of(1), streaming, slots=3))
+    assert_same_bits(restore_params(tmp_path, "ema", mesh_of(1)), make(step=5).ema)  # needs none of them
+
+
+def test_a_step_whose_videos_under_way_are_lost_is_damaged(tmp_path):
+    with open_checkpoints(tmp_path, keep=2) as manager:
+        for step in (4, 5):
+            save(manager, on(mesh_of(1), streaming, step=step), meta_of(step))
+    (tmp_path / "checkpoints" / "5" / "stream" / "commit_success.txt").unlink()
+    with open_checkpoints(tmp_path, keep=2) as manager:
+        assert_same_bits(restore(manager, abstract(mesh_of(1), streaming))[0], streaming(4))
 
 
 def test_a_teacher_in_the_making_has_no_critic(tmp_path):

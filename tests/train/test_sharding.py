@@ -8,7 +8,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from salt_jax.errors import UserError
-from salt_jax.models.wan import PRESETS, init_wan
+from salt_jax.models.presets import PRESETS
+from salt_jax.models.wan import init_wan
 from salt_jax.train.sharding import (
     AXES,
     batch_sharding,
@@ -105,6 +106,12 @@ def test_sizes_that_make_no_mesh_are_refused_in_one_sentence(asked, told):
         ("blocks/wi/kernel", (64, 6, 8), P(None, None, "fsdp")),
         ("opt_state/0/v_row/blocks/self_attn/q/kernel", (64, 6), P()),
         ("student/opt_state/1/0/count", (), P()),
+        # Videos under way are spread as the batch is, if there are enough of them.
+        ("stream/cache/k", (2, 8, 6, 4, 2, 8), P(None, ("data", "fsdp"))),
+        ("stream/cache/x0", (8, 6, 4, 4, 3), P(("data", "fsdp"))),
+        ("stream/text", (8, 12, 64), P(("data", "fsdp"))),
+        ("stream/cache/v", (2, 6, 6, 4, 2, 8), P()),
+        ("stream/cache/frames", (8,), P()),
     ],
 )
 def test_rules(path, shape, spec):

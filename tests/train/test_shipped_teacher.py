@@ -7,9 +7,9 @@ import pytest
 from configs import base
 from salt_jax.data import shapes
 from salt_jax.evaluate import suite
-from salt_jax.models.denoiser import guided, wan_denoiser
+from salt_jax.models.denoiser import guided
 from salt_jax.train.recipe import read_recipe
-from salt_jax.train.setup import embed, initial_weights
+from salt_jax.train.setup import embed, initial_weights, make_network
 
 
 @pytest.mark.slow
@@ -18,9 +18,12 @@ def test_nine_clips_of_ten_are_what_their_caption_says():
     recipe = read_recipe(base.get_config())
     weights, scenes = initial_weights(recipe), shapes.scenes(recipe.world)
     text, count = embed(recipe, weights["text_encoder"], ["", *map(shapes.caption, scenes)]), len(scenes)
-    teacher = guided(wan_denoiser(recipe.wan, recipe.compute), jnp.asarray(text[:1]), recipe.teacher.guidance)
+    network = make_network(recipe)
+    teacher = network._replace(
+        denoise=guided(network.denoise, jnp.asarray(text[:1]), recipe.teacher.guidance)
+    )
     task = suite.Task(
-        recipe.world, np.arange(count), text[1:], recipe.clip_shape, recipe.schedule.shift, 7, count
+        recipe.world, np.arange(count), text[1:], recipe.clip_shape, recipe.schedule.shift, 7, count, None, 0
     )
     card = suite.shapes_score(suite.clips(teacher, weights["wan"], task, 32, "euler"), task)
     assert min(card["shape"], card["colour"], card["direction"], card["clean"], card["all"]) >= 0.9

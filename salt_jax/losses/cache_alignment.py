@@ -1,0 +1,53 @@
+"""Cache alignment, Salt Eq. 11-12: a video made on a poor cache should relate its parts as one made on a good cache.
+
+Features z of a frozen network are compared by the cosines between all pairs of places of a frame, not place by place:
+
+    z^ = z / |z|          R[i, j] = <z^_i, z^_j>          one matrix for each frame                  (11)
+    loss = mean max(0, |R_low - R_reference| - margin)     over pairs and frames                      (12)
+
+Differences inside the margin are free. Frames are compared one after the other: at 480p a matrix has 1560^2 entries,
+and those of all frames of a batch would not fit beside the networks.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from salt_jax.types import PerExample
+
+
+def relations(features: Float[Array, "b s d"]) -> Float[Array, "b s s"]:
+    """Cosines between all places of one frame, Eq. 11."""
+    squares = jnp.sum(jnp.square(features), axis=-1, keepdims=True)
+    unit = features * jax.lax.rsqrt(jnp.maximum(squares, 1e-12))
+    return jnp.einsum("bid,bjd->bij", unit, unit)
+
+
+def cache_alignment_loss(
+    features: Float[Array, "b f s d"], reference: Float[Array, "b f s d"], margin: float
+) -> tuple[PerExample, PerExample]:
+    """Eq. 12, and the share of pairs outside the margin: the only ones that have a gradient.
+
+    Args:
+      features: of the video made with few updates, [B, F, S, D] for S places of F frames.
+      reference: of the one made with twice as many from the same noise; gets no gradient.
+      margin: delta, in cosines.
+
+    Returns:
+      ([B], [B]) float32.
+
+    >>> z = jnp.eye(2)[None, None]                          # two places, at right angles
+    >>> cache_alignment_loss(z, jnp.ones_like(z), 0.1)      # the reference has them parallel: 2 of 4 pairs are off by 1
+    (Array([0.45], dtype=float32), Array([0.5], dtype=float32))
+    """
+    reference = jax.lax.stop_gradient(reference)
+
+    @jax.checkpoint
+    def frame(_, pair):
+        low, high = (relations(z.astype(jnp.float32)) for z in pair)
+        off = jnp.abs(low - high) - margin
+        return None, (jnp.maximum(off, 0.0).mean((1, 2)), (off > 0).mean((1, 2), dtype=jnp.float32))
+
+    by_frame = lambda z: jnp.moveaxis(z, 1, 0)
+    _, (loss, active) = jax.lax.scan(frame, None, (by_frame(features), by_frame(reference)))
+    return loss.mean(0), active.mean(0)

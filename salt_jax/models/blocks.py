@@ -1,0 +1,162 @@
+"""The parts of the transformer, as Flax Linen modules without state: attention, block, text, time, head."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+
+from salt_jax.models.attention import attention
+from salt_jax.models.kv_cache import View
+from salt_jax.models.presets import WanConfig
+from salt_jax.models.rope import rotate
+from salt_jax.types import Params
+
+
+def dense(features, dtype, name, init=None):
+    return nn.Dense(features, dtype=dtype, kernel_init=init or nn.initializers.xavier_uniform(), name=name)
+
+
+def apply(module: nn.Module, params: Params, *args: Any) -> Any:
+    return module.apply({"params": params}, *args)
+
+
+def rows(layer, x):
+    """Applies a layer to `x` as a matrix of rows: XLA's CPU backend halves the backward pass of products that way."""
+    return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
+def layer_norm(x, eps):
+    """LayerNorm without parameters, in float32."""
+    return apply(nn.LayerNorm(epsilon=eps, use_bias=False, use_scale=False, use_fast_variance=False), {}, x)
+
+
+class TextKV(NamedTuple):
+    """What cross attention reads of a text, [layers, B, T, A, d] each: the same for all calls under one prompt."""
+
+    k: Any
+    v: Any
+
+
+class Attention(nn.Module):
+    """The projections around attention; RMS over the full width before the heads are split."""
+
+    config: WanConfig
+    dtype: Any
+
+    def setup(self):
+        c = self.config
+        self.q, self.k, self.v, self.o = (dense(c.dim, self.dtype, None) for _ in range(4))
+        self.norm_q, self.norm_k = (nn.RMSNorm(epsilon=c.eps, dtype=self.dtype) for _ in range(2))
+
+    def _heads(self, z):
+        return z.reshape(*z.shape[:-1], self.config.num_heads, -1)
+
+    def queries(self, x):
+        return self._heads(self.norm_q(rows(self.q, x)))
+
+    def keys_values(self, context):
+        return self._heads(self.norm_k(rows(self.k, context))), self._heads(rows(self.v, context))
+
+    def output(self, z):
+        return rows(self.o, z.reshape(*z.shape[:-2], -1))
+
+    def __call__(self, x, context):
+        """What `init` runs; a block calls the three parts."""
+        return self.output(attention(self.queries(x), *self.keys_values(context)))
+
+
+def look_around(q, k, v, memory, views: tuple[tuple[View, Any, Any], ...]):
+    """Self attention of new frames, [B, F, S, A, d] each, with `memory` (keys, values) [B, M, S, A, d] or None.
+
+    One dense call for each view, given with the angles of its queries and of its keys.
+    """
+    outputs = []
+    for view, here, there in views:
+        seen = lambda new, old, view=view: jnp.concatenate(
+            [new[:, s] for s in view.own] + [old[:, s] for s in view.past], axis=1
+        )
+        keys, values = (seen(new, old) for new, old in zip((k, v), memory or (None, None), strict=True))
+        mine, per_frame = q[:, view.queries], q.shape[2]
+        length = None if view.length is None else view.length * per_frame
+        flat = lambda z: z.reshape(z.shape[0], -1, *z.shape[3:])
+        out = attention(flat(rotate(mine, here)), flat(rotate(keys, there)), flat(values), length)
+        outputs.append(out.reshape(mine.shape))
+    return jnp.concatenate(outputs, axis=1)
+
+
+class Block(nn.Module):
+    """One transformer block on tokens [B, F, S, D]; `e0` is [B, 1 or F, 6, D], one row per frame or for all.
+
+    Returns the tokens, and the keys and values of their frames.
+    """
+
+    config: WanConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, e0, text, views, memory=None):
+        c = self.config
+        flat = lambda z: rearrange(z, "b f s d -> b (f s) d")
+        tokens = lambda z: z.reshape(x.shape).astype(jnp.float32)
+        modulation = self.param("modulation", nn.initializers.normal(c.dim**-0.5), (6, c.dim))
+        m = jnp.split((e0 + modulation[None, None])[:, :, None], 6, axis=3)  # six of [B, 1 or F, 1, 1, D]
+        shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (z[:, :, :, 0] for z in m)
+
+        h = layer_norm(x, c.eps) * (1 + scale_sa) + shift_sa
+        to_self = Attention(c, self.dtype, name="self_attn")
+        q, (k, v) = to_self.queries(h), to_self.keys_values(h)
+        x = x + gate_sa * tokens(to_self.output(look_around(q, k, v, memory, views)))
+
+        h = flat(nn.LayerNorm(epsilon=c.eps, use_fast_variance=False, name="norm_cross")(x))
+        to_text = Attention(c, self.dtype, name="cross_attn")
+        text = text if isinstance(text, TextKV) else to_text.keys_values(text)
+        x = x + tokens(to_text.output(attention(to_text.queries(h), *text)))
+
+        h = flat(layer_norm(x, c.eps) * (1 + scale_ff) + shift_ff)
+        h = nn.gelu(rows(dense(c.ffn_dim, self.dtype, "ffn_in"), h), approximate=True)
+        return x + gate_ff * tokens(rows(dense(c.dim, self.dtype, "ffn_out"), h)), (k, v)
+
+
+class TextMLP(nn.Module):
+    """Text rows [B, T, text_dim] -> [B, T, D]."""
+
+    config: WanConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, text):
+        init = nn.initializers.normal(0.02)
+        h = nn.gelu(dense(self.config.dim, self.dtype, "in", init)(text), approximate=True)
+        return dense(self.config.dim, self.dtype, "out", init)(h)
+
+
+class TimeMLP(nn.Module):
+    """Timestep in [0, 1000], [...] -> (e [..., D], e0 [..., 6, D]), float32."""
+
+    config: WanConfig
+
+    @nn.compact
+    def __call__(self, timestep):
+        c, init = self.config, nn.initializers.normal(0.02)
+        half = c.freq_dim // 2
+        angles = jnp.einsum("...,k->...k", timestep, 10_000.0 ** (-jnp.arange(half) / half))
+        h = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+        e = dense(c.dim, jnp.float32, "out", init)(nn.silu(dense(c.dim, jnp.float32, "in", init)(h)))
+        e0 = dense(6 * c.dim, jnp.float32, "projection")(nn.silu(e))
+        return e, e0.reshape(*e0.shape[:-1], 6, c.dim)
+
+
+class Head(nn.Module):
+    """Tokens [B, F, S, D] and e [B, 1 or F, D] -> patches [B, F, S, pt ph pw C], float32."""
+
+    config: WanConfig
+
+    @nn.compact
+    def __call__(self, x, e):
+        c = self.config
+        modulation = self.param("modulation", nn.initializers.normal(c.dim**-0.5), (2, c.dim))
+        m = e[:, :, None] + modulation[None, None]  # [B, 1 or F, 2, D]
+        x = layer_norm(x, c.eps) * (1 + m[:, :, None, 1]) + m[:, :, None, 0]
+        pt, ph, pw = c.patch_size
+        return dense(pt * ph * pw * c.out_channels, jnp.float32, "linear", nn.initializers.zeros)(x)

@@ -1,0 +1,49 @@
+"""The sizes of the transformer, and how to run it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Architecture. Widths in features, lengths in tokens."""
+
+    dim: int
+    num_heads: int
+    num_layers: int
+    ffn_dim: int
+    in_channels: int
+    out_channels: int
+    patch_size: tuple[int, int, int]  # frames, rows, columns of latent per token
+    text_dim: int
+    text_length: int  # rows of text that cross attention sees, padding included
+    freq_dim: int  # width of the sinusoidal time embedding
+    eps: float
+
+    def __post_init__(self):
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise ValueError(f"dim={self.dim} must split into num_heads={self.num_heads} heads of even width")
+
+
+def _wan(dim, heads, layers, ffn):
+    return WanConfig(dim, heads, layers, ffn, 16, 16, (1, 2, 2), 4096, 512, 256, 1e-6)
+
+
+PRESETS = {
+    # Moving Shapes: few wide tokens (6 x 6 pixels each) learn shape in minutes on two cores. 3 channels of colour and
+    # 16 of position in, see models.denoiser.
+    "tiny": WanConfig(192, 4, 4, 768, 19, 3, (1, 6, 6), 64, 32, 64, 1e-6),
+    "small": WanConfig(384, 6, 8, 1536, 19, 3, (1, 4, 4), 64, 80, 128, 1e-6),
+    "wan2.1-t2v-1.3b": _wan(1536, 12, 30, 8960),
+    "wan2.1-t2v-14b": _wan(5120, 40, 40, 13824),
+}
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How to run the network, which changes speed and rounding but not the function."""
+
+    dtype: Any = jnp.float32  # of matrix products
+    remat: bool = False  # recompute each block in the backward pass

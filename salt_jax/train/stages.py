@@ -1,0 +1,155 @@
+"""The stages before distillation: a teacher from data, and a bidirectional network made causal, in three ways.
+
+| stage           | the student learns                                                     | as in                    |
+|-----------------|------------------------------------------------------------------------|--------------------------|
+| denoising       | a teacher and its text encoder, on whole clips                         | -                        |
+| teacher_forcing | to denoise each chunk given the clean chunks before it                 | Causal Forcing, stage 1  |
+| ode_regression  | the end of the causal teacher's trajectory from any of its few levels  | Causal Forcing, stage 2a |
+| consistency     | without trajectories: to agree with itself one teacher update later    | Causal Forcing, stage 2b |
+
+The causal teacher of the last two is the network they start from. Self-Forcing and CausVid start from an ODE regression
+whose teacher is bidirectional; Causal Forcing argues that a causal student cannot follow its trajectories.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from salt_jax.flow.prediction import add_noise, guide
+from salt_jax.flow.schedule import draw_view_sigma, grid
+from salt_jax.flow.transition import euler
+from salt_jax.losses.consistency import endpoint_loss
+from salt_jax.losses.denoising import flow_matching_loss, midlevel_weight
+from salt_jax.models.denoiser import Network
+from salt_jax.models.text_encoder import encode_text
+from salt_jax.rollout.causal import teacher_forcing
+from salt_jax.train.recipe import Recipe
+from salt_jax.train.state import TrainState
+from salt_jax.train.step import Batch, Frozen, Metrics, Networks, move_student, noised_view
+from salt_jax.types import Params, PRNGKey
+
+
+def stage_step(
+    state: TrainState,
+    frozen: Frozen,
+    batch: Batch,
+    key: PRNGKey,
+    draw: None,
+    nets: Networks,
+    recipe: Recipe,
+) -> tuple[TrainState, Metrics]:
+    """One update of the network that the stage trains, and of its EMA."""
+    loss = {
+        "denoising": denoising_loss,
+        "teacher_forcing": teacher_forcing_loss,
+        "ode_regression": ode_regression_loss,
+        "consistency": consistency_loss,
+    }[recipe.stage]
+
+    def named(params):
+        value = loss(params, state.ema, frozen, batch, key, nets, recipe)
+        return value, ({recipe.stage: value}, None)
+
+    return move_student(state, named, recipe)[:2]
+
+
+def denoising_loss(
+    params: Params, ema: Params, frozen: Frozen, batch: Batch, key: PRNGKey, nets: Networks, recipe: Recipe
+) -> jax.Array:
+    """Flow matching for a teacher-to-be and its text encoder together; some examples see the empty caption.
+
+    The target is the data's velocity, or, where there is a teacher already, its velocity: for the closed form that is
+    the conditional mean of the former, so the minimiser is the same and the gradient has less variance.
+    """
+    k_drop, k_view = jax.random.split(key)
+    x0, tokens = batch["video"], batch["text"]
+    null = jnp.zeros_like(tokens).at[:, 0].set(1)  # the empty caption: only the end token
+    drop = jax.random.bernoulli(k_drop, recipe.caption_dropout, (x0.shape[0], 1))
+    tokens = jnp.where(drop, null, tokens)
+    text = encode_text(params["text_encoder"], tokens, recipe.text)
+    x, noise, sigma = noised_view(x0, k_view, recipe)
+    velocity = nets.student.denoise(params["wan"], x, sigma, text).velocity
+    if recipe.teacher.kind != "data":
+        target = nets.teacher(frozen["teacher"], x, sigma, tokens[..., None].astype(jnp.float32)).velocity
+        x0 = noise - target
+    return flow_matching_loss(velocity, x0, noise).mean()
+
+
+def teacher_forcing_loss(
+    params: Params, ema: Params, frozen: Frozen, batch: Batch, key: PRNGKey, nets: Networks, recipe: Recipe
+) -> jax.Array:
+    """Flow matching with a level for each chunk, every chunk seeing the clean ones before it."""
+    k_drop, k_sigma, k_noise = jax.random.split(key, 3)
+    x0, view, sizes = batch["video"], recipe.view, recipe.memory.sizes(recipe.clip_shape[0])
+    drop = jax.random.bernoulli(k_drop, recipe.caption_dropout, (x0.shape[0], 1, 1))
+    text = jnp.where(drop, frozen["null_text"], batch["text"])
+    levels = draw_view_sigma(k_sigma, x0.shape[0] * len(sizes), view.shift, view.lowest, view.highest)
+    sigma = jnp.repeat(levels.reshape(len(x0), -1), np.array(sizes), axis=1, total_repeat_length=sum(sizes))
+    noise = jax.random.normal(k_noise, x0.shape)
+    sight = teacher_forcing(nets.student, params, x0, text, recipe.memory)
+    velocity = nets.student.denoise(params, add_noise(x0, noise, sigma), sigma, text, sight).velocity
+    return flow_matching_loss(velocity, x0, noise, midlevel_weight(sigma, view.shift)).mean()
+
+
+def ode_regression_loss(
+    params: Params, ema: Params, frozen: Frozen, batch: Batch, key: PRNGKey, nets: Networks, recipe: Recipe
+) -> jax.Array:
+    """From a stored state at one of the student's levels to the end of its trajectory, which is not the data's clip."""
+    levels = grid(recipe.schedule.train_updates, recipe.schedule.shift)[:-1]
+    level = jax.random.randint(key, (len(batch["video"]),), 0, len(levels))
+    x = jnp.take_along_axis(batch["states"], level.reshape(-1, 1, 1, 1, 1, 1), axis=1)[:, 0]
+    sight = teacher_forcing(nets.student, params, batch["video"], batch["text"], recipe.memory)
+    x0 = nets.student.denoise(params, x, jnp.asarray(levels)[level], batch["text"], sight).x0
+    return endpoint_loss(x0, batch["states"][:, -1]).mean()
+
+
+def consistency_loss(
+    params: Params, ema: Params, frozen: Frozen, batch: Batch, key: PRNGKey, nets: Networks, recipe: Recipe
+) -> jax.Array:
+    """The student at one level against its average at the next, which one guided update of the teacher leads to.
+
+    The grid is exact, in float32, and ends at 0, where the average's estimate is the state itself: the boundary.
+    """
+    k_level, k_noise = jax.random.split(key)
+    x0, text, levels = (
+        batch["video"],
+        batch["text"],
+        jnp.asarray(grid(recipe.ode.updates, recipe.schedule.shift)),
+    )
+    n = jax.random.randint(k_level, (len(x0),), 0, recipe.ode.updates)
+    sigma, after = levels[n], levels[n + 1]
+    x = add_noise(x0, jax.random.normal(k_noise, x0.shape), sigma)
+    step = forced_velocity(nets.student, frozen["teacher"], x0, text, frozen["null_text"], recipe)
+    x_after = euler(x, step(x, sigma), sigma, after)
+    at = lambda p, x, sigma: (
+        nets.student.denoise(p, x, sigma, text, teacher_forcing(nets.student, p, x0, text, recipe.memory)).x0
+    )
+    return endpoint_loss(at(params, x, sigma), at(ema, x_after, after)).mean()
+
+
+def forced_velocity(network: Network, params: Params, x0, text, null_text, recipe: Recipe):
+    """(x, sigma) -> the guided velocity of all chunks at once, each given the clean chunks before it."""
+    texts = text, jnp.broadcast_to(null_text, text.shape)
+    sights = [teacher_forcing(network, params, x0, t, recipe.memory) for t in texts]
+
+    def velocity(x, sigma):
+        both = [network.denoise(params, x, sigma, t, s) for t, s in zip(texts, sights, strict=True)]
+        return guide(*both, recipe.ode.guidance).velocity
+
+    return velocity
+
+
+def trajectory(
+    network: Network, params: Params, batch: Batch, null_text, key: PRNGKey, recipe: Recipe
+) -> jax.Array:
+    """The causal teacher's Euler trajectories, at the student's levels and at the end: [B, n + 1, F, H, W, C]."""
+    x0, updates, kept = batch["video"], recipe.ode.updates, recipe.schedule.train_updates
+    step = forced_velocity(network, params, x0, batch["text"], null_text, recipe)
+    levels = jnp.asarray(grid(updates, recipe.schedule.shift))
+
+    def update(x, pair):
+        sigma, after = (jnp.full(len(x), level) for level in pair)
+        return euler(x, step(x, sigma), sigma, after), x
+
+    x, states = jax.lax.scan(update, jax.random.normal(key, x0.shape), (levels[:-1], levels[1:]))
+    return jnp.concatenate([jnp.moveaxis(states[:: updates // kept], 0, 1), x[:, None]], axis=1)

@@ -1,0 +1,71 @@
+"""Trajectories of the causal teacher on disk, for stage ode_regression: made once, part by part, then read as data.
+
+A part is a function of (recipe, its number), written whole or not at all; a run that was stopped goes on with the first
+part that is missing. Several processes share the work and need a file system that all of them see.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from salt_jax.data.shapes import to_latent
+from salt_jax.models.denoiser import Network
+from salt_jax.train.recipe import Recipe
+from salt_jax.train.stages import trajectory
+from salt_jax.types import Params
+
+
+class Trajectories(Sequence):
+    """Records `video` [F, H, W, C], `states` [n + 1, F, H, W, C] and `caption`; see `train.stages.trajectory`."""
+
+    def __init__(self, parts: list[Path], per_part: int, captions: Callable[[int], str]):
+        self._parts, self._per_part, self._captions = parts, per_part, captions
+
+    def __len__(self) -> int:
+        return len(self._parts) * self._per_part
+
+    def __getitem__(self, index):
+        part, i = divmod(int(index), self._per_part)
+        with safe_open(self._parts[part], "numpy") as file:
+            record = {name: file.get_slice(name)[i] for name in ("video", "states")}
+        return record | {"caption": self._captions(int(index)), "scene": -1}
+
+
+def make_trajectories(
+    directory: Path,
+    recipe: Recipe,
+    network: Network,
+    params: Params,
+    null_text: np.ndarray,
+    encode_caption: Callable[[str], np.ndarray],
+    source: Sequence,
+) -> Trajectories:
+    """Makes what is missing in `directory`: `config.ode.trajectories`, rounded up to whole batches."""
+    size = recipe.batch_size
+    directory.mkdir(parents=True, exist_ok=True)
+    parts = [directory / f"{i:05d}.safetensors" for i in range(-(-recipe.ode.trajectories // size))]
+    record = lambda index: source[index % len(source)]
+    make = jax.jit(lambda p, batch, null, key: trajectory(network, p, batch, null, key, recipe))
+    mine = [
+        p for i, p in enumerate(parts) if i % jax.process_count() == jax.process_index() and not p.exists()
+    ]
+    for path in tqdm(mine, desc="trajectories", unit="batch", disable=not mine):
+        number = int(path.stem)
+        records = [record(number * size + i) for i in range(size)]
+        video = to_latent(np.stack([r["video"] for r in records]))
+        text = np.stack([encode_caption(r["caption"]) for r in records])
+        batch = {"video": jnp.asarray(video), "text": jnp.asarray(text)}
+        key = jax.random.fold_in(jax.random.key(recipe.seed), number)
+        states = np.asarray(make(params, batch, jnp.asarray(null_text), key))
+        save_file({"video": video, "states": states}, path.with_suffix(".partial"))
+        path.with_suffix(".partial").replace(path)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("trajectories")
+    return Trajectories(parts, size, lambda index: record(index)["caption"])

@@ -1,0 +1,436 @@
+"""Chunk by chunk: a rollout and its replay against the slow sequential computation, streaming, and what may carry a
+gradient."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from salt_jax.flow.schedule import grid
+from salt_jax.models.denoiser import POSITION_CHANNELS, wan_network
+from salt_jax.models.kv_cache import CachePolicy, Sight, View, append, forget, look_back
+from salt_jax.models.presets import Compute, WanConfig
+from salt_jax.models.wan import init_wan
+from salt_jax.rollout.causal import commit, generate_chunk, read_clip, recache, replay, rollout
+from salt_jax.rollout.parallel import noise_at
+from tests.models.test_wan import randomised
+
+SMALL = WanConfig(48, 2, 2, 64, 4, 4, (1, 2, 2), 16, 4, 32, 1e-6)
+NETWORK = wan_network(SMALL, Compute(), 9, 3)
+PARAMS = randomised(init_wan(jax.random.key(0), SMALL), 1)
+PLACE = (4, 4, 4)  # rows, columns, channels of a frame
+KEYS = jax.random.split(jax.random.key(5), 2)
+LONGEST = 8  # updates; shorter schedules are padded to it
+SLOTS = 9  # of the memory in the slow computation, whatever the policy keeps
+
+# These programs run for milliseconds: not to optimise them saves two thirds of the time that compiling takes.
+quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+CASES = {  # policy, frames of a clip; each window is short enough to forget something
+    "all": (CachePolicy(3, 3, 0, 0, "absolute"), 9),
+    "all, relative, picture first": (CachePolicy(3, 1, 0, 0, "relative"), 7),
+    "window": (CachePolicy(3, 3, 6, 0, "absolute"), 9),
+    "window, relative, frame by frame": (CachePolicy(1, 1, 3, 0, "relative"), 5),
+    "sink, picture first": (CachePolicy(3, 1, 7, 1, "absolute"), 10),
+    "sink, relative": (CachePolicy(3, 3, 7, 1, "relative"), 12),
+    "sink, frame by frame": (CachePolicy(1, 1, 3, 1, "absolute"), 5),
+}
+each_case = pytest.mark.parametrize("case", CASES)
+
+
+def text(seed=2):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(2, 4, 16)), jnp.float32)
+
+
+def levels(num_updates):
+    return jnp.asarray(np.pad(grid(num_updates, 5.0), (0, LONGEST - num_updates)))
+
+
+def clip(frames, seed=3):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(2, frames, *PLACE)), jnp.float32)
+
+
+def empty(slots):
+    return NETWORK.empty_cache(jnp.zeros((2, 0, *PLACE)), slots)
+
+
+def assert_close_to_scale(got, expected, tolerance):
+    """Every leaf within `tolerance` of its largest entry."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max(), rtol=0)
+
+
+traces = []
+
+
+@partial(quick, static_argnames=("policy", "frames", "solver"))
+def student(params, text, levels, exit_update, keys, weights, policy, frames, solver="cm"):
+    """The student's side of an update: rollout, replay, gradients of a weighted sum to parameters and states."""
+    traces.append(policy)
+    made = rollout(NETWORK, params, text, levels, exit_update, solver, keys, (frames, *PLACE), policy)
+
+    def loss(params, x):
+        x0 = replay(NETWORK, params, made._replace(x=x), text, policy).x0
+        return (weights * x0).sum(), x0
+
+    slopes, x0 = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, made.x)
+    return made, x0, *slopes
+
+
+def run(case, exit_update, num_updates=4, weights=None):
+    policy, frames = CASES[case]
+    weights = clip(frames, seed=11) if weights is None else weights
+    return student(PARAMS, text(), levels(num_updates), exit_update, KEYS, weights, policy, frames)
+
+
+# The slow computation. Its memory has the same size under all policies: three programs serve all tests.
+
+
+@partial(quick, static_argnames=("size", "policy"))
+def seen(cache, size, policy):
+    """What `look_back` gives, as arrays, with more empty slots behind."""
+    sight = look_back(cache, policy, size)
+    (view,), more = sight.views, SLOTS - sight.memory[0].shape[2]
+    room = lambda z: jnp.pad(z, [(0, more if axis == 2 else 0) for axis in range(z.ndim)])
+    return (
+        jax.tree.map(room, sight.memory),
+        view.query_positions,
+        jnp.pad(view.key_positions, (0, more)),
+        view.length,
+        sight.frames,
+    )
+
+
+def to_sight(memory, here, there, length, frames):
+    own = slice(0, len(here))
+    return Sight((View(own, (own,), (slice(0, SLOTS),), here, there, length),), memory, frames)
+
+
+def estimate(params, x, sigma, text, given):
+    return NETWORK.denoise(params, x, jnp.full(2, sigma), text, to_sight(*given)).x0
+
+
+clean_estimate = quick(estimate)
+
+
+@quick
+def slope(params, x, sigma, text, given, weights):
+    return jax.grad(lambda params: (weights * estimate(params, x, sigma, text, given)).sum())(params)
+
+
+@quick
+def read(params, x0, text, given):
+    return NETWORK.keys_values(params, x0, text, to_sight(*given))
+
+
+remember = quick(append, static_argnames="policy")
+noise = quick(lambda sigma, frames: noise_at(KEYS, sigma, frames, PLACE))
+
+
+def slow_chunk(cache, text, sigmas, exit_update, size, policy, solver="cm"):
+    """The next chunk in a loop over its updates: its state before the exit update, what that said, what it saw."""
+    given, numbers = seen(cache, size, policy), int(cache.end) + jnp.arange(size)
+    x = noise(sigmas[0], numbers)
+    for i in range(exit_update):
+        now, after = float(sigmas[i]), float(sigmas[i + 1])
+        x0 = clean_estimate(PARAMS, x, now, text, given)
+        fresh = noise(sigmas[i + 1], numbers)
+        x = x - (now - after) * (x - x0) / now if solver == "euler" else (1 - after) * x0 + after * fresh
+    return x, clean_estimate(PARAMS, x, float(sigmas[exit_update]), text, given), given
+
+
+def slow_commit(cache, x0, text, policy):
+    return remember(cache, read(PARAMS, x0, text, seen(cache, x0.shape[1], policy)), x0, policy=policy)
+
+
+def slow_video(case, exit_update, weights):
+    """All chunks on a cache that keeps only what the policy needs; the gradient is summed over chunks, each reading
+    the cache as a constant."""
+    policy, frames = CASES[case]
+    cache, start, parts, total = empty(policy.capacity(frames)), 0, [], None
+    for size in policy.sizes(frames):
+        x, x0, given = slow_chunk(cache, text(), grid(4, 5.0), exit_update, size, policy)
+        part = slope(PARAMS, x, grid(4, 5.0)[exit_update], text(), given, weights[:, start : start + size])
+        total = part if total is None else jax.tree.map(jnp.add, total, part)
+        cache, start = slow_commit(cache, x0, text(), policy), start + size
+        parts.append((x, x0))
+    x, x0 = (jnp.concatenate(z, axis=1) for z in zip(*parts, strict=True))
+    return x, x0, total
+
+
+def slow_fill(policy, x0, text, slots):
+    cache, start = empty(slots), 0
+    for size in policy.sizes(x0.shape[1]):
+        cache, start = slow_commit(cache, x0[:, start : start + size], text, policy), start + size
+    return cache
+
+
+@each_case
+@pytest.mark.parametrize("exit_update", [0, 2])
+def test_replay_says_what_the_rollout_said(case, exit_update):
+    frames = CASES[case][1]
+    made, again, *_ = run(case, exit_update)
+    np.testing.assert_allclose(again, made.x0, atol=1e-5)
+    np.testing.assert_array_equal(made.sigma, np.full((2, frames), grid(4, 5.0)[exit_update]))
+    np.testing.assert_array_equal(made.cache.x0, made.x0)
+    np.testing.assert_array_equal(made.cache.frames, np.arange(frames))
+    assert made.cache.filled == made.cache.end == frames
+    assert np.std(made.x0) > 0.1
+
+
+@each_case
+@pytest.mark.parametrize("exit_update", [0, 2])
+def test_gradients_are_those_of_the_sequential_computation(case, exit_update):
+    """So are the videos."""
+    made, _, got, _ = run(case, exit_update)
+    x, x0, expected = slow_video(case, exit_update, clip(CASES[case][1], seed=11))
+    np.testing.assert_allclose(made.x, x, atol=1e-5)
+    np.testing.assert_allclose(made.x0, x0, atol=1e-5)
+    assert_close_to_scale(got, expected, 1e-4)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(expected))
+
+
+@pytest.mark.parametrize("exit_update", [0, 2])
+def test_a_traced_exit_update_gives_what_a_static_one_gives(exit_update):
+    policy, frames = CASES["window"]
+    shape = (frames, *PLACE)
+    static = quick(
+        lambda params: rollout(NETWORK, params, text(), levels(4), exit_update, "cm", KEYS, shape, policy).x0
+    )
+    np.testing.assert_allclose(static(PARAMS), run("window", exit_update)[0].x0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["all", "sink, picture first"])
+def test_no_gradient_crosses_from_chunk_to_chunk(case):
+    """What a chunk says depends on its own noisy state alone, exactly."""
+    policy, frames = CASES[case]
+    stops = np.cumsum(policy.sizes(frames))
+    for size, stop in zip(policy.sizes(frames), stops, strict=True):
+        chosen = (np.arange(frames) >= stop - size) & (np.arange(frames) < stop)
+        weights = clip(frames, seed=11) * chosen[:, None, None, None][None]
+        to_states = run(case, 2, weights=weights)[3]
+        np.testing.assert_array_equal(np.abs(to_states).max(axis=(0, 2, 3, 4)) > 0, chosen)
+
+
+def test_a_trajectory_carries_no_gradient():
+    """Neither to parameters nor to the text. A traced exit update, which has no reverse mode, is no obstacle."""
+    policy, frames = CASES["sink, picture first"]
+
+    def total(params, text, exit_update):
+        shape = (frames, *PLACE)
+        made = rollout(NETWORK, params, text, levels(4), exit_update, "cm", KEYS, shape, policy)
+        floats = (made.x, made.sigma, made.x0, made.cache.k, made.cache.v, made.cache.x0)
+        return sum((z**2).sum() for z in floats)
+
+    slopes = quick(jax.grad(total, argnums=(0, 1)))(PARAMS, text(), 2)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(slopes))
+
+
+def test_the_first_chunk_may_have_a_schedule_of_its_own():
+    policy, shape = CASES["all"][0], (9, *PLACE)
+
+    @quick
+    def both(params, exit_update, first_exit):
+        first = (levels(8), first_exit)
+        made = rollout(NETWORK, params, text(), levels(2), exit_update, "cm", KEYS, shape, policy, first=first)
+        return made, replay(NETWORK, params, made, text(), policy).x0
+
+    made, again = both(PARAMS, 1, 3)
+    cache = empty(9)
+    for num_updates, exit_update in ((8, 3), (2, 1), (2, 1)):
+        part = slice(int(cache.end), int(cache.end) + 3)
+        x, x0, _ = slow_chunk(cache, text(), grid(num_updates, 5.0), exit_update, 3, policy)
+        np.testing.assert_allclose(made.x[:, part], x, atol=1e-5)
+        np.testing.assert_allclose(again[:, part], x0, atol=1e-5)
+        np.testing.assert_array_equal(
+            made.sigma[:, part], np.full((2, 3), grid(num_updates, 5.0)[exit_update])
+        )
+        cache = slow_commit(cache, x0, text(), policy)
+    np.testing.assert_allclose(again, made.x0, atol=1e-5)
+
+
+def test_replay_says_what_the_rollout_said_with_position_channels():
+    """Each frame is told its own number; those past the clip that the network was made for stand in its last chunk."""
+    config = WanConfig(**{**SMALL.__dict__, "in_channels": 4 + POSITION_CHANNELS})
+    network, params = wan_network(config, Compute(), 6, 3), randomised(init_wan(jax.random.key(0), config), 1)
+    policy = CachePolicy(3, 3, 6, 0, "relative")
+
+    @quick
+    def both(params):
+        made = rollout(network, params, text(), levels(2), 1, "cm", KEYS, (12, *PLACE), policy)
+        moved = made._replace(cache=made.cache.replace(frames=made.cache.frames + 3))
+        again = lambda made: replay(network, params, made, text(), policy).x0
+        return made.x0, again(made), again(moved)
+
+    said, again, moved = both(params)
+    np.testing.assert_allclose(again, said, atol=1e-5)
+    np.testing.assert_allclose(moved, said, atol=1e-5)  # a video's replay knows its frames' numbers without the cache
+
+
+@partial(quick, static_argnames=("size", "policy", "solver"))
+def streamed(params, cache, text, levels, exit_update, keys, size, policy, solver="cm"):
+    """The next chunk: its state before the exit update, what that said, and the cache with it."""
+    x, x0 = generate_chunk(
+        NETWORK, params, cache, text, levels, exit_update, solver, keys, size, policy
+    )
+    return x, x0, commit(NETWORK, params, cache, x0, text, policy)
+
+
+@pytest.mark.parametrize(
+    "case", ["window, relative, frame by frame", "sink, picture first", "sink, relative"]
+)
+def test_streaming_on_a_cache_that_forgets_gives_the_rollouts_chunks(case):
+    policy, frames = CASES[case]
+    made = run(case, 3)[0]
+    cache, parts = empty(policy.capacity(frames)), []
+    assert cache.slots < frames
+    for size in policy.sizes(frames):
+        _, x0, cache = streamed(PARAMS, cache, text(), levels(4), 3, KEYS, size, policy)
+        parts.append(x0)
+    np.testing.assert_allclose(np.concatenate(parts, 1), made.x0, atol=1e-5)
+    slots = np.r_[: policy.sink, frames - cache.slots + policy.sink : frames]
+    np.testing.assert_array_equal(cache.frames, slots)
+    assert_close_to_scale((cache.k, cache.v), (made.cache.k[:, :, slots], made.cache.v[:, :, slots]), 1e-5)
+
+
+@partial(quick, static_argnames=("policy", "first", "more", "cut"))
+def in_two_parts(params, text, levels, exit_update, keys, policy, first, more, cut):
+    """Two rollouts, the second on the cache of the first, or on what of it is needed (`cut`); its replay too."""
+    one = rollout(NETWORK, params, text, levels, exit_update, "cm", keys, (first, *PLACE), policy)
+    cache = forget(one.cache, policy) if cut else one.cache
+    two = rollout(NETWORK, params, text, levels, exit_update, "cm", keys, (more, *PLACE), policy, cache)
+    return one.x0, two, replay(NETWORK, params, two, text, policy).x0
+
+
+@pytest.mark.parametrize(
+    ("case", "more", "cut"),
+    [
+        ("all", 3, True),  # nothing is forgotten
+        ("window", 3, True),
+        ("sink, picture first", 6, False),
+        ("sink, relative", 6, True),
+    ],
+)
+def test_a_rollout_that_goes_on_equals_one_long_rollout(case, more, cut):
+    policy, frames = CASES[case]
+    long, first = run(case, 2)[0], frames - more
+    one, two, again = in_two_parts(PARAMS, text(), levels(4), 2, KEYS, policy, first, more, cut)
+    np.testing.assert_allclose(one, long.x0[:, :first], atol=1e-5)
+    np.testing.assert_allclose(two.x0, long.x0[:, first:], atol=1e-5)
+    np.testing.assert_allclose(again, two.x0, atol=1e-5)
+    np.testing.assert_array_equal(two.cache.frames[-more:], np.arange(first, frames))
+    assert two.before == (policy.capacity(first) if cut else first) and two.cache.end == frames
+
+
+def test_frames_that_do_not_split_into_chunks_are_named():
+    policy = CASES["all, relative, picture first"][0]
+    roll = lambda frames, cache: jax.eval_shape(
+        lambda: rollout(NETWORK, PARAMS, text(), levels(4), 0, "cm", KEYS, (frames, *PLACE), policy, cache)
+    )
+    with pytest.raises(ValueError, match="6 latent frames do not split into a chunk of 1 and chunks of 3"):
+        roll(6, None)
+    with pytest.raises(ValueError, match="4 latent frames do not split"):
+        roll(4, empty(4))
+
+
+@each_case
+def test_reading_a_clip_equals_committing_its_chunks(case):
+    policy, frames = CASES[case]
+    frames = min(frames, 7 if policy.first == 1 else SLOTS)
+    x0 = clip(frames)
+    cache = slow_fill(policy, x0, text(), policy.capacity(frames))
+    k, v = quick(partial(read_clip, NETWORK, policy=policy))(PARAMS, x0, text())
+    kept = np.asarray(cache.frames)
+    assert_close_to_scale((k[:, :, kept], v[:, :, kept]), (cache.k, cache.v), 1e-5)
+    np.testing.assert_array_equal(cache.x0, x0[:, kept])
+
+
+read_again = quick(
+    lambda cache, text, policy: recache(NETWORK, PARAMS, cache, text, policy), static_argnames="policy"
+)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        CachePolicy(3, 3, 0, 0, "absolute"),
+        CachePolicy(3, 1, 0, 0, "relative"),
+        CachePolicy(3, 3, 12, 3, "relative"),
+        CachePolicy(1, 1, 5, 1, "absolute"),
+    ],
+    ids=lambda p: f"chunk {p.chunk} first {p.first} window {p.window} sink {p.sink} {p.positions}",
+)
+def test_recache_reads_what_commits_under_the_new_text_would_have_read(policy):
+    """As long as nothing was forgotten. Under the old text it changes nothing."""
+    slots = policy.capacity(9 if policy.first == 3 else 7)
+    x0 = clip(slots)
+    cache = slow_fill(policy, x0, text(), slots)
+    assert_close_to_scale(read_again(cache, text(), policy), cache, 1e-5)
+    switched = read_again(cache, text(9), policy)
+    assert_close_to_scale(switched, slow_fill(policy, x0, text(9), slots), 1e-5)
+    assert np.abs(switched.k[1] - cache.k[1]).max() > 1e-2  # keys of the first layer know no text
+
+
+def test_recache_reads_the_sink_too_and_is_causal():
+    """After frames were forgotten: slots hold the sink, then the last chunks."""
+    policy, x0 = CachePolicy(3, 3, 12, 3, "relative"), clip(15)
+    cache = slow_fill(policy, x0, text(), 9)
+    np.testing.assert_array_equal(cache.frames, [0, 1, 2, 9, 10, 11, 12, 13, 14])
+    switched = read_again(cache, text(9), policy)
+    fresh = slow_fill(policy, x0[:, :3], text(9), 9)
+    for ours, theirs, old in ((switched.k, fresh.k, cache.k), (switched.v, fresh.v, cache.v)):
+        np.testing.assert_allclose(ours[:, :, :3], theirs[:, :, :3], atol=1e-5)
+        assert np.abs(ours[1, :, :3] - old[1, :, :3]).max() > 1e-2
+        assert np.abs(ours).max(axis=(0, 1, 3, 4, 5)).min() > 0.1
+    other = read_again(cache.replace(x0=cache.x0.at[:, -1].add(1.0)), text(9), policy)
+    moved = np.abs(other.v - switched.v).max(axis=(0, 1, 3, 4, 5))
+    np.testing.assert_array_equal(moved > 0, np.arange(9) >= 6)  # its own chunk sees it
+
+
+def test_one_program_serves_all_exit_updates_and_schedules():
+    """Levels are padded, the exit update is traced. What stands behind the exit update is not looked at."""
+    policy, frames = CASES["window"]
+    said = {(1, 0): run("window", jnp.int32(0), 1)[1]}
+    compiled, traced = student._cache_size(), len(traces)
+    for num_updates in (2, 4, 8):
+        for exit_update in (0, num_updates // 2, num_updates - 1):
+            said[num_updates, exit_update] = run("window", jnp.int32(exit_update), num_updates)[1]
+    assert student._cache_size() == compiled and len(traces) == traced
+    for num_updates in (2, 4, 8):
+        np.testing.assert_array_equal(said[num_updates, 0], said[1, 0])  # all schedules start at noise level 1
+    assert len({np.asarray(x0).tobytes() for x0 in said.values()}) == len(said) - 3
+    behind = levels(4).at[3:].set(0.123)
+    weights = clip(frames, seed=11)
+    again = student(PARAMS, text(), behind, jnp.int32(2), KEYS, weights, policy, frames)[1]
+    np.testing.assert_array_equal(again, said[4, 2])
+
+
+def test_noise_does_not_know_chunks():
+    """The noise of a frame is that of its number, alone or beside others; rollouts of all policies start on it."""
+    together = noise(0.9375, jnp.arange(9))
+    for chunk in (1, 3):
+        parts = [noise(0.9375, jnp.arange(i, i + chunk)) for i in range(0, 9, chunk)]
+        np.testing.assert_array_equal(np.concatenate(parts, 1), together)
+    assert len(np.unique(np.asarray(together)[..., 0, 0, 0])) == 18
+    for case in ("all", "window, relative, frame by frame", "sink, picture first"):
+        made = run(case, 0)[0]
+        start = noise_at(KEYS, jnp.float32(1), np.arange(CASES[case][1]), PLACE)
+        np.testing.assert_array_equal(made.x, start)
+
+
+@pytest.mark.parametrize("solver", ["euler", "cm"])
+def test_updates_on_a_cache_are_those_of_a_slow_loop(solver):
+    """The second chunk, in 1, 2 and 8 updates; each reads the first as it was committed."""
+    policy = CASES["window"][0]
+    cache = slow_commit(empty(3), clip(3), text(), policy)
+    for num_updates in (1, 2, 8):
+        x, x0, _ = slow_chunk(cache, text(), grid(num_updates, 5.0), num_updates - 1, 3, policy, solver)
+        got_x, got_x0, after = streamed(
+            PARAMS, cache, text(), levels(num_updates), num_updates - 1, KEYS, 3, policy, solver
+        )
+        np.testing.assert_allclose(got_x, x, atol=1e-5)
+        np.testing.assert_allclose(got_x0, x0, atol=1e-5)
+        np.testing.assert_array_equal(after.frames, [3, 4, 5])

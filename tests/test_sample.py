@@ -1,0 +1,122 @@
+"""Videos of any length: chunk by chunk they are what training's rollout makes, with one program and constant memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from salt_jax import sample
+from salt_jax.flow.schedule import grid
+from salt_jax.models.denoiser import POSITION_CHANNELS, wan_network
+from salt_jax.models.kv_cache import CachePolicy
+from salt_jax.models.presets import Compute, WanConfig
+from salt_jax.models.wan import init_wan
+from salt_jax.rollout.causal import rollout
+from salt_jax.sample import Cue, clip_keys, stream_chunks
+
+CONFIG = WanConfig(24, 2, 2, 48, 3 + POSITION_CHANNELS, 3, (1, 2, 2), 8, 6, 16, 1e-6)
+NETWORK = wan_network(CONFIG, Compute(), 9, 3)
+PICTURE, SHIFT, UPDATES = (4, 4, 3), 5.0, 2
+WINDOW = CachePolicy(3, 3, 6, 1, "relative")
+SINK = CachePolicy(3, 3, 9, 3, "absolute")
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Like a trained network: no zeros in the head."""
+    leaves, tree = jax.tree.flatten(jax.jit(init_wan, static_argnums=1)(jax.random.key(0), CONFIG))
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return jax.tree.unflatten(
+        tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    )
+
+
+def text(seed, clips=2):
+    return np.random.default_rng(seed).normal(size=(clips, 4, 8)).astype(np.float32)
+
+
+def video(params, frames, policy, cues=None, **more):
+    given = (cues or {0: Cue(text(0))}, clip_keys(0, 2), UPDATES, SHIFT, "cm", (frames, *PICTURE), policy)
+    return np.concatenate(list(stream_chunks(NETWORK, params, *given, **more)), axis=1)
+
+
+@pytest.mark.parametrize(
+    "policy", [WINDOW, SINK, CachePolicy(3, 1, 0, 0, "absolute"), CachePolicy(1, 1, 0, 0, "absolute")]
+)
+def test_chunk_by_chunk_is_the_rollout_of_training(params, policy):
+    frames = 12 + policy.first % 3
+    levels = jnp.asarray(grid(UPDATES, SHIFT))
+    whole = rollout(
+        NETWORK,
+        params,
+        jnp.asarray(text(0)),
+        levels,
+        UPDATES - 1,
+        "cm",
+        clip_keys(0, 2),
+        (frames, *PICTURE),
+        policy,
+    ).x0
+    np.testing.assert_allclose(video(params, frames, policy), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", [WINDOW, SINK])
+def test_a_long_video_runs_one_program_on_a_cache_of_fixed_size(params, policy):
+    """120 latent frames, as many as 30 seconds of Wan have: no more programs and no larger cache than for 12."""
+    before = video(params, 12, policy)
+    programs = sample._next_chunk._cache_size()
+    longer = video(params, 120, policy)
+    assert sample._next_chunk._cache_size() == programs
+    assert longer.shape == (2, 120, *PICTURE) and np.isfinite(longer).all()
+    np.testing.assert_array_equal(longer[:, :12], before)
+    assert policy.capacity(120) == policy.capacity(12) == policy.window - policy.chunk
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_a_prompt_switch_changes_what_follows_and_nothing_before(params, flush):
+    first, second = text(0), text(1)
+    plain = video(params, 18, SINK)
+    switched = video(params, 18, SINK, {0: Cue(first), 9: Cue(second, flush=flush)})
+    np.testing.assert_array_equal(switched[:, :9], plain[:, :9])
+    assert np.abs(switched[:, 9:] - plain[:, 9:]).max() > 1e-3
+    again = video(params, 18, SINK, {0: Cue(first), 9: Cue(first)})
+    if not flush:  # the same text read again: only what was forgotten before the switch is missing
+        assert np.abs(again - plain).max() < np.abs(switched - plain).max()
+
+
+def test_a_cut_moves_one_chunk_only(params):
+    """The frames before the cut stay as they are; the next chunk after it stands where it would stand anyway."""
+    plain = video(params, 12, WINDOW)
+    cut = video(params, 12, WINDOW, {0: Cue(text(0)), 6: Cue(text(0), flush=True, cut=True)})
+    flushed = video(params, 12, WINDOW, {0: Cue(text(0)), 6: Cue(text(0), flush=True)})
+    np.testing.assert_array_equal(cut[:, :6], plain[:, :6])
+    assert np.abs(cut[:, 6:9] - flushed[:, 6:9]).max() > 1e-4
+
+
+def test_the_first_chunk_may_take_more_updates(params):
+    few, more = video(params, 9, SINK), video(params, 9, SINK, first_updates=4)
+    assert np.abs(few - more).max() > 1e-3
+    alone = np.concatenate(
+        list(
+            stream_chunks(
+                NETWORK, params, {0: Cue(text(0))}, clip_keys(0, 2), 4, SHIFT, "cm", (3, *PICTURE), SINK
+            )
+        ),
+        1,
+    )
+    np.testing.assert_allclose(more[:, :3], alone, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("frames", "policy", "cues", "told"),
+    [
+        (10, SINK, None, "do not split into a chunk of 3 and chunks of 3"),
+        (12, SINK, {0: Cue(text(0)), 4: Cue(text(1))}, "must be starts of chunks"),
+        (12, SINK, {3: Cue(text(0))}, "must be starts of chunks"),
+        (12, SINK, {0: Cue(text(0)), 6: Cue(text(1), cut=True)}, "set positions to relative"),
+        (1026, SINK, None, "set positions to relative"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_runs(params, frames, policy, cues, told):
+    with pytest.raises(ValueError, match=told):
+        video(params, frames, policy, cues)
