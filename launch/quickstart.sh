@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# From nothing to videos: installs salt_jax into .venv, distils a 2-8 step student from the shipped teacher of
-# Moving Shapes, samples it and evaluates it. At most 10 minutes on 2 CPU cores. Run it again to go on where it
-# stopped.
+# From nothing to videos: installs salt_jax into .venv, distils two 2-8 step students from the shipped teacher of
+# Moving Shapes, one of whole clips and one that works chunk by chunk on a KV cache, samples and evaluates both. At most
+# 10 minutes on 2 CPU cores. Run it again to go on where it stopped.
 #
-#   bash launch/quickstart.sh [WORKDIR]     WORKDIR defaults to runs/quickstart
+#   bash launch/quickstart.sh [WORKDIR]     WORKDIR defaults to runs/quickstart; the second student is in WORKDIR/causal
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/venv.sh
@@ -33,10 +33,15 @@ measured python -m launch.train --config=configs/shapes_sc_dmd.py --workdir="$wo
 measured python -m launch.sample --workdir="$workdir" --num_updates=2,4,8
 measured python -m launch.evaluate --workdir="$workdir"
 
+# Chunk by chunk, from the shipped causal start.
+measured python -m launch.train --config=configs/shapes_salt.py --workdir="$workdir/causal"
+measured python -m launch.sample --workdir="$workdir/causal" --num_updates=2,4,8
+measured python -m launch.evaluate --workdir="$workdir/causal" --teacher_updates=0 --solvers=cm
+
 echo "== Done in $((SECONDS / 60)) min $((SECONDS % 60)) s"
 if [ -s "$peaks" ]; then
     echo "Peak memory: $(($(sort -n "$peaks" | tail -1) / 1024)) MiB"
 fi
-echo "Videos: $workdir/samples/"
-echo "Report: $workdir/report.html (open it in a browser)"
+echo "Videos: $workdir/samples/, $workdir/causal/samples/"
+echo "Reports: $workdir/report.html, $workdir/causal/report.html (open them in a browser)"
 echo "Curves: $workdir holds TensorBoard event files"

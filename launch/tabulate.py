@@ -51,6 +51,54 @@ def defect_over_length(groups: dict[str, list[dict]], kind: str) -> dict[str, tu
     return {name: tuple(zip(*sorted(points), strict=True)) for name, points in from_top}
 
 
+def long_rows(groups: dict[str, list[dict]]):
+    """(name of the run, memory) -> the long videos of all its seeds."""
+    rows = defaultdict(list)
+    for name, runs in groups.items():
+        for run in runs:
+            for memory, result in run.get("long", {}).items():
+                rows[f"{name}, memory {memory}"].append(result)
+    return rows
+
+
+def print_students(groups: dict[str, list[dict]], solver: str) -> None:
+    """Scores by number of updates, then defect and distances, of the runs measured under one solver."""
+    groups = {name: runs for name, runs in groups.items() if all(solver in run["student"] for run in runs)}
+    if not groups:
+        return
+    of = lambda run: run["student"][solver]
+    first = of(next(iter(groups.values()))[0])
+    for k in first["score"]:
+        read = lambda run, k=k: [of(run)["score"][k][name] for name in SCORES]
+        print(table(f"Shapes score, {k} updates, {solver}", SCORES, groups, read))
+    columns = (
+        "defect",
+        *(f"interval {i}" for i in (1, 2, 3, 4)),
+        *(f"distance {p}" for p in first["cross_step"]),
+    )
+    read = lambda run: [
+        of(run)["defect"]["mean"],
+        *of(run)["defect"]["per_interval"],
+        *of(run)["cross_step"].values(),
+    ]
+    print(table(f"Semigroup defect and cross-step distance, {solver}", columns, groups, read, 4))
+
+
+def print_long(groups: dict[str, list[dict]]) -> None:
+    """How long videos hold: one column for each stretch of a training clip, then the looks of both ends."""
+    rows = long_rows(groups)
+    if not rows:
+        return
+    stretches = range(1, 1 + len(next(iter(rows.values()))[0]["stretches"]))
+    for name in ("all", "clean", "sharpness", "motion"):
+        read = lambda result, name=name: [stretch[name] for stretch in result["stretches"]]
+        print(table(f"Long videos, {name}", [f"stretch {i}" for i in stretches], rows, read))
+    looks = ("saturation", "contrast", "brightness")
+    read = lambda result: [result["looks"][i][name] for name in looks for i in (0, -1)]
+    columns = [f"{name}, {end} chunk" for name in looks for end in ("first", "last")]
+    print(table("Long videos, drift", columns, rows, read))
+
+
 def main(_):
     root, groups = Path(DIR.value), defaultdict(list)
     for file in sorted(root.glob("**/evaluation.json")):
@@ -58,18 +106,8 @@ def main(_):
     if not groups:
         raise UserError(f"no evaluation.json below {root}; run launch/results.sh first, or check --dir")
     for solver in ("euler", "cm"):
-        of = lambda run, solver=solver: run["student"][solver]
-        for k in next(iter(groups.values()))[0]["student"][solver]["score"]:
-            read = lambda run, k=k, of=of: [of(run)["score"][k][name] for name in SCORES]
-            print(table(f"Shapes score, {k} updates, {solver}", SCORES, groups, read))
-        pairs = list(of(next(iter(groups.values()))[0])["cross_step"])
-        columns = ("defect", *(f"interval {i}" for i in (1, 2, 3, 4)), *(f"distance {p}" for p in pairs))
-        read = lambda run, of=of: [
-            of(run)["defect"]["mean"],
-            *of(run)["defect"]["per_interval"],
-            *of(run)["cross_step"].values(),
-        ]
-        print(table(f"Semigroup defect and cross-step distance, {solver}", columns, groups, read, 4))
+        print_students(groups, solver)
+    print_long(groups)
     for kind in ("lambda", "stop"):
         if lines := defect_over_length(groups, kind):
             write_bytes(root / f"defect_{kind}.png", curves(lines, "student updates", "semigroup defect"))

@@ -45,18 +45,9 @@ def video(params, frames, policy, cues=None, **more):
 )
 def test_chunk_by_chunk_is_the_rollout_of_training(params, policy):
     frames = 12 + policy.first % 3
-    levels = jnp.asarray(grid(UPDATES, SHIFT))
-    whole = rollout(
-        NETWORK,
-        params,
-        jnp.asarray(text(0)),
-        levels,
-        UPDATES - 1,
-        "cm",
-        clip_keys(0, 2),
-        (frames, *PICTURE),
-        policy,
-    ).x0
+    levels, keys, shape = jnp.asarray(grid(UPDATES, SHIFT)), clip_keys(0, 2), (frames, *PICTURE)
+    make = lambda p, t: rollout(NETWORK, p, t, levels, UPDATES - 1, "cm", keys, shape, policy).x0
+    whole = jax.jit(make)(params, text(0))
     np.testing.assert_allclose(video(params, frames, policy), whole, atol=1e-5)
 
 

@@ -1,0 +1,59 @@
+"""What replaying all exit updates at once saves, by XLA's own account of the compiled programs.
+
+`pytest tests/rollout/test_memory.py -m slow -s` prints the numbers of docs/results.md.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from salt_jax.flow.schedule import grid
+from salt_jax.models.denoiser import wan_network
+from salt_jax.models.kv_cache import CachePolicy, look_back
+from salt_jax.models.presets import Compute, WanConfig
+from salt_jax.models.wan import init_wan
+from salt_jax.rollout.causal import commit, generate_chunk, replay, rollout
+
+CONFIG = WanConfig(192, 4, 6, 768, 16, 16, (1, 2, 2), 32, 16, 64, 1e-6)
+NETWORK = wan_network(CONFIG, Compute(remat=True), 21, 3)
+POLICY = CachePolicy(3, 3, 0, 0, "absolute")
+SHAPE, CLIPS = (21, 16, 16, 16), 2
+LEVELS = jnp.asarray(grid(4, 5.0))
+
+
+def at_once(params, text, keys, exit_update):
+    trajectory = rollout(NETWORK, params, text, LEVELS, exit_update, "cm", keys, SHAPE, POLICY)
+    return (replay(NETWORK, params, trajectory, text, POLICY).x0 ** 2).mean()
+
+
+def one_after_the_other(params, text, keys, exit_update):
+    """The same loss with the gradient taken where each chunk is made: its cache has to wait for the backward pass."""
+    stopped = jax.lax.stop_gradient(params)
+    cache, total = NETWORK.empty_cache(jnp.zeros((CLIPS, 0, *SHAPE[1:])), SHAPE[0]), 0.0
+    for size in POLICY.sizes(SHAPE[0]):
+        x, x0 = generate_chunk(NETWORK, stopped, cache, text, LEVELS, exit_update, "cm", keys, size, POLICY)
+        sight = look_back(cache, POLICY, size)
+        sigma = jnp.full(CLIPS, LEVELS[exit_update])
+        total += (NETWORK.denoise(params, jax.lax.stop_gradient(x), sigma, text, sight).x0 ** 2).mean()
+        cache = jax.lax.stop_gradient(commit(NETWORK, stopped, cache, x0, text, POLICY))
+    return total / len(POLICY.sizes(SHAPE[0]))
+
+
+def temporary_bytes(loss):
+    shapes = jax.eval_shape(lambda: init_wan(jax.random.key(0), CONFIG))
+    text = jax.ShapeDtypeStruct((CLIPS, 16, 32), jnp.float32)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), CLIPS))
+    exit_update = jax.ShapeDtypeStruct((), jnp.int32)
+    compiled = jax.jit(jax.grad(loss)).lower(shapes, text, keys, exit_update).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.slow
+def test_one_replay_of_seven_chunks_needs_less_memory_than_seven_graphs():
+    ours, theirs = temporary_bytes(at_once), temporary_bytes(one_after_the_other)
+    cache = 2 * CONFIG.num_layers * CLIPS * SHAPE[0] * 64 * CONFIG.dim * 4
+    print(
+        f"\nstudent gradient, 7 chunks of 3 frames: replay {ours / 2**20:.0f} MiB, one chunk after the other "
+        f"{theirs / 2**20:.0f} MiB, of which one cache is {cache / 2**20:.0f} MiB"
+    )
+    assert ours < 0.8 * theirs
