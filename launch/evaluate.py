@@ -46,7 +46,7 @@ LONG = flags.DEFINE_integer(
 MEMORY = flags.DEFINE_list(
     "memory", [], "WINDOW:SINK:POSITIONS of long videos, with commas; default as in the config"
 )
-SOLVERS = flags.DEFINE_list("solvers", get_args(Solver), "of the student")
+SOLVERS = flags.DEFINE_list("solvers", list(get_args(Solver)), "of the student")
 LONG_UPDATES = 4
 LEVELS = (0.995, 0.98, 0.95, 0.9, 0.7, 0.3)  # noise levels of the velocity error
 

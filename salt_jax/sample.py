@@ -21,6 +21,7 @@ _read_text = jax.jit(lambda network, params, text: network.read_text(params, tex
 _recache = jax.jit(recache, static_argnums=(0, 4), donate_argnums=2)
 _flush = jax.jit(flush, static_argnums=(1, 2), donate_argnums=0)
 
+USUAL_UPDATES = 16  # levels are padded to that many updates, so one program serves all usual numbers
 FLUSH_KEEPS = 2  # frames, and
 CUT_AHEAD = 42  # positions: as Infinity-RoPE has them (45 where 3 would follow)
 
@@ -118,7 +119,7 @@ def stream_chunks(
         raise ValueError("a scene cut moves relative positions; set positions to relative")
     slots = policy.capacity(shape[0])
     refuse_overflow(policy, slots, shape[0])
-    longest = max(num_updates, first_updates) + 1
+    longest = max(num_updates, first_updates, USUAL_UPDATES) + 1
     padded = lambda k: jnp.asarray(np.pad(grid(k, shift), (0, longest - k - 1)))
     cache = _empty_cache(network, slots, len(keys), shape[1:])
     text = None
