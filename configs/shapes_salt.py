@@ -1,8 +1,8 @@
-"""Salt (Eq. 13) on Moving Shapes, from the shipped teacher: a student that works chunk by chunk in 2, 4 or 8 updates.
+"""Salt (Eq. 13) on Moving Shapes: a student that works chunk by chunk in 2, 4 or 8 updates, from the shipped start.
 
     python -m launch.train --config=configs/shapes_salt.py --workdir=runs/salt
 
-The same as shapes_self_forcing.py:salt. With the stages before it, as Causal Forcing has them:
+The recipe is shapes_self_forcing.py:salt. How the start was made (assets/README.md), and how to take one's own:
 
     python -m launch.train --config=configs/shapes_teacher_forcing.py --workdir=runs/shapes_teacher_forcing
     python -m launch.train --config=configs/shapes_consistency.py --workdir=runs/shapes_consistency
@@ -14,4 +14,6 @@ from configs import shapes_self_forcing
 
 
 def get_config():
-    return shapes_self_forcing.get_config("salt")
+    c = shapes_self_forcing.get_config("salt")
+    c.init_from = "assets/shapes_causal.safetensors"
+    return c

@@ -12,7 +12,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +105,14 @@ def measure_long(run: Trained, task: suite.Task) -> tuple[dict, dict[str, np.nda
     return numbers, made
 
 
+def read_solvers() -> list[Any]:
+    """--solvers. Raises UserError for one that does not exist."""
+    for name in SOLVERS.value:
+        if name not in get_args(Solver):
+            raise UserError(f"--solvers names {name!r}; choose from {', '.join(get_args(Solver))}")
+    return SOLVERS.value
+
+
 def origin(run: Trained) -> dict[str, str]:
     """Where the numbers come from."""
     commit = subprocess.run(
@@ -124,14 +132,14 @@ def main(_):
     run = open_workdir(WORKDIR.value)
     recipe, out = run.recipe, Path(WORKDIR.value)
     task = make_task(run, COUNT.value, SEED.value)
-    updates, student = recipe.sample.num_updates, recipe.stage != "denoising"
-    with tqdm(total=2 + student * len(SOLVERS.value) * (len(updates) + 1), desc="teacher") as bar:
+    updates, solvers = recipe.sample.num_updates, read_solvers() if recipe.stage != "denoising" else []
+    with tqdm(total=2 + len(solvers) * (len(updates) + 1), desc="teacher") as bar:
         teacher, columns, results, long, videos = {}, [], {}, {}, {}
         if TEACHER_UPDATES.value:
             teacher, clips = measure_teacher(run, task)
             columns.append(("teacher", clips))
         bar.update()
-        for solver in SOLVERS.value if student else ():
+        for solver in solvers:
             bar.set_description(f"student, {solver}")
             results[solver], made = suite.measure(run.network, run.params, task, updates, solver, bar.update)
             if solver == recipe.sample.solver:

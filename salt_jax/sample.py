@@ -19,6 +19,7 @@ from salt_jax.types import Denoiser, Params
 _sample = jax.jit(sample, static_argnums=(0, 4, 6))
 _read_text = jax.jit(lambda network, params, text: network.read_text(params, text), static_argnums=0)
 _recache = jax.jit(recache, static_argnums=(0, 4), donate_argnums=2)
+_commit = jax.jit(commit, static_argnums=(0, 5), donate_argnums=2)
 _flush = jax.jit(flush, static_argnums=(1, 2), donate_argnums=0)
 
 USUAL_UPDATES = 16  # levels are padded to that many updates, so one program serves all usual numbers
@@ -94,6 +95,7 @@ def stream_chunks(
     shape: tuple[int, ...],
     policy: CachePolicy,
     first_updates: int = 0,
+    given: np.ndarray | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields a video chunk by chunk, float32 [B, chunk, H, W, C] each, as soon as it is there.
 
@@ -104,12 +106,18 @@ def stream_chunks(
       keys: [B], from `clip_keys`.
       shape: (F, H, W, C); F of any length that splits into chunks.
       first_updates: of the first chunk; 0 is as the others.
+      given: float32 [B, policy.first, H, W, C], a first chunk that is not made but continued: image to video where
+        policy.first is 1. It is yielded first.
 
     Raises:
       ValueError: F does not split into chunks or does not fit the cache, or a cue is not at the start of a chunk, or a
         cut is asked of absolute positions.
     """
     sizes = policy.sizes(shape[0])
+    if given is not None and given.shape != (len(keys), policy.first, *shape[1:]):
+        raise ValueError(
+            f"the given frames are {given.shape}, a first chunk is {(len(keys), policy.first, *shape[1:])}"
+        )
     starts = (0, *np.cumsum(sizes)[:-1].tolist())
     if 0 not in cues or not set(cues) <= set(starts):
         raise ValueError(
@@ -131,6 +139,10 @@ def stream_chunks(
             elif at:
                 cache = _recache(network, params, cache, jnp.asarray(cue.text), policy)
             text = _read_text(network, params, jnp.asarray(cue.text))
+        if given is not None and not at:
+            cache = _commit(network, params, cache, jnp.asarray(given), text, policy)
+            yield np.asarray(given)
+            continue
         k = first_updates if first_updates and not at else num_updates
         jump = jnp.int32(CUT_AHEAD if cue and cue.cut else 0)
         x0, cache = _next_chunk(

@@ -125,6 +125,7 @@ def abstract_run(recipe):
     return jax.eval_shape(state), jax.eval_shape(frozen), batch, null
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "variant"), WAN)
 def test_full_size_steps_trace(path, variant):
     """480p for five seconds in bfloat16, every program of the run: the state keeps its shapes and float32 masters."""

@@ -41,7 +41,13 @@ def video(params, frames, policy, cues=None, **more):
 
 
 @pytest.mark.parametrize(
-    "policy", [WINDOW, SINK, CachePolicy(3, 1, 0, 0, "absolute"), CachePolicy(1, 1, 0, 0, "absolute")]
+    "policy",
+    [
+        SINK,
+        pytest.param(WINDOW, marks=pytest.mark.slow),
+        pytest.param(CachePolicy(3, 1, 0, 0, "absolute"), marks=pytest.mark.slow),
+        pytest.param(CachePolicy(1, 1, 0, 0, "absolute"), marks=pytest.mark.slow),
+    ],
 )
 def test_chunk_by_chunk_is_the_rollout_of_training(params, policy):
     frames = 12 + policy.first % 3
@@ -96,6 +102,18 @@ def test_the_first_chunk_may_take_more_updates(params):
         1,
     )
     np.testing.assert_allclose(more[:, :3], alone, atol=1e-6)
+
+
+def test_a_given_picture_is_continued(params):
+    """Image to video: the first frame of a video, given, leads to the same video; another one to another."""
+    policy = CachePolicy(3, 1, 0, 0, "absolute")
+    made = video(params, 7, policy)
+    np.testing.assert_allclose(video(params, 7, policy, given=made[:, :1]), made, atol=1e-5)
+    other = video(params, 7, policy, given=-made[:, :1])
+    np.testing.assert_array_equal(other[:, :1], -made[:, :1])
+    assert np.abs(other[:, 1:] - made[:, 1:]).max() > 1e-3
+    with pytest.raises(ValueError, match="a first chunk is"):
+        video(params, 7, policy, given=made[:, :3])
 
 
 @pytest.mark.parametrize(

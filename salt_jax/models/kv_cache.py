@@ -9,7 +9,7 @@ Turning them again at every read is a few elementwise passes beside two matrix p
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import flax.struct
@@ -135,7 +135,8 @@ def more_room(cache: KVCache, empty: KVCache) -> KVCache:
     put = lambda buffer, old, axis: jax.lax.dynamic_update_slice_in_dim(
         buffer, old.astype(buffer.dtype), 0, axis
     )
-    return cache.replace(
+    return replace(
+        cache,
         k=put(empty.k, cache.k, 2),
         v=put(empty.v, cache.v, 2),
         x0=put(empty.x0, cache.x0, 1),
@@ -159,7 +160,8 @@ def flush(cache: KVCache, policy: CachePolicy, keep: int) -> KVCache:
     slots = jnp.arange(cache.slots)
     source = jnp.where(slots < policy.sink, slots, cache.filled - keep + slots - policy.sink)
     put = lambda buffer, axis: jnp.take(buffer, source, axis, mode="clip")
-    return cache.replace(
+    return replace(
+        cache,
         k=put(cache.k, 2),
         v=put(cache.v, 2),
         x0=put(cache.x0, 1),

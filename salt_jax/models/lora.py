@@ -12,7 +12,8 @@ from salt_jax.types import Params, PRNGKey
 def init_lora(key: PRNGKey, params: Params, rank: int) -> Params:
     """a and b for each matrix of the blocks, stacked by layer. b is zero: the network starts unchanged."""
     adapted = {}
-    for path, kernel in flatten_dict(params["blocks"]).items():
+    flat: dict[Any, Any] = dict(flatten_dict(params["blocks"]))
+    for path, kernel in flat.items():
         if path[-1] == "kernel":
             key, k_a = jax.random.split(key)
             layers, rows, columns = kernel.shape
@@ -25,7 +26,8 @@ def merge(base: Params, params: Params, lora: Any) -> Params:
     """The whole network. `params` already is, unless `lora.rank` says that it adapts `base`, which gets no gradient."""
     if not lora.rank:
         return params
-    flat, adapted = flatten_dict(jax.lax.stop_gradient(base)), flatten_dict(params)
+    flat: dict[Any, Any] = dict(flatten_dict(jax.lax.stop_gradient(base)))
+    adapted: dict[Any, Any] = dict(flatten_dict(params))
     for path in {path[:-1] for path in adapted}:
         product = jnp.matmul(adapted[(*path, "lora_a")], adapted[(*path, "lora_b")])
         flat[path] = flat[path] + lora.alpha / lora.rank * product

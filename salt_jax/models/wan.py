@@ -17,6 +17,8 @@ and brings the keys and values of frames that were finished before. `apply_wan` 
 keeps; `text_keys_values` does the text's part once for all calls under one prompt.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -87,7 +89,8 @@ def keys_values(
     sight: Sight,
 ) -> tuple[Float[Array, "n b f s heads each"], Float[Array, "n b f s heads each"]]:
     """The raw keys and values of the frames of `x` in every layer. Arguments as in `apply_wan`."""
-    return _run_blocks(params, x, timestep, text, config, compute, sight, config.num_layers, keep=True)[2]
+    k, v = _run_blocks(params, x, timestep, text, config, compute, sight, config.num_layers, keep=True)[2]
+    return k, v
 
 
 def features(
@@ -124,7 +127,9 @@ def _with_angles(sight: Sight, height: int, width: int, config: WanConfig):
     return tuple((view, angles(view.query_positions), angles(view.key_positions)) for view in sight.views)
 
 
-def _run_blocks(params, x, timestep, text, config, compute, sight, layers, keep=False):
+def _run_blocks(
+    params, x, timestep, text, config, compute, sight, layers, keep=False
+) -> tuple[Any, Any, Any]:
     """Tokens [B, F, S, D] after the first `layers` blocks, e of the time MLP, and all keys and values if `keep`."""
     c, dtype = config, compute.dtype
     pt, ph, pw = c.patch_size

@@ -9,15 +9,17 @@ which equals the sequential computation: a chunk of the replay sees its own fram
 as the cache has them, clean.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from salt_jax.flow.transition import euler, renoise
 from salt_jax.models.denoiser import Network
 from salt_jax.models.kv_cache import CachePolicy, KVCache, Sight, append, chunk_views, look_back, more_room
-from salt_jax.rollout.parallel import Solver, advance, noise_at
+from salt_jax.rollout.parallel import Solver, noise_at
 from salt_jax.types import Latent, Params, Prediction
 
 
@@ -63,16 +65,21 @@ def generate_chunk(
     b, shape = cache.x0.shape[0], cache.x0.shape[2:]
     denoise = lambda x, sigma: network.denoise(params, x, jnp.full(b, sigma), text, sight)
 
-    def update(i, states):
-        _, x, _ = states
-        prediction = denoise(x, levels[i])
-        following = jnp.minimum(i + 1, len(levels) - 1)
-        after = advance(x, prediction, jnp.full(b, levels[i]), levels[following], solver, keys, sight.frames)
-        return x, after, prediction.x0
+    def arrive(i, x, said):
+        """The state at level i, given what was said of the one before; one place draws noise, so it compiles once."""
+        if solver == "cm":
+            return renoise(said.x0, noise_at(keys, levels[i], sight.frames, shape), jnp.full(b, levels[i]))
+        return euler(x, said.velocity, jnp.full(b, levels[jnp.maximum(i - 1, 0)]), jnp.full(b, levels[i]))
 
-    x = noise_at(keys, levels[0], sight.frames, shape)
-    x, _, x0 = jax.lax.fori_loop(0, exit_update + 1, update, (x, x, x))
-    return x, x0
+    def update(i, states):
+        x = arrive(i, *states)
+        return x, denoise(x, levels[i])
+
+    # Before the first update nothing was said: the state at level 1 is noise, by either solver.
+    nothing = jnp.zeros((b, size, *shape))
+    x = nothing if solver == "cm" else noise_at(keys, levels[0], sight.frames, shape)
+    x, said = jax.lax.fori_loop(0, exit_update + 1, update, (x, Prediction(nothing, nothing)))
+    return x, said.x0
 
 
 def commit(
@@ -93,7 +100,7 @@ def recache(network: Network, params: Params, cache: KVCache, text: Any, policy:
     everything = CachePolicy(policy.chunk, policy.first, 0, 0, policy.positions)
     views = chunk_views(everything, [n for n in sizes if n], cache.frames, 0, clean="new")
     k, v = network.keys_values(params, cache.x0, text, Sight(views, None, cache.frames))
-    return cache.replace(k=k, v=v)
+    return replace(cache, k=k, v=v)
 
 
 def rollout(

@@ -18,7 +18,7 @@ def noise_at(
     keys: Key[Array, "b"],
     sigma: Float[Array, ""],
     frames: Int[Array | np.ndarray, "f"],
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
 ) -> Latent:
     """The noise of some frames of each clip at one noise level, [B, F, *shape].
 

@@ -2,12 +2,12 @@
 broadcast. What decides which program runs is drawn with numpy, before anything runs on a device."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from salt_jax.flow.schedule import draw_triple, grid, triples
 from salt_jax.types import PRNGKey
@@ -17,8 +17,8 @@ class Plan(NamedTuple):
     """One triple of Salt Eq. 9 per example, or per frame; where there is none the levels are equal, `exists` False."""
 
     sigma_s: Float[Array, "b"] | Float[Array, "b f"]
-    sigma_m: Float[Array, "b"] | Float[Array, "b f"]
-    sigma_e: Float[Array, "b"] | Float[Array, "b f"]
+    sigma_m: Any
+    sigma_e: Any
     exists: Bool[Array, "b"] | Bool[Array, "b f"]
 
 
@@ -46,7 +46,8 @@ def draw_chunk_plan(
         value.reshape(batch, -1), np.array(sizes), axis=1, total_repeat_length=sum(sizes)
     )
     levels = (jnp.where(clean, 0.0, level) for level in plan[:3])
-    return Plan(*map(spread, levels), spread(plan.exists & ~clean))
+    s, m, e = map(spread, levels)
+    return Plan(s, m, e, spread(plan.exists & ~clean))
 
 
 class Choice(NamedTuple):
@@ -62,16 +63,16 @@ class Choice(NamedTuple):
 class Draw(NamedTuple):
     """What is drawn for one rollout, shared by all clips and chunks. Levels are padded with zeros to one length."""
 
-    levels: Float[np.ndarray | Array, " n"]  # T(K)
-    exit_update: Int[np.ndarray | Array, ""]
-    first_levels: Float[np.ndarray | Array, " n"]  # of the first chunk
-    first_exit: Int[np.ndarray | Array, ""]
+    levels: Any  # T(K)
+    exit_update: Any
+    first_levels: Any  # of the first chunk
+    first_exit: Any
     sigma_m: Float[
         np.ndarray | Array, ""
     ]  # of the triple that starts at the exit update; that level where none is
-    sigma_e: Float[np.ndarray | Array, ""]
-    reference_levels: Float[np.ndarray | Array, " n"]  # T(2K), all of whose updates the reference runs
-    reference_exit: Int[np.ndarray | Array, ""]
+    sigma_e: Any
+    reference_levels: Any  # T(2K), all of whose updates the reference runs
+    reference_exit: Any
 
 
 def draw_rollout(
@@ -109,9 +110,8 @@ def draw_rollout(
     middle = end = start * (longest // k)
     exists = k == longest and table.probability[start].sum() > 0
     if exists:
-        column = min(
-            np.searchsorted(np.cumsum(table.probability[start]), u[2], side="right"), table.end.shape[1] - 1
-        )
+        known = np.cumsum(table.probability[start][table.probability[start] > 0])
+        column = min(np.searchsorted(known, u[2], side="right"), len(known) - 1)
         middle, end = int(table.middle[start, column]), int(table.end[start, column])
     first = first_updates or k
     first_exit = int(u[1] * first) if first_updates else exit_update
@@ -127,6 +127,12 @@ def draw_rollout(
         np.int32(min(2 * k, longest) - 1),
     )
     return Choice(self_consistency and exists, aligned), draw
+
+
+def as_reference(draw: Draw, first_updates: int) -> Draw:
+    """The draw of the rollout that cache alignment looks up to: every chunk runs all its updates."""
+    first_exit = np.int32(first_updates - 1) if first_updates else draw.reference_exit
+    return draw._replace(levels=draw.reference_levels, exit_update=draw.reference_exit, first_exit=first_exit)
 
 
 def place_in_sequence(

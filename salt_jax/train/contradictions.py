@@ -35,6 +35,8 @@ def _stage(r: "Recipe") -> Iterator[str]:
         yield "config.teacher.kind=data leaves no teacher to distil; set it to network or closed_form"
     if r.lora.rank and r.stage != "distil":
         yield f"config.lora.rank={r.lora.rank} is for config.stage=distil; set it to 0 in stage {r.stage}"
+    if r.lora.rank and not r.lora.alpha:
+        yield f"config.lora.alpha=0.0 leaves the product of config.lora.rank={r.lora.rank} out; set it to the rank"
 
 
 def _clip(r: "Recipe") -> Iterator[str]:

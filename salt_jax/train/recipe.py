@@ -183,7 +183,8 @@ class Recipe:
     def clip_shape(self) -> tuple[int, int, int, int]:
         """(F, H, W, C) of a clip."""
         shapes = (self.world.frames, self.world.size, self.world.size)
-        return (*(self.data.clip if self.data.kind == "latents" else shapes), self.wan.out_channels)
+        frames, height, width = self.data.clip if self.data.kind == "latents" else shapes
+        return frames, height, width, self.wan.out_channels
 
     @property
     def causal(self) -> bool:

@@ -133,8 +133,10 @@ def forced_velocity(network: Network, params: Params, x0, text, null_text, recip
     sights = [teacher_forcing(network, params, x0, t, recipe.memory) for t in texts]
 
     def velocity(x, sigma):
-        both = [network.denoise(params, x, sigma, t, s) for t, s in zip(texts, sights, strict=True)]
-        return guide(*both, recipe.ode.guidance).velocity
+        conditional, unconditional = (
+            network.denoise(params, x, sigma, t, s) for t, s in zip(texts, sights, strict=True)
+        )
+        return guide(conditional, unconditional, recipe.ode.guidance).velocity
 
     return velocity
 

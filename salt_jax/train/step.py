@@ -24,7 +24,7 @@ from salt_jax.models.kv_cache import KVCache, forget
 from salt_jax.models.lora import merge
 from salt_jax.rollout.causal import Trajectory, diffusion_forcing, recache, rollout, sight_of
 from salt_jax.rollout.parallel import midpoint
-from salt_jax.rollout.plan import Choice, Draw, draw_chunk_plan, draw_plan
+from salt_jax.rollout.plan import Choice, Draw, as_reference, draw_chunk_plan, draw_plan
 from salt_jax.train.recipe import Recipe, make_optimizer
 from salt_jax.train.state import Stream, TrainState, apply_gradients, update_ema
 from salt_jax.types import Denoiser, Latent, Params, PRNGKey, Sigma
@@ -53,7 +53,7 @@ class Start(NamedTuple):
     sigma_e: Sigma
     sight: Any  # how the student looks around; None: at everything
     before: Latent  # [B, F', H, W, C] frames of the same video that the teacher sees too; F' is mostly 0
-    trajectory: Trajectory | None
+    trajectory: Any  # the Trajectory of a rollout, or None
 
 
 def begin(
@@ -118,7 +118,7 @@ def student_loss(
     frozen: Frozen,
     batch: Batch,
     key: PRNGKey,
-    draw: Draw | None,
+    draw: Any,
     cache: KVCache | None,
     nets: Networks,
     recipe: Recipe,
@@ -146,13 +146,22 @@ def student_loss(
             video.velocity, v_m, start.sigma, start.sigma_m, start.sigma_e, stop
         )
     if choice.alignment:
-        reference = draw._replace(levels=draw.reference_levels, exit_update=draw.reference_exit)
-        better = begin(nets.student, params, batch, k_video, reference, cache, recipe).trajectory.x0
+        reference = begin(
+            nets.student,
+            params,
+            batch,
+            k_video,
+            as_reference(draw, recipe.rollout.first_updates),
+            cache,
+            recipe,
+        )
         judge = {"base": frozen.get("base"), "critic": critic, "student": params}[recipe.align.network]
         look = lambda x0: nets.student.features(
             jax.lax.stop_gradient(judge), add_noise(whole(x0), noise, sigma), sigma, text, recipe.align.layers
         )[:, new]
-        terms["alignment"], active = cache_alignment_loss(look(video.x0), look(better), recipe.align.margin)
+        terms["alignment"], active = cache_alignment_loss(
+            look(video.x0), look(reference.trajectory.x0), recipe.align.margin
+        )
         more["alignment_active"] = active.mean()
     weights = {"dmd": 1.0, "self_consistency": recipe.loss.self_consistency, "alignment": recipe.align.weight}
     terms = {name: term.mean() for name, term in terms.items()}

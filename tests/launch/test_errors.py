@@ -17,6 +17,7 @@ from absl import flags
 from launch import common
 from launch import train as launch_train
 from salt_jax.flow.prediction import from_velocity
+from salt_jax.models.denoiser import Network
 from salt_jax.models.weights import save_weights
 from salt_jax.train import loop
 from salt_jax.train.recipe import make_optimizer
@@ -60,14 +61,15 @@ def small(monkeypatch, tmp_path_factory, request):
     """Arguments of a run of seconds: eight clips a batch, and a network that is one matrix times `gain`."""
     gain = getattr(request, "param", 1.0)
 
-    def net(params, x, sigma, text):
+    def net(params, x, sigma, text, sight=None):
         return from_velocity(x, gain * x @ params["head"]["kernel"], sigma)
 
     def setup(recipe):
         params = lambda seed: {"head": {"kernel": 0.1 * jax.random.normal(jax.random.key(seed), (3, 3))}}
         learner = lambda seed, o: init_learner(params(seed), make_optimizer(o, 100))
         state = init_state(learner(0, recipe.student_optimizer), learner(1, recipe.critic_optimizer))
-        return Setup(state, params(2), Networks(net, net, net), lambda caption: np.zeros((2, 3), np.float32))
+        nets = Networks(Network(net, None, None, None, None), net, net)
+        return Setup(state, {"teacher": params(2)}, nets, lambda caption: np.zeros((2, 3), np.float32))
 
     monkeypatch.setattr(loop, "setup", setup)
     data = tmp_path_factory.getbasetemp() / "shapes"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from salt_jax.flow.schedule import grid, triples
-from salt_jax.rollout.plan import draw_chunk_plan, draw_plan, draw_rollout, place_in_sequence
+from salt_jax.rollout.plan import as_reference, draw_chunk_plan, draw_plan, draw_rollout, place_in_sequence
 
 BATCH = 20_000
 
@@ -194,6 +194,18 @@ def test_the_reference_takes_twice_as_many_updates_and_all_of_them():
         twice = min(2 * k, 8)
         np.testing.assert_array_equal(draw.reference_levels, np.pad(grid(twice, 5.0), (0, 8 - twice)))
         assert draw.reference_exit == twice - 1
+
+
+@pytest.mark.parametrize("first", [0, 4])
+def test_every_chunk_of_the_reference_runs_all_its_updates(first):
+    """As a draw it has the reference's levels; a first chunk with a schedule of its own keeps it."""
+    for _, draw in rollouts(first_updates=first, calls=200 if not first else 600):
+        reference = as_reference(draw, first)
+        np.testing.assert_array_equal(reference.levels, draw.reference_levels)
+        assert reference.levels[reference.exit_update] > 0 == reference.levels[reference.exit_update + 1]
+        levels = reference.first_levels if first else reference.levels
+        assert levels[reference.first_exit] > 0 == levels[reference.first_exit + 1]
+        np.testing.assert_array_equal(reference.first_levels, draw.first_levels)
 
 
 def test_a_rollout_is_a_function_of_the_seed_and_the_call():

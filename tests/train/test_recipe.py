@@ -1,8 +1,11 @@
 """Every number of a config reaches the recipe, and what contradicts itself is refused by name."""
 
+import ast
 import dataclasses
 import json
 import re
+import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import optax
@@ -11,19 +14,31 @@ from ml_collections import ConfigDict
 
 from configs import base, shapes_teacher
 from salt_jax.errors import UserError
+from salt_jax.train import contradictions
 from salt_jax.train.recipe import Optimizer, from_json, make_optimizer, read_recipe, to_json
 
 # Values that other values, or a list of choices, hold in place.
 TIED = {
     "stage",
+    "video",
     "model.preset",
     "model.dtype",
     "text_encoder",
+    "data.kind",
     "teacher.kind",
+    "teacher.preset",
+    "memory.positions",
+    "rollout.solver",
+    "align.network",
     "loss.stop_gradient",
     "sample.solver",
 }
 TIED |= {"world.size", "schedule.train_updates", "schedule.anchor_updates"}
+TIED |= {"memory.window", "align.weight", "stream.max_frames"}
+# Values that one key alone would contradict; these stand together.
+TOGETHER = {"video": "rollout", "schedule.train_updates": 12, "schedule.anchor_updates": 6}
+TOGETHER |= {"rollout.updates": (12, 3), "rollout.probabilities": (0.25, 0.75), "align.weight": 0.7}
+TOGETHER |= {"memory.window": 9, "memory.sink": 3, "stream.max_frames": 50, "teacher.preset": "small"}
 DECAYS = {"student_optimizer.decay": True, "critic_optimizer.decay": True}
 
 
@@ -49,9 +64,16 @@ def test_every_key_reaches_the_recipe_whatever_its_value():
     for path, value in flat(config.to_dict()).items():
         if path not in TIED:
             kinds = {bool: lambda v: not v, int: lambda v: 3 * v + 3, float: lambda v: v / 2 + 0.1}
-            kinds |= {str: lambda v: v + "x", tuple: lambda v: v[::-1] + v}
+            kinds |= {str: lambda v: v + "x", tuple: lambda v: v[::-1] + v or (1, 2)}
             config.update_from_flattened_dict({path: kinds[type(value)](value)})
     assert flat(dataclasses.asdict(read_recipe(config))) == flat(config.to_dict())
+
+
+def test_values_that_hang_together_reach_the_recipe():
+    config = base.get_config()
+    config.update_from_flattened_dict(TOGETHER)
+    found = flat(dataclasses.asdict(read_recipe(config)))
+    assert {name: found[name] for name in TOGETHER} == TOGETHER
 
 
 @pytest.mark.parametrize("module", [base, shapes_teacher])
@@ -74,7 +96,13 @@ def test_an_unknown_and_a_missing_key_are_refused_by_name():
 @pytest.mark.parametrize(
     ("key", "choice"),
     [
-        ("stage", "denoising, distil"),
+        ("stage", "denoising, teacher_forcing, ode_regression, consistency, distil"),
+        ("video", "noised, noised_chunks, rollout"),
+        ("data.kind", "moving_shapes, latents"),
+        ("teacher.preset", "tiny, small, wan2.1-t2v-1.3b"),
+        ("memory.positions", "absolute, relative"),
+        ("rollout.solver", "euler, cm"),
+        ("align.network", "base, critic, student"),
         ("model.preset", "tiny, small, wan2.1-t2v-1.3b"),
         ("model.dtype", "float32, bfloat16"),
         ("text_encoder", "tiny, umt5-xxl"),
@@ -87,31 +115,166 @@ def test_a_wrong_choice_is_told_the_right_ones(key, choice):
     refused(re.escape(f"config.{key} is 'wrong'; choose one of ") + ".*" + choice, flat={key: "wrong"})
 
 
-@pytest.mark.parametrize(
-    ("told", "changes"),
-    [
-        (r"config\.schedule\.anchor_updates=3 must divide train_updates=8", {"schedule.anchor_updates": 3}),
+ROLLOUT = {"video": "rollout"}
+ALIGN = ROLLOUT | {"align.weight": 0.5}
+STREAM = ROLLOUT | {"stream.max_frames": 36, "memory.window": 9, "memory.sink": 3}
+LATENTS = {"data.kind": "latents", "data.clip": (21, 60, 104), "model.preset": "wan2.1-t2v-1.3b"}
+LATENTS |= {"text_encoder": "umt5-xxl"}
+CONTRADICTIONS = {
+    "counts": [
+        (rf"config\.{name}={value} must be at least 1", {name: value})
+        for name, value in (
+            ("updates", 0),
+            ("batch_size", -1),
+            ("critic_updates", 0),
+            ("log_every", 0),
+            ("save_every", 0),
+            ("keep", 0),
+            ("max_skipped", 0),
+            ("schedule.train_updates", 0),
+            ("schedule.anchor_updates", 0),
+            ("ode.updates", 0),
+            ("ode.trajectories", 0),
+        )
+    ],
+    "stage": [
+        (r"stage=denoising makes a teacher; set config\.teacher\.kind", {"stage": "denoising"}),
+        (r"config\.teacher\.kind=data leaves no teacher", {"teacher.kind": "data"}),
+        (
+            r"config\.lora\.rank=8 .*config\.stage=distil; set it to 0 in stage consistency",
+            {"stage": "consistency", "lora.rank": 8, "lora.alpha": 8.0},
+        ),
+        (r"config\.lora\.alpha=0\.0 .*config\.lora\.rank=8", {"lora.rank": 8}),
+    ],
+    "clip": [
         (
             r"9 frames of 14 x 14 does not split .* config\.model\.preset=tiny; .*config\.world",
             {"world.size": 14},
         ),
+        (
+            r"21 frames of 61 x 104 does not split .*config\.data\.clip",
+            LATENTS | {"data.clip": (21, 61, 104)},
+        ),
         (r"config\.model\.preset=wan2.1-t2v-1.3b makes 16 channels", {"model.preset": "wan2.1-t2v-1.3b"}),
+        (r"config\.teacher\.kind=closed_form is of Moving Shapes", LATENTS | {"teacher.kind": "closed_form"}),
         (
             r"config\.text_encoder=umt5-xxl writes rows of 4096, .*tiny reads .* 64",
             {"text_encoder": "umt5-xxl"},
         ),
+        (
+            r"9 latent frames do not split into a chunk of 1 and chunks of 3; change config\.memory\.chunk",
+            ROLLOUT | {"memory.first": 1},
+        ),
+        (
+            r"9 latent frames do not split .* chunks of 2",
+            {"stage": "teacher_forcing", "memory.chunk": 2, "memory.first": 2},
+        ),
+    ],
+    "memory": [
+        (r"config\.memory: first=4 must be between 1 and chunk=3", {"memory.first": 4}),
+        (
+            r"config\.memory: window=5 must be 0 \(everything\) or hold sink=3 and chunk=3",
+            {"memory.window": 5, "memory.sink": 3},
+        ),
+    ],
+    "schedule": [
+        (r"config\.schedule\.anchor_updates=3 must divide train_updates=8", {"schedule.anchor_updates": 3}),
+        *(
+            (
+                r"config\.schedule\.train_updates=8 must divide config\.ode\.updates=50",
+                {"stage": stage, "ode.updates": 50},
+            )
+            for stage in ("ode_regression", "consistency")
+        ),
+    ],
+    "rollout": [
+        (
+            r"config\.rollout\.probabilities=\(0\.5, 0\.5\) must be one for each",
+            ROLLOUT | {"rollout.probabilities": (0.5, 0.5)},
+        ),
+        (r"config\.rollout\.probabilities=.* sum to 1", ROLLOUT | {"rollout.probabilities": (0.2, 0.4, 0.5)}),
+        (r"config\.rollout\.probabilities=", ROLLOUT | {"rollout.probabilities": (-0.2, 0.6, 0.6)}),
+        (
+            r"config\.rollout\.updates=\(2, 4, 8\) .*config\.schedule\.train_updates=16",
+            ROLLOUT | {"schedule.train_updates": 16},
+        ),
+        (r"config\.rollout\.updates=\(2, 3, 8\) must divide", ROLLOUT | {"rollout.updates": (2, 3, 8)}),
+        (r"config\.rollout\.first_updates=-1 must be 0", ROLLOUT | {"rollout.first_updates": -1}),
+    ],
+    "align": [
+        (r"config\.align\.weight=0\.5 aligns rollouts .*config\.video=rollout", {"align.weight": 0.5}),
+        (r"config\.align\.weight=0\.5 aligns rollouts", {"stage": "teacher_forcing", "align.weight": 0.5}),
+        (
+            r"config\.align\.weight=0\.5 .*more than one of config\.rollout\.updates",
+            ALIGN | {"rollout.updates": (8,), "rollout.probabilities": (1.0,)},
+        ),
+        (r"config\.align\.layers=0 must be between 1 and the 4 layers", ALIGN | {"align.layers": 0}),
+        (r"config\.align\.layers=5 must be between 1 and the 4 layers", ALIGN | {"align.layers": 5}),
+        (r"config\.align\.probability=0\.0 must be in \(0, 1\]", ALIGN | {"align.probability": 0.0}),
+        (r"config\.align\.probability=1\.5 must be in", ALIGN | {"align.probability": 1.5}),
+    ],
+    "stream": [
+        *(
+            (r"config\.stream\.max_frames continues rollouts .*config\.memory\.window", STREAM | change)
+            for change in (
+                {"video": "noised"},
+                {"stage": "teacher_forcing"},
+                {"memory.window": 0},
+                {"memory.chunk": 4, "memory.first": 1},
+            )
+        ),
+        (r"config\.stream\.overlap=2 must be a multiple of memory\.chunk=3", STREAM | {"stream.overlap": 2}),
+        (r"config\.stream\.overlap=0 must be", STREAM | {"stream.overlap": 0}),
+        (r"config\.stream\.overlap=6 must be .* behind its sink=3", STREAM | {"stream.overlap": 6}),
+        (
+            r"config\.stream\.overlap=9 must be .* less than the clip's 9",
+            STREAM | {"stream.overlap": 9, "memory.window": 15, "memory.sink": 0},
+        ),
+        (r"config\.memory\.window=15 must be filled by the first clip of 9", STREAM | {"memory.window": 15}),
+        (r"config\.stream\.max_frames=14 leaves no room .* at least 15", STREAM | {"stream.max_frames": 14}),
+    ],
+    "optimizers": [
         (r"config\.student_optimizer\.warmup=100 leaves no", DECAYS | {"student_optimizer.warmup": 100}),
         (r"config\.critic_optimizer\.warmup=500 leaves no", DECAYS | {"critic_optimizer.warmup": 500}),
-        (r"stage=denoising makes a teacher; set config\.teacher\.kind", {"stage": "denoising"}),
-        (r"config\.teacher\.kind=data leaves no teacher", {"teacher.kind": "data"}),
-        (r"config\.updates=0 must be at least 1", {"updates": 0}),
-        (r"config\.batch_size=-1 must be at least 1", {"batch_size": -1}),
-        (r"config\.log_every=0 must be", {"log_every": 0}),
-        (r"config\.schedule\.train_updates=0 must be", {"schedule.train_updates": 0}),
     ],
-)
+}
+CONTRADICTIONS = [(told, changes) for group in CONTRADICTIONS.values() for told, changes in group]
+
+
+@pytest.mark.parametrize(("told", "changes"), CONTRADICTIONS)
 def test_contradictions_are_refused_by_name(told, changes):
     refused(told, flat=changes)
+
+
+@pytest.mark.parametrize("changes", [ROLLOUT, ALIGN, STREAM, LATENTS, ALIGN | STREAM, ROLLOUT | LATENTS])
+def test_what_the_refused_configs_were_made_from_is_accepted(changes):
+    config = base.get_config()
+    config.update_from_flattened_dict(changes)
+    read_recipe(config)
+
+
+def test_every_refusal_has_a_case_here():
+    """Each sentence that `contradictions` may say is said by one of the cases above."""
+    tree = ast.parse(Path(contradictions.__file__).read_text())
+    lines = {node.lineno for node in ast.walk(tree) if isinstance(node, ast.Yield)}
+    said = set()
+
+    def watch(frame, event, argument):
+        if event == "line" and frame.f_code.co_filename == contradictions.__file__:
+            said.add(frame.f_lineno)
+        return watch
+
+    before = sys.gettrace()
+    sys.settrace(watch)
+    try:
+        for _, changes in CONTRADICTIONS:
+            config = base.get_config()
+            config.update_from_flattened_dict(changes)
+            with pytest.raises(UserError):
+                read_recipe(config)
+    finally:
+        sys.settrace(before)
+    assert lines <= said, f"no case for lines {sorted(lines - said)}"
 
 
 def rate(updates, **how):

@@ -1,0 +1,106 @@
+"""Trajectories on disk: each part is a function of its number, what is there is kept, and they read as a data set."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base
+from salt_jax.data.pipeline import batches
+from salt_jax.data.shapes import to_latent
+from salt_jax.flow.prediction import from_velocity
+from salt_jax.flow.schedule import grid
+from salt_jax.models.denoiser import Network
+from salt_jax.train.recipe import read_recipe
+from salt_jax.train.trajectories import make_trajectories
+
+CLIP = (6, 4, 4, 3)
+RECIPE = read_recipe(base.get_config())
+RECIPE = replace(
+    RECIPE,
+    stage="ode_regression",
+    batch_size=4,
+    seed=3,
+    schedule=replace(RECIPE.schedule, train_updates=2),
+    ode=replace(RECIPE.ode, updates=4, trajectories=11, guidance=1.0),
+)
+SOURCE = [
+    {"video": np.random.default_rng(i).integers(0, 256, CLIP, np.uint8), "caption": f"clip {i}", "scene": i}
+    for i in range(5)
+]
+
+
+def encode(caption):
+    """[1, 2], another for each clip."""
+    return np.full((1, 2), float(caption.split()[1]), np.float32)
+
+
+def straight(params, x, sigma, text, sight=None):
+    return from_velocity(x, jnp.broadcast_to(params * text[:, :1, :1, None, None], x.shape), sigma)
+
+
+def nothing_read(params, x0, text, sight):
+    return jnp.zeros((1, *x0.shape[:2], 1, 1, 1)), jnp.zeros((1, *x0.shape[:2], 1, 1, 1))
+
+
+def make(directory, recipe=RECIPE, source=SOURCE):
+    network = Network(straight, nothing_read, None, None, None)
+    null = np.zeros((1, 1, 2), np.float32)
+    return make_trajectories(directory, recipe, network, jnp.float32(0.5), null, encode, source)
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_records_are_clips_with_their_captions_and_trajectories(tmp_path):
+    """11 trajectories are three batches of 4, which go around the five clips; the velocity is half the clip's number."""
+    made = make(tmp_path)
+    assert len(made) == 12 and len(contents(tmp_path)) == 3
+    levels = grid(2, RECIPE.schedule.shift)[:, None, None, None, None]
+    noises = []
+    for index in range(12):
+        record, clip = made[index], index % 5
+        assert record["caption"] == f"clip {clip}" and record["states"].shape == (3, *CLIP)
+        np.testing.assert_array_equal(record["video"], to_latent(SOURCE[clip]["video"]))
+        np.testing.assert_allclose(record["states"], record["states"][:1] - (1 - levels) * clip / 2, atol=1e-5)
+        noises.append(record["states"][0].ravel())
+    assert np.abs(np.corrcoef(noises) - np.eye(12)).max() < 0.4  # 288 values each: over six standard deviations
+
+
+def test_a_part_is_a_function_of_the_seed_and_its_number_and_what_is_there_is_kept(tmp_path):
+    make(tmp_path / "whole")
+    whole = contents(tmp_path / "whole")
+    part = tmp_path / "stopped"
+    make(part, replace(RECIPE, ode=replace(RECIPE.ode, trajectories=4)))  # stopped after the first part
+    (part / "00001.partial").write_bytes(b"half")  # in the middle of the second
+    kept = (part / "00000.safetensors").stat().st_mtime_ns
+    make(part)
+    assert contents(part) == whole
+    assert (part / "00000.safetensors").stat().st_mtime_ns == kept
+    (part / "00001.safetensors").unlink()
+    make(part)
+    assert contents(part) == whole
+    make(tmp_path / "other", replace(RECIPE, seed=4))
+    assert all(contents(tmp_path / "other")[name] != whole[name] for name in whole)
+
+
+def test_batches_of_trajectories_bring_their_states(tmp_path):
+    """The clips are latents already and stay as they are; everything in a batch still belongs together."""
+    made, share = make(tmp_path), {"process_index": 0, "process_count": 1}
+    batch = next(batches(made, batch_size=6, seed=0, start=0, encode_caption=encode, **share))
+    assert batch["states"].shape == (6, 3, *CLIP) and batch["states"].dtype == np.float32
+    known = {made[i]["states"].tobytes(): made[i] for i in range(len(made))}
+    for i in range(6):
+        record = known[batch["states"][i].tobytes()]
+        np.testing.assert_array_equal(batch["video"][i], record["video"])
+        np.testing.assert_array_equal(batch["text"][i], encode(record["caption"]))
+
+
+def test_the_device_is_asked_for_what_is_missing_only(tmp_path, monkeypatch):
+    make(tmp_path)
+    monkeypatch.setattr("salt_jax.train.trajectories.trajectory", lambda *_: pytest.fail("made again"))
+    jax.clear_caches()
+    assert len(make(tmp_path)) == 12
