@@ -21,6 +21,14 @@ WINDOW = CachePolicy(3, 3, 6, 1, "relative")
 SINK = CachePolicy(3, 3, 9, 3, "absolute")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles():
+    """What is compiled here runs for milliseconds: half the effort of compiling it is enough."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def params():
     """Like a trained network: no zeros in the head."""

@@ -147,6 +147,8 @@ def more_room(cache: KVCache, empty: KVCache) -> KVCache:
 def forget(cache: KVCache, policy: CachePolicy) -> KVCache:
     """A cache whose slots are all filled, cut down to what a video of any length needs: the sink and the end."""
     slots = policy.capacity(cache.slots)
+    if slots >= cache.slots:
+        return cache
     kept = np.r_[: policy.sink, cache.slots - slots + policy.sink : cache.slots]
     k, v = cache.k[:, :, kept], cache.v[:, :, kept]
     return KVCache(k, v, cache.x0[:, kept], cache.frames[kept], jnp.full((), slots, jnp.int32), cache.end)
@@ -155,10 +157,10 @@ def forget(cache: KVCache, policy: CachePolicy) -> KVCache:
 def flush(cache: KVCache, policy: CachePolicy, keep: int) -> KVCache:
     """The sink and the last `keep` frames; the rest is forgotten (Infinity-RoPE's flush keeps 2). Reads nothing again.
 
-    `keep` frames behind the sink must be there.
+    A cache that holds no more than these stays as it is.
     """
     slots = jnp.arange(cache.slots)
-    source = jnp.where(slots < policy.sink, slots, cache.filled - keep + slots - policy.sink)
+    source = jnp.where(slots < policy.sink, slots, slots + jnp.maximum(cache.filled - keep - policy.sink, 0))
     put = lambda buffer, axis: jnp.take(buffer, source, axis, mode="clip")
     return replace(
         cache,

@@ -99,6 +99,7 @@ def recache(network: Network, params: Params, cache: KVCache, text: Any, policy:
     sizes = (policy.sink, rest % policy.chunk) + (policy.chunk,) * (rest // policy.chunk)
     everything = CachePolicy(policy.chunk, policy.first, 0, 0, policy.positions)
     views = chunk_views(everything, [n for n in sizes if n], cache.frames, 0, clean="new")
+    views = tuple(v._replace(length=jnp.minimum(cache.filled, v.queries.stop)) for v in views)
     k, v = network.keys_values(params, cache.x0, text, Sight(views, None, cache.frames))
     return replace(cache, k=k, v=v)
 

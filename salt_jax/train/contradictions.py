@@ -51,6 +51,11 @@ def _clip(r: "Recipe") -> Iterator[str]:
         yield f"{preset} makes {channels} channels, Moving Shapes has 3; choose tiny or small"
     if r.data.kind == "latents" and r.teacher.kind != "network":
         yield f"config.teacher.kind={r.teacher.kind} is of Moving Shapes; set it to network for kind latents"
+    if r.data.kind == "moving_shapes" and r.teacher.kind == "network" and r.teacher_wan != r.wan:
+        yield (
+            f"config.teacher.preset={r.teacher.preset} has no weights of its own beside those of {preset}; "
+            "leave it empty"
+        )
     if r.wan.text_dim != r.text.dim:
         yield (
             f"config.text_encoder={r.text_encoder} writes rows of {r.text.dim}, {preset} reads rows of "

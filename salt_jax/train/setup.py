@@ -164,7 +164,10 @@ def student_start(recipe: Recipe, base: Params) -> Params:
             f"config.init_from={recipe.init_from} is neither the workdir of a stage (with its config.json) nor a file "
             "of launch.export; name one of these"
         )
-    before = from_json(read_metadata(file)["config"] if exported else (file / "config.json").read_text())
+    told = read_metadata(file).get("config") if exported else (file / "config.json").read_text()
+    if not told:
+        raise UserError(f"config.init_from={recipe.init_from} has no config in it; name a file of launch.export")
+    before = from_json(told)
     if before.stage == "denoising" or before.lora.rank:
         raise UserError(
             f"config.init_from={recipe.init_from} holds a teacher or an adapted student; "

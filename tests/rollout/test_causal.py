@@ -207,20 +207,19 @@ def test_a_traced_exit_update_gives_what_a_static_one_gives():
     np.testing.assert_allclose(static(PARAMS), run_once("window", 2)[0].x0, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["all", "sink, picture first"])
-def test_no_gradient_crosses_from_chunk_to_chunk(case):
+def test_no_gradient_crosses_from_chunk_to_chunk():
     """What a chunk says depends on its own noisy state alone, exactly."""
-    policy, frames = CASES[case]
+    policy, frames = CASES["sink, picture first"]
     stops = np.cumsum(policy.sizes(frames))
     for size, stop in zip(policy.sizes(frames), stops, strict=True):
         chosen = (np.arange(frames) >= stop - size) & (np.arange(frames) < stop)
         weights = clip(frames, seed=11) * chosen[:, None, None, None][None]
-        to_states = run(case, 2, weights=weights)[3]
+        to_states = run("sink, picture first", 2, weights=weights)[3]
         np.testing.assert_array_equal(np.abs(to_states).max(axis=(0, 2, 3, 4)) > 0, chosen)
 
 
 def test_a_trajectory_carries_no_gradient():
-    """Neither to parameters nor to the text, nor to the levels. A traced exit update, which has no reverse mode, is no obstacle."""
+    """To nothing that it was made of. A traced exit update, which has no reverse mode, is no obstacle."""
     policy, frames = CASES["sink, picture first"]
 
     def total(params, text, sigmas, exit_update):
@@ -407,18 +406,16 @@ def test_one_program_serves_all_exit_updates_and_schedules():
     said = {(1, 0): run("window", 0, 1)[1]}
     compiled, traced = student._cache_size(), len(traces)
     for num_updates in (2, 4, 8):
-        for exit_update in (0, num_updates // 2, num_updates - 1):
+        for exit_update in (0, num_updates - 1):
             said[num_updates, exit_update] = run("window", exit_update, num_updates)[1]
     assert student._cache_size() == compiled and len(traces) == traced
-    for num_updates in (2, 4, 8):
-        np.testing.assert_array_equal(
-            said[num_updates, 0], said[1, 0]
-        )  # all schedules start at noise level 1
+    for num_updates in (2, 4, 8):  # all start at noise level 1
+        np.testing.assert_array_equal(said[num_updates, 0], said[1, 0])
     assert len({np.asarray(x0).tobytes() for x0 in said.values()}) == len(said) - 3
-    behind = levels(4).at[3:].set(0.123)
+    behind = levels(4).at[4:].set(0.123)
     weights = clip(frames, seed=11)
-    again = student(PARAMS, text(), behind, jnp.int32(2), KEYS, weights, policy, frames)[1]
-    np.testing.assert_array_equal(again, said[4, 2])
+    again = student(PARAMS, text(), behind, jnp.int32(3), KEYS, weights, policy, frames)[1]
+    np.testing.assert_array_equal(again, said[4, 3])
 
 
 def test_noise_does_not_know_chunks():

@@ -1,0 +1,174 @@
+"""What a run starts from, for every stage, and which stages may follow each other."""
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.traverse_util import flatten_dict
+
+from configs import base
+from salt_jax.errors import UserError
+from salt_jax.models.text_encoder import init_text_encoder
+from salt_jax.models.weights import save_weights
+from salt_jax.train.checkpoint import open_checkpoints, save
+from salt_jax.train.recipe import read_recipe, to_json
+from salt_jax.train.setup import setup, student_start
+from salt_jax.train.state import init_learner, init_state
+
+BASE = {"head": {"kernel": jnp.zeros((4, 3))}}  # stands for a network's parameters
+EMA = {"head": {"kernel": jnp.arange(12.0).reshape(4, 3)}}
+
+
+def recipe(**changes):
+    config = base.get_config()
+    config.update_from_flattened_dict(changes)
+    return read_recipe(config)
+
+
+CAUSAL = {"stage": "teacher_forcing"}
+
+
+def workdir(path, made):
+    """A workdir of a stage whose average is `EMA`."""
+    state = init_state(init_learner(BASE, optax.sgd(0.1)), None)
+    state = replace(state, step=jnp.int32(1), ema=jax.tree.map(jnp.copy, EMA))
+    with open_checkpoints(path, 1) as manager:
+        save(manager, state, {"config": to_json(made)})
+    (path / "config.json").write_text(to_json(made))
+    return str(path)
+
+
+def exported(path, made, **metadata):
+    """What launch.export writes."""
+    shapes = jax.eval_shape(lambda: init_text_encoder(jax.random.key(0), made.text))
+    text = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
+    save_weights(path, {"wan": EMA, "text_encoder": text}, "float16", {"config": to_json(made)} | metadata)
+    return str(path)
+
+
+def same(found, wanted):
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def refused(told, **changes):
+    with pytest.raises(UserError, match=told) as error:
+        student_start(recipe(**changes), BASE)
+    assert "\n" not in str(error.value) and "config.init_from=" in str(error.value)
+
+
+def test_a_student_starts_at_the_weights_or_at_the_average_of_the_stage_before(tmp_path):
+    same(student_start(recipe(), BASE), BASE)
+    made = workdir(tmp_path / "run", recipe(**CAUSAL, **{"schedule.shift": 5.0, "updates": 7}))
+    for stage in ("ode_regression", "consistency", "distil"):
+        same(student_start(recipe(stage=stage, init_from=made), BASE), EMA)
+    file = exported(tmp_path / "file.safetensors", recipe(**CAUSAL))
+    same(student_start(recipe(init_from=file, video="rollout"), BASE), EMA)
+
+
+@pytest.mark.parametrize(
+    ("told", "before", "now"),
+    [
+        ("model.preset=tiny, this run has small", {}, {"model.preset": "small"}),
+        (r"weights=a\.safetensors, this run has assets", {"weights": "a.safetensors"}, {}),
+        ("world=.*frames=6.*, this run has .*frames=9", {"world.frames": 6}, {}),
+        (r"memory\.chunk=1, this run has 3", {"memory.chunk": 1, "memory.first": 1}, {}),
+        (
+            r"memory\.first=1, this run has 4",
+            {"memory.chunk": 4, "memory.first": 1},
+            {"memory.chunk": 4, "memory.first": 4, "video": "noised"},
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", ["workdir", "file"])
+def test_a_stage_that_does_not_fit_is_refused_and_the_difference_is_named(tmp_path, kind, told, before, now):
+    made = recipe(**CAUSAL, **before)
+    path = (
+        workdir(tmp_path / "run", made) if kind == "workdir" else exported(tmp_path / "run.safetensors", made)
+    )
+    refused(f"was made with {told}", **({"video": "rollout", "init_from": path} | now))
+
+
+def test_what_is_no_stage_is_refused(tmp_path):
+    refused("neither the workdir of a stage .* nor a file", init_from=str(tmp_path / "absent"))
+    refused("neither the workdir of a stage .* nor a file", init_from=str(tmp_path))
+    for name, made in (
+        ("teacher", recipe(stage="denoising", **{"teacher.kind": "closed_form"})),
+        ("adapted", recipe(**{"lora.rank": 4, "lora.alpha": 4.0})),
+    ):
+        refused(
+            "holds a teacher or an adapted student; .*launch.export", init_from=workdir(tmp_path / name, made)
+        )
+
+
+def test_a_file_that_says_nothing_about_itself_is_refused(tmp_path):
+    """As weights from elsewhere are."""
+    path = tmp_path / "foreign.safetensors"
+    save_weights(path, {"wan": EMA}, "float16", {})
+    refused("foreign.safetensors", init_from=str(path))
+    (tmp_path / "text.safetensors").write_text("no weights")
+    with pytest.raises(UserError, match=r"text\.safetensors"):
+        student_start(recipe(init_from=str(tmp_path / "text.safetensors")), BASE)
+
+
+# What each stage starts from, with the weights in assets/.
+
+
+@functools.cache
+def started(**changes):
+    return setup(recipe(**changes))
+
+
+def form(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
+@pytest.mark.parametrize("stage", ["teacher_forcing", "ode_regression", "consistency"])
+def test_a_stage_has_its_student_as_causal_teacher_and_no_critic(stage):
+    parts = started(stage=stage)
+    assert parts.state.critic is None and parts.state.stream is None
+    same(parts.frozen["teacher"], parts.state.student.params)
+    same(parts.state.ema, parts.state.student.params)
+    assert parts.frozen["null_text"].shape == (1, *parts.encode_caption("").shape)
+    same(parts.frozen["null_text"][0], parts.encode_caption(""))
+
+
+def test_distillation_starts_three_networks_at_the_weights():
+    parts = started(video="rollout")
+    assert set(parts.frozen) == {"teacher"}
+    for tree in (parts.state.student.params, parts.state.critic.params, parts.state.ema):
+        same(tree, parts.frozen["teacher"])
+
+
+def test_an_alignment_that_looks_with_the_weights_keeps_a_copy_of_them():
+    aligned = started(**{"video": "rollout", "align.weight": 0.5})
+    same(aligned.frozen["base"], aligned.frozen["teacher"])
+    other = started(**{"video": "rollout", "align.weight": 0.5, "align.network": "critic"})
+    assert "base" not in other.frozen
+
+
+def test_adapters_stand_for_student_and_critic_on_frozen_networks():
+    parts = started(**{"video": "rollout", "lora.rank": 4, "lora.alpha": 4.0})
+    for learner in (parts.state.student, parts.state.critic):
+        assert {path[-1] for path in flatten_dict(learner.params)} == {"lora_a", "lora_b"}
+    same(parts.frozen["student"], parts.frozen["base"])
+    a, b = (jax.tree.leaves(learner.params)[0] for learner in (parts.state.student, parts.state.critic))
+    assert not np.array_equal(a, b), "they start with noise of their own"
+
+
+def test_a_stream_starts_empty_in_the_form_that_it_keeps():
+    parts = started(**{"video": "rollout", "memory.window": 9, "memory.sink": 3, "stream.max_frames": 36})
+    stream, wan = parts.state.stream, recipe().wan
+    heads = (wan.num_heads, wan.dim // wan.num_heads)
+    assert stream.cache.k.shape == (wan.num_layers, 24, 6, 4, *heads)  # 6 frames of 2 x 2 tokens
+    assert stream.text.shape == (24, *parts.encode_caption("").shape)
+    assert stream.cache.x0.shape == (24, 6, 12, 12, 3)
+
+
+def test_latents_are_refused_until_they_can_be_read():
+    changes = {"data.kind": "latents", "data.clip": (21, 60, 104), "model.preset": "wan2.1-t2v-1.3b"}
+    with pytest.raises(UserError, match=r"config\.data\.kind=latents"):
+        setup(recipe(**changes, text_encoder="umt5-xxl"))
