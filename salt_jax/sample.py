@@ -114,19 +114,9 @@ def stream_chunks(
         cut is asked of absolute positions.
     """
     sizes = policy.sizes(shape[0])
-    if given is not None and given.shape != (len(keys), policy.first, *shape[1:]):
-        raise ValueError(
-            f"the given frames are {given.shape}, a first chunk is {(len(keys), policy.first, *shape[1:])}"
-        )
     starts = (0, *np.cumsum(sizes)[:-1].tolist())
-    if 0 not in cues or not set(cues) <= set(starts):
-        raise ValueError(
-            f"prompts begin at frames {sorted(cues)}; these must be starts of chunks, and 0 among them"
-        )
-    if policy.positions == "absolute" and any(cue.cut for cue in cues.values()):
-        raise ValueError("a scene cut moves relative positions; set positions to relative")
     slots = policy.capacity(shape[0])
-    refuse_overflow(policy, slots, shape[0])
+    _refuse(cues, starts, slots, policy, given, (len(keys), policy.first, *shape[1:]), shape[0])
     longest = max(num_updates, first_updates, USUAL_UPDATES) + 1
     padded = lambda k: jnp.asarray(np.pad(grid(k, shift), (0, longest - k - 1)))
     cache = _empty_cache(network, slots, len(keys), shape[1:])
@@ -149,3 +139,16 @@ def stream_chunks(
             network, params, cache, text, padded(k), jnp.int32(k - 1), solver, keys, size, policy, jump
         )
         yield np.asarray(x0)
+
+
+def _refuse(cues, starts, slots, policy, given, first_chunk, frames) -> None:
+    """Raises ValueError for what `stream_chunks` cannot do, before anything runs."""
+    if given is not None and given.shape != first_chunk:
+        raise ValueError(f"the given frames are {given.shape}, a first chunk is {first_chunk}")
+    if 0 not in cues or not set(cues) <= set(starts):
+        raise ValueError(
+            f"prompts begin at frames {sorted(cues)}; these must be starts of chunks, and 0 among them"
+        )
+    if policy.positions == "absolute" and any(cue.cut for cue in cues.values()):
+        raise ValueError("a scene cut moves relative positions; set positions to relative")
+    refuse_overflow(policy, slots, frames)

@@ -166,7 +166,9 @@ def student_start(recipe: Recipe, base: Params) -> Params:
         )
     told = read_metadata(file).get("config") if exported else (file / "config.json").read_text()
     if not told:
-        raise UserError(f"config.init_from={recipe.init_from} has no config in it; name a file of launch.export")
+        raise UserError(
+            f"config.init_from={recipe.init_from} has no config in it; name a file of launch.export"
+        )
     before = from_json(told)
     if before.stage == "denoising" or before.lora.rank:
         raise UserError(

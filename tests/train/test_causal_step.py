@@ -383,6 +383,7 @@ def next_frames(batch, key, draw, cache):
     return made_by(STUDENT, batch, key, draw.levels, draw.exit_update, cache, STREAM)[0].x0
 
 
+@pytest.mark.slow
 def test_frames_go_on_and_the_cache_keeps_its_size_the_sink_and_the_end():
     """Clips of six frames, of which two were there before: each update makes four."""
     for places, numbers in (
@@ -454,6 +455,7 @@ def test_a_switch_reads_the_cached_frames_again_under_the_new_prompt():
     np.testing.assert_allclose(after.cache.x0[:, 2:], made[:, 2:], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_teacher_and_critic_see_the_overlap_and_judge_what_is_new():
     """Of a student's update and of a critic's, assembled by hand as above."""
     choice, state = Choice(True, True, "on"), replace(streamed("new"), critic=causal_state().critic)
@@ -522,6 +524,7 @@ def chunks_by_hand(params, batch):
     return jax.value_and_grad(loss, has_aux=True)(params), jax.value_and_grad(critic_loss)(CRITIC)
 
 
+@pytest.mark.slow
 def test_noised_chunks_are_trained_at_levels_of_their_own_seeing_earlier_ones_as_they_are():
     assert decide(CHUNKS, 0, 0) == (CONSISTENT, None)
     student, (value, slope) = chunks_by_hand(STUDENT, batch_of(0))

@@ -214,6 +214,7 @@ def stepped(stage, batch, recipe=CAUSAL):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_follows_the_gradient_of_its_loss_and_moves_every_parameter_and_their_average(stage):
     """Keys are those of the update; average, teacher and states are constants."""
@@ -253,6 +254,7 @@ def consistency(params, ema, guidance):
     return stages.consistency_loss(params, ema, FROZEN, stage_batch(), KEY, NETS, recipe)
 
 
+@pytest.mark.slow
 def test_consistency_at_the_last_level_targets_the_state_itself():
     """Whatever the average says; and a student that is the unguided teacher is there already."""
     run = jax.jit(consistency, static_argnums=2)

@@ -65,9 +65,13 @@ def test_records_are_clips_with_their_captions_and_trajectories(tmp_path):
         record, clip = made[index], index % 5
         assert record["caption"] == f"clip {clip}" and record["states"].shape == (3, *CLIP)
         np.testing.assert_array_equal(record["video"], to_latent(SOURCE[clip]["video"]))
-        np.testing.assert_allclose(record["states"], record["states"][:1] - (1 - levels) * clip / 2, atol=1e-5)
+        np.testing.assert_allclose(
+            record["states"], record["states"][:1] - (1 - levels) * clip / 2, atol=1e-5
+        )
         noises.append(record["states"][0].ravel())
-    assert np.abs(np.corrcoef(noises) - np.eye(12)).max() < 0.4  # 288 values each: over six standard deviations
+    assert (
+        np.abs(np.corrcoef(noises) - np.eye(12)).max() < 0.4
+    )  # 288 values each: over six standard deviations
 
 
 def test_a_part_is_a_function_of_the_seed_and_its_number_and_what_is_there_is_kept(tmp_path):
