@@ -95,6 +95,23 @@ def test_reads_from_disk_what_it_reads_from_memory(source, tmp_path):
     assert_same(read(train, 4), read(source, 4))
 
 
+def test_latents_stay_as_they_are_and_states_come_with_their_clip():
+    """Records that are encoded already, with trajectories: float32 in, the same bits out."""
+    rng = np.random.default_rng(0)
+    record = lambda i: {
+        "video": rng.normal(size=(3, 4, 4, 16)).astype(np.float32),
+        "states": rng.normal(size=(5, 3, 4, 4, 16)).astype(np.float32),
+        "caption": "",
+        "scene": i,
+    }
+    records = [record(i) for i in range(NUM)]
+    for batch in read(records, 3):
+        assert batch["states"].shape == (BATCH, 5, 3, 4, 4, 16)
+        for name in ("video", "states"):
+            wanted = np.stack([records[i][name] for i in batch["scene"]])
+            np.testing.assert_array_equal(batch[name], wanted)
+
+
 def test_failure_to_encode_reaches_the_caller(source):
     def fails(caption: str) -> np.ndarray:
         raise ValueError("caption too long")

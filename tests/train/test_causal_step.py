@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from configs import base
 from salt_jax.flow.prediction import from_velocity
@@ -19,13 +20,14 @@ from salt_jax.losses.dmd import dmd_loss
 from salt_jax.losses.self_consistency import self_consistency_loss
 from salt_jax.models.denoiser import guided, wan_network
 from salt_jax.models.kv_cache import CachePolicy
+from salt_jax.models.lora import init_lora, merge
 from salt_jax.models.presets import PRESETS, Compute, WanConfig
 from salt_jax.models.wan import init_wan
 from salt_jax.rollout.causal import diffusion_forcing, recache, replay, rollout, sight_of
 from salt_jax.rollout.plan import Choice, draw_chunk_plan, draw_rollout
 from salt_jax.train import sharding
 from salt_jax.train.loop import Run, decide, iterate
-from salt_jax.train.recipe import read_recipe
+from salt_jax.train.recipe import Lora, read_recipe
 from salt_jax.train.setup import empty_stream
 from salt_jax.train.step import Networks, compile_step, critic_step, student_step
 from tests.models.test_wan import randomised
@@ -184,6 +186,39 @@ def test_a_critic_step_moves_the_critic_and_nothing_else():
         assert bits(getattr(after, name)) == bits(getattr(before, name)), name
     assert_all_moved(before.critic.params, after.critic.params)
     assert set(metrics) == {"critic", "critic_grad_norm", "critic_skipped", "critic_skipped_in_a_row"}
+
+
+# Adapters: the networks stand still, their products move.
+
+ADAPTED = replace(RECIPE, video="noised", lora=Lora(rank=4, alpha=8.0))
+TWO_WANS = Networks(NETWORK, NETWORK.denoise, judge)
+
+
+def adapted_state():
+    """As in the middle of a run: no product is zero, and the two are not the same."""
+    like = jax.eval_shape(lambda: init_lora(jax.random.key(0), STUDENT, 4))
+    state = learners(ADAPTED, randomised(like, 11), randomised(like, 12))
+    return replace(state, step=jnp.int32(3), ema=randomised(like, 13))
+
+
+@pytest.mark.slow
+def test_adapters_move_what_they_are_and_stand_on_the_networks_that_they_were_made_for():
+    """The student's on the student's start, the critic's on the base: values are those of the merged networks."""
+    before, frozen = adapted_state(), {"teacher": TEACHER, "base": BASE, "student": EMA}
+    whole = lambda base, learner: merge(base, learner.params, ADAPTED.lora)
+    plain = replace(ADAPTED, lora=Lora(rank=0, alpha=0.0))
+    merged = learners(plain, whole(EMA, before.student), whole(BASE, before.critic))
+    for which, who, term in ((student_step, "student", "dmd"), (critic_step, "critic", "critic")):
+        step = lambda s, f, recipe: which(s, f, batch_of(0), KEY, None, TWO_WANS, recipe, PLAIN)  # noqa: B023
+        after, metrics = jax.jit(step, static_argnums=2)(before, frozen, ADAPTED)
+        # The unadapted step's metrics alone: what is not asked for is not computed.
+        value = jax.jit(lambda s, f: step(s, f, plain)[1][term])(merged, frozen)  # noqa: B023
+        np.testing.assert_allclose(metrics[term], value, rtol=1e-4)
+        assert jax.tree.structure(after) == jax.tree.structure(before)
+        assert {path[-1] for path in flatten_dict(getattr(after, who).params)} == {"lora_a", "lora_b"}
+        assert_all_moved(getattr(before, who).params, getattr(after, who).params)
+        other = "critic" if who == "student" else "student"
+        assert bits(getattr(after, other)) == bits(getattr(before, other))
 
 
 # The losses once more, by hand. What is differentiated is `p`; all else is a constant and needs no stopping.

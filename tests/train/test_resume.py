@@ -1,5 +1,6 @@
 """A run that is killed and started again does what it would have done: same bits, same numbers in the log."""
 
+import functools
 import os
 import signal
 import struct
@@ -8,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,21 +25,56 @@ from salt_jax.train.sharding import make_mesh
 from salt_jax.train.state import init_learner, init_state
 
 ROOT = Path(__file__).parents[2]
-UPDATES, HALF = 12, 4
+SMALL = {"weights": "", "batch_size": 4, "log_every": 1, "ema.start": 2}
+SMALL |= {"data.num_train": 24, "data.num_test": 1}  # an epoch is two or three iterations
+CAUSAL = {
+    "world.frames": 6,
+    "sample.num_updates": (2,),
+    "schedule.train_updates": 4,
+    "schedule.anchor_updates": 2,
+}
+ROLLOUT = {"video": "rollout", "teacher.kind": "closed_form", "critic_updates": 1}
+ROLLOUT |= {"rollout.updates": (2, 4), "rollout.probabilities": (0.5, 0.5)}
+STREAM = {"memory.window": 9, "memory.sink": 3, "stream.max_frames": 21, "stream.switch": 1.0}
 
 
-def start(workdir, data):
-    """`python -m launch.train` of a distillation of the closed form by a fresh network, in another process."""
-    options = {
-        "weights": "",
-        "teacher.kind": "closed_form",
-        "batch_size": 4,
-        "updates": UPDATES,
-        "save_every": HALF,
-    }
-    options |= {"log_every": 1, "critic_updates": 2, "ema.start": 2, "data.dir": data}
-    options |= {"data.num_train": 24, "data.num_test": 1}  # an epoch is two iterations
-    command = [sys.executable, "-m", "launch.train", f"--config={ROOT}/configs/shapes_sc_dmd.py"]
+class Case(NamedTuple):
+    """A run that is stopped after `half` of its updates: what it is, and what its log then tells of."""
+
+    options: dict[str, Any]
+    updates: int
+    half: int
+    terms: set[str]
+
+
+CASES = {
+    "noised": Case(
+        {"teacher.kind": "closed_form", "critic_updates": 2}, 12, 4, {"dmd", "self_consistency", "critic"}
+    ),
+    # Seed 0: before and after the stop some updates have the one term, some the other.
+    "rollout": Case(
+        CAUSAL | ROLLOUT | {"align.weight": 0.5, "align.probability": 1.0},
+        6,
+        2,
+        {"dmd", "self_consistency", "alignment", "critic"},
+    ),
+    # Six updates a sequence, of student and critic in turn. Seed 2: it changes its prompt, stops, and goes on.
+    "stream": Case(CAUSAL | ROLLOUT | STREAM | {"seed": 2}, 6, 2, {"dmd", "critic"}),
+    "teacher_forcing": Case(CAUSAL | {"stage": "teacher_forcing"}, 12, 4, {"teacher_forcing"}),
+    "consistency": Case(CAUSAL | {"stage": "consistency", "ode.updates": 8}, 12, 4, {"consistency"}),
+    "ode_regression": Case(
+        CAUSAL | {"stage": "ode_regression", "ode.updates": 8, "ode.trajectories": 160},
+        12,
+        4,
+        {"ode_regression"},
+    ),
+}
+
+
+def start(case, workdir, data):
+    """`python -m launch.train` of a fresh network in another process."""
+    options = SMALL | case.options | {"updates": case.updates, "save_every": case.half, "data.dir": data}
+    command = [sys.executable, "-m", "launch.train", f"--config={ROOT}/configs/base.py"]
     command += [f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in options.items())]
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -45,6 +82,38 @@ def start(workdir, data):
     }
     with open(f"{workdir}.log", "a") as log:
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
+
+
+def finish(process, workdir):
+    assert process.wait(timeout=500) == 0, Path(f"{workdir}.log").read_text()
+
+
+def kill_once_there_is(path, process, workdir):
+    """kill -9 as soon as a file appears."""
+    deadline = time.monotonic() + 500
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline, Path(f"{workdir}.log").read_text()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def commit(workdir, step):
+    """The file that is written when a checkpoint is whole."""
+    return workdir / "checkpoints" / str(step) / "commit_success.txt"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """(case) -> the workdir of a run that nobody killed, made once; they share a place for data."""
+    root = tmp_path_factory.mktemp("whole")
+
+    @functools.cache
+    def run(name):
+        finish(start(CASES[name], root / name, root / "data"), root / name)
+        return root / name
+
+    return run
 
 
 def scalars(file):
@@ -62,46 +131,58 @@ def arrays(workdir, step):
     """Every array of a checkpoint, as bytes."""
     with open_checkpoints(workdir, 2) as manager:
         assert manager.latest_step() == step
-        names = ("student", "student_opt", "ema", "critic", "critic_opt")
-        trees = {name: manager.restore(step)[name] for name in names}
+        names = ("student", "student_opt", "ema", "critic", "critic_opt", "stream")
+        there = [name for name in names if (workdir / "checkpoints" / str(step) / name).is_dir()]
+        trees = {name: manager.restore(step)[name] for name in there}
     return {
         jax.tree_util.keystr(path): x.tobytes()
         for path, x in jax.tree_util.tree_leaves_with_path(jax.device_get(trees))
     }
 
 
-@pytest.mark.slow
-def test_killed_and_started_again_is_never_killed(tmp_path):
-    whole, killed, data = tmp_path / "whole", tmp_path / "killed", tmp_path / "data"
-    assert start(whole, data).wait(timeout=500) == 0, Path(f"{whole}.log").read_text()
-
-    process, committed = start(killed, data), killed / "checkpoints" / str(HALF) / "commit_success.txt"
-    deadline = time.monotonic() + 500
-    while not committed.exists():
-        assert process.poll() is None and time.monotonic() < deadline, Path(f"{killed}.log").read_text()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (killed / "checkpoints" / str(UPDATES) / "commit_success.txt").exists(), (
-        "killed too late to tell"
-    )
-    (before,) = killed.glob("events.*")
-    assert start(killed, data).wait(timeout=500) == 0, Path(f"{killed}.log").read_text()
-
-    wanted, found = arrays(whole, UPDATES), arrays(killed, UPDATES)
-    assert wanted.keys() == found.keys() and len(wanted) > 100
+def assert_same_end(whole, other, updates):
+    wanted, found = arrays(whole, updates), arrays(other, updates)
+    assert wanted.keys() == found.keys() and len(wanted) > 50
     assert [path for path in wanted if wanted[path] != found[path]] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_killed_and_started_again_is_never_killed(name, runs, tmp_path):
+    case, whole, killed = CASES[name], runs(name), tmp_path / "killed"
+    data = whole.parent / "data"
+    kill_once_there_is(commit(killed, case.half), process := start(case, killed, data), killed)
+    assert process.returncode and not commit(killed, case.updates).exists(), "killed too late to tell"
+    (before,) = killed.glob("events.*")
+    finish(start(case, killed, data), killed)
+
+    assert_same_end(whole, killed, case.updates)
     (after,) = set(killed.glob("events.*")) - {before}
     (log,) = whole.glob("events.*")
     told, full = scalars(after), scalars(log)
     steps = {step for _, step in told}
-    assert (
-        max(steps) == UPDATES
-        and min(steps) > HALF
-        and {step for _, step in full} == set(range(1, UPDATES + 1))
-    )
-    assert {"dmd", "self_consistency", "critic", "student_grad_norm"} <= {name for name, _ in told}
+    assert max(steps) == case.updates and min(steps) > case.half
+    assert {step for _, step in full} == set(range(1, case.updates + 1))
+    assert case.terms | {"student_grad_norm"} <= {tag for tag, _ in told}
     assert told == {key: value for key, value in full.items() if key[1] in steps}
+    assert ("stream" in name) == (killed / "checkpoints" / str(case.updates) / "stream").is_dir()
+
+
+@pytest.mark.slow
+def test_killed_while_trajectories_are_made_it_keeps_those_that_are_done(runs, tmp_path):
+    case, whole, killed = CASES["ode_regression"], runs("ode_regression"), tmp_path / "killed"
+    data, parts = whole.parent / "data", 40
+    first = killed / "trajectories" / "00000.safetensors"
+    kill_once_there_is(first, start(case, killed, data), killed)
+    done = {path: path.stat().st_mtime_ns for path in first.parent.glob("*.safetensors")}
+    assert 1 <= len(done) < parts, "killed too late to tell"
+    finish(start(case, killed, data), killed)
+
+    names = sorted(path.name for path in first.parent.glob("*.safetensors"))
+    assert len(names) == parts and all(path.stat().st_mtime_ns == time for path, time in done.items())
+    for name in names:
+        assert (first.parent / name).read_bytes() == (whole / "trajectories" / name).read_bytes()
+    assert_same_end(whole, killed, case.updates)
 
 
 def test_a_run_whose_learning_rate_decays_keeps_its_length(tmp_path):

@@ -56,7 +56,7 @@ def contents(directory):
 
 
 def test_records_are_clips_with_their_captions_and_trajectories(tmp_path):
-    """11 trajectories are three batches of 4, which go around the five clips; the velocity is half the clip's number."""
+    """11 trajectories are three batches of 4 that go around the five clips; the velocity is half the clip's number."""
     made = make(tmp_path)
     assert len(made) == 12 and len(contents(tmp_path)) == 3
     levels = grid(2, RECIPE.schedule.shift)[:, None, None, None, None]
@@ -69,9 +69,8 @@ def test_records_are_clips_with_their_captions_and_trajectories(tmp_path):
             record["states"], record["states"][:1] - (1 - levels) * clip / 2, atol=1e-5
         )
         noises.append(record["states"][0].ravel())
-    assert (
-        np.abs(np.corrcoef(noises) - np.eye(12)).max() < 0.4
-    )  # 288 values each: over six standard deviations
+    # 288 values each: over six standard deviations.
+    assert np.abs(np.corrcoef(noises) - np.eye(12)).max() < 0.4
 
 
 def test_a_part_is_a_function_of_the_seed_and_its_number_and_what_is_there_is_kept(tmp_path):
