@@ -244,11 +244,11 @@ def judged(p, video, sight, start, before, text, k_view, critic):
     return dmd_loss(video.x0, x0_critic, x0_teacher).mean(), consistency.mean()
 
 
-def made_by(params, batch, key, levels, exit_update, cache, recipe):
+def made_by(params, batch, key, levels, exit_update, cache, recipe, first=None):
     """The student's rollout in an update with this key, and the frames before it that the teacher sees."""
     overlap = 0 if cache is None else recipe.stream.overlap
     keys, shape = jax.random.split(jax.random.split(key)[0], BATCH), (CLIP[0] - overlap, *CLIP[1:])
-    args = (params, batch["text"], levels, exit_update, "cm", keys, shape, recipe.memory, cache)
+    args = (params, batch["text"], levels, exit_update, "cm", keys, shape, recipe.memory, cache, first)
     made = rollout(NETWORK, *args)
     return made, (made.x[:, :0] if cache is None else cache.x0[:, -overlap:])
 
@@ -257,10 +257,14 @@ def made_by(params, batch, key, levels, exit_update, cache, recipe):
 def student_by_hand(params, batch, draw, cache, weights, recipe):
     """Value, terms and gradient of the loss of a student's update."""
     _, k_view = jax.random.split(KEY)
-    made, before = made_by(params, batch, KEY, draw.levels, draw.exit_update, cache, recipe)
-    better, _ = made_by(params, batch, KEY, draw.reference_levels, draw.reference_exit, cache, recipe)
+    own = recipe.rollout.first_updates  # of the first chunk, whose reference runs all of them
+    first, last = ((draw.first_levels, at) if own else None for at in (draw.first_exit, own - 1))
+    made, before = made_by(params, batch, KEY, draw.levels, draw.exit_update, cache, recipe, first)
+    better, _ = made_by(params, batch, KEY, draw.reference_levels, draw.reference_exit, cache, recipe, last)
     level = lambda value: jnp.full(made.x.shape[:2], value)
-    start = (made.x, level(draw.levels[draw.exit_update]), level(draw.sigma_m), level(draw.sigma_e))
+    levels = level(draw.levels[draw.exit_update])
+    levels = levels.at[:, :2].set(draw.first_levels[draw.first_exit]) if own else levels
+    start = (made.x, levels, level(draw.sigma_m), level(draw.sigma_e))
     looks = BASE if recipe.align.network == "base" else params
 
     def look(x0):
@@ -315,6 +319,17 @@ def test_a_student_that_judges_its_own_features_is_not_moved_by_them():
     recipe, weights = replace(RECIPE, align=replace(RECIPE.align, network="student")), weights_of(ALIGNED)
     stepped = run(compiled(student_step, ALIGNED, recipe), causal_state(), batch_of(0), drawn(2, 1))
     by_hand = student_by_hand(STUDENT, batch_of(0), drawn(2, 1), None, weights, recipe)
+    assert_by_hand(*stepped, by_hand, weights)
+
+
+@pytest.mark.slow
+def test_a_first_chunk_with_updates_of_its_own_exits_at_a_level_of_its_own():
+    """Causal Forcing's: four at the first chunk, fewer after it; its reference takes all of them."""
+    recipe = replace(RECIPE, rollout=replace(RECIPE.rollout, first_updates=3))
+    draw, weights = drawn(2, 1, recipe), weights_of(ALIGNED)
+    assert draw.first_levels[draw.first_exit] != draw.levels[draw.exit_update]
+    stepped = run(compiled(student_step, ALIGNED, recipe), causal_state(), batch_of(0), draw)
+    by_hand = student_by_hand(STUDENT, batch_of(0), draw, None, weights, recipe)
     assert_by_hand(*stepped, by_hand, weights)
 
 
