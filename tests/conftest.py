@@ -16,6 +16,11 @@ jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# A collective on virtual devices blocks a thread, and XLA takes no more threads than there are devices: where a
+# program has collectives that may go in any order, all threads may wait for one that none is left to run.
+os.environ["NPROC"] = "32"
+jax.devices()
+del os.environ["NPROC"]
 # Compiled programs are kept between runs, outside the repository: they fit the CPU they were made on.
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

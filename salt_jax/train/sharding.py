@@ -109,4 +109,9 @@ def place(tree: Any, shardings: Any) -> Any:
 
     In a run of several processes every process passes the same, whole values.
     """
-    return jax.device_put(tree, shardings, may_alias=False)
+
+    def put(x: Any, sharding: Any) -> jax.Array:
+        # An array that is copied to several devices is itself taken as one of the copies, whatever may_alias says.
+        return jax.device_put(x.copy() if isinstance(x, jax.Array) else x, sharding, may_alias=False)
+
+    return jax.tree.map(put, tree, jax.tree.broadcast(shardings, tree))
