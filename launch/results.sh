@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Every number of docs/results.md about students: the sweep of lambda_SC and stop-gradient over training length, then
-# methods, teachers and seeds, then the students that work chunk by chunk. Two hours on 2 CPU cores in two parts; run it
-# again to go on where it stopped. ONLY=whole or ONLY=causal does one half.
+# methods, teachers and seeds, then the students that work chunk by chunk, then each other recipe once. Two and a half
+# hours on 2 CPU cores in two parts; run it again to go on where it stopped. ONLY=whole, ONLY=causal or ONLY=recipes does
+# one of the three; the last needs the second.
 #
 #   bash launch/results.sh [DIR] [train options]     DIR defaults to runs/results
 #
@@ -96,6 +97,34 @@ causal() {
     done
 }
 
+# The recipes of the peers that the table above does not hold, one seed each, from their own starts.
+recipes() {
+    local variant stages=$dir/causal/stages to=$dir/recipes
+    if mine; then # frame by frame
+        evaluate=(--solvers=cm --count=48)
+        run "$to/teacher_forcing_frame/0" shapes_teacher_forcing:frame
+        run "$to/consistency_frame/0" shapes_consistency:frame --config.init_from="$to/teacher_forcing_frame/0"
+        for variant in frame frame_salt two one; do
+            run "$to/causal_forcing_$variant/0" "shapes_causal_forcing:$variant" \
+                --config.init_from="$to/consistency_frame/0" --config.sample.num_updates="(1,2,4,8)"
+        done
+    fi
+    if mine; then
+        # Streaming: window and sink, then one video over many updates.
+        evaluate=(--solvers=cm --memory=9:3:absolute)
+        run "$to/longlive_init/0" shapes_longlive_init --config.init_from="$stages/consistency/0"
+        for variant in plain salt; do
+            run "$to/longlive_$variant/0" "shapes_longlive:$variant" --config.init_from="$to/longlive_init/0"
+        done
+        evaluate=(--solvers=cm --count=48)
+        run "$to/ode/0" shapes_ode --config.init_from="$stages/teacher_forcing/0"
+        for variant in plain salt; do
+            run "$to/causvid_$variant/0" "shapes_causvid:$variant" --config.init_from="$to/ode/0"
+        done
+    fi
+}
+
 [ "${ONLY:-whole}" != whole ] || whole
 [ "${ONLY:-causal}" != causal ] || causal
+[ "${ONLY:-recipes}" != recipes ] || recipes
 [ "$part" != 1/1 ] || python -m launch.tabulate --dir="$dir"

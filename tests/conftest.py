@@ -23,11 +23,16 @@ jax.devices()
 del os.environ["NPROC"]
 # Compiled programs are kept between runs, outside the repository: they fit the CPU they were made on.
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)  # the programs of launch would choose their own
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Tests marked `gpu` run where the default backend is a GPU and say so elsewhere."""
+    """Tests marked `gpu` run where the default backend is a GPU and say so elsewhere.
+
+    What the fast tests compile runs for milliseconds: half the effort of compiling it is enough.
+    """
+    jax.config.update("jax_disable_most_optimizations", item.get_closest_marker("slow") is None)
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip("needs a GPU: run with JAX_PLATFORMS=cuda")

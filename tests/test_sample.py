@@ -21,14 +21,6 @@ WINDOW = CachePolicy(3, 3, 6, 1, "relative")
 SINK = CachePolicy(3, 3, 9, 3, "absolute")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """What is compiled here runs for milliseconds: half the effort of compiling it is enough."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def params():
     """Like a trained network: no zeros in the head."""
@@ -112,6 +104,7 @@ def test_the_first_chunk_may_take_more_updates(params):
     np.testing.assert_allclose(more[:, :3], alone, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_given_picture_is_continued(params):
     """Image to video: the first frame of a video, given, leads to the same video; another one to another."""
     policy = CachePolicy(3, 1, 0, 0, "absolute")

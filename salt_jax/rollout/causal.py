@@ -93,7 +93,8 @@ def commit(
 def recache(network: Network, params: Params, cache: KVCache, text: Any, policy: CachePolicy) -> KVCache:
     """The same frames read again under another text (LongLive's prompt switch), causally, with the sink.
 
-    What the cache has forgotten is not seen again. Slots are read in groups: the sink, then chunks from the end.
+    What the cache has forgotten is not seen again. Slots are read in groups: the sink, then chunks from the
+    end; these are the chunks that were committed once the cache is full, or where it holds whole chunks.
     """
     rest = cache.slots - policy.sink
     sizes = (policy.sink, rest % policy.chunk) + (policy.chunk,) * (rest // policy.chunk)

@@ -1,5 +1,7 @@
 """Values of a recipe that cannot stand together, each refused in one sentence that names the key and the remedy."""
 
+import dataclasses
+import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -8,12 +10,30 @@ from salt_jax.errors import UserError
 if TYPE_CHECKING:
     from salt_jax.train.recipe import Recipe
 
+# Keys that may differ when a workdir goes on: they change how long and how often, not what an update does.
+MAY_CHANGE = {"updates", "log_every", "save_every", "keep", "max_skipped", "sample", "mesh"}
+
 
 def refuse_contradictions(r: "Recipe") -> None:
     """Raises UserError for the first contradiction."""
     for check in (_counts, _stage, _clip, _schedule, _rollout, _align, _stream, _optimizers):
         for told in check(r):
             raise UserError(told)
+
+
+def refuse_another_run(before: str, r: "Recipe") -> None:
+    """Raises UserError for the first value that what is there, made with the config `before`, does not share."""
+    was, now = json.loads(before), json.loads(json.dumps(dataclasses.asdict(r)))
+    for config in (was, now):
+        config["data"].pop("dir")  # the same data set may lie elsewhere
+    decays = r.student_optimizer.decay or r.critic_optimizer.decay
+    fixed = set(now) - MAY_CHANGE | ({"updates"} if decays else set())  # a decay is over the whole run
+    for name in sorted(fixed):
+        if was.get(name) != now[name]:
+            raise UserError(
+                f"this workdir was trained with config.{name} = {was.get(name)}, not {now[name]}; "
+                "pass the config that made it, or a new --workdir"
+            )
 
 
 def _counts(r: "Recipe") -> Iterator[str]:
@@ -98,6 +118,11 @@ def _rollout(r: "Recipe") -> Iterator[str]:
         )
     if o.first_updates < 0:
         yield f"config.rollout.first_updates={o.first_updates} must be 0 (as the other chunks) or more"
+    if o.first_updates and r.loss.self_consistency:
+        yield (
+            f"config.rollout.first_updates={o.first_updates} gives the first chunk levels of its own, and "
+            "self-consistency is trained at one level for all; set it or config.loss.self_consistency to 0"
+        )
 
 
 def _align(r: "Recipe") -> Iterator[str]:

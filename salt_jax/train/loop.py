@@ -6,7 +6,6 @@ One iteration is one student update followed by the critic's. A batch, and every
 
 import dataclasses
 import functools
-import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from salt_jax.data.pipeline import batches
 from salt_jax.errors import UserError
 from salt_jax.rollout.plan import Choice, Draw, draw_rollout, place_in_sequence
 from salt_jax.train import checkpoint, sharding
+from salt_jax.train.contradictions import refuse_another_run
 from salt_jax.train.preview import make_preview, show
 from salt_jax.train.recipe import Recipe, to_json
 from salt_jax.train.setup import Setup, setup
@@ -33,9 +33,6 @@ from salt_jax.train.trajectories import make_trajectories
 from salt_jax.types import Params
 
 log = logging.getLogger(__name__)
-
-# Keys that may differ when a workdir goes on: they change how long and how often, not what an update does.
-MAY_CHANGE = {"updates", "log_every", "save_every", "keep", "max_skipped", "sample", "mesh"}
 
 
 class Run(NamedTuple):
@@ -98,17 +95,7 @@ def resume(manager: Any, state: TrainState, mesh: Mesh, recipe: Recipe) -> Train
     restored = checkpoint.restore(manager, wanted)
     if not restored:
         return sharding.place(state, shardings)
-    before, now = json.loads(restored[1]["config"]), json.loads(to_json(recipe))
-    for config in (before, now):
-        config["data"].pop("dir")  # the same data set may lie elsewhere
-    decays = recipe.student_optimizer.decay or recipe.critic_optimizer.decay
-    fixed = set(now) - MAY_CHANGE | ({"updates"} if decays else set())  # a decay is over the whole run
-    for name in sorted(fixed):
-        if before.get(name) != now[name]:
-            raise UserError(
-                f"this workdir was trained with config.{name} = {before.get(name)}, not {now[name]}; "
-                "pass the config that made it, or a new --workdir"
-            )
+    refuse_another_run(restored[1]["config"], recipe)
     return restored[0]
 
 

@@ -17,7 +17,9 @@ from tqdm import tqdm
 
 from salt_jax.data.shapes import to_latent
 from salt_jax.models.denoiser import Network
-from salt_jax.train.recipe import Recipe
+from salt_jax.models.weights import read_metadata
+from salt_jax.train.contradictions import refuse_another_run
+from salt_jax.train.recipe import Recipe, to_json
 from salt_jax.train.stages import trajectory
 from salt_jax.types import Params
 
@@ -47,16 +49,21 @@ def make_trajectories(
     encode_caption: Callable[[str], np.ndarray],
     source: Sequence,
 ) -> Trajectories:
-    """Makes what is missing in `directory`: `config.ode.trajectories`, rounded up to whole batches."""
+    """Makes what is missing in `directory`: `config.ode.trajectories`, rounded up to whole batches.
+
+    Raises:
+      UserError: a part that is there was made with another config.
+    """
     size = recipe.batch_size
     directory.mkdir(parents=True, exist_ok=True)
     parts = [directory / f"{i:05d}.safetensors" for i in range(-(-recipe.ode.trajectories // size))]
     record = lambda index: source[index % len(source)]
     make = jax.jit(lambda p, batch, null, key: trajectory(network, p, batch, null, key, recipe))
-    mine = [
-        p for i, p in enumerate(parts) if i % jax.process_count() == jax.process_index() and not p.exists()
-    ]
-    for path in tqdm(mine, desc="trajectories", unit="batch", disable=not mine):
+    mine = parts[jax.process_index() :: jax.process_count()]
+    missing = [path for path in mine if not path.exists()]
+    for path in set(mine) - set(missing):
+        refuse_another_run(read_metadata(path)["config"], recipe)
+    for path in tqdm(missing, desc="trajectories", unit="batch", disable=not missing):
         number = int(path.stem)
         records = [record(number * size + i) for i in range(size)]
         video = to_latent(np.stack([r["video"] for r in records]))
@@ -64,7 +71,9 @@ def make_trajectories(
         batch = {"video": jnp.asarray(video), "text": jnp.asarray(text)}
         key = jax.random.fold_in(jax.random.key(recipe.seed), number)
         states = np.asarray(make(params, batch, jnp.asarray(null_text), key))
-        save_file({"video": video, "states": states}, path.with_suffix(".partial"))
+        save_file(
+            {"video": video, "states": states}, path.with_suffix(".partial"), {"config": to_json(recipe)}
+        )
         path.with_suffix(".partial").replace(path)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("trajectories")

@@ -144,6 +144,7 @@ def test_a_run_that_is_not_finite_stops_and_names_the_term(train, small, tmp_pat
     refused(result, "2 student updates in a row", "at update 2 ", "dmd", "self_consistency")
 
 
+@pytest.mark.slow
 def test_a_workdir_goes_on_and_what_does_not_fit_it_is_refused(train, small, tmp_path, caplog, monkeypatch):
     steps = lambda: {
         int(path.name) for path in (tmp_path / "checkpoints").glob("[0-9]*") if path.name.isdigit()

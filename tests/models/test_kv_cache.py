@@ -37,9 +37,6 @@ PARAMS = randomised(init_wan(jax.random.key(0), SMALL), 1)
 PLACE = (4, 6, 4)  # rows, columns, channels of a frame
 TOKENS = 6  # of a frame
 
-# These programs run for milliseconds: not to optimise them saves two thirds of the time that compiling takes.
-quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def sees(policy, frame, end):
     """The peers' rule: may a chunk that ends at frame `end` see that frame?"""
@@ -141,7 +138,7 @@ def content(frames):
     )
 
 
-remember = quick(append, static_argnames="policy")
+remember = jax.jit(append, static_argnames="policy")
 
 
 def assert_holds(cache, frames, end):
@@ -240,7 +237,7 @@ def test_flushing_keeps_the_sink_and_the_last_frames(sink):
     policy, cache = CachePolicy(3, 3, 9 + sink, sink, "absolute"), blank(6 + sink)
     for start in range(0, 12, 3):
         cache = remember(cache, *content(range(start, start + 3)), policy=policy)
-    cache = quick(lambda cache: flush(cache, policy, 2))(cache)
+    cache = jax.jit(lambda cache: flush(cache, policy, 2))(cache)
     memory = [*range(sink), 10, 11]
     assert_holds(cache, memory, 12)
     for start in (12, 15):
@@ -288,7 +285,7 @@ def normal(*shape, seed=0):
 def test_attention_to_a_length_is_attention_to_the_keys_in_front():
     """Whatever stands behind, bit for bit."""
     q, k, v = normal(2, 5, 2, 8, seed=1), normal(2, 7, 2, 8, seed=2), normal(2, 7, 2, 8, seed=3)
-    masked = quick(attention)
+    masked = jax.jit(attention)
     for length in (1, 4, 7):
         behind = (jnp.arange(7) >= length)[None, :, None, None]
         got = masked(q, k, v, jnp.int32(length))
@@ -300,7 +297,7 @@ def test_attention_to_a_length_is_attention_to_the_keys_in_front():
 
 def test_angles_of_traced_frames_are_those_of_static_ones():
     frames = np.array([0, 3, 17, MAX_FRAMES - 1])
-    traced = quick(lambda frames: rope_angles(frames, 2, 3, 24))(jnp.asarray(frames))
+    traced = jax.jit(lambda frames: rope_angles(frames, 2, 3, 24))(jnp.asarray(frames))
     np.testing.assert_array_equal(traced, rope_angles(frames, 2, 3, 24))
 
 
@@ -318,7 +315,7 @@ SLOTS = (
 )
 
 
-@partial(quick, static_argnames=("size", "policy"))
+@partial(jax.jit, static_argnames=("size", "policy"))
 def seen(cache, size, policy, jump):
     """What `look_back` gives, as arrays, with more empty slots behind."""
     sight = look_back(cache, policy, size, jump)
@@ -333,12 +330,12 @@ def to_sight(memory, positions, length, frames):
     return Sight((View(own, (own,), (slice(0, SLOTS),), *positions, length),), memory, frames)
 
 
-@quick
+@jax.jit
 def predicted(params, x, sigma, text, given):
     return NETWORK.denoise(params, x, sigma, text, to_sight(*given))
 
 
-@quick
+@jax.jit
 def read(params, x0, text, given):
     return NETWORK.keys_values(params, x0, text, to_sight(*given))
 
@@ -363,7 +360,7 @@ def fill(policy, x0, slots):
 def test_commit_is_reading_and_appending():
     policy = CachePolicy(3, 3, 7, 1, "relative")
     cache, x0 = fill(policy, clip(6), 4), clip(3, seed=4)
-    whole = quick(lambda params, cache: commit(NETWORK, params, cache, x0, TEXT, policy))(PARAMS, cache)
+    whole = jax.jit(lambda params, cache: commit(NETWORK, params, cache, x0, TEXT, policy))(PARAMS, cache)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), whole, committed(cache, x0, TEXT, policy))
 
 
@@ -418,7 +415,7 @@ def test_a_jump_moves_the_chunk_away_from_what_it_sees(positions):
 def test_a_cached_text_gives_what_the_text_gives():
     policy, x = CachePolicy(3, 3, 7, 1, "absolute"), clip(3, seed=4)
     cache = fill(policy, clip(3), 4)
-    told = quick(NETWORK.read_text)(PARAMS, TEXT)
+    told = jax.jit(NETWORK.read_text)(PARAMS, TEXT)
     for ours, theirs in zip(*(denoise(x, SIGMA, z, cache, policy) for z in (told, TEXT)), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
     ours, theirs = (committed(cache, x, z, policy) for z in (told, TEXT))
@@ -429,7 +426,7 @@ def test_a_bfloat16_cache_gives_nearly_what_a_float32_one_gives():
     policy, x = CachePolicy(3, 3, 7, 1, "relative"), clip(3, seed=4)
     network = wan_network(SMALL, Compute(jnp.bfloat16), 9, 3)
 
-    @quick
+    @jax.jit
     def half(params):
         cache, x0 = empty(4, network), clip(9)
         for start in (0, 3, 6):
@@ -615,7 +612,7 @@ def test_replay_has_the_gradients_of_the_dense_mask(case):
     levels = np.linspace(1.0, 0.2, 2 * frames).reshape(2, frames).astype(np.float32)
     cache = fill(policy, x0, frames)
 
-    @quick
+    @jax.jit
     def slopes(params, noisy, cache):
         def loss(params, noisy):
             made = Trajectory(noisy, jnp.asarray(levels), x0, cache)
@@ -659,7 +656,7 @@ def test_teacher_forcing_equals_the_dense_mask(case):
     x0, noisy, weights = clip(frames), clip(frames, seed=6), clip(frames, seed=7)
     levels = np.linspace(1.0, 0.2, 2 * frames).reshape(2, frames).astype(np.float32)
 
-    @quick
+    @jax.jit
     def slopes(params):
         def loss(params):
             sight = teacher_forcing(NETWORK, params, x0, TEXT, policy)
@@ -688,7 +685,9 @@ def test_diffusion_forcing_equals_skyreels(chunk):
     policy, x = CachePolicy(chunk, chunk, 0, 0, "absolute"), clip(6)
     levels = np.linspace(1.0, 0.2, 12).reshape(2, 6).astype(np.float32)
     sight = diffusion_forcing(6, policy)
-    got = quick(lambda params: NETWORK.denoise(params, x, jnp.asarray(levels), TEXT, sight).velocity)(PARAMS)
+    got = jax.jit(lambda params: NETWORK.denoise(params, x, jnp.asarray(levels), TEXT, sight).velocity)(
+        PARAMS
+    )
     with torch.no_grad():
         expected = model(
             to_torch(x).permute(0, 4, 1, 2, 3),
@@ -707,7 +706,9 @@ def test_diffusion_forcing_equals_the_dense_mask(case):
     policy, frames = CASES[case]
     x, levels = clip(frames), np.linspace(1.0, 0.2, 2 * frames).reshape(2, frames).astype(np.float32)
     sight = diffusion_forcing(frames, policy)
-    got = quick(lambda params: NETWORK.denoise(params, x, jnp.asarray(levels), TEXT, sight).velocity)(PARAMS)
+    got = jax.jit(lambda params: NETWORK.denoise(params, x, jnp.asarray(levels), TEXT, sight).velocity)(
+        PARAMS
+    )
     with torch.no_grad():
         expected = masked_oracle(to_torch(x), levels, TEXT, looks(policy, policy.sizes(frames)))
     np.testing.assert_allclose(got, expected, atol=2e-5)

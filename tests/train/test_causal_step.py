@@ -80,14 +80,6 @@ CRITIC, TEACHER = toy_params(1, SMALL.text_dim), toy_params(2, SMALL.text_dim)
 FROZEN = {"teacher": TEACHER, "base": BASE}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """What is compiled here runs for milliseconds: half the effort of compiling it is enough."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def causal_state(recipe=RECIPE, critic=CRITIC):
     """As in the middle of a run: no two networks are equal."""
     state = learners(recipe, STUDENT, critic)
@@ -168,7 +160,7 @@ def assert_all_moved(before, after):
         assert not np.array_equal(old, new)
 
 
-@pytest.mark.parametrize("choice", [CONSISTENT, ALIGNED])
+@pytest.mark.parametrize("choice", [CONSISTENT, pytest.param(ALIGNED, marks=pytest.mark.slow)])
 def test_a_student_step_moves_student_ema_and_step_and_nothing_else(choice):
     before, (after, metrics) = causal_state(), student_stepped(choice)
     assert bits(after.critic) == bits(before.critic) and after.stream is None
@@ -306,7 +298,7 @@ def weights_of(choice):
     }
 
 
-@pytest.mark.parametrize("choice", [CONSISTENT, ALIGNED])
+@pytest.mark.parametrize("choice", [CONSISTENT, pytest.param(ALIGNED, marks=pytest.mark.slow)])
 def test_a_student_step_follows_the_gradient_of_the_terms_assembled_by_hand(choice):
     """The rollout, the alignment's reference and the network that judges it are constants of that gradient."""
     weights = weights_of(choice)
@@ -380,6 +372,7 @@ def test_a_critic_step_follows_the_gradient_of_flow_matching_on_the_students_rol
 # One program for each choice, whatever is drawn.
 
 
+@pytest.mark.slow
 def test_every_choice_is_one_program_that_serves_all_numbers_of_updates_and_all_exits():
     seen, which = {}, {"student": student_step, "critic": critic_step}
 
@@ -453,6 +446,7 @@ def test_frames_go_on_and_the_cache_keeps_its_size_the_sink_and_the_end():
         assert not np.any(getattr(first, name)[:, :, 2:] == getattr(later, name)[:, :, 2:])
 
 
+@pytest.mark.slow
 def test_a_prompt_is_carried_on_and_replaced_by_a_switch():
     """Batch i belongs to update i: one that goes on does not look at its captions."""
     for places, number in (
@@ -464,6 +458,7 @@ def test_a_prompt_is_carried_on_and_replaced_by_a_switch():
         np.testing.assert_array_equal(streamed(*places).stream.text, batch_of(number)["text"])
 
 
+@pytest.mark.slow
 def test_a_sequence_goes_on_on_its_own_cache():
     """The frames of the second update are those of a rollout on the cache and the prompt of the first."""
     before, after = streamed("new").stream, streamed("new", "on").stream
@@ -474,6 +469,7 @@ def test_a_sequence_goes_on_on_its_own_cache():
     assert np.abs(after.cache.x0[:, 2:] - again(batch_of(1)["text"])[:, 2:]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_new_sequence_looks_at_nothing_that_was_and_others_do():
     step = lambda place, state: run(
         compiled(critic_step, Choice(sequence=place), STREAM), state, batch_of(1), drawn(4, 3)
@@ -488,6 +484,7 @@ def test_a_new_sequence_looks_at_nothing_that_was_and_others_do():
         assert step("on", changed)[1]["critic"] != step("on", state)[1]["critic"], f"{name} is not read"
 
 
+@pytest.mark.slow
 def test_a_switch_reads_the_cached_frames_again_under_the_new_prompt():
     before, after = streamed("new", "on").stream, streamed("new", "on", "switch").stream
     text = batch_of(2)["text"]

@@ -201,6 +201,10 @@ CONTRADICTIONS = {
         ),
         (r"config\.rollout\.updates=\(2, 3, 8\) must divide", ROLLOUT | {"rollout.updates": (2, 3, 8)}),
         (r"config\.rollout\.first_updates=-1 must be 0", ROLLOUT | {"rollout.first_updates": -1}),
+        (
+            r"config\.rollout\.first_updates=4 .* set it or config\.loss\.self_consistency to 0",
+            ROLLOUT | {"rollout.first_updates": 4},
+        ),
     ],
     "align": [
         (r"config\.align\.weight=0\.5 aligns rollouts .*config\.video=rollout", {"align.weight": 0.5}),

@@ -47,14 +47,6 @@ from tests.train.test_step import (
 WIDE = 64  # width of the tiny text encoder
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """What is compiled here runs for milliseconds: half the effort of compiling it is enough."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 # Stage denoising: a teacher-to-be and its text encoder.
 
 

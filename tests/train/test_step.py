@@ -55,14 +55,6 @@ def toy_params(seed, text_dim=TEXT):
     return {"in": {"kernel": inner}, "out": {"kernel": 0.5 * jax.random.normal(k_out, (16, 3))}}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """What is compiled here runs for milliseconds: half the effort of compiling it is enough."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def networks(student, critic=toy, teacher=toy):
     """A denoiser as a whole network: whole clips need no more of it."""
     return Networks(Network(student, None, None, None, None), critic, teacher)
