@@ -87,6 +87,12 @@ causal() {
     fi
     until [ -f "$start/stages/consistency/0/evaluation.json" ]; do sleep 10; done
     for seed in 0 1 2; do
+        # Alignment in every update of a short rollout: three times as many as after a warm-up and by a coin.
+        if mine; then
+            evaluate=(--solvers=cm)
+            run "$dir/causal/main/salt_always/$seed" shapes_self_forcing:salt --config.seed=$seed \
+                --config.init_from="$start/stages/consistency/0" --config.align.start=0 --config.align.probability=1.0
+        fi
         for row in plain naive mixed mixed_sc salt; do
             mine || continue
             evaluate=(--solvers=cm)
