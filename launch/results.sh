@@ -119,14 +119,14 @@ recipes() {
         # Streaming: window and sink, then one video over many updates.
         evaluate=(--solvers=cm --memory=9:3:absolute)
         run "$to/longlive_init/0" shapes_longlive_init --config.init_from="$stages/consistency/0"
-        for variant in plain salt; do
-            run "$to/longlive_$variant/0" "shapes_longlive:$variant" --config.init_from="$to/longlive_init/0"
-        done
+        run "$to/longlive_plain/0" shapes_longlive --config.init_from="$to/longlive_init/0"
         evaluate=(--solvers=cm --count=48)
         run "$to/ode/0" shapes_ode --config.init_from="$stages/teacher_forcing/0"
         for variant in plain salt; do
             run "$to/causvid_$variant/0" "shapes_causvid:$variant" --config.init_from="$to/ode/0"
         done
+        evaluate=(--solvers=cm --memory=9:3:absolute)
+        run "$to/longlive_salt/0" shapes_longlive:salt --config.init_from="$to/longlive_init/0"
     fi
 }
 
