@@ -31,8 +31,8 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests marked `gpu` run where the default backend is a GPU and say so elsewhere.
 
-    What the fast tests compile runs for milliseconds: half the effort of compiling it is enough.
+    What most tests compile runs for milliseconds: half the effort of compiling it is enough.
     """
-    jax.config.update("jax_disable_most_optimizations", item.get_closest_marker("slow") is None)
+    jax.config.update("jax_disable_most_optimizations", item.get_closest_marker("optimized") is None)
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip("needs a GPU: run with JAX_PLATFORMS=cuda")

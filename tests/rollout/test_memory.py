@@ -49,6 +49,7 @@ def temporary_bytes(loss):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_one_replay_of_seven_chunks_needs_less_memory_than_seven_graphs():
     ours, theirs = temporary_bytes(at_once), temporary_bytes(one_after_the_other)
     cache = 2 * CONFIG.num_layers * CLIPS * SHAPE[0] * 64 * CONFIG.dim * 4

@@ -13,6 +13,7 @@ from salt_jax.train.setup import embed, initial_weights, make_network
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_nine_clips_of_ten_are_what_their_caption_says():
     """48 clips, one per caption, by 32 guided Euler updates."""
     recipe = read_recipe(base.get_config())
