@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from salt_jax.data.shapes import to_latent
+from salt_jax.errors import UserError
 from salt_jax.models.denoiser import Network
 from salt_jax.models.weights import read_metadata
 from salt_jax.train.contradictions import refuse_another_run
@@ -52,7 +53,7 @@ def make_trajectories(
     """Makes what is missing in `directory`: `config.ode.trajectories`, rounded up to whole batches.
 
     Raises:
-      UserError: a part that is there was made with another config.
+      UserError: a part that is there was made with another config, or does not say with which.
     """
     size = recipe.batch_size
     directory.mkdir(parents=True, exist_ok=True)
@@ -61,8 +62,11 @@ def make_trajectories(
     make = jax.jit(lambda p, batch, null, key: trajectory(network, p, batch, null, key, recipe))
     mine = parts[jax.process_index() :: jax.process_count()]
     missing = [path for path in mine if not path.exists()]
-    for path in set(mine) - set(missing):
-        refuse_another_run(read_metadata(path)["config"], recipe)
+    for path in sorted(set(mine) - set(missing)):
+        told = read_metadata(path).get("config")
+        if not told:
+            raise UserError(f"{path} has no config in it; delete it, or pass a new --workdir")
+        refuse_another_run(told, recipe)
     for path in tqdm(missing, desc="trajectories", unit="batch", disable=not missing):
         number = int(path.stem)
         records = [record(number * size + i) for i in range(size)]

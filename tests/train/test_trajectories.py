@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from configs import base
 from salt_jax.data.pipeline import batches
@@ -127,3 +128,11 @@ def test_a_longer_run_takes_the_parts_of_a_shorter_one(tmp_path):
     before = contents(tmp_path)
     make(tmp_path, replace(RECIPE, updates=RECIPE.updates + 1, log_every=1))
     assert contents(tmp_path) == before
+
+
+def test_a_part_that_does_not_say_what_made_it_is_refused(tmp_path):
+    make(tmp_path)
+    part = tmp_path / "00001.safetensors"
+    save_file(load_file(part), part)
+    with pytest.raises(UserError, match=r"00001\.safetensors has no config in it"):
+        make(tmp_path)
