@@ -39,21 +39,22 @@ def get_config() -> Any:  # a ConfigDict; its attributes are not known to a type
 
     c.model = ml_collections.ConfigDict(
         dict(
-            preset="tiny",  # student, critic and teacher: tiny, small, wan2.1-t2v-1.3b, wan2.1-t2v-14b
+            preset="tiny",  # student, critic and teacher: a name in salt_jax/models/presets.py
             dtype="float32",  # of matrix products: float32, bfloat16; parameters and losses are always float32
             remat=True,  # recompute each block in the backward pass: less memory, and faster on a CPU
         )
     )
-    c.text_encoder = "tiny"  # tiny, umt5-xxl
+    c.text_encoder = "tiny"  # a name in salt_jax/models/text_encoder.py
     c.weights = (
-        "assets/shapes_teacher.safetensors"  # where student, critic and text encoder start; "" is fresh
+        # where student, critic and text encoder start: a file, or a folder of launch.convert_wan; "" is fresh
+        "assets/shapes_teacher.safetensors"
     )
 
     c.data = ml_collections.ConfigDict(
         dict(
-            kind="moving_shapes",  # or "latents": encoded videos of any size
+            kind="moving_shapes",  # or "latents": what launch.encode wrote
             clip=(),  # kind latents: frames, height and width of a latent clip
-            dir="runs/data",
+            dir="runs/data",  # where the data set is
             num_train=4096,  # clips
             num_test=512,
             seed=0,  # clips are drawn with it
@@ -76,6 +77,7 @@ def get_config() -> Any:  # a ConfigDict; its attributes are not known to a type
             kind="network",  # "network": the weights above; "closed_form": the exact optimum for this world;
             # "data" (stage denoising only): no teacher, the clips themselves
             preset="",  # of the teacher's network; "" is the student's
+            weights="",  # of a teacher that is another network; "" is the weights above
             guidance=2.0,  # w of u + w (c - u), 1 is none; the peers' guidance_scale g is w = 1 + g
         )
     )

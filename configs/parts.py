@@ -24,9 +24,10 @@ def wan() -> Any:
     c = shapes()
     c.model.update(preset="wan2.1-t2v-1.3b", dtype="bfloat16", remat=True)
     c.text_encoder = "umt5-xxl"
-    c.weights = ""
-    c.data.update(kind="latents", clip=(21, 60, 104))
-    c.teacher.update(preset="wan2.1-t2v-14b", guidance=4.0)  # SF's guidance_scale 3
+    c.weights = "weights/wan2.1-t2v-1.3b"
+    c.data.update(kind="latents", clip=(21, 60, 104), dir="data/wan_t2v")
+    c.teacher.update(preset="wan2.1-t2v-14b", weights="weights/wan2.1-t2v-14b")
+    c.teacher.guidance = 4.0  # SF's guidance_scale 3
     c.batch_size = 64  # SF: 64 GPUs of 1
     c.student_optimizer.learning_rate = 2e-6  # SF, Salt App. B
     c.critic_optimizer.learning_rate = 4e-7
@@ -35,6 +36,20 @@ def wan() -> Any:
     c.ema.update(decay=0.99, start=40)  # SF: 200 iterations
     c.mesh.update(data=-1, fsdp=8)
     c.align.layers = 18  # of 30, as VideoREPA (row 18)
+    return c
+
+
+def whole_clips(c: Any, variant: str) -> Any:
+    """SC-DMD and its baselines without rollouts (Salt App. B: backward simulation off)."""
+    c.video = "noised"
+    c.batch_size = 16  # Salt App. B
+    c.student_optimizer.learning_rate = c.critic_optimizer.learning_rate = 1e-6  # "the same" (row 12)
+    c.schedule.shift = 12.0  # Salt App. A.1; the grid of training is that of inference (row 10)
+    c.schedule.update(train_updates=8, anchor_updates=4)  # Eq. 9: 8 levels, for 4 updates
+    if variant != "sc_dmd":
+        c.loss.self_consistency = 0.0
+    if variant == "dmd4":
+        c.schedule.train_updates = 4
     return c
 
 

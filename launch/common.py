@@ -12,12 +12,14 @@ from typing import NamedTuple, NoReturn, get_args
 import jax
 import numpy as np
 from absl import app, flags, logging
+from jax.sharding import Mesh
 
 from salt_jax.data import shapes
 from salt_jax.errors import UserError
 from salt_jax.models.denoiser import Network
 from salt_jax.models.kv_cache import CachePolicy, Positions
 from salt_jax.models.lora import merge
+from salt_jax.models.vae import SPACE, TIME
 from salt_jax.train.checkpoint import restore_params
 from salt_jax.train.recipe import Recipe, from_json
 from salt_jax.train.setup import embed, initial_weights, make_network, student_start
@@ -31,7 +33,7 @@ class Trained(NamedTuple):
     recipe: Recipe
     network: Network
     params: Params  # of the averaged student, or teacher-to-be
-    weights: Params  # {"wan", "text_encoder"} of the teacher that belongs to it
+    weights: Params  # {"wan", "text_encoder"} of the teacher that belongs to it; {} of kind latents
     embed: Callable[[Sequence[str]], np.ndarray]  # captions -> float32 [N, T, D]
 
 
@@ -47,9 +49,12 @@ def open_workdir(workdir: str) -> Trained:
             f"{path} does not exist; train with --workdir={workdir} first, or name another workdir"
         )
     recipe = from_json(path.read_text())
-    params = restore_params(workdir, "ema", make_mesh({"data": 1, "fsdp": -1, "context": 1, "tensor": 1}))
-    weights = params if recipe.stage == "denoising" else initial_weights(recipe)
-    params = params["wan"] if recipe.stage == "denoising" else params
+    mesh, latents = all_devices(), recipe.data.kind == "latents"
+    params = restore_params(workdir, "ema", mesh)
+    if recipe.stage == "denoising":
+        weights, params = params, params["wan"]
+    else:
+        weights = {} if latents and not recipe.lora.rank else initial_weights(recipe, mesh)
     if recipe.lora.rank:
         params = merge(student_start(recipe, weights["wan"]), params, recipe.lora)
     return Trained(
@@ -59,6 +64,11 @@ def open_workdir(workdir: str) -> Trained:
         weights,
         lambda captions: embed(recipe, weights["text_encoder"], captions),
     )
+
+
+def all_devices() -> Mesh:
+    """For work without a batch to cut: parameters are spread over all devices."""
+    return make_mesh({"data": 1, "fsdp": -1, "context": 1, "tensor": 1})
 
 
 def read_memory(told: str, policy: CachePolicy) -> CachePolicy:
@@ -78,8 +88,8 @@ def read_memory(told: str, policy: CachePolicy) -> CachePolicy:
         ) from error
 
 
-def read_prompts(prompt: str | None, file: str | None, recipe: Recipe, count: int) -> tuple[str, ...]:
-    """Captions from a flag, from a text file with one a line, or `count` of the world's own, evenly spread.
+def read_prompts(prompt: str | None, file: str | None, recipe: Recipe | None, count: int) -> tuple[str, ...]:
+    """Captions from a flag, from a text file with one a line, or `count` of the recipe's world, evenly spread.
 
     Raises:
       UserError: the file is unreadable, not UTF-8, or has no prompt.
@@ -89,6 +99,7 @@ def read_prompts(prompt: str | None, file: str | None, recipe: Recipe, count: in
     if prompt:
         return (prompt,) * count
     if not file:
+        assert recipe, "the caller has asked for a prompt"
         scenes = shapes.scenes(recipe.world)
         return tuple(shapes.caption(scenes[i]) for i in shapes.spread(recipe.world, count))
     try:
@@ -105,6 +116,21 @@ def read_prompts(prompt: str | None, file: str | None, recipe: Recipe, count: in
     if not prompts:
         raise UserError(f"the prompt file {file} has no prompt; write one per line")
     return prompts
+
+
+def read_size(told: str, frames: int) -> tuple[int, int]:
+    """Width and height of "WIDTHxHEIGHT", in pixels of Wan 2.1.
+
+    Raises:
+      UserError: they, or the number of frames, have no latent.
+    """
+    width, _, height = told.partition("x")
+    step = SPACE * 2  # a token is 2 x 2 positions of the latent
+    if not (width.isdigit() and height.isdigit()) or int(width) % step or int(height) % step:
+        raise UserError(f"--size={told} is not WIDTHxHEIGHT, both multiples of {step}, such as 832x480")
+    if frames % TIME != 1:
+        raise UserError(f"--frames={frames} must be {TIME}k + 1, such as 81")
+    return int(width), int(height)
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:

@@ -1,9 +1,11 @@
 """python -m launch.evaluate --workdir=DIR [--count=96] [--seed=0]
+python -m launch.evaluate --vbench_results=FILE_OR_DIR
 
 Measures the averaged student of a workdir beside its teacher and writes DIR/evaluation.json and DIR/report.html. On a
 teacher's workdir (stage denoising) it measures the teacher alone. The teacher makes its clips with 32 guided Euler
 updates; its velocity error is against the closed form. A student that works chunk by chunk also makes long videos,
-under each memory of --memory.
+under each memory of --memory. All of that is of Moving Shapes; videos of Wan 2.1 are scored by VBench, of whose results
+the second form computes Quality, Semantic and Total.
 """
 
 import json
@@ -23,14 +25,15 @@ from tqdm import tqdm
 from launch.common import Trained, open_workdir, read_memory, run_main
 from salt_jax.data import shapes
 from salt_jax.errors import UserError
-from salt_jax.evaluate import suite, summary
+from salt_jax.evaluate import suite, summary, vbench
 from salt_jax.evaluate.report import write_report
 from salt_jax.models.denoiser import guided
 from salt_jax.rollout.parallel import Solver
 from salt_jax.train.setup import closed_form
 from salt_jax.video import write_bytes
 
-WORKDIR = flags.DEFINE_string("workdir", None, "what launch.train wrote", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "what launch.train wrote")
+VBENCH = flags.DEFINE_string("vbench_results", None, "a file or a folder of VBench's *_eval_results.json")
 COUNT = flags.DEFINE_integer("count", 96, "clips per number of updates", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "of the noise", lower_bound=0)
 TEACHER_UPDATES = flags.DEFINE_integer(
@@ -128,9 +131,32 @@ def origin(run: Trained) -> dict[str, str]:
     }
 
 
+def print_vbench(path: str) -> None:
+    """VBench's scores and what they come to, in percent."""
+    scores = vbench.read_results(Path(path))
+    try:
+        totals = vbench.totals(scores)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    for name, value in scores.items():
+        print(f"{name:28}{100 * value:8.2f}")
+    for name, value in totals.items():
+        print(f"{name.capitalize():28}{value:8.2f}")
+
+
 def main(_):
-    run = open_workdir(WORKDIR.value)
-    recipe, out = run.recipe, Path(WORKDIR.value)
+    if bool(VBENCH.value) == bool(WORKDIR.value):
+        raise UserError("give either --workdir=DIR or --vbench_results=FILE")
+    if VBENCH.value:
+        print_vbench(VBENCH.value)
+        return
+    out = Path(WORKDIR.value or "")
+    run = open_workdir(str(out))
+    recipe = run.recipe
+    if recipe.data.kind == "latents":
+        raise UserError(
+            f"{out} makes videos of Wan 2.1: sample with --vbench, and score the videos with VBench"
+        )
     task = make_task(run, COUNT.value, SEED.value)
     updates, solvers = recipe.sample.num_updates, read_solvers() if recipe.stage != "denoising" else []
     with tqdm(total=2 + len(solvers) * (len(updates) + 1), desc="teacher") as bar:

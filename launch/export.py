@@ -9,6 +9,7 @@ from pathlib import Path
 from absl import flags
 
 from launch.common import open_workdir, run_main
+from salt_jax.errors import UserError
 from salt_jax.models.weights import save_weights
 from salt_jax.train.recipe import to_json
 
@@ -18,6 +19,10 @@ DST = flags.DEFINE_string("dst", None, "the file to write", required=True)
 
 def main(_):
     run = open_workdir(WORKDIR.value)
+    if run.recipe.data.kind == "latents":
+        raise UserError(
+            f"{WORKDIR.value} is of Wan 2.1: launch.convert_wan --src={WORKDIR.value} --to=... writes it"
+        )
     tree = {"wan": run.params, "text_encoder": run.weights["text_encoder"]}
     Path(DST.value).parent.mkdir(parents=True, exist_ok=True)
     save_weights(DST.value, tree, "float16", {"config": to_json(run.recipe)})

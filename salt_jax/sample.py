@@ -1,22 +1,31 @@
-"""Checkpoint and captions in, clips out: few-step students and many-step teachers through one function, whole clips or
-chunk by chunk, as long as one likes in constant memory."""
+"""Parameters and prompts in, clips out: few-step students whole or chunk by chunk, as long as one likes in constant
+memory; teachers by many updates; and latents to pixels as they come."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from salt_jax.flow.multistep import TeacherSolver, steps
 from salt_jax.flow.schedule import grid
 from salt_jax.models.denoiser import Network
 from salt_jax.models.kv_cache import CachePolicy, flush, refuse_overflow
+from salt_jax.models.vae import VAEConfig, decode_first, decode_next, decode_tiled
 from salt_jax.rollout.causal import commit, generate_chunk, recache
-from salt_jax.rollout.parallel import Solver, sample
-from salt_jax.types import Denoiser, Params
+from salt_jax.rollout.parallel import Solver, multistep_start, multistep_update, noise_at, sample
+from salt_jax.types import Denoiser, Params, Told
 
 _sample = jax.jit(sample, static_argnums=(0, 4, 6))
+_noise_at = jax.jit(noise_at, static_argnums=3)
+_multistep_update = jax.jit(multistep_update, static_argnums=0)
+_decode_first = jax.jit(decode_first, static_argnums=(2, 3))
+_decode_next = jax.jit(decode_next, static_argnums=(3, 4), donate_argnums=1)
+_decode_tiled = jax.jit(decode_tiled, static_argnums=(2, 3, 4, 5))
 _read_text = jax.jit(lambda network, params, text: network.read_text(params, text), static_argnums=0)
 _recache = jax.jit(recache, static_argnums=(0, 4), donate_argnums=2)
 _commit = jax.jit(commit, static_argnums=(0, 5), donate_argnums=2)
@@ -58,7 +67,7 @@ def clip_keys(seed: int, count: int) -> jax.Array:
 def sample_clips(
     denoiser: Denoiser,
     params: Params,
-    text: np.ndarray,
+    text: Told | np.ndarray,
     keys: jax.Array,
     num_updates: int,
     shift: float,
@@ -72,16 +81,73 @@ def sample_clips(
     so its bits depend on nothing but its key and text.
 
     Args:
-      text: float32 [N, T, D].
+      text: what the network is told of each of N clips.
       keys: [N], from `clip_keys`.
       shape: (F, H, W, C).
     """
     sigmas = grid(num_updates, shift)
-    for start in range(0, len(text), batch_size):
+    for start in range(0, len(keys), batch_size):
         part = slice(start, start + batch_size)
-        yield np.asarray(
-            _sample(denoiser, params, jnp.asarray(text[part]), sigmas, solver, keys[part], shape)
-        )
+        told = jax.tree.map(lambda leaf, part=part: jnp.asarray(leaf[part]), text)
+        yield np.asarray(_sample(denoiser, params, told, sigmas, solver, keys[part], shape))
+
+
+def multistep_clip(
+    denoiser: Denoiser,
+    params: Params,
+    text: Told,
+    keys: jax.Array,
+    num_updates: int,
+    shift: float,
+    solver: TeacherSolver,
+    shape: tuple[int, ...],
+    report: Callable[[], object] = lambda: None,
+) -> np.ndarray:
+    """Clips of a teacher, float32 [B, F, H, W, C]; arguments as in `sample_clips`.
+
+    `report` is called after each update.
+    """
+    noise = _noise_at(keys, jnp.float32(1.0), np.arange(shape[0]), shape[1:])
+    # Beside the parameters from the start: the first update is then of the same program as the others.
+    there = jax.tree.leaves(params)[0].sharding
+    there = NamedSharding(there.mesh, P()) if isinstance(there, NamedSharding) else there
+    history = jax.device_put(multistep_start(noise), there)
+    table = jax.tree.map(lambda column: np.asarray(column, np.float32), steps(solver, num_updates, shift))
+    for i in range(num_updates):
+        row = jax.tree.map(lambda column, i=i: column[i], table)
+        history = _multistep_update(denoiser, params, text, history, row)
+        history.x.block_until_ready()  # so that a progress bar tells the truth; the next update waits for it anyway
+        report()
+    return np.asarray(history.x)
+
+
+def stream_pixels(
+    params: Params, config: VAEConfig, chunks: Iterable[np.ndarray], dtype: Any, tile: int = 0
+) -> Iterator[np.ndarray]:
+    """Latent chunks of a video, [B, f, h, w, 16] each -> its frames, uint8 [B, t, H, W, 3], chunk by chunk.
+
+    `tile` > 0 decodes the whole video at its end instead, in tiles of so many latent rows and columns a quarter of
+    which overlaps: less memory, and seams may be seen.
+    """
+    if tile:
+        whole = np.concatenate(list(chunks), axis=1)
+        yield to_bytes(_decode_tiled(params, whole, config, dtype, tile, tile // 4))
+        return
+    memory: Any = None
+    for chunk in chunks:
+        chunk, frames = jnp.asarray(chunk), []
+        if memory is None:
+            first, memory = _decode_first(params, chunk[:, :1], config, dtype)
+            chunk, frames = chunk[:, 1:], [first]
+        if chunk.shape[1]:
+            more, memory = _decode_next(params, memory, chunk, config, dtype)
+            frames.append(more)
+        yield to_bytes(np.concatenate(frames, axis=1))
+
+
+def to_bytes(pixels: Any) -> np.ndarray:
+    """[-1, 1] -> uint8, cut off and not rounded, as Wan 2.1 writes its videos."""
+    return (np.clip((np.asarray(pixels) + 1) / 2, 0, 1) * 255).astype(np.uint8)
 
 
 def stream_chunks(

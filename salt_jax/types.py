@@ -28,6 +28,18 @@ Sigma = Float[Array, "b"] | Float[Array, "b f"]
 TextEmb = Float[Array, "b t d"]
 """Text embedding: T rows of the text encoder; rows past the end of the text are zero."""
 
+
+class ImageText(NamedTuple):
+    """What an image-to-video model is told."""
+
+    text: Any  # as TextEmb
+    image: Any  # [B, N, E], features of the image encoder, one row per patch
+    condition: Any  # [B, F, H, W, M] behind the noisy latent: mask, then the latent of the picture
+
+
+Told = TextEmb | ImageText
+"""What a network is told about the clip."""
+
 TokenIds = Int[Array, "b t"]
 """Token ids, padded with 0."""
 
@@ -52,4 +64,4 @@ class Prediction(NamedTuple):
 class Denoiser(Protocol):
     """A network, or a formula, that predicts the clean latent. Pure: all state is in `params`."""
 
-    def __call__(self, params: Params, x: Latent, sigma: Sigma, text: TextEmb) -> Prediction: ...
+    def __call__(self, params: Params, x: Latent, sigma: Sigma, text: Told) -> Prediction: ...

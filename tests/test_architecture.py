@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "train": BOTTOM | {"flow", "models", "rollout", "losses", "data", "video"},
     "sample": BOTTOM | {"flow", "models", "rollout", "data"},
     "evaluate": BOTTOM | {"flow", "models", "rollout", "data", "sample", "video"},
+    "bench": BOTTOM | {"flow", "models", "rollout", "train", "sample"},
 }
 READS_CONFIG = {"configs", "launch"}  # rooms; in salt_jax only train/recipe.py
 

@@ -20,6 +20,7 @@ from salt_jax.train.setup import empty_stream, make_network, make_networks
 from salt_jax.train.stages import stage_step
 from salt_jax.train.state import init_learner, init_state
 from salt_jax.train.step import Networks, critic_step, student_step
+from salt_jax.types import ImageText
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(
@@ -118,8 +119,12 @@ def abstract_run(recipe):
         student = params if recipe.stage == "consistency" else teacher
         return {"teacher": student, "base": params, "student": params, "null_text": null}
 
-    clip = lambda *front: jax.ShapeDtypeStruct((recipe.batch_size, *front, *shape), jnp.float32)
-    batch = {"video": clip(), "text": jax.ShapeDtypeStruct((recipe.batch_size, *text.shape[1:]), jnp.float32)}
+    spec = lambda *sizes: jax.ShapeDtypeStruct((recipe.batch_size, *sizes), jnp.float32)
+    clip = lambda *front: spec(*front, *shape)
+    batch = {"video": clip(), "text": spec(*text.shape[1:])}
+    if recipe.wan.image_dim:
+        condition = spec(*shape[:-1], recipe.wan.condition_channels)
+        batch["text"] = ImageText(batch["text"], spec(257, recipe.wan.image_dim), condition)
     if recipe.stage == "ode_regression":
         batch["states"] = clip(recipe.schedule.train_updates + 1)
     return jax.eval_shape(state), jax.eval_shape(frozen), batch, null

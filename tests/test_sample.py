@@ -14,7 +14,7 @@ from salt_jax.models.wan import init_wan
 from salt_jax.rollout.causal import rollout
 from salt_jax.sample import Cue, clip_keys, stream_chunks
 
-CONFIG = WanConfig(24, 2, 2, 48, 3 + POSITION_CHANNELS, 3, (1, 2, 2), 8, 6, 16, 1e-6)
+CONFIG = WanConfig(24, 2, 2, 48, 3 + POSITION_CHANNELS, 3, (1, 2, 2), 8, 6, 16, 0, 1e-6)
 NETWORK = wan_network(CONFIG, Compute(), 9, 3)
 PICTURE, SHIFT, UPDATES = (4, 4, 3), 5.0, 2
 WINDOW = CachePolicy(3, 3, 6, 1, "relative")

@@ -28,14 +28,16 @@ def batches(
     laid end to end, are the same global batch for any number of processes, and an epoch may end inside a batch.
 
     Args:
-      source: records with `video` uint8 [F, H, W, 3] or float32 latents, `caption`, `scene`, and perhaps `states`.
+      source: records with `caption` or its encoding `text`, and all with the same of: `video`, uint8 [F, H, W, 3] or
+        float32 latents; `image` and `condition` of image-to-video, and `states`, float32; `scene`.
       batch_size: global, in examples.
       start: number of global batches consumed before.
       encode_caption: pure; called once per distinct caption, in the thread that reads ahead; the results are kept.
+        Not called where records have `text`.
 
     Yields:
-      video float32 [b, F, H, W, 3] in [-1, 1], text [b, ...] stacked encodings, scene int32 [b], and
-      states where the records have them; b = batch_size / process_count.
+      text [b, ...], stacked encodings, and what else the records have: video float32 [b, F, H, W, C], of pixels in
+      [-1, 1]; image, condition, states; scene int32 [b]. b = batch_size / process_count.
 
     Raises:
       ValueError: the batch does not divide over the processes, or the source is empty.
@@ -50,15 +52,15 @@ def batches(
 
     def load(indices: np.ndarray) -> dict[str, np.ndarray]:
         records = [source[int(i)] for i in indices[mine]]
-        batch = {
-            "video": np.stack([r["video"] for r in records]),
-            "text": np.stack([encode(r["caption"]) for r in records]),
-            "scene": np.array([r["scene"] for r in records], np.int32),
-        }
-        if batch["video"].dtype == np.uint8:
+        texts = (r["text"] if "text" in r else encode(r["caption"]) for r in records)
+        batch = {"text": np.stack(list(texts))}
+        for name in ("video", "image", "condition", "states"):
+            if name in records[0]:
+                batch[name] = np.stack([r[name] for r in records])
+        if "video" in batch and batch["video"].dtype == np.uint8:
             batch["video"] = to_latent(batch["video"])
-        if "states" in records[0]:
-            batch["states"] = np.stack([r["states"] for r in records])
+        if "scene" in records[0]:
+            batch["scene"] = np.array([r["scene"] for r in records], np.int32)
         return batch
 
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()

@@ -31,11 +31,20 @@ def layer_norm(x, eps):
     return apply(nn.LayerNorm(epsilon=eps, use_bias=False, use_scale=False, use_fast_variance=False), {}, x)
 
 
+class Context(NamedTuple):
+    """What cross attention makes keys and values of, [B, T, D] each; `image` is None for text to video."""
+
+    text: Any
+    image: Any = None
+
+
 class TextKV(NamedTuple):
-    """What cross attention reads of a text, [layers, B, T, A, d] each: the same for all calls under one prompt."""
+    """What cross attention reads, [layers, B, T, A, d] each: the same for all calls under one prompt."""
 
     k: Any
     v: Any
+    k_image: Any = None
+    v_image: Any = None
 
 
 class Attention(nn.Module):
@@ -43,11 +52,17 @@ class Attention(nn.Module):
 
     config: WanConfig
     dtype: Any
+    image: bool = (
+        False  # cross attention of image-to-video models: also over the image, with the same queries
+    )
 
     def setup(self):
         c = self.config
         self.q, self.k, self.v, self.o = (dense(c.dim, self.dtype, None) for _ in range(4))
         self.norm_q, self.norm_k = (nn.RMSNorm(epsilon=c.eps, dtype=self.dtype) for _ in range(2))
+        if self.image:
+            self.k_img, self.v_img = (dense(c.dim, self.dtype, None) for _ in range(2))
+            self.norm_k_img = nn.RMSNorm(epsilon=c.eps, dtype=self.dtype)
 
     def _heads(self, z):
         return z.reshape(*z.shape[:-1], self.config.num_heads, -1)
@@ -58,12 +73,20 @@ class Attention(nn.Module):
     def keys_values(self, context):
         return self._heads(self.norm_k(rows(self.k, context))), self._heads(rows(self.v, context))
 
+    def read(self, context: Context) -> TextKV:
+        if not self.image:
+            return TextKV(*self.keys_values(context.text))
+        k, v = self.norm_k_img(rows(self.k_img, context.image)), rows(self.v_img, context.image)
+        return TextKV(*self.keys_values(context.text), self._heads(k), self._heads(v))
+
+    def cross(self, x, seen: TextKV):
+        """Two softmaxes, summed before the one projection out."""
+        q = self.queries(x)
+        z = attention(q, seen.k, seen.v)
+        return self.output(z + attention(q, seen.k_image, seen.v_image) if self.image else z)
+
     def output(self, z):
         return rows(self.o, z.reshape(*z.shape[:-2], -1))
-
-    def __call__(self, x, context):
-        """What `init` runs; a block calls the three parts."""
-        return self.output(attention(self.queries(x), *self.keys_values(context)))
 
 
 def look_around(q, k, v, memory, views: tuple[tuple[View, Any, Any], ...]):
@@ -109,9 +132,8 @@ class Block(nn.Module):
         x = x + gate_sa * tokens(to_self.output(look_around(q, k, v, memory, views)))
 
         h = flat(nn.LayerNorm(epsilon=c.eps, use_fast_variance=False, name="norm_cross")(x))
-        to_text = Attention(c, self.dtype, name="cross_attn")
-        text = text if isinstance(text, TextKV) else to_text.keys_values(text)
-        x = x + tokens(to_text.output(attention(to_text.queries(h), *text)))
+        to_text = Attention(c, self.dtype, bool(c.image_dim), name="cross_attn")
+        x = x + tokens(to_text.cross(h, text if isinstance(text, TextKV) else to_text.read(text)))
 
         h = flat(layer_norm(x, c.eps) * (1 + scale_ff) + shift_ff)
         h = nn.gelu(rows(dense(c.ffn_dim, self.dtype, "ffn_in"), h), approximate=True)
@@ -129,6 +151,20 @@ class TextMLP(nn.Module):
         init = nn.initializers.normal(0.02)
         h = nn.gelu(dense(self.config.dim, self.dtype, "in", init)(text), approximate=True)
         return dense(self.config.dim, self.dtype, "out", init)(h)
+
+
+class ImageMLP(nn.Module):
+    """Features of the image encoder, [B, N, image_dim] -> [B, N, D]."""
+
+    config: WanConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, image):
+        c = self.config
+        norm = lambda name: nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)
+        h = nn.gelu(dense(c.image_dim, self.dtype, "in")(norm("norm_in")(image)), approximate=False)
+        return norm("norm_out")(dense(c.dim, self.dtype, "out")(h))
 
 
 class TimeMLP(nn.Module):

@@ -11,7 +11,7 @@ from salt_jax.models import wan
 from salt_jax.models.blocks import TextKV
 from salt_jax.models.kv_cache import KVCache, Sight
 from salt_jax.models.presets import Compute, WanConfig
-from salt_jax.types import Denoiser, Latent, Params, Prediction, Sigma, TextEmb
+from salt_jax.types import Denoiser, ImageText, Latent, Params, Prediction, Sigma, TextEmb, Told
 
 WAVES = (4, 2, 2)  # cosines along frames, rows and columns
 PRODUCTS = 2  # of the frames' cosines, multiplied with each of a place
@@ -39,7 +39,7 @@ class Network(NamedTuple):
 
     denoise: Callable[..., Prediction]  # (params, x, sigma, text, sight=None)
     keys_values: Callable[..., tuple[Any, Any]]  # (params, x0, text, sight), of clean frames
-    read_text: Callable[[Params, TextEmb], TextKV]  # what `text` may be replaced with under one prompt
+    read_text: Callable[[Params, Told], TextKV]  # what `text` may be replaced with under one prompt
     features: Callable[..., Any]  # (params, x, sigma, text, layers) -> [B, F, S, D]
     empty_cache: Callable[[Latent, int], KVCache]  # (latents of any number of frames, slots)
 
@@ -47,19 +47,25 @@ class Network(NamedTuple):
 def wan_network(config: WanConfig, compute: Compute, clip_frames: int, chunk: int) -> Network:
     """Wan with its input and output in float32 whatever `compute.dtype` is.
 
-    A network that reads more channels than it writes gets `position_channels` of a clip of `clip_frames` behind the
-    latent. Frames past the clip stand where its last `chunk` frames do.
+    An image-to-video network gets `ImageText.condition` behind the latent, and works whole clips. Another one that
+    reads more channels than it writes gets `position_channels` of a clip of `clip_frames` there. Frames past the clip
+    stand where its last `chunk` frames do.
 
     Raises:
-      ValueError: the number of additional input channels is not that of `position_channels`.
+      ValueError: the number of additional input channels is that of neither.
     """
     more = config.in_channels - config.out_channels
-    if more not in (0, POSITION_CHANNELS):
-        raise ValueError(f"{more} additional input channels; position channels are {POSITION_CHANNELS}")
+    if more not in (config.condition_channels, config.condition_channels or POSITION_CHANNELS):
+        raise ValueError(
+            f"{more} additional input channels; a condition has {config.condition_channels}, "
+            f"position channels are {POSITION_CHANNELS}"
+        )
     timestep = lambda sigma: 1000.0 * sigma
 
-    def inputs(x: Latent, frames: Any) -> Any:
-        if not more:
+    def inputs(x: Latent, frames: Any, told: Any) -> Any:
+        if isinstance(told, ImageText):
+            return jnp.concatenate([x, told.condition], axis=-1)
+        if not more or config.image_dim:
             return x
         past = clip_frames - chunk + (frames - clip_frames) % chunk
         table = jnp.asarray(position_channels(clip_frames, *x.shape[2:4]))
@@ -67,21 +73,21 @@ def wan_network(config: WanConfig, compute: Compute, clip_frames: int, chunk: in
         return jnp.concatenate([x, jnp.broadcast_to(position, (*x.shape[:4], more))], axis=-1)
 
     def denoise(
-        params: Params, x: Latent, sigma: Sigma, text: TextEmb | TextKV, sight: Sight | None = None
+        params: Params, x: Latent, sigma: Sigma, text: Told | TextKV, sight: Sight | None = None
     ) -> Prediction:
-        given = inputs(x, sight.frames if sight else np.arange(x.shape[1]))
+        given = inputs(x, sight.frames if sight else np.arange(x.shape[1]), text)
         return from_velocity(
             x, wan.apply_wan(params, given, timestep(sigma), text, config, compute, sight), sigma
         )
 
-    def keys_values(params: Params, x0: Latent, text: TextEmb | TextKV, sight: Sight) -> tuple[Any, Any]:
+    def keys_values(params: Params, x0: Latent, text: Told | TextKV, sight: Sight) -> tuple[Any, Any]:
         clean = jnp.zeros(x0.shape[:1])
         return wan.keys_values(
-            params, inputs(x0, sight.frames), timestep(clean), text, config, compute, sight
+            params, inputs(x0, sight.frames, text), timestep(clean), text, config, compute, sight
         )
 
-    def features(params: Params, x: Latent, sigma: Sigma, text: TextEmb, layers: int):
-        given = inputs(x, np.arange(x.shape[1]))
+    def features(params: Params, x: Latent, sigma: Sigma, text: Told, layers: int):
+        given = inputs(x, np.arange(x.shape[1]), text)
         return wan.features(params, given, timestep(sigma), text, config, compute, layers)
 
     def empty_cache(like: Latent, slots: int) -> KVCache:
@@ -100,13 +106,16 @@ def wan_network(config: WanConfig, compute: Compute, clip_frames: int, chunk: in
 def guided(denoiser: Denoiser, null_text: TextEmb, guidance: float) -> Denoiser:
     """The same denoiser under classifier-free guidance; `null_text` is [1, T, D], guidance 1 is none.
 
+    A picture stays what it is; the text alone is nulled.
+
     Two evaluations a call, as the peers do: their memory then peaks at one batch, not at two.
     """
 
-    def denoise(params: Params, x: Latent, sigma: Sigma, text: TextEmb, *sight: Sight) -> Prediction:
+    def denoise(params: Params, x: Latent, sigma: Sigma, text: Told, *sight: Sight) -> Prediction:
         if guidance == 1.0:
             return denoiser(params, x, sigma, text, *sight)
         null = null_text.repeat(x.shape[0], axis=0)
+        null = text._replace(text=null) if isinstance(text, ImageText) else null
         return guide(
             denoiser(params, x, sigma, text, *sight), denoiser(params, x, sigma, null, *sight), guidance
         )

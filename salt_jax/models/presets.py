@@ -20,24 +20,37 @@ class WanConfig:
     text_dim: int
     text_length: int  # rows of text that cross attention sees, padding included
     freq_dim: int  # width of the sinusoidal time embedding
+    image_dim: int  # features of the image encoder that image-to-video models read; 0: text to video
     eps: float
+
+    @property
+    def condition_channels(self) -> int:
+        """Behind the noisy latent of image-to-video models: which pixel frames are known, and their latent."""
+        return 4 + self.out_channels if self.image_dim else 0
 
     def __post_init__(self):
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise ValueError(f"dim={self.dim} must split into num_heads={self.num_heads} heads of even width")
 
 
-def _wan(dim, heads, layers, ffn):
-    return WanConfig(dim, heads, layers, ffn, 16, 16, (1, 2, 2), 4096, 512, 256, 1e-6)
+def _wan(dim, heads, layers, ffn, image_dim=0, text_dim=4096, freq_dim=256):
+    channels = 36 if image_dim else 16
+    return WanConfig(
+        dim, heads, layers, ffn, channels, 16, (1, 2, 2), text_dim, 512, freq_dim, image_dim, 1e-6
+    )
 
 
 PRESETS = {
     # Moving Shapes: few wide tokens (6 x 6 pixels each) learn shape in minutes on two cores. 3 channels of colour and
     # 16 of position in, see models.denoiser.
-    "tiny": WanConfig(192, 4, 4, 768, 19, 3, (1, 6, 6), 64, 32, 64, 1e-6),
-    "small": WanConfig(384, 6, 8, 1536, 19, 3, (1, 4, 4), 64, 80, 128, 1e-6),
+    "tiny": WanConfig(192, 4, 4, 768, 19, 3, (1, 6, 6), 64, 32, 64, 0, 1e-6),
+    "small": WanConfig(384, 6, 8, 1536, 19, 3, (1, 4, 4), 64, 80, 128, 0, 1e-6),
     "wan2.1-t2v-1.3b": _wan(1536, 12, 30, 8960),
     "wan2.1-t2v-14b": _wan(5120, 40, 40, 13824),
+    "wan2.1-i2v-14b": _wan(5120, 40, 40, 13824, 1280),
+    # Wan's channels, patches and text length, and little else: every program runs on a CPU in seconds.
+    "wan2.1-t2v-tiny": _wan(48, 2, 2, 96, text_dim=32, freq_dim=64),
+    "wan2.1-i2v-tiny": _wan(48, 2, 2, 96, image_dim=40, text_dim=32, freq_dim=64),
 }
 
 

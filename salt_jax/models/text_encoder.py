@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jaxtyping import Int
 
 from salt_jax.models.tokenizer import PAD
 from salt_jax.types import Params, PRNGKey, TextEmb, TokenIds
@@ -37,20 +38,24 @@ class TextEncoderConfig:
 
 PRESETS = {
     "tiny": TextEncoderConfig(vocab_size=259, dim=64, num_layers=2, num_heads=4, head_dim=16, ffn_dim=128),
+    "wan-tiny": TextEncoderConfig(vocab_size=259, dim=32, num_layers=2, num_heads=4, head_dim=8, ffn_dim=64),
     "umt5-xxl": TextEncoderConfig(
         vocab_size=256_384, dim=4096, num_layers=24, num_heads=64, head_dim=64, ffn_dim=10_240
     ),
 }
-"""`tiny` reads the bytes of `tokenizer.byte_tokenize`; `umt5-xxl` is the encoder of Wan 2.1."""
+"""`tiny` and `wan-tiny` read the bytes of `tokenizer.byte_tokenize`; `umt5-xxl` is the encoder of Wan 2.1."""
+
+WIDTH = 64  # `encode_prompts` encodes multiples of so many tokens: few programs, little padding
 
 
 def init_text_encoder(key: PRNGKey, config: TextEncoderConfig) -> Params:
     """Fresh float32 parameters with T5's initialisation: every sub-layer puts out values of order one."""
     k_shared, k_blocks, k_norm = jax.random.split(key, 3)
     x, buckets = jnp.zeros((1, 1, config.dim)), relative_buckets(1, config)
+    table = nn.Embed(config.vocab_size, config.dim, embedding_init=nn.initializers.normal(1.0))
     init_block = lambda k: _Block(config, jnp.float32).init(k, x, jnp.ones((1, 1), bool), buckets)["params"]
     return {
-        "shared": _embed(config, jnp.float32).init(k_shared, jnp.zeros((1, 1), jnp.int32))["params"],
+        "shared": table.init(k_shared, jnp.zeros((1, 1), jnp.int32))["params"],
         "blocks": jax.vmap(init_block)(jax.random.split(k_blocks, config.num_layers)),
         "final_layer_norm": nn.RMSNorm(config.eps).init(k_norm, x)["params"],
     }
@@ -63,6 +68,7 @@ def encode_text(
 
     Padding (id 0) is no key for attention, so a row does not depend on the length it is padded to. `dtype` is
     that of the activations and of the result; norms' statistics and the softmax are float32 whatever it is.
+    Weights may be stored in another one: a layer's are converted when it runs, of the token table only the rows read.
     """
     is_text = tokens != PAD
     buckets = relative_buckets(tokens.shape[1], config)
@@ -70,10 +76,26 @@ def encode_text(
     def layer(x, block):
         return _Block(config, dtype).apply({"params": block}, x, is_text, buckets), None
 
-    x = _embed(config, dtype).apply({"params": params["shared"]}, tokens)
+    x = jnp.take(params["shared"]["embedding"], tokens, axis=0).astype(dtype)
     x, _ = jax.lax.scan(layer, x, params["blocks"])
     x: Any = nn.RMSNorm(config.eps, dtype=dtype).apply({"params": params["final_layer_norm"]}, x)
     return jnp.where(is_text[..., None], x, 0)
+
+
+def encode_prompts(
+    params: Params, tokens: Int[np.ndarray, "b t"], config: TextEncoderConfig, *, dtype: Any = jnp.float32
+) -> TextEmb:
+    """`encode_text` at the cost of the longest text: the columns that are padding in every row are not computed.
+
+    Equal to `encode_text` up to rounding. Reads the ids, so it is for concrete ones, not inside `jit`.
+    """
+    longest = int(np.max(np.nonzero(tokens)[1], initial=0)) + 1
+    read = tokens[:, : -(-longest // WIDTH) * WIDTH]
+    rows = _encode(params, jnp.asarray(read), config, dtype=dtype)
+    return jnp.pad(rows, ((0, 0), (0, tokens.shape[1] - read.shape[1]), (0, 0)))
+
+
+_encode = jax.jit(encode_text, static_argnames=("config", "dtype"))
 
 
 def relative_buckets(length: int, config: TextEncoderConfig) -> np.ndarray:
@@ -90,10 +112,6 @@ def relative_buckets(length: int, config: TextEncoderConfig) -> np.ndarray:
     # 1e-6 keeps distances on a bucket's edge (16, 32, 64, 128) from falling below it by rounding
     far = np.minimum(exact + np.floor(octaves * (side - exact) + 1e-6), side - 1)
     return (np.where(relative > 0, side, 0) + np.where(distance < exact, distance, far)).astype(np.int32)
-
-
-def _embed(config: TextEncoderConfig, dtype: Any) -> nn.Embed:
-    return nn.Embed(config.vocab_size, config.dim, dtype=dtype, embedding_init=nn.initializers.normal(1.0))
 
 
 class _Block(nn.Module):

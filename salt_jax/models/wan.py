@@ -1,16 +1,17 @@
-"""The Wan 2.1 diffusion transformer (text to video), in Flax Linen leaves under our own layer loop.
+"""The Wan 2.1 diffusion transformer, in Flax Linen leaves under our own layer loop.
 
 Parameters are a plain nested dict. The blocks are stacked on a leading layer axis and scanned, so compile
 time does not grow with depth. The network maps (x, timestep, text) to a velocity = noise - x0:
 
     tokens = patchify(x);  e = time MLP(sinusoid(timestep));  e0 = Linear(SiLU(e)) in R^{6 x D}
     block:  h = LN(x) (1 + scale_sa) + shift_sa;   x += gate_sa SelfAttention(h)      (RoPE, RMS q/k)
-            x += CrossAttention(LN_affine(x), text)                                   (no gate)
+            x += CrossAttention(LN_affine(x), text, image)                            (no gate)
             h = LN(x) (1 + scale_ff) + shift_ff;   x += gate_ff FFN(h)                (GELU tanh)
     head:   velocity = unpatchify(Linear(LN(x) (1 + scale) + shift)), modulated by e, not e0
 
 Matrix products run in `Compute.dtype`; the time path, modulation, norms, RoPE and the residual stream stay
-in float32, as in the official code. Text padding is zeros before the text MLP and is attended to, unmasked.
+in float32, as in the official code. Text padding is zeros before the text MLP and is attended to, unmasked. Image to
+video models also attend to features of the image, and read its latent as channels behind the noisy one.
 
 The same network works chunk by chunk: a `Sight` (models.kv_cache) says which frames see which, where they are in time,
 and brings the keys and values of frames that were finished before. `apply_wan` reads; `keys_values` makes what a cache
@@ -24,23 +25,37 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from salt_jax.models.blocks import Attention, Block, Head, TextKV, TextMLP, TimeMLP, apply, dense
+from salt_jax.models.blocks import (
+    Attention,
+    Block,
+    Context,
+    Head,
+    ImageMLP,
+    TextKV,
+    TextMLP,
+    TimeMLP,
+    apply,
+    dense,
+)
 from salt_jax.models.kv_cache import Sight, whole_clip
 from salt_jax.models.presets import Compute, WanConfig
 from salt_jax.models.rope import rope_angles
-from salt_jax.types import Latent, Params, PRNGKey, Sigma, TextEmb
+from salt_jax.types import ImageText, Latent, Params, PRNGKey, Sigma, Told
 
 
 def init_wan(key: PRNGKey, config: WanConfig) -> Params:
     """Fresh parameters, float32, initialised as the official code does (the head starts at zero)."""
     k_patch, k_text, k_time, k_head, k_blocks = jax.random.split(key, 5)
+    k_image = jax.random.fold_in(key, 5)
     c, f32 = config, jnp.float32
     pt, ph, pw = c.patch_size
-    x, text = jnp.zeros((1, 1, 1, c.dim)), jnp.zeros((1, 1, c.dim))
+    x, row = jnp.zeros((1, 1, 1, c.dim)), jnp.zeros((1, 1, c.dim))
+    context = Context(row, row if c.image_dim else None)
     e0, views = jnp.zeros((1, 1, 6, c.dim)), _with_angles(whole_clip(1), 1, 1, c)
-    block = lambda key: Block(c, f32).init(key, x, e0, text, views)["params"]
+    block = lambda key: Block(c, f32).init(key, x, e0, context, views)["params"]
     patch = jnp.zeros((1, pt * ph * pw * c.in_channels))
-    return {
+    image = ImageMLP(c, f32).init(k_image, jnp.zeros((1, 1, c.image_dim))) if c.image_dim else None
+    return ({"image_embedding": image["params"]} if image else {}) | {
         "patch_embedding": dense(c.dim, f32, None).init(k_patch, patch)["params"],
         "text_embedding": TextMLP(c, f32).init(k_text, jnp.zeros((1, 1, c.text_dim)))["params"],
         "time_embedding": TimeMLP(c).init(k_time, jnp.zeros((1, 1)))["params"],
@@ -53,7 +68,7 @@ def apply_wan(
     params: Params,
     x: Latent,
     timestep: Sigma,
-    text: TextEmb | TextKV,
+    text: Told | TextKV,
     config: WanConfig,
     compute: Compute,
     sight: Sight | None = None,
@@ -62,7 +77,7 @@ def apply_wan(
 
     Args:
       params: from `init_wan`.
-      x: noisy latents; F, H, W must be multiples of the patch size.
+      x: noisy latents, and behind them the condition of image to video; F, H, W are multiples of the patch size.
       timestep: 1000 sigma, [B] for the whole clip or [B, F] for each (patched) frame.
       text: at most `text_length` rows, shorter text is padded with zero rows; or from `text_keys_values`.
       config, compute: static.
@@ -83,7 +98,7 @@ def keys_values(
     params: Params,
     x: Latent,
     timestep: Sigma,
-    text: TextEmb | TextKV,
+    text: Told | TextKV,
     config: WanConfig,
     compute: Compute,
     sight: Sight,
@@ -97,7 +112,7 @@ def features(
     params: Params,
     x: Latent,
     timestep: Sigma,
-    text: TextEmb,
+    text: Told,
     config: WanConfig,
     compute: Compute,
     layers: int,
@@ -106,20 +121,28 @@ def features(
     return _run_blocks(params, x, timestep, text, config, compute, None, layers)[0]
 
 
-def text_keys_values(params: Params, text: TextEmb, config: WanConfig, compute: Compute) -> TextKV:
-    """The text's keys and values in every layer."""
-    rows, to_text = _read_text(params, text, config, compute), Attention(config, compute.dtype)
-    layer = lambda block: to_text.apply({"params": block["cross_attn"]}, rows, method="keys_values")
-    return TextKV(*jax.lax.map(layer, params["blocks"]))
+def text_keys_values(params: Params, text: Told, config: WanConfig, compute: Compute) -> TextKV:
+    """The keys and values, in every layer, of what the network is told."""
+    context = _context(params, text, config, compute)
+    to_text = Attention(config, compute.dtype, bool(config.image_dim))
+    layer = lambda block: to_text.apply({"params": block["cross_attn"]}, context, method="read")
+    return jax.lax.map(layer, params["blocks"])
 
 
-def _read_text(params, text, config, compute):
+def _context(params, told, config, compute):
+    if isinstance(told, ImageText) != bool(config.image_dim):
+        raise ValueError(f"a network with image_dim={config.image_dim} was told {type(told).__name__}")
+    text, image = (told.text, told.image) if isinstance(told, ImageText) else (told, None)
     if text.shape[1] > config.text_length:
         raise ValueError(
             f"text has {text.shape[1]} rows, the model reads at most text_length={config.text_length}"
         )
     text = jnp.pad(text, ((0, 0), (0, config.text_length - text.shape[1]), (0, 0)))
-    return apply(TextMLP(config, compute.dtype), params["text_embedding"], text)
+    text = apply(TextMLP(config, compute.dtype), params["text_embedding"], text)
+    return Context(
+        text,
+        None if image is None else apply(ImageMLP(config, compute.dtype), params["image_embedding"], image),
+    )
 
 
 def _with_angles(sight: Sight, height: int, width: int, config: WanConfig):
@@ -131,7 +154,8 @@ def _run_blocks(
     params, x, timestep, text, config, compute, sight, layers, keep=False
 ) -> tuple[Any, Any, Any]:
     """Tokens [B, F, S, D] after the first `layers` blocks, e of the time MLP, and all keys and values if `keep`."""
-    c, dtype = config, compute.dtype
+    c, dtype, cached = config, compute.dtype, isinstance(text, TextKV)
+    context = None if cached else _context(params, text, c, compute)
     pt, ph, pw = c.patch_size
     b, f, h, w = x.shape[0], x.shape[1] // pt, x.shape[2] // ph, x.shape[3] // pw
     if x.shape[1:] != (f * pt, h * ph, w * pw, c.in_channels):
@@ -143,13 +167,11 @@ def _run_blocks(
     e, e0 = apply(TimeMLP(c), params["time_embedding"], timestep.reshape(b, -1).astype(jnp.float32))
     sight = sight or whole_clip(f)
     views = _with_angles(sight, h, w, c)
-    cached = isinstance(text, TextKV)
-    rows = None if cached else _read_text(params, text, c, compute)
 
     def layer(tokens, each):
         block, text_kv, memory = each
-        told = rows if text_kv is None else text_kv
-        tokens, kv = apply(Block(c, dtype), block, tokens, e0, told, views, memory)
+        seen = context if text_kv is None else text_kv
+        tokens, kv = apply(Block(c, dtype), block, tokens, e0, seen, views, memory)
         return tokens, kv if keep else None
 
     if compute.remat:

@@ -1,25 +1,177 @@
-"""Parameter trees as safetensors files: nested keys joined by "/", float32."""
+"""Parameter trees as safetensors files, read and written one array at a time; nested keys are joined by "/"."""
 
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from salt_jax.errors import UserError
 from salt_jax.types import Params
 
+CODES: dict[str, np.dtype] = {
+    code: np.dtype(dtype)
+    for code, dtype in {
+        "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16,
+        "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+        "F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2,
+    }.items()
+}  # fmt: skip
+
+
+class Stored(NamedTuple):
+    """An array in a file: where its first number is, in bytes, and how far apart numbers are, in numbers."""
+
+    path: Path
+    offset: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class Outgoing(NamedTuple):
+    """An array to be written: `parts()` makes it piece by piece, in the order of memory."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    parts: Callable[[], Iterable[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+def view(stored: Stored) -> np.ndarray:
+    """The array without reading it: pages of the file come into memory when they are looked at."""
+    if 0 in stored.shape:
+        return np.empty(stored.shape, stored.dtype)
+    size = stored.dtype.itemsize
+    span = 1 + sum((n - 1) * s for n, s in zip(stored.shape, stored.strides, strict=True))
+    flat = np.memmap(stored.path, mode="r", offset=stored.offset, shape=(span * size,)).view(stored.dtype)
+    steps = tuple(s * size for s in stored.strides)
+    return np.lib.stride_tricks.as_strided(flat, stored.shape, steps, writeable=False)
+
+
+def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of an array that lies in the order of its axes."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def list_tensors(path: str | Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """What a safetensors file holds, by name, and its metadata.
+
+    Raises:
+      OSError, SafetensorError: it is absent or damaged.
+    """
+    with safe_open(path, "numpy") as file:  # checks all that is relied on below
+        metadata = file.metadata() or {}
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    found = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            if entry["dtype"] not in CODES:
+                raise SafetensorError(f"{name} is {entry['dtype']}, which cannot be read here")
+            shape, start = tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
+            found[name] = Stored(Path(path), start, CODES[entry["dtype"]], shape, contiguous(shape))
+    return found, metadata
+
+
+def write_tensors(
+    path: str | Path,
+    tensors: Mapping[str, Outgoing],
+    metadata: Mapping[str, str],
+    report: Callable[[int], Any] = lambda nbytes: None,
+) -> None:
+    """Writes a safetensors file part by part; a file of that name appears when all of it is on the disk, or not at all.
+
+    `report` is told the bytes of each part. Raises UserError where the disk refuses.
+    """
+    codes = {dtype: code for code, dtype in CODES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    order, end = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)), 0
+    for name in order:
+        tensor, start = tensors[name], end
+        end += tensor.nbytes
+        header[name] = {
+            "dtype": codes[tensor.dtype],
+            "shape": tensor.shape,
+            "data_offsets": [start, end],
+        }
+    told = json.dumps(header).encode()
+    told += b" " * (-len(told) % 8)
+    temporary = Path(f"{path}.partial")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(len(told).to_bytes(8, "little") + told)
+            for name in order:
+                left = tensors[name].nbytes
+                for part in tensors[name].parts():
+                    data = _in_order(part, tensors[name].dtype).reshape(-1).view(np.uint8)
+                    file.write(data.data)
+                    report(data.size)
+                    left -= data.size
+                if left:
+                    raise ValueError(f"the parts of {name} and its shape differ by {left} bytes")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error}); make room or choose another place") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _in_order(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The array in the order of its axes. A transposed matrix is copied in strips that fit the cache."""
+    if array.ndim != 2 or array.flags.c_contiguous:
+        return np.ascontiguousarray(array, dtype)
+    copy = np.empty(array.shape, dtype)
+    for start in range(0, array.shape[1], 64):
+        copy[:, start : start + 64] = array[:, start : start + 64]
+    return copy
+
+
+@contextmanager
+def all_or_nothing(dst: str | Path) -> Iterator[Path]:
+    """An empty folder; what is in it when the block ends goes to `dst`. After an error nothing of it is left.
+
+    Files of the same name in `dst` are replaced, others stay. Raises UserError where the disk refuses.
+    """
+    dst, made = Path(dst), not Path(dst).exists()
+    temporary = dst / ".partial"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
+            (dst / path.relative_to(temporary)).parent.mkdir(parents=True, exist_ok=True)
+            path.replace(dst / path.relative_to(temporary))
+    except OSError as error:
+        raise UserError(f"cannot write to {dst} ({error}); make room or choose another place") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if made and dst.is_dir() and not any(dst.iterdir()):
+            dst.rmdir()
+
 
 def save_weights(path: str | Path, params: Params, dtype: str, metadata: dict[str, str]) -> None:
-    """Writes a tree. `dtype` is how it is stored, float32 or float16; reading gives float32 back. Atomic."""
-    flat = {k: np.asarray(jax.device_get(v), dtype) for k, v in flatten_dict(params, sep="/").items()}
-    temporary = Path(path).with_suffix(".partial")
-    save_file(flat, temporary, metadata)
-    temporary.replace(path)
+    """Writes a tree. `dtype` is how it is stored: float32, bfloat16 or float16. Atomic, one array at a time."""
+    flat: dict[str, Any] = flatten_dict(params, sep="/")
+    part = lambda leaf: lambda: [np.asarray(jax.device_get(leaf))]
+    write_tensors(
+        path, {k: Outgoing(np.dtype(dtype), np.shape(v), part(v)) for k, v in flat.items()}, metadata
+    )
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -31,15 +183,22 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         raise UserError(f"cannot read {path} ({error}); name a file that launch.export wrote") from error
 
 
-def load_weights(path: str | Path, like: Params) -> Params:
+def load_weights(
+    path: str | Path, like: Params, dtype: Any = jnp.float32, shardings: Params | None = None
+) -> Params:
     """Reads a tree that must have exactly the keys and shapes of `like` (arrays or ShapeDtypeStructs).
+
+    Args:
+      path: of a safetensors file.
+      like: arrays or ShapeDtypeStructs; their dtypes are not looked at.
+      dtype: of the result; None: as stored.
+      shardings: one for each array: every device gets its slice straight from the file, nothing else is read.
 
     Raises:
       UserError: the file is absent, damaged, or holds another model; the first difference is named.
     """
     try:
-        with safe_open(path, "numpy") as file:
-            flat = {name: file.get_tensor(name) for name in file.keys()}
+        flat, _ = list_tensors(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read weights from {path} ({error}); check config.weights") from error
     expected: dict[str, Any] = flatten_dict(like, sep="/")
@@ -51,4 +210,13 @@ def load_weights(path: str | Path, like: Params) -> Params:
                 f"{path} does not fit the model: {name} is {found}, expected {wanted}; "
                 "check config.model.preset and config.weights"
             )
-    return unflatten_dict({k: jnp.asarray(v, jnp.float32) for k, v in flat.items()}, sep="/")
+    places: dict[str, Any] = {} if shardings is None else flatten_dict(shardings, sep="/")
+
+    def load(name, stored):
+        # a copy: an array on the CPU could otherwise stay a window on the file
+        read = lambda index: np.array(view(stored)[index], stored.dtype if dtype is None else dtype)
+        if shardings is None:
+            return jnp.asarray(read(...))
+        return jax.make_array_from_callback(stored.shape, places[name], read)
+
+    return unflatten_dict({name: load(name, stored) for name, stored in flat.items()}, sep="/")

@@ -1,14 +1,15 @@
 """The whole clip at once: the student's update in training, and sampling with any number of updates."""
 
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from salt_jax.flow.multistep import Steps
 from salt_jax.flow.transition import euler, renoise
-from salt_jax.types import Denoiser, Latent, Params, Prediction, Sigma, TextEmb
+from salt_jax.types import Denoiser, Latent, Params, Prediction, Sigma, Told
 
 Solver = Literal["euler", "cm"]
 """How to go from one noise level to the next: Euler keeps the path, CM re-noises the clean estimate afresh."""
@@ -57,7 +58,7 @@ def advance(
 def sample(
     denoiser: Denoiser,
     params: Params,
-    text: TextEmb,
+    text: Told,
     sigmas: Float[Array | np.ndarray, "k"],
     solver: Solver,
     keys: Key[Array, "b"],
@@ -81,6 +82,47 @@ def sample(
     sigmas, frames = jnp.asarray(sigmas), np.arange(shape[0])
     x = noise_at(keys, sigmas[0], frames, shape[1:])
     return jax.lax.scan(update, x, (sigmas[:-1], sigmas[1:]))[0]
+
+
+class History(NamedTuple):
+    """What a multistep solver goes on from."""
+
+    x: Latent  # where the network looks next; behind the last step the clean latent
+    state: Latent  # the corrected state of the last step
+    before: Latent  # clean estimates of the last step but one, and of the last
+    last: Latent
+
+
+def multistep_start(noise: Latent) -> History:
+    """`noise` is standard normal; `noise_at` level 1 is what `sample` starts from."""
+    return History(noise, noise, jnp.zeros_like(noise), jnp.zeros_like(noise))
+
+
+def multistep_update(
+    denoiser: Denoiser, params: Params, text: Told, history: History, step: Steps
+) -> History:
+    """One row of a solver's table (`flow.multistep`), with one call of the denoiser.
+
+    The clean estimate is formed with the true level of the state, whatever level the network is told.
+    """
+    x, state, before, last = history
+    mix: Any = lambda weights, *latents: sum(w * z for w, z in zip(weights, latents, strict=True))
+    seen = jnp.full(x.shape[0], step.seen)
+    now = x - step.sigma * denoiser(params, x, seen, text).velocity
+    state = mix(step.correct, state, before, last, now)
+    return History(mix(step.predict, state, last, now), state, last, now)
+
+
+def sample_multistep(denoiser: Denoiser, params: Params, text: Told, noise: Latent, steps: Steps) -> Latent:
+    """Makes clean latents as teachers do, in one program: a `multistep_update` for each row of `steps`.
+
+    Args:
+      denoiser, params: most often a guided teacher.
+      text: one text per clip.
+      steps: `flow.multistep.steps(solver, num_updates, shift)`.
+    """
+    update = lambda history, step: (multistep_update(denoiser, params, text, history, step), None)
+    return jax.lax.scan(update, multistep_start(noise), jax.tree.map(jnp.asarray, steps))[0].x
 
 
 def midpoint(x_s: Latent, v_s: Latent, sigma_s: Sigma, sigma_m: Sigma, stop: bool) -> Latent:

@@ -69,13 +69,18 @@ def _clip(r: "Recipe") -> Iterator[str]:
         )
     if r.data.kind == "moving_shapes" and channels != 3:
         yield f"{preset} makes {channels} channels, Moving Shapes has 3; choose tiny or small"
-    if r.data.kind == "latents" and r.teacher.kind != "network":
-        yield f"config.teacher.kind={r.teacher.kind} is of Moving Shapes; set it to network for kind latents"
-    if r.data.kind == "moving_shapes" and r.teacher.kind == "network" and r.teacher_wan != r.wan:
+    if r.data.kind == "latents" and (r.teacher.kind != "network" or r.stage == "denoising"):
         yield (
-            f"config.teacher.preset={r.teacher.preset} has no weights of its own beside those of {preset}; "
-            "leave it empty"
+            f"config.teacher.kind={r.teacher.kind} and config.stage={r.stage} do not go with config.data.kind=latents; "
+            "set the kind of teacher to network and the stage to another one"
         )
+    if r.teacher.kind == "network" and r.teacher_wan != r.wan and r.weights and not r.teacher.weights:
+        yield (
+            f"config.teacher.preset={r.teacher.preset} does not fit the weights of {preset}; name its own in "
+            "config.teacher.weights, or leave the preset empty"
+        )
+    if r.wan.image_dim and (r.causal or r.stage == "denoising"):
+        yield f"{preset} makes whole clips of a picture; set config.stage=distil and config.video=noised"
     if r.wan.text_dim != r.text.dim:
         yield (
             f"config.text_encoder={r.text_encoder} writes rows of {r.text.dim}, {preset} reads rows of "

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from salt_jax.data import moving_shapes
 from salt_jax.data.pipeline import batches
 from salt_jax.errors import UserError
+from salt_jax.models.image_condition import condition_latents
 from salt_jax.rollout.plan import Choice, Draw, draw_rollout, place_in_sequence
 from salt_jax.train import checkpoint, sharding
 from salt_jax.train.contradictions import refuse_another_run
@@ -30,7 +31,7 @@ from salt_jax.train.stages import stage_step
 from salt_jax.train.state import TrainState
 from salt_jax.train.step import compile_step, critic_step, student_step
 from salt_jax.train.trajectories import make_trajectories
-from salt_jax.types import Params
+from salt_jax.types import ImageText, Params
 
 log = logging.getLogger(__name__)
 
@@ -56,13 +57,13 @@ def train(recipe: Recipe, workdir: str | Path) -> TrainState:
         in a row were not finite (the term is named).
     """
     mesh = sharding.make_mesh(dataclasses.asdict(recipe.mesh))
-    parts = setup(recipe)
+    parts = setup(recipe, mesh)
     with checkpoint.open_checkpoints(workdir, recipe.keep) as manager:
         state = resume(manager, parts.state, mesh, recipe)
         parts = parts._replace(state=jax.eval_shape(lambda: parts.state))  # the placed copy is enough
         (Path(workdir) / "config.json").write_text(to_json(recipe))
         run = make_run(recipe, parts, mesh, int(state.step), workdir)
-        preview = make_preview(recipe, parts, sharding.replicated(mesh))
+        preview = make_preview(recipe, parts, sharding.replicated(mesh))  # None of kind latents
         sizes = recipe.memory.sizes(recipe.clip_shape[0]) if recipe.causal else ()
         recent: list[dict[str, jax.Array]] = []
         meta = {"config": to_json(recipe), "mesh": dict(mesh.shape)}
@@ -80,7 +81,8 @@ def train(recipe: Recipe, workdir: str | Path) -> TrainState:
                     stop_if_stuck(values, recipe.max_skipped, done)
                 if done % recipe.save_every == 0 or done == recipe.updates:
                     checkpoint.save(manager, state, meta)
-                    show(writer, preview(state.ema), sizes, done)
+                    if preview:
+                        show(writer, preview(state.ema), sizes, done)
     return state
 
 
@@ -120,8 +122,9 @@ def make_run(recipe: Recipe, parts: Setup, mesh: Mesh, start: int, workdir: str 
         return compile_step(which, parts.networks, recipe, (states, frozen, over_batch, everywhere), **static)
 
     critic_updates = recipe.critic_updates if recipe.stage == "distil" else 0
-    d = recipe.data
-    source, _ = moving_shapes.build(d.dir, recipe.world, d.num_train, d.num_test, d.seed)
+    d, source = recipe.data, parts.records
+    if source is None:
+        source, _ = moving_shapes.build(d.dir, recipe.world, d.num_train, d.num_test, d.seed)
     if recipe.stage == "ode_regression":
         teacher, null = parts.frozen["teacher"], parts.frozen["null_text"]
         directory = Path(workdir) / "trajectories"
@@ -143,8 +146,16 @@ def make_run(recipe: Recipe, parts: Setup, mesh: Mesh, start: int, workdir: str 
         step,
         critic_updates,
         jax.device_put(jax.random.key(recipe.seed + 1), everywhere),
-        ({name: place(batch[name]) for name in batch if name != "scene"} for batch in stream),
+        (jax.tree.map(place, as_told(batch)) for batch in stream),
     )
+
+
+def as_told(batch: dict[str, Any]) -> dict[str, Any]:
+    """What the steps read of a batch: where it has pictures they belong to what the networks are told."""
+    told = {name: batch[name] for name in batch if name not in ("scene", "image", "condition")}
+    if "image" in batch:
+        told["text"] = ImageText(batch["text"], batch["image"], condition_latents(batch["condition"]))
+    return told
 
 
 def iterate(state: TrainState, run: Run, iteration: int) -> tuple[TrainState, dict[str, jax.Array]]:

@@ -25,11 +25,17 @@ from salt_jax.video import encode_gif, looks, visible_scale
 CLIPS = 6  # side by side, spread over the captions
 
 
-def make_preview(recipe: Recipe, parts: Setup, everywhere: NamedSharding) -> Callable[[Params], np.ndarray]:
+def make_preview(
+    recipe: Recipe, parts: Setup, everywhere: NamedSharding
+) -> Callable[[Params], np.ndarray] | None:
     """EMA -> uint8 [CLIPS, F, H, W, 3]. Always the same captions and noise; the middle number of updates.
+
+    None of kind latents: a look at these takes the VAE and minutes; launch.sample does it beside the run.
 
     `everywhere` is the replicated sharding: every process computes the clips, so that one may write them.
     """
+    if recipe.data.kind == "latents":
+        return None
     scenes = shapes.scenes(recipe.world)
     captions = [shapes.caption(scenes[i]) for i in shapes.spread(recipe.world, CLIPS)]
     given = jnp.asarray(np.stack([parts.encode_caption(caption) for caption in captions]))

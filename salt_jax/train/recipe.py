@@ -41,6 +41,7 @@ class Data:
 class Teacher:
     kind: typing.Literal["data", "network", "closed_form"]
     preset: str
+    weights: str
     guidance: float
 
 

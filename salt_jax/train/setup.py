@@ -2,26 +2,30 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from salt_jax.data import shapes
+from salt_jax.data.latents import open_records
 from salt_jax.errors import UserError
 from salt_jax.models.closed_form import closed_form_denoiser, closed_form_params
 from salt_jax.models.denoiser import Network, guided, wan_network
 from salt_jax.models.lora import init_lora
 from salt_jax.models.presets import WanConfig
+from salt_jax.models.pretrained import WAN, Source, open_part
 from salt_jax.models.text_encoder import encode_text, init_text_encoder
 from salt_jax.models.tokenizer import byte_tokenize
 from salt_jax.models.wan import init_wan
 from salt_jax.models.weights import load_weights, read_metadata
 from salt_jax.train.checkpoint import restore_params
 from salt_jax.train.recipe import Recipe, from_json, make_optimizer
-from salt_jax.train.sharding import make_mesh
+from salt_jax.train.sharding import make_mesh, state_shardings
 from salt_jax.train.state import Stream, TrainState, init_learner, init_state
 from salt_jax.train.step import Networks
 from salt_jax.types import Params
@@ -38,18 +42,46 @@ class Setup(NamedTuple):
     encode_caption: Callable[
         [str], np.ndarray
     ]  # how a caption enters a batch; pure numpy, safe in a loader thread
+    records: Sequence | None = None  # of encoded videos or prompts, which bring their text's embedding
 
 
-def initial_weights(recipe: Recipe) -> Params:
-    """{"wan", "text_encoder"}: from the file that the recipe names, or fresh."""
+def initial_weights(recipe: Recipe, mesh: Mesh, dtype: Any = jnp.float32) -> Params:
+    """{"wan", "text_encoder"}: from the file or folder that the recipe names, or fresh, cut over the mesh.
+
+    Of kind latents "wan" alone: the texts are embedded already. `dtype` None is as stored.
+
+    Raises:
+      UserError: what is there is absent, damaged, or of another network.
+    """
+    if recipe.data.kind == "latents":
+        source, place = Source(recipe.weights, recipe.seed), functools.partial(state_shardings, mesh)
+        config, wan = open_part(WAN, source, recipe.wan, dtype, place)
+        if config != recipe.wan:
+            raise UserError(
+                f"the weights in {recipe.weights} are {config}, not {recipe.wan}; "
+                "check config.model.preset, config.weights, config.teacher.preset and config.teacher.weights"
+            )
+        return {"wan": wan}
     k_wan, k_text = jax.random.split(jax.random.key(recipe.seed))
 
     def fresh():
         return {"wan": init_wan(k_wan, recipe.wan), "text_encoder": init_text_encoder(k_text, recipe.text)}
 
+    like = jax.eval_shape(fresh)
+    shardings = state_shardings(mesh, like)
     if not recipe.weights:
-        return jax.jit(fresh)()
-    return load_weights(recipe.weights, jax.eval_shape(fresh))
+        return jax.jit(fresh, out_shardings=shardings)()
+    return load_weights(recipe.weights, like, dtype, shardings)
+
+
+def teacher_weights(recipe: Recipe, base: Params, mesh: Mesh) -> Params:
+    """The network that is distilled: the weights, or another one's as they are stored."""
+    t = recipe.teacher
+    if not t.weights and recipe.teacher_wan == recipe.wan:
+        return base
+    model = replace(recipe.model, preset=t.preset or recipe.model.preset)
+    another = replace(recipe, weights=t.weights, model=model, seed=recipe.seed + 1)
+    return initial_weights(another, mesh, None)["wan"]
 
 
 def tokenize(recipe: Recipe, caption: str) -> np.ndarray:
@@ -86,17 +118,42 @@ def closed_form(recipe: Recipe, encode: Callable[[Sequence[str]], np.ndarray]) -
     return closed_form_params(np.array(clips), encode([shapes.caption(s) for s in shapes.scenes(world)]))
 
 
-def setup(recipe: Recipe) -> Setup:
+def read_texts(recipe: Recipe, weights: Params) -> tuple[dict[str, np.ndarray], jax.Array, Sequence | None]:
+    """Embeddings of all captions of the world, the null text [1, T, D], and the records that bring their own.
+
+    Raises:
+      UserError: there are no encoded records, or not what the stage and the network read.
+    """
+    if recipe.data.kind == "moving_shapes":
+        captions = ["", *map(shapes.caption, shapes.scenes(recipe.world))]
+        table = dict(zip(captions, embed(recipe, weights["text_encoder"], captions), strict=True))
+        return table, jnp.asarray(table[""][None]), None
+    directory = recipe.data.dir
+    records, null_text, _ = open_records(directory, recipe.clip_shape, recipe.wan.text_length)
+    there, width = set(records[0]), null_text.shape[1]
+    if width != recipe.wan.text_dim:
+        raise UserError(
+            f"the texts in {directory} have rows of {width}, {recipe.model.preset} reads rows of "
+            f"{recipe.wan.text_dim}; encode with the text encoder of its weights"
+        )
+    if recipe.wan.image_dim and not {"image", "condition"} <= there:
+        raise UserError(
+            f"{directory} was encoded without pictures, which {recipe.model.preset} reads; encode it with --image"
+        )
+    if "video" not in there and not (recipe.stage == "distil" and recipe.video == "rollout"):
+        raise UserError(
+            f"{directory} has prompts alone, and this run reads videos; encode videos, or set config.video=rollout"
+        )
+    return {}, jnp.asarray(null_text[None]), records
+
+
+def setup(recipe: Recipe, mesh: Mesh) -> Setup:
     """Everything a run starts from, for any stage.
 
     Raises:
-      UserError: weights or the stage before do not fit, or the closed form has too many clips.
+      UserError: weights, data or the stage before do not fit, or the closed form has too many clips.
     """
-    if recipe.data.kind == "latents":
-        raise UserError(
-            "config.data.kind=latents: encoded videos cannot be read yet; set it to moving_shapes, with a small preset"
-        )
-    weights = initial_weights(recipe)
+    weights = initial_weights(recipe, mesh)
     tokens = functools.partial(tokenize, recipe)
     network = make_network(recipe)
     student_tx = make_optimizer(recipe.student_optimizer, recipe.updates)
@@ -107,18 +164,20 @@ def setup(recipe: Recipe) -> Setup:
         state = init_state(init_learner(weights, student_tx), None)
         return Setup(state, frozen, Networks(network, network.denoise, closed_form_denoiser), tokens)
 
-    encode = functools.partial(embed, recipe, weights["text_encoder"])
-    captions = ["", *map(shapes.caption, shapes.scenes(recipe.world))]
-    table = dict(zip(captions, encode(captions), strict=True))
-    base, null_text = weights["wan"], jnp.asarray(table[""][None])
+    table, null_text, records = read_texts(recipe, weights)
+    base = weights["wan"]
     start = student_start(recipe, base)
     if recipe.stage != "distil":
         state = init_state(init_learner(start, student_tx), None)
         frozen = {"teacher": start, "null_text": null_text}
-        return Setup(state, frozen, Networks(network, network.denoise, network.denoise), table.__getitem__)
+        nets = Networks(network, network.denoise, network.denoise)
+        return Setup(state, frozen, nets, table.__getitem__, records)
 
-    exact = kind == "closed_form"
-    frozen = {"teacher": closed_form(recipe, encode) if exact else base}
+    if kind == "closed_form":
+        encode = functools.partial(embed, recipe, weights["text_encoder"])
+        frozen = {"teacher": closed_form(recipe, encode)}
+    else:
+        frozen = {"teacher": teacher_weights(recipe, base, mesh)}
     if (recipe.align.weight and recipe.align.network == "base") or recipe.lora.rank:
         frozen["base"] = base
     student, critic = start, base
@@ -134,7 +193,7 @@ def setup(recipe: Recipe) -> Setup:
         init_learner(critic, critic_tx),
         empty_stream(recipe, network, null_text),
     )
-    return Setup(state, frozen, make_networks(recipe, null_text), table.__getitem__)
+    return Setup(state, frozen, make_networks(recipe, null_text), table.__getitem__, records)
 
 
 def make_network(recipe: Recipe, config: WanConfig | None = None) -> Network:

@@ -6,6 +6,7 @@ part that is missing. Several processes share the work and need a file system th
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +27,13 @@ from salt_jax.types import Params
 
 
 class Trajectories(Sequence):
-    """Records `video` [F, H, W, C], `states` [n + 1, F, H, W, C] and `caption`; see `train.stages.trajectory`."""
+    """Records `video` [F, H, W, C], `states` [n + 1, F, H, W, C], and the words of their clips' records.
 
-    def __init__(self, parts: list[Path], per_part: int, captions: Callable[[int], str]):
-        self._parts, self._per_part, self._captions = parts, per_part, captions
+    See `train.stages.trajectory`.
+    """
+
+    def __init__(self, parts: list[Path], per_part: int, words: Callable[[int], dict[str, Any]]):
+        self._parts, self._per_part, self._words = parts, per_part, words
 
     def __len__(self) -> int:
         return len(self._parts) * self._per_part
@@ -38,7 +42,7 @@ class Trajectories(Sequence):
         part, i = divmod(int(index), self._per_part)
         with safe_open(self._parts[part], "numpy") as file:
             record = {name: file.get_slice(name)[i] for name in ("video", "states")}
-        return record | {"caption": self._captions(int(index)), "scene": -1}
+        return record | self._words(int(index))
 
 
 def make_trajectories(
@@ -70,8 +74,9 @@ def make_trajectories(
     for path in tqdm(missing, desc="trajectories", unit="batch", disable=not missing):
         number = int(path.stem)
         records = [record(number * size + i) for i in range(size)]
-        video = to_latent(np.stack([r["video"] for r in records]))
-        text = np.stack([encode_caption(r["caption"]) for r in records])
+        video = np.stack([r["video"] for r in records])
+        video = to_latent(video) if video.dtype == np.uint8 else video
+        text = np.stack([r["text"] if "text" in r else encode_caption(r["caption"]) for r in records])
         batch = {"video": jnp.asarray(video), "text": jnp.asarray(text)}
         key = jax.random.fold_in(jax.random.key(recipe.seed), number)
         states = np.asarray(make(params, batch, jnp.asarray(null_text), key))
@@ -81,4 +86,5 @@ def make_trajectories(
         path.with_suffix(".partial").replace(path)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("trajectories")
-    return Trajectories(parts, size, lambda index: record(index)["caption"])
+    words = lambda index: {k: v for k, v in record(index).items() if k in ("caption", "text")}
+    return Trajectories(parts, size, words)

@@ -112,6 +112,25 @@ def test_latents_stay_as_they_are_and_states_come_with_their_clip():
             np.testing.assert_array_equal(batch[name], wanted)
 
 
+@pytest.mark.parametrize("names", [(), ("video",), ("video", "image", "condition")], ids=len)
+def test_encoded_records_bring_their_text_and_only_what_they_have(names):
+    """As `latents.open_records` gives them: prompts alone, clips, and image-to-video."""
+    rng = np.random.default_rng(0)
+    shapes = {"video": (3, 4, 4, 16), "image": (5, 8), "condition": (3, 4, 4, 16), "text": (6, 8)}
+    draw = lambda name: rng.normal(size=shapes[name]).astype(np.float32)
+    records = [{"caption": "x"} | {name: draw(name) for name in (*names, "text")} for _ in range(NUM)]
+    number = {record["text"].tobytes(): record for record in records}
+
+    def fails(caption: str) -> np.ndarray:
+        raise AssertionError("the text is encoded already")
+
+    for batch in read(records, 3, encode_caption=fails):
+        assert batch.keys() == {*names, "text"}
+        for i, text in enumerate(batch["text"]):
+            for name in names:  # they still belong together, bit for bit
+                np.testing.assert_array_equal(batch[name][i], number[text.tobytes()][name])
+
+
 def test_failure_to_encode_reaches_the_caller(source):
     def fails(caption: str) -> np.ndarray:
         raise ValueError("caption too long")

@@ -64,7 +64,7 @@ def small(monkeypatch, tmp_path_factory, request):
     def net(params, x, sigma, text, sight=None):
         return from_velocity(x, gain * x @ params["head"]["kernel"], sigma)
 
-    def setup(recipe):
+    def setup(recipe, mesh):
         params = lambda seed: {"head": {"kernel": 0.1 * jax.random.normal(jax.random.key(seed), (3, 3))}}
         learner = lambda seed, o: init_learner(params(seed), make_optimizer(o, 100))
         state = init_state(learner(0, recipe.student_optimizer), learner(1, recipe.critic_optimizer))
@@ -157,7 +157,7 @@ def test_a_workdir_goes_on_and_what_does_not_fit_it_is_refused(train, small, tmp
     with monkeypatch.context() as patch:
         narrow = loop.setup
         wide = lambda tree: jax.tree.map(lambda x: jnp.pad(x, 1) if x.ndim else x, tree)
-        patch.setattr(loop, "setup", lambda recipe: narrow(recipe)._replace(state=wide(narrow(recipe).state)))
+        patch.setattr(loop, "setup", lambda *args: narrow(*args)._replace(state=wide(narrow(*args).state)))
         refused(train(*here, "--config.updates=6"), "another model preset", "[3, 3]", "[5, 5]", "--workdir")
     assert steps() == {2, 4}
 

@@ -13,7 +13,7 @@ from salt_jax.models.presets import PRESETS, WanConfig
 from salt_jax.models.wan import init_wan
 from tests.models.test_wan import randomised
 
-SMALL = WanConfig(48, 2, 2, 64, 3, 3, (1, 2, 2), 8, 4, 32, 1e-6)
+SMALL = WanConfig(48, 2, 2, 64, 3, 3, (1, 2, 2), 8, 4, 32, 0, 1e-6)
 BASE = randomised(jax.eval_shape(lambda: init_wan(jax.random.key(0), SMALL)), 1)
 RANK, ALPHA = 4, 6.0
 LORA = SimpleNamespace(rank=RANK, alpha=ALPHA)

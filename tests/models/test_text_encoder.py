@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from salt_jax.models import text_encoder
-from salt_jax.models.text_encoder import PRESETS, TextEncoderConfig, encode_text, init_text_encoder
+from salt_jax.models.text_encoder import (
+    PRESETS,
+    TextEncoderConfig,
+    encode_prompts,
+    encode_text,
+    init_text_encoder,
+)
 
 # `num_buckets` and `max_distance` are umT5's, so that a text of 160 tokens reaches the last bucket.
 SMALL = TextEncoderConfig(vocab_size=100, dim=32, num_layers=3, num_heads=4, head_dim=16, ffn_dim=48)
@@ -17,12 +23,12 @@ def random_tokens(lengths, width, seed=0):
     return jnp.asarray(np.where(np.arange(width) < np.array(lengths)[:, None], tokens, 0), jnp.int32)
 
 
-def random_params(seed=0):
-    """Every leaf random: norm gains around 1, the rest of std 0.2, so that no two layers agree."""
+def random_params(seed=0, std=0.2):
+    """Every leaf random: norm gains around 1, the rest of `std`, so that no two layers agree."""
     rng = np.random.default_rng(seed)
     gain = lambda path: path[-1].key == "scale"
     return jax.tree_util.tree_map_with_path(
-        lambda path, w: jnp.asarray(gain(path) + rng.normal(0, 0.2, w.shape), jnp.float32),
+        lambda path, w: jnp.asarray(gain(path) + rng.normal(0, std, w.shape), jnp.float32),
         jax.eval_shape(lambda k: init_text_encoder(k, SMALL), jax.random.key(0)),
     )
 
@@ -139,3 +145,45 @@ def test_bfloat16_stays_near_float32():
     assert (
         np.abs(np.asarray(rough, np.float32) - np.asarray(exact)).mean() < 0.05
     )  # rows have mean square one
+
+
+def test_prompts_cost_their_longest_and_equal_the_padded_encoding(monkeypatch):
+    widths = []
+    encode = text_encoder._encode
+    monkeypatch.setattr(
+        text_encoder, "_encode", lambda p, t, *a, **k: widths.append(t.shape[1]) or encode(p, t, *a, **k)
+    )
+    params = random_params(std=0.1)
+    for lengths, width in (((64, 3), 64), ((65, 1), 100)):
+        tokens = random_tokens(lengths, 100)
+        got = encode_prompts(params, np.asarray(tokens), SMALL)
+        assert widths.pop() == width
+        np.testing.assert_allclose(got, encode_text(params, tokens, SMALL), atol=1e-5)
+
+
+def arrays_of(jaxpr):
+    """(dtype, shape) of everything that a program computes, inside its loops too."""
+    for equation in jaxpr.eqns:
+        yield from ((str(v.aval.dtype), v.aval.shape) for v in equation.outvars)
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from arrays_of(inner)
+
+
+def test_weights_stored_in_bfloat16_stay_so():
+    """umT5-xxl is stored in bfloat16 and fits beside little else: no weight is copied into float32."""
+    params, tokens = (
+        jax.tree.map(lambda w: w.astype(jnp.bfloat16), random_params()),
+        random_tokens([20, 9], 20),
+    )
+    encode = lambda p: encode_text(p, tokens, SMALL, dtype=jnp.bfloat16)
+    matrices = {w.shape[-2:] for w in jax.tree.leaves(params) if w.shape[-1] >= SMALL.dim and w.ndim > 1}
+    made = [shape for dtype, shape in arrays_of(jax.make_jaxpr(encode)(params).jaxpr) if dtype == "float32"]
+    assert made and not matrices & set(made)
+    assert jax.eval_shape(encode, params).dtype == jnp.bfloat16
+
+    widened = encode_text(jax.tree.map(lambda w: w.astype(jnp.float32), params), tokens, SMALL)
+    stored = encode_text(params, tokens, SMALL)  # the default computes in float32
+    assert stored.dtype == jnp.float32
+    np.testing.assert_allclose(stored, widened, atol=1e-5)

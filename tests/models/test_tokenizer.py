@@ -36,6 +36,26 @@ def test_cleaning_resolves_entities_twice_and_collapses_white_space():
     assert clean_text("  a &amp;lt; b\n\t c\u00a0d ", lambda text: text) == "a < b c d"
 
 
+NASTY = (
+    "",
+    " \t\r\n\u3000\u00a0 ",
+    "a cat\u2028walks\u0085on\x0bgrass\x1c.",
+    "caf\u00c3\u00a9 na\u00c3\u00afve \u00e2\u20ac\u0153quoted\u00e2\u20ac\u009d",  # UTF-8 read as Latin-1
+    "&amp;lt;b&amp;gt; &amp;amp;amp; &nbsp; &#x1F408; &notanentity; &lt",
+    "\u201ccurly\u201d \u2018quotes\u2019 \ufb01sh \uff21\uff22 e\u0301 \ud83d",  # the last one is half a pair
+    "\x1b[31mred\x1b[0m \ufeffmark \x00nul \u200bno width \u00ad soft",
+    "\u4e00\u53ea\u732b\uff0c\u8d70\u8def\uff01  \U0001f468\u200d\U0001f469\u200d\U0001f467",
+)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("text", NASTY)
+def test_cleaning_equals_diffusers(text):
+    pipeline = pytest.importorskip("diffusers.pipelines.wan.pipeline_wan")
+    ftfy = pytest.importorskip("ftfy")
+    assert clean_text(text, ftfy.fix_text) == pipeline.prompt_clean(text)
+
+
 def write_json_vocabulary(path, tokens=("<pad>", "</s>", "<s>", "<unk>")):
     tokenizers = pytest.importorskip("tokenizers")
     words = ["\u2581a", "\u2581cat", "\u2581walks", "\u2581<"]

@@ -10,8 +10,9 @@ import pytest
 from salt_jax.models.denoiser import POSITION_CHANNELS, guided, position_channels, wan_network
 from salt_jax.models.presets import PRESETS, Compute, WanConfig
 from salt_jax.models.wan import apply_wan, init_wan
+from salt_jax.types import ImageText
 
-SMALL = WanConfig(48, 2, 2, 96, 16, 16, (1, 2, 2), 32, 12, 64, 1e-6)
+SMALL = WanConfig(48, 2, 2, 96, 16, 16, (1, 2, 2), 32, 12, 64, 0, 1e-6)
 
 
 def randomised(params, seed):
@@ -48,6 +49,12 @@ def to_diffusers(params, config):
     linear("condition_embedder.time_proj", params["time_embedding"]["projection"])
     linear("proj_out", params["head"]["linear"])
     out["scale_shift_table"] = params["head"]["modulation"][None]
+    if config.image_dim:
+        image, theirs = params["image_embedding"], "condition_embedder.image_embedder"
+        for a, b in (("norm_in", "norm1"), ("norm_out", "norm2")):
+            out[f"{theirs}.{b}.weight"], out[f"{theirs}.{b}.bias"] = image[a]["scale"], image[a]["bias"]
+        linear(f"{theirs}.ff.net.0.proj", image["in"])
+        linear(f"{theirs}.ff.net.2", image["out"])
     for i in range(config.num_layers):
         block, name = jax.tree.map(lambda p, i=i: p[i], params["blocks"]), f"blocks.{i}"
         for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2")):
@@ -55,6 +62,10 @@ def to_diffusers(params, config):
                 linear(f"{name}.{theirs}.{b}", block[ours][a])
             for norm in ("norm_q", "norm_k"):
                 out[f"{name}.{theirs}.{norm}.weight"] = block[ours][norm]["scale"]
+        if config.image_dim:
+            linear(f"{name}.attn2.add_k_proj", block["cross_attn"]["k_img"])
+            linear(f"{name}.attn2.add_v_proj", block["cross_attn"]["v_img"])
+            out[f"{name}.attn2.norm_added_k.weight"] = block["cross_attn"]["norm_k_img"]["scale"]
         out[f"{name}.norm2.weight"], out[f"{name}.norm2.bias"] = (
             block["norm_cross"]["scale"],
             block["norm_cross"]["bias"],
@@ -65,19 +76,10 @@ def to_diffusers(params, config):
     return {k: torch.tensor(np.array(v)) for k, v in out.items()}
 
 
-@pytest.mark.parity
-@pytest.mark.parametrize(
-    ("config", "shape"),
-    [
-        (SMALL, (3, 8, 6)),
-        (WanConfig(64, 4, 3, 80, 4, 4, (1, 2, 2), 24, 7, 32, 1e-6), (2, 4, 10)),
-        (WanConfig(96, 2, 1, 64, 3, 3, (1, 6, 6), 16, 5, 64, 1e-6), (4, 12, 12)),
-    ],
-)
-def test_equals_diffusers(config, shape):
-    torch = pytest.importorskip("torch")
+def oracle(config):
+    """diffusers' network of the same sizes."""
     diffusers = pytest.importorskip("diffusers")
-    oracle = diffusers.WanTransformer3DModel(
+    return diffusers.WanTransformer3DModel(
         patch_size=config.patch_size,
         num_attention_heads=config.num_heads,
         attention_head_dim=config.dim // config.num_heads,
@@ -90,14 +92,87 @@ def test_equals_diffusers(config, shape):
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
         eps=config.eps,
+        image_dim=config.image_dim or None,
+        added_kv_proj_dim=config.dim if config.image_dim else None,
     ).eval()
-    params = randomised(init_wan(jax.random.key(0), config), 1)
-    missing = oracle.load_state_dict(to_diffusers(params, config), strict=True)
+
+
+I2V = PRESETS["wan2.1-i2v-tiny"]
+
+
+def image_text(seed, config, shape, rows):
+    """What an image-to-video network is told, random, with 3 image rows."""
+    rng, (batch, frames, height, width) = np.random.default_rng(seed), shape
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    condition = draw(batch, frames, height, width, config.condition_channels)
+    return ImageText(draw(batch, rows, config.text_dim), draw(batch, 3, config.image_dim), condition)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    "config",
+    [I2V, WanConfig(96, 4, 3, 80, 12, 4, (1, 2, 2), 24, 512, 32, 24, 1e-6)],
+)
+def test_image_to_video_equals_diffusers(config):
+    """diffusers takes text to have 512 rows and the image to be what is before them."""
+    torch = pytest.importorskip("torch")
+    theirs, params = oracle(config), randomised(init_wan(jax.random.key(0), config), 1)
+    assert not theirs.load_state_dict(to_diffusers(params, config), strict=True).missing_keys
+    told = image_text(3, config, (2, 3, 4, 6), 512)
+    x = np.random.default_rng(2).standard_normal((2, 3, 4, 6, config.out_channels)).astype(np.float32)
+    sigma = np.array([0.9375, 0.02], np.float32)
+    denoise = wan_network(config, Compute(), 3, 3).denoise
+    ours = denoise(params, jnp.asarray(x), jnp.asarray(sigma), told).velocity
+    with torch.no_grad():
+        wanted = theirs(
+            torch.tensor(np.concatenate([x, told.condition], -1).transpose(0, 4, 1, 2, 3)),
+            torch.tensor(1000 * sigma),
+            torch.tensor(np.array(told.text)),
+            torch.tensor(np.array(told.image)),
+        ).sample
+    np.testing.assert_allclose(ours, wanted.numpy().transpose(0, 2, 3, 4, 1), atol=2e-5, rtol=1e-5)
+    assert np.std(ours) > 0.05
+
+
+def test_image_to_video_is_told_a_picture():
+    """Each part of what it is told matters; guidance nulls the text alone; its parts of a prompt can be read once."""
+    params, network = randomised(init_wan(jax.random.key(0), I2V), 1), wan_network(I2V, Compute(), 3, 3)
+    told, sigma = image_text(3, I2V, (1, 3, 4, 4), 5), jnp.array([0.9])
+    x = jnp.asarray(np.random.default_rng(2).standard_normal((1, 3, 4, 4, 16)), jnp.float32)
+    denoise = jax.jit(network.denoise)
+    out = denoise(params, x, sigma, told).velocity
+    for name in told._fields:
+        other = told._replace(**{name: getattr(told, name)[..., ::-1]})
+        assert np.abs(denoise(params, x, sigma, other).velocity - out).max() > 1e-3, name
+    null = jnp.zeros((1, 2, 32))
+    unconditional = denoise(params, x, sigma, told._replace(text=null)).velocity
+    got = guided(denoise, null, 3.0)(params, x, sigma, told).velocity
+    np.testing.assert_allclose(got, unconditional + 3 * (out - unconditional), atol=1e-4)
+    with pytest.raises(ValueError, match="image_dim=40 was told"):
+        network.denoise(params, x, sigma, told.text)
+    read = network.read_text(params, told)
+    again = apply_wan(params, jnp.concatenate([x, told.condition], -1), 1000 * sigma, read, I2V, Compute())
+    np.testing.assert_allclose(again, out, atol=1e-5)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        (SMALL, (3, 8, 6)),
+        (WanConfig(64, 4, 3, 80, 4, 4, (1, 2, 2), 24, 7, 32, 0, 1e-6), (2, 4, 10)),
+        (WanConfig(96, 2, 1, 64, 3, 3, (1, 6, 6), 16, 5, 64, 0, 1e-6), (4, 12, 12)),
+    ],
+)
+def test_equals_diffusers(config, shape):
+    torch = pytest.importorskip("torch")
+    network, params = oracle(config), randomised(init_wan(jax.random.key(0), config), 1)
+    missing = network.load_state_dict(to_diffusers(params, config), strict=True)
     assert not missing.missing_keys
     x, timestep, text = inputs(2, config, 2, *shape, rows=config.text_length)
     ours = apply_wan(params, jnp.asarray(x), jnp.asarray(timestep), jnp.asarray(text), config, Compute())
     with torch.no_grad():
-        theirs = oracle(
+        theirs = network(
             torch.tensor(x.transpose(0, 4, 1, 2, 3)), torch.tensor(timestep), torch.tensor(text)
         ).sample
     np.testing.assert_allclose(
@@ -107,16 +182,23 @@ def test_equals_diffusers(config, shape):
 
 
 @pytest.mark.parametrize(
-    ("preset", "count"), [("wan2.1-t2v-1.3b", 1_418_996_800), ("wan2.1-t2v-14b", 14_288_491_584)]
+    ("preset", "count"),
+    [
+        ("wan2.1-t2v-1.3b", 1_418_996_800),
+        ("wan2.1-t2v-14b", 14_288_491_584),
+        ("wan2.1-i2v-14b", 16_394_878_784),
+    ],
 )
 def test_real_sizes_trace(preset, count):
     config = PRESETS[preset]
     params = jax.eval_shape(lambda key: init_wan(key, config), jax.random.key(0))
     assert sum(p.size for p in jax.tree.leaves(params)) == count
-    spec = jax.ShapeDtypeStruct
+    spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    text = spec(1, 512, 4096)
+    told = ImageText(text, spec(1, 257, 1280), spec(1, 21, 60, 104, 20)) if config.image_dim else text
     out = jax.eval_shape(
         lambda p, x, t, c: apply_wan(p, x, t, c, config, Compute(jnp.bfloat16, remat=True)),
-        params, spec((1, 21, 60, 104, 16), jnp.float32), spec((1,), jnp.float32), spec((1, 512, 4096), jnp.float32),
+        params, spec(1, 21, 60, 104, config.in_channels), spec(1), told,
     )  # fmt: skip
     assert out.shape == (1, 21, 60, 104, 16) and out.dtype == jnp.float32
 

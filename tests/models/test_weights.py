@@ -5,11 +5,23 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from salt_jax.errors import UserError
-from salt_jax.models.weights import load_weights, save_weights
+from salt_jax.models import weights
+from salt_jax.models.weights import (
+    Outgoing,
+    all_or_nothing,
+    list_tensors,
+    load_weights,
+    save_weights,
+    view,
+    write_tensors,
+)
+from salt_jax.train.sharding import make_mesh
 
 
 def tree():
@@ -81,3 +93,100 @@ def test_what_is_no_weights_file_is_refused(tmp_path):
     refused(tmp_path, tree(), "cannot read weights")
     (tmp_path / "page.safetensors").write_text("<html>not found</html>" * 10)
     refused(tmp_path / "page.safetensors", tree(), "cannot read weights")
+
+
+def test_bfloat16_is_written_and_kept_as_stored(tmp_path):
+    numbers = jnp.linspace(-2, 2, 1000)
+    save_weights(tmp_path / "w.safetensors", {"a": {"kernel": numbers}, "b": numbers[:3]}, "bfloat16", {})
+    found = load_weights(tmp_path / "w.safetensors", {"a": {"kernel": numbers}, "b": numbers[:3]}, None)
+    assert found["a"]["kernel"].dtype == jnp.bfloat16
+    want = np.asarray(numbers).astype(ml_dtypes.bfloat16)
+    assert np.asarray(found["a"]["kernel"]).tobytes() == want.tobytes()
+    np.testing.assert_array_equal(load_file(tmp_path / "w.safetensors")["b"], want[:3])
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.float32])
+def test_every_device_gets_its_slice_straight_from_the_file(tmp_path, monkeypatch, dtype):
+    """Nothing larger than a slice is read, except what every device has whole."""
+    rng = np.random.default_rng(0)
+    whole = {"kernel": rng.standard_normal((3, 16, 8)).astype(np.float32), "bias": np.float32([1, 2, 3])}
+    save_weights(tmp_path / "w.safetensors", whole, "bfloat16", {})
+    mesh = make_mesh({"data": 1, "fsdp": 4, "context": 1, "tensor": 2})
+    specs = {"kernel": P(None, "fsdp", "tensor"), "bias": P()}
+    places = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+    read = []
+
+    class Watched(np.ndarray):
+        def __getitem__(self, index):
+            got = super().__getitem__(index)
+            read.append((self.shape, got.shape))
+            return got
+
+    monkeypatch.setattr(weights, "view", lambda stored, view=weights.view: view(stored).view(Watched))
+    found = load_weights(tmp_path / "w.safetensors", whole, dtype, places)
+    assert {size for shape, size in read if shape == (3, 16, 8)} == {(3, 4, 4)}
+    for name, array in found.items():
+        want = whole[name].astype(ml_dtypes.bfloat16)
+        assert array.sharding == places[name] and array.dtype == (dtype or jnp.bfloat16)
+        np.testing.assert_array_equal(np.asarray(array, np.float32), want.astype(np.float32))
+        for shard in array.addressable_shards:
+            np.testing.assert_array_equal(shard.data, np.asarray(array)[shard.index])
+
+
+def test_written_arrays_of_many_kinds_are_read_by_the_library_of_the_format(tmp_path):
+    rng, path = np.random.default_rng(0), tmp_path / "x.safetensors"
+    arrays = {
+        "odd/bf16": rng.standard_normal((3, 5)).astype(ml_dtypes.bfloat16), "f32": rng.standard_normal(7).astype("f4"),
+        "scalar": np.float32(2.5), "empty": np.zeros((0, 4), "f4"), "f16": rng.standard_normal((2, 3)).astype("f2"),
+    }  # fmt: skip
+    pieces = lambda a: np.array_split(a, 2) if a.ndim else [np.asarray(a)]
+    out = {name: Outgoing(a.dtype, a.shape, lambda a=a: pieces(a)) for name, a in arrays.items()}
+    told = []
+    write_tensors(path, out, {"by": "a test", "umlaut": "ä"}, told.append)
+    found = load_file(path)
+    assert found.keys() == arrays.keys() and sum(told) == sum(a.nbytes for a in arrays.values())
+    stored, metadata = list_tensors(path)
+    assert metadata == {"by": "a test", "umlaut": "ä"}
+    for name, array in arrays.items():
+        for got in (found[name], view(stored[name])):
+            assert got.dtype == array.dtype and got.shape == array.shape and got.tobytes() == array.tobytes()
+        assert stored[name].offset % array.dtype.itemsize == 0
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_text("old")
+
+    def parts():
+        yield np.zeros(2, np.float32)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_tensors(path, {"a": Outgoing(np.dtype("f4"), (4,), parts)}, {})
+    with pytest.raises(ValueError, match="the parts of a and its shape differ by 8 bytes"):
+        write_tensors(path, {"a": Outgoing(np.dtype("f4"), (4,), lambda: [np.zeros(2, "f4")])}, {})
+    assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.read_text() == "old"
+    with pytest.raises(UserError, match=r"cannot write .*absent/x\.safetensors .*choose another place"):
+        write_tensors(tmp_path / "absent" / "x.safetensors", {}, {})
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    dst = tmp_path / "a" / "b"
+    with pytest.raises(KeyError), all_or_nothing(dst) as folder:
+        (folder / "x").write_text("half")
+        raise KeyError
+    assert not dst.exists()
+    dst.mkdir(parents=True)
+    (dst / "kept").write_text("old")
+    (dst / "x").write_text("old")
+    (dst / ".partial").mkdir()  # of a run that was killed
+    (dst / ".partial" / "junk").write_text("junk")
+    with all_or_nothing(dst) as folder:
+        (folder / "x").write_text("new")
+        (folder / "deep").mkdir()
+        (folder / "deep" / "y").write_text("new")
+    found = {str(p.relative_to(dst)): p.read_text() for p in dst.rglob("*") if p.is_file()}
+    assert found == {"kept": "old", "x": "new", "deep/y": "new"} and not (dst / ".partial").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to"), all_or_nothing(tmp_path / "file"):
+        pass

@@ -19,7 +19,7 @@ from salt_jax.rollout.causal import commit, generate_chunk, read_clip, recache, 
 from salt_jax.rollout.parallel import noise_at
 from tests.models.test_wan import randomised
 
-SMALL = WanConfig(48, 2, 2, 64, 4, 4, (1, 2, 2), 16, 4, 32, 1e-6)
+SMALL = WanConfig(48, 2, 2, 64, 4, 4, (1, 2, 2), 16, 4, 32, 0, 1e-6)
 NETWORK = wan_network(SMALL, Compute(), 9, 3)
 PARAMS = randomised(init_wan(jax.random.key(0), SMALL), 1)
 PLACE = (4, 4, 4)  # rows, columns, channels of a frame

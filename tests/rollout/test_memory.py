@@ -14,7 +14,7 @@ from salt_jax.models.presets import Compute, WanConfig
 from salt_jax.models.wan import init_wan
 from salt_jax.rollout.causal import commit, generate_chunk, replay, rollout
 
-CONFIG = WanConfig(192, 4, 6, 768, 16, 16, (1, 2, 2), 32, 16, 64, 1e-6)
+CONFIG = WanConfig(192, 4, 6, 768, 16, 16, (1, 2, 2), 32, 16, 64, 0, 1e-6)
 NETWORK = wan_network(CONFIG, Compute(remat=True), 21, 3)
 POLICY = CachePolicy(3, 3, 0, 0, "absolute")
 SHAPE, CLIPS = (21, 16, 16, 16), 2

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from salt_jax.flow.multistep import dpmpp_grid, steps, unipc_grid
 from salt_jax.flow.prediction import expand, from_velocity, from_x0
 from salt_jax.flow.schedule import grid
 from salt_jax.models.closed_form import closed_form_denoiser, closed_form_params
-from salt_jax.rollout.parallel import advance, midpoint, noise_at, sample
+from salt_jax.rollout.parallel import advance, midpoint, noise_at, sample, sample_multistep
 
 SHAPE = (2, 2, 3, 1)
 FRAMES = np.arange(SHAPE[0])
@@ -217,3 +218,81 @@ def test_midpoint_is_an_euler_update_and_may_stop_the_gradient():
     np.testing.assert_array_equal(slope(False)[0], np.ones(x.shape))
     np.testing.assert_allclose(slope(False)[1], np.broadcast_to(-gap, x.shape), atol=1e-6)
     assert not np.any(slope(True))
+
+
+each_teacher_solver = pytest.mark.parametrize("solver", ["unipc", "dpmpp", "euler"])
+
+
+def told_otherwise(params, x, sigma, text):
+    """A velocity bent in x, in the level it is told and in the text."""
+    s = expand(sigma, x)
+    velocity = jnp.tanh(x * params + jnp.sin(6 * s)) + 0.5 * x + text[:, 0, 0].reshape(-1, 1, 1, 1, 1)
+    return from_velocity(x, velocity, sigma)
+
+
+@each_teacher_solver
+@pytest.mark.parametrize("num_updates", [1, 5])
+def test_teachers_are_told_truncated_levels_once_per_update(solver, num_updates):
+    """And reach a known clip exactly: x0 comes from the true level."""
+    seen, table = [], steps(solver, num_updates, 5.0)
+    velocity = jnp.asarray(np.random.default_rng(1).normal(size=(2, *SHAPE)), jnp.float32)
+    straight = watched(lambda params, x, sigma, text: from_velocity(x, params, sigma), seen)
+    noise = clip_noise(keys(2), 1.0)
+    got = sample_multistep(straight, velocity, texts(2), noise, table)
+    jax.effects_barrier()
+    whole = table.seen * 1000
+    assert solver == "euler" or np.all(whole == np.round(whole))
+    np.testing.assert_allclose([s for _, s in seen], np.repeat(table.seen[:, None], 2, axis=1), rtol=1e-7)
+    levels = [table.sigma[0], *table.sigma]  # before the first input, and of every input
+    for (x, _), level in zip(seen, levels[1:], strict=True):
+        np.testing.assert_allclose(x, noise - (levels[0] - level) * velocity, atol=2e-6)
+    np.testing.assert_allclose(got, noise - levels[0] * velocity, atol=2e-6)
+
+
+@pytest.mark.parametrize("num_updates", [1, 4])
+def test_a_teachers_euler_is_the_students(num_updates):
+    teacher = sample_multistep(
+        told_otherwise, 0.7, texts(2), clip_noise(keys(2), 1.0), steps("euler", num_updates, 5.0)
+    )
+    student = sample(
+        told_otherwise, 0.7, texts(2), jnp.asarray(grid(num_updates, 5.0)), "euler", keys(2), SHAPE
+    )
+    np.testing.assert_allclose(teacher, student, atol=1e-6)
+
+
+def test_one_program_serves_all_solvers_and_shifts_of_a_number_of_updates():
+    run = jax.jit(sample_multistep, static_argnums=0)
+    tables = [steps(solver, 5, shift) for solver in ("unipc", "dpmpp", "euler") for shift in (3.0, 5.0)]
+    got = np.stack([run(told_otherwise, 0.7, texts(2), clip_noise(keys(2), 1.0), table) for table in tables])
+    assert run._cache_size() == 1
+    distance = np.abs(got[:, None] - got).max((2, 3, 4, 5, 6))
+    assert np.all(distance[~np.eye(6, dtype=bool)] > 1e-3)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("solver", ["unipc", "dpmpp"])
+@pytest.mark.parametrize("num_updates,shift", [(50, 5.0), (8, 12.0)])
+def test_teachers_visit_the_states_of_diffusers(solver, num_updates, shift):
+    """All inputs of the network, the sampler in float32 as diffusers is, on diffusers' own rounding of the levels."""
+    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
+    sigmas, timesteps = (unipc_grid if solver == "unipc" else dpmpp_grid)(num_updates, shift)
+    flow = dict(prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2)
+    kind = diffusers.UniPCMultistepScheduler if solver == "unipc" else diffusers.DPMSolverMultistepScheduler
+    scheduler = kind(**flow)
+    scheduler.set_timesteps(num_updates)
+    scheduler.sigmas = torch.tensor(sigmas, dtype=torch.float32)
+    scheduler.timesteps = torch.tensor(timesteps)
+    scheduler.set_begin_index(0)
+
+    seen, noise = [], clip_noise(quick_keys(2), 1.0)
+    got = sample_multistep(
+        watched(told_otherwise, seen), 0.7, texts(2), noise, steps(solver, num_updates, shift)
+    )
+    jax.effects_barrier()
+    x = torch.tensor(np.array(noise))
+    velocity = jax.jit(lambda x, s: told_otherwise(0.7, x, s, texts(2)).velocity)
+    for (visited, _), t in zip(seen, timesteps, strict=True):
+        np.testing.assert_allclose(visited, x, rtol=1e-6, atol=1e-6)
+        v = velocity(jnp.asarray(x.numpy()), jnp.full(2, t / 1000, jnp.float32))
+        x = scheduler.step(torch.tensor(np.array(v)), t, x).prev_sample
+    np.testing.assert_allclose(got, x, rtol=1e-6, atol=1e-6)

@@ -33,7 +33,7 @@ from salt_jax.train.step import Networks, compile_step, critic_step, student_ste
 from tests.models.test_wan import randomised
 from tests.train.test_step import OPTIMIZER, bits, close, host, layout, learners, toy, toy_params
 
-SMALL = WanConfig(48, 2, 2, 64, 3, 3, (1, 2, 2), 8, 4, 32, 1e-6)
+SMALL = WanConfig(48, 2, 2, 64, 3, 3, (1, 2, 2), 8, 4, 32, 0, 1e-6)
 CLIP = (6, 4, 4, 3)  # F H W C
 BATCH = 8
 RECIPE = read_recipe(base.get_config())

@@ -155,9 +155,14 @@ CONTRADICTIONS = {
             r"21 frames of 61 x 104 does not split .*config\.data\.clip",
             LATENTS | {"data.clip": (21, 61, 104)},
         ),
-        (r"config\.teacher\.preset=small has no weights .*leave it empty", {"teacher.preset": "small"}),
+        (r"config\.teacher\.preset=small .*config\.teacher\.weights.*empty", {"teacher.preset": "small"}),
+        *(
+            (r"wan2.1-i2v-14b makes whole clips of a picture", LATENTS | {"model.preset": "wan2.1-i2v-14b"} | how)
+            for how in ({"video": "noised_chunks"}, {"stage": "consistency"})
+        ),
         (r"config\.model\.preset=wan2.1-t2v-1.3b makes 16 channels", {"model.preset": "wan2.1-t2v-1.3b"}),
-        (r"config\.teacher\.kind=closed_form is of Moving Shapes", LATENTS | {"teacher.kind": "closed_form"}),
+        (r"config\.teacher\.kind=closed_form .*data\.kind=latents", LATENTS | {"teacher.kind": "closed_form"}),
+        (r"config\.stage=denoising .*data\.kind=latents", LATENTS | {"stage": "denoising", "teacher.kind": "data"}),
         (
             r"config\.text_encoder=umt5-xxl writes rows of 4096, .*tiny reads .* 64",
             {"text_encoder": "umt5-xxl"},

@@ -1,6 +1,8 @@
 """What a run starts from, for every stage, and which stages may follow each other."""
 
+import dataclasses
 import functools
+import json
 from dataclasses import replace
 
 import jax
@@ -11,14 +13,18 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import base
+from salt_jax.data.latents import write_records
 from salt_jax.errors import UserError
+from salt_jax.models.presets import PRESETS
 from salt_jax.models.text_encoder import init_text_encoder
 from salt_jax.models.weights import save_weights
 from salt_jax.train.checkpoint import open_checkpoints, save
 from salt_jax.train.recipe import read_recipe, to_json
 from salt_jax.train.setup import setup, student_start
+from salt_jax.train.sharding import make_mesh
 from salt_jax.train.state import init_learner, init_state
 
+MESH = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])
 BASE = {"head": {"kernel": jnp.zeros((4, 3))}}  # stands for a network's parameters
 EMA = {"head": {"kernel": jnp.arange(12.0).reshape(4, 3)}}
 
@@ -119,7 +125,7 @@ def test_a_file_that_says_nothing_about_itself_is_refused(tmp_path):
 
 @functools.cache
 def started(**changes):
-    return setup(recipe(**changes))
+    return setup(recipe(**changes), MESH)
 
 
 def form(tree):
@@ -168,7 +174,58 @@ def test_a_stream_starts_empty_in_the_form_that_it_keeps():
     assert stream.cache.x0.shape == (24, 6, 12, 12, 3)
 
 
-def test_latents_are_refused_until_they_can_be_read():
-    changes = {"data.kind": "latents", "data.clip": (21, 60, 104), "model.preset": "wan2.1-t2v-1.3b"}
-    with pytest.raises(UserError, match=r"config\.data\.kind=latents"):
-        setup(recipe(**changes, text_encoder="umt5-xxl"))
+# Encoded data at Wan's shapes, with the small presets and random weights.
+
+ENCODED = {"data.kind": "latents", "data.clip": (3, 4, 6), "text_encoder": "wan-tiny", "weights": ""}
+
+
+def encoded(path, *names, channels=16):
+    """A data set of two records with the arrays of these names."""
+    shapes = {"latent": (3, 4, 6, channels), "image": (5, 40), "condition": (3, 4, 6, channels)}
+    shapes = {"text": (None, 32)} | {name: shapes[name] for name in names}
+    rng = np.random.default_rng(0)
+    draw = lambda shape: rng.standard_normal([n or 7 for n in shape]).astype(np.float32)
+    make = lambda numbers: [
+        {"caption": f"clip {i}", **{k: draw(s) for k, s in shapes.items()}} for i in numbers
+    ]
+    write_records(path, {}, shapes, draw((None, 32)), ["a", "b"], 1, make, 0, 1)
+    return str(path)
+
+
+def test_a_student_of_wan_starts_at_its_weights_and_has_the_teacher_that_is_named(tmp_path):
+    wan = {"model.preset": "wan2.1-t2v-tiny", "data.dir": encoded(tmp_path / "data", "latent")}
+    same = setup(recipe(**ENCODED, **wan), MESH)
+    same_tree = lambda a, b: all(map(np.array_equal, *map(jax.tree.leaves, (a, b))))
+    assert same_tree(same.frozen["teacher"], same.state.student.params)
+    assert len(same.records) == 2 and same.records[1]["caption"] == "clip 1"
+    file = tmp_path / "wan.safetensors"
+    told = {"config": json.dumps(dataclasses.asdict(PRESETS["wan2.1-t2v-tiny"]))}
+    save_weights(file, jax.tree.map(lambda w: w + 1, same.frozen["teacher"]), "bfloat16", told)
+    other = setup(recipe(**ENCODED, **wan, **{"teacher.weights": str(tmp_path)}), MESH)
+    assert same_tree(other.state.student.params, same.state.student.params)
+    assert {w.dtype for w in jax.tree.leaves(other.frozen["teacher"])} == {np.dtype(jnp.bfloat16)}
+    started = setup(recipe(**ENCODED | {"weights": str(tmp_path)}, **wan), MESH)
+    assert same_tree(started.state.student.params, other.frozen["teacher"])
+    assert {w.dtype for w in jax.tree.leaves(started.state.student.params)} == {np.dtype(np.float32)}
+    with pytest.raises(UserError, match=r"the weights in .* are WanConfig.*config\.model\.preset"):
+        setup(recipe(**ENCODED | wan | {"model.preset": "wan2.1-i2v-tiny", "weights": str(tmp_path)}), MESH)
+
+
+@pytest.mark.parametrize(
+    ("preset", "names", "changes", "told"),
+    [
+        ("wan2.1-i2v-tiny", ("latent",), {}, r"without pictures.*encode it with --image"),
+        ("wan2.1-t2v-tiny", (), {}, r"has prompts alone.*config\.video=rollout"),
+        ("wan2.1-t2v-tiny", ("latent",), {"data.clip": (3, 4, 8)}, r"the run wants \[3, 4, 8, 16\]"),
+    ],
+)
+def test_encoded_data_that_do_not_fit_are_refused(tmp_path, preset, names, changes, told):
+    changes = {"model.preset": preset, "data.dir": encoded(tmp_path, *names)} | changes
+    with pytest.raises(UserError, match=told):
+        setup(recipe(**ENCODED | changes), MESH)
+
+
+def test_prompts_are_enough_for_rollouts(tmp_path):
+    changes = {"model.preset": "wan2.1-t2v-tiny", "data.dir": encoded(tmp_path), "video": "rollout"}
+    parts = setup(recipe(**ENCODED, **changes), MESH)
+    assert set(parts.records[0]) == {"caption", "text"} and parts.records[0]["text"].shape == (512, 32)

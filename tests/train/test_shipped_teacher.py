@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from configs import base
+from launch.common import all_devices
 from salt_jax.data import shapes
 from salt_jax.evaluate import suite
 from salt_jax.models.denoiser import guided
@@ -17,7 +18,7 @@ from salt_jax.train.setup import embed, initial_weights, make_network
 def test_nine_clips_of_ten_are_what_their_caption_says():
     """48 clips, one per caption, by 32 guided Euler updates."""
     recipe = read_recipe(base.get_config())
-    weights, scenes = initial_weights(recipe), shapes.scenes(recipe.world)
+    weights, scenes = initial_weights(recipe, all_devices()), shapes.scenes(recipe.world)
     text, count = embed(recipe, weights["text_encoder"], ["", *map(shapes.caption, scenes)]), len(scenes)
     network = make_network(recipe)
     teacher = network._replace(

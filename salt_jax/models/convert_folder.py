@@ -1,0 +1,74 @@
+"""Which files in a folder are the networks and the tokenizer of Wan 2.1, whatever they are called."""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from salt_jax.errors import UserError
+from salt_jax.models.convert import Found, find_network
+from salt_jax.models.convert_sizes import PARTS
+from salt_jax.models.pretrained import TOKENIZERS
+
+SHARD = r"-\d+-of-(\d+)(?=\.safetensors$)"
+SUFFIXES = (".safetensors", ".pth", ".pt")
+
+
+def find_networks(src: Path, unused: Callable[[Path], Any]) -> dict[str, Found]:
+    """The networks in a folder with everything below it, or in a file, by what they are.
+
+    Args:
+      unused: is told of files that hold something else.
+
+    Raises:
+      UserError: there is none, one twice, or one that is not complete.
+    """
+    networks: dict[str, Found] = {}
+    for files in weight_files(src):
+        found = find_network(files)
+        if found is None:
+            unused(files[0])
+        elif found.network in networks:
+            both = f"{networks[found.network].files[0]} and {files[0]}"
+            raise UserError(f"{both} are both a {found.network}; name the folder or file of one of them")
+        else:
+            networks[found.network] = found
+    if not networks:
+        raise UserError(f"{src} holds none of {', '.join(PARTS)} of Wan 2.1; name another folder or file")
+    return networks
+
+
+def weight_files(src: Path) -> list[list[Path]]:
+    """The files with weights in a folder, shards of one model together; hidden ones are left out.
+
+    Raises:
+      UserError: there is nothing, or shards are absent.
+    """
+    if not src.exists():
+        raise UserError(f"there is no {src}; check the name")
+    models = defaultdict(list)
+    if src.is_dir():
+        for path in sorted(src.rglob("*")):
+            hidden = any(part.startswith(".") for part in path.relative_to(src).parts)
+            if path.suffix in SUFFIXES and path.is_file() and not hidden:
+                models[_model(path)].append(path)
+    else:
+        models[_model(src)] = sorted(path for path in src.parent.iterdir() if _model(path) == _model(src))
+    for model, files in models.items():
+        count = re.search(r"-of-(\d+)\.safetensors$", model.name)
+        if count and len(files) != int(count[1]):
+            raise UserError(f"{model.parent} has {len(files)} files {model.name}; download the rest")
+    return list(models.values())
+
+
+def tokenizer_files(src: Path) -> list[Path]:
+    """umT5's, of the release or the Diffusers layout; the release of image-to-video models has another one too."""
+    folders = sorted(path for path in src.rglob("*") if path.name in ("umt5-xxl", "tokenizer"))
+    files = [[folder / name for name in TOKENIZERS if (folder / name).is_file()] for folder in folders]
+    return next((some for some in files if some), [])
+
+
+def _model(path: Path) -> Path:
+    """One name for all shards of a model."""
+    return path.parent / re.sub(SHARD, r"-of-\1", path.name)

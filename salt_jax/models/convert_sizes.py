@@ -1,0 +1,104 @@
+"""The sizes of a network in files of others: from the shapes in it, and its config.json for what these do not tell."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from salt_jax.errors import UserError
+from salt_jax.models import image_encoder, presets, pretrained
+
+PARTS = {
+    "wan": pretrained.WAN,
+    "vae": pretrained.VAE,
+    "text_encoder": pretrained.TEXT,
+    "image_encoder": pretrained.IMAGE,
+}
+
+
+class Size(NamedTuple):
+    """Of an array in every layer."""
+
+    layers: int
+    theirs: tuple[int, ...]
+    ours: tuple[int, ...]  # empty where theirs cannot be made into ours
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is none."""
+    try:
+        told = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def infer_config(network: str, sizes: Mapping[str, Size], told: Mapping[str, Any], where: str) -> Any:
+    """The config of a network of `PARTS`.
+
+    Args:
+      sizes: by our path.
+      told: what the config.json beside the file says.
+
+    Raises:
+      UserError: no config has these shapes, or they do not tell it all.
+    """
+    infer = {"wan": _wan, "vae": _vae, "text_encoder": _text_encoder, "image_encoder": _image_encoder}
+    try:
+        return infer[network](sizes, told, where)
+    except (TypeError, ValueError, LookupError, ZeroDivisionError) as error:
+        raise UserError(f"{where} has shapes that no {network} has ({error}); name another file") from error
+
+
+def _wan(sizes: Mapping[str, Size], told: Mapping[str, Any], where: str) -> Any:
+    layers, _, (_, dim) = sizes["blocks/modulation"]
+    _, channels, frames, rows, columns = sizes["patch_embedding/kernel"].theirs
+    known = {c.dim: c.num_heads for c in presets.PRESETS.values() if c.text_dim == 4096}
+    image = sizes.get("image_embedding/norm_in/scale")
+    return pretrained.WAN.config(
+        dim=dim,
+        num_heads=_heads(told, ("num_heads", "num_attention_heads"), known.get(dim), where),
+        num_layers=layers,
+        ffn_dim=sizes["blocks/ffn_in/kernel"].ours[1],
+        in_channels=channels,
+        out_channels=sizes["head/linear/bias"].ours[0] // (frames * rows * columns),
+        patch_size=(frames, rows, columns),
+        text_dim=sizes["text_embedding/in/kernel"].ours[0],
+        text_length=int(told.get("text_len", 512)),
+        freq_dim=sizes["time_embedding/in/kernel"].ours[0],
+        image_dim=image.ours[0] if image else 0,
+        eps=float(told.get("eps", 1e-6)),
+    )
+
+
+def _vae(sizes: Mapping[str, Size], told: Mapping[str, Any], where: str) -> Any:
+    return pretrained.VAE.config(sizes["encoder/conv_in/bias"].ours[0], sizes["from_latent/bias"].ours[0])
+
+
+def _text_encoder(sizes: Mapping[str, Size], told: Mapping[str, Any], where: str) -> Any:
+    layers, _, (buckets, heads) = sizes["blocks/relative_attention_bias/embedding"]
+    vocabulary, dim = sizes["shared/embedding"].ours
+    width, ffn = (sizes[f"blocks/{name}/kernel"].ours[1] for name in ("q", "wi_0"))
+    return pretrained.TEXT.config(vocabulary, dim, layers, heads, width // heads, ffn, buckets)
+
+
+def _image_encoder(sizes: Mapping[str, Size], told: Mapping[str, Any], where: str) -> Any:
+    rows, dim = sizes["position_embedding"].ours
+    layers, _, (_, mlp) = sizes["blocks/fc_in/kernel"]
+    patch = sizes["patch_embedding/kernel"].ours[0]
+    published = image_encoder.PRESETS["vit-h-14"]
+    # The official release keeps it in one folder with the transformer, whose config.json tells other heads.
+    known = published.num_heads if dim == published.dim else None
+    heads = known or _heads(told, ("num_attention_heads",), None, where)
+    return pretrained.IMAGE.config(dim, layers, heads, mlp, math.isqrt(rows - 1) * patch, patch)
+
+
+def _heads(told: Mapping[str, Any], keys: Sequence[str], known: int | None, where: str) -> int:
+    value = next((told[key] for key in keys if isinstance(told.get(key), int)), known)
+    if not value:
+        raise UserError(
+            f"{where} is of a size not published, and shapes do not tell the number of heads; put a config.json with "
+            f"{keys[0]} beside it"
+        )
+    return value

@@ -1,0 +1,120 @@
+"""What an image-to-video denoiser is told of its first frame, beside the features of `image_encoder`.
+
+A picture goes two ways. Seen by CLIP: `squash_for_clip` as Wan 2.1's own code does it, or `crop_for_clip` as
+diffusers does; the two differ. And as channels behind the noisy latent: `image_clip`, encoded by the VAE, then
+`condition_latents`. What works on pictures is numpy, because each picture has a size of its own.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, UInt8
+from PIL import Image
+
+CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # of colours in [0, 1], per channel
+CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+VAE_STRIDE = (4, 8)  # pixel frames per latent frame, pixels per latent row or column
+TOKEN = 2  # latent rows or columns of a token
+
+
+def fit_size(image_height: int, image_width: int, max_area: int) -> tuple[int, int]:
+    """Height and width in pixels of a video of about the picture's shape and of at most `max_area` pixels.
+
+    Both are multiples of 16, a token's side. Wan 2.1's areas are 480 * 832 and 720 * 1280.
+
+    Raises:
+        ValueError: if the picture is so long or the area so small that a side has no token.
+    """
+    # Wan 2.1's rule in whole numbers: its floating point makes 464 rows of a picture that is 832 x 480 already.
+    token = TOKEN * VAE_STRIDE[1]
+    height, width = (
+        math.isqrt(max_area * along // across) // token * token
+        for along, across in ((image_height, image_width), (image_width, image_height))
+    )
+    if not height * width:
+        raise ValueError(
+            f"a picture of {image_width} x {image_height} pixels does not fit into {max_area} pixels with at "
+            f"least {token} on each side: crop the picture or use a larger area"
+        )
+    return height, width
+
+
+def resize_bicubic(
+    image: Float[np.ndarray, "*b h w c"], height: int, width: int
+) -> Float[np.ndarray, "*b {height} {width} c"]:
+    """Bicubic interpolation as torch does it: a = -0.75, pixel centres aligned, edges repeated, no antialiasing.
+
+    Nothing is clipped: next to edges in the picture values may leave its range a little.
+    """
+    return _bicubic(_bicubic(image.astype(np.float32, copy=False), -3, height), -2, width)
+
+
+def squash_for_clip(image: UInt8[np.ndarray, "h w 3"], size: int) -> Float[np.ndarray, "{size} {size} 3"]:
+    """Wan 2.1's way to CLIP's pixels: the whole picture, its sides squashed to `size`, without antialiasing."""
+    return (resize_bicubic(image / np.float32(255), size, size) - CLIP_MEAN) / CLIP_STD
+
+
+def crop_for_clip(image: UInt8[np.ndarray, "h w 3"], size: int) -> Float[np.ndarray, "{size} {size} 3"]:
+    """CLIP's and diffusers' way to CLIP's pixels: the shorter side made `size`, with antialiasing, then the middle."""
+    height, width = (size * side // min(image.shape[:2]) for side in image.shape[:2])
+    small = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+    top, left = (height - size) // 2, (width - size) // 2
+    middle = small[top : top + size, left : left + size]
+    return (middle / np.float32(255) - CLIP_MEAN) / CLIP_STD
+
+
+def image_clip(
+    image: UInt8[np.ndarray, "h w 3"], num_frames: int, height: int, width: int
+) -> Float[np.ndarray, "{num_frames} {height} {width} 3"]:
+    """The clip that the VAE encodes for the condition: the picture, then mid-grey frames, in [-1, 1]."""
+    clip = np.zeros((num_frames, height, width, 3), np.float32)
+    clip[0] = resize_bicubic(image / np.float32(127.5) - 1, height, width)
+    return clip
+
+
+def known_mask(known: Bool[np.ndarray, "t"]) -> Float[np.ndarray, "f 4"]:
+    """Which pixel frames the condition knows, in the VAE's grouping: frame 0 alone, fourfold, then four by four.
+
+    Channel j of latent frame f tells of pixel frame 4 f - 3 + j.
+
+    Raises:
+        ValueError: if the number of frames is not 4 F - 3.
+    """
+    stride = VAE_STRIDE[0]
+    latent_frames, rest = divmod(len(known) + stride - 1, stride)
+    if rest:
+        raise ValueError(
+            f"a clip of {len(known)} frames does not divide into latent frames: it has 4k + 1, such as "
+            f"{stride * latent_frames + 1} frames"
+        )
+    frames = np.arange(stride * latent_frames).reshape(latent_frames, stride) - (stride - 1)
+    return known[np.maximum(frames, 0)].astype(np.float32)
+
+
+def condition_latents(
+    latents: Float[Array | np.ndarray, "b f h w c"],
+) -> Float[Array | np.ndarray, "b f h w m"]:
+    """The channels behind the noisy latent: `known_mask` of a clip whose first frame is known, then `latents`.
+
+    `latents` are the normalised latents of `image_clip`, [B, F, H, W, 16]; the result has 20 channels. In numpy where
+    they are numpy's: a data loader works on the host.
+    """
+    num_frames = VAE_STRIDE[0] * (latents.shape[1] - 1) + 1
+    mask = known_mask(np.arange(num_frames) == 0)[None, :, None, None]
+    mask = np.broadcast_to(mask, (*latents.shape[:4], mask.shape[-1])).astype(latents.dtype)
+    return (jnp if isinstance(latents, jax.Array) else np).concatenate([mask, latents], axis=-1)
+
+
+def _bicubic(x: np.ndarray, axis: int, length: int) -> np.ndarray:
+    """`length` samples along `axis`, each from the nearest four by Keys' cubic kernel."""
+    centre = (np.arange(length) + 0.5) * x.shape[axis] / length - 0.5
+    first = np.floor(centre).astype(int) - 1
+    total = np.zeros(1, np.float32)
+    for sample in (first + tap for tap in range(4)):
+        d = np.abs(centre - sample)
+        near, far = (1.25 * d - 2.25) * d**2 + 1, -0.75 * (((d - 5) * d + 8) * d - 4)
+        weight = np.where(d <= 1, near, far).astype(np.float32).reshape(-1, *[1] * (-axis - 1))
+        total = total + weight * np.take(x, np.clip(sample, 0, x.shape[axis] - 1), axis)
+    return total

@@ -1,0 +1,230 @@
+"""What a run keeps in memory, in all and on each device, before anything is allocated.
+
+Parameters, moments and what is frozen are counted exactly, by the shapes that a run has and the shardings of
+`train.sharding`. What comes and goes during an update is a model of it, told at `passing` and at `block_bytes`; XLA's
+own account of compiled updates is held against both in tests/train/test_footprint.py.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from salt_jax.data import shapes
+from salt_jax.errors import UserError
+from salt_jax.models.lora import init_lora
+from salt_jax.models.presets import WanConfig
+from salt_jax.models.text_encoder import init_text_encoder
+from salt_jax.models.wan import init_wan
+from salt_jax.train.cost import Pairs, chunk_pairs, going_on, image_tokens
+from salt_jax.train.recipe import Recipe, make_optimizer
+from salt_jax.train.setup import empty_stream, make_network
+from salt_jax.train.sharding import partition_spec
+from salt_jax.train.state import TrainState, init_learner, init_state
+
+F32 = 4  # bytes
+
+
+class Held(NamedTuple):
+    """One kind of thing in memory."""
+
+    name: str
+    count: int  # numbers in it; 0 where only bytes are known
+    whole: int  # bytes of one copy, of the whole batch
+    device: int  # bytes on each device
+
+
+def fresh_state(recipe: Recipe, teacher_dtype: str) -> tuple[TrainState, dict[str, Any]]:
+    """The state and what is frozen, from random weights: in form what `train.setup.setup` reads and makes.
+
+    A teacher that is another network than the student stays as it is stored, in `teacher_dtype`.
+    """
+    k_base, k_other = jax.random.split(jax.random.key(recipe.seed))
+    null_text = jnp.zeros((1, recipe.wan.text_length, recipe.wan.text_dim))
+    student_tx = make_optimizer(recipe.student_optimizer, recipe.updates)
+    critic_tx = make_optimizer(recipe.critic_optimizer, recipe.updates * recipe.critic_updates)
+    base, t = init_wan(k_base, recipe.wan), recipe.teacher
+    if recipe.stage == "denoising":
+        weights = {"wan": base, "text_encoder": init_text_encoder(k_other, recipe.text)}
+        frozen = {} if t.kind == "data" else {"teacher": _closed_form(recipe, 1)}
+        return init_state(init_learner(weights, student_tx), None), frozen
+    if recipe.stage != "distil":
+        state = init_state(init_learner(base, student_tx), None)
+        return state, {"teacher": base, "null_text": null_text}
+    if t.kind == "closed_form":
+        teacher = _closed_form(recipe, recipe.wan.text_dim)
+    elif t.weights or recipe.teacher_wan != recipe.wan:
+        stored = lambda x: x.astype(teacher_dtype)
+        teacher = jax.tree.map(stored, init_wan(k_other, recipe.teacher_wan))
+    else:
+        teacher = base
+    frozen = {"teacher": teacher}
+    if (recipe.align.weight and recipe.align.network == "base") or recipe.lora.rank:
+        frozen["base"] = base
+    trained = init_lora(k_other, base, recipe.lora.rank) if recipe.lora.rank else base
+    frozen |= {"student": base} if recipe.lora.rank else {}
+    student, critic = (init_learner(trained, tx) for tx in (student_tx, critic_tx))
+    return init_state(student, critic, empty_stream(recipe, make_network(recipe), null_text)), frozen
+
+
+def _closed_form(recipe: Recipe, text_dim: int) -> dict[str, Any]:
+    scenes, modes = shapes.scenes(recipe.world), shapes.modes(recipe.world)
+    captions = jnp.zeros((len(scenes), recipe.wan.text_length, text_dim))
+    return {"clips": jnp.zeros((len(scenes), len(modes), *recipe.clip_shape)), "captions": captions}
+
+
+def tree_bytes(tree: Any, mesh: Mapping[str, int]) -> dict[str, Held]:
+    """Every array of a tree of shapes, by its path: its sharding decides what a device holds of it."""
+    held = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        axes = [axis for entry in partition_spec(name, leaf.shape, mesh) for axis in _axes(entry)]
+        whole = leaf.size * leaf.dtype.itemsize
+        held[name] = Held(name, leaf.size, whole, whole // math.prod(mesh[axis] for axis in axes))
+    return held
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+KINDS = (
+    ("student", "student/params"),
+    ("student optimizer", "student/opt_state"),
+    ("average of the student", "ema"),
+    ("critic", "critic/params"),
+    ("critic optimizer", "critic/opt_state"),
+    ("videos under way", "stream"),
+)
+FROZEN = (("teacher", "teacher"), ("base", "base"), ("student's base", "student"), ("null text", "null_text"))
+
+
+def kept(recipe: Recipe, mesh: Mapping[str, int], teacher_dtype: str) -> list[Held]:
+    """What stays in memory for the whole run. Counters, some bytes, are left out."""
+    rows = []
+    for tree, kinds in zip(
+        jax.eval_shape(lambda: fresh_state(recipe, teacher_dtype)), (KINDS, FROZEN), strict=True
+    ):
+        leaves = tree_bytes(tree, mesh)
+        for name, prefix in kinds:
+            mine = [leaf for path, leaf in leaves.items() if f"{path}/".startswith(f"{prefix}/")]
+            if mine:
+                rows.append(Held(name, *(sum(column) for column in list(zip(*mine, strict=True))[1:])))
+    return rows
+
+
+def cache_bytes(c: WanConfig, frames: int, picture: tuple[int, int], itemsize: int) -> int:
+    """Keys and values of a clip's frames, in all layers."""
+    tokens = picture[0] * picture[1] // (c.patch_size[1] * c.patch_size[2])
+    return 2 * c.num_layers * frames * tokens * c.dim * itemsize
+
+
+def block_bytes(
+    c: WanConfig, pairs: Pairs, per_frame: int, itemsize: int, flash: bool, gradient: bool, tensor: int
+) -> int:
+    """The most that one block holds at a time, for one clip.
+
+    Forward, by token: 3 D in float32 (the residual stream and its norms), 4 D and 2 F in the compute type. With
+    gradient everything the block computes waits for the backward pass: 8 D in float32, 18 D and 5 F. Chunks each
+    gather the keys and values they see. Without a flash kernel the scores are there too, in float32, once or twice.
+    Measured with XLA's buffer assignment at small size, see tests/train/test_footprint.py. `tensor` cuts heads and F.
+    """
+    tokens = per_frame * sum(q for q, _ in pairs)
+    seen = [per_frame * k for _, k in pairs]
+    scores = [per_frame * q * k for (q, _), k in zip(pairs, seen, strict=True)]
+    gathered, scored = (sum(seen), sum(scores)) if gradient else (max(seen), max(scores))
+    stream, wide, ffn, times = (8, 18, 5, 2) if gradient else (3, 4, 2, 1)
+    inner = tokens * (wide * c.dim + ffn * c.ffn_dim) + 2 * gathered * c.dim * (len(pairs) > 1)
+    inner = inner * itemsize + (0 if flash else times * c.num_heads * scored * F32)
+    return tokens * stream * c.dim * F32 + inner // tensor
+
+
+def passing(recipe: Recipe, mesh: Mapping[str, int], flash: bool, kept: Sequence[Held]) -> list[Held]:
+    """What comes and goes during an update: a model of its peak, given what is kept.
+
+    The peak is in the student's update: caches, the inputs of blocks (without `model.remat` all that blocks compute)
+    and gradients live while one block of some network is at work. Clips are spread over data x fsdp; `tensor` cuts
+    heads and the width of the feed-forward, `context` nothing.
+
+    Raises:
+      UserError: the batch does not spread over the mesh.
+    """
+    ways, tensor = mesh["data"] * mesh["fsdp"], mesh["tensor"]
+    if recipe.batch_size % ways:
+        raise UserError(
+            f"config.batch_size={recipe.batch_size} must be a multiple of mesh data x fsdp = {ways}"
+        )
+    wan, size, frames = recipe.wan, jnp.dtype(recipe.model.dtype).itemsize, recipe.clip_shape[0]
+    per_frame = math.prod(recipe.clip_shape[1:3]) // math.prod(wan.patch_size[1:])
+    block = lambda c, pairs, gradient: block_bytes(c, pairs, per_frame, size, flash, gradient, tensor)
+    student, whole = _student_pairs(recipe), [(frames, frames)]
+    judged = whole if recipe.stage in ("distil", "denoising") else student
+    work = max(block(wan, student, True), block(wan, judged, True), block(recipe.teacher_wan, whole, False))
+    inputs = sum(q for q, _ in student) * per_frame * wan.dim * F32
+    inputs = wan.num_layers * (inputs if recipe.model.remat else block(wan, student, True))
+    cache = cache_bytes(wan, _slots(recipe), recipe.clip_shape[1:3], size)
+    caches, passes = max(_programs(recipe), key=lambda p: p[0] * cache + p[1] * inputs)
+    rows = (
+        ("batch", _batch_bytes(recipe)),
+        ("caches", caches * cache),
+        ("inputs of blocks", int(passes * inputs)),
+        ("one block at work", work),
+    )
+    spread = [Held(name, 0, n * recipe.batch_size, n * recipe.batch_size // ways) for name, n in rows if n]
+    networks = {row.name: row for row in kept}
+    held = [networks["student"]._replace(name="gradients"), *spread]
+    if recipe.lora.rank:  # student and critic with their adapters merged, and the gradient of one of them
+        base = networks["base"]
+        held.append(Held("merged networks", 3 * base.count, 3 * base.whole, 3 * base.device))
+    if mesh["fsdp"] > 1:  # a block's weights are gathered while it works, and those of the next one
+        largest = max((wan, recipe.teacher_wan), key=lambda c: c.dim * c.ffn_dim)
+        gathered = 2 * F32 * (8 * largest.dim**2 + 2 * largest.dim * largest.ffn_dim) // tensor
+        held.append(Held("gathered blocks", 0, gathered, gathered))
+    return held
+
+
+def _student_pairs(recipe: Recipe) -> Pairs:
+    """How the frames of the update's differentiated forward look around."""
+    frames = recipe.clip_shape[0]
+    if not recipe.causal:
+        return [(frames, frames)]
+    new = chunk_pairs(recipe.memory, frames)
+    if recipe.stage != "distil":
+        return [*new, *new]  # the clean pass, and the noisy one
+    return (
+        max(new, going_on(recipe), key=lambda pairs: sum(k for _, k in pairs))
+        if recipe.stream.max_frames
+        else new
+    )
+
+
+def _programs(recipe: Recipe) -> list[tuple[int, float]]:
+    """Of each program of the student's update: caches that live at once, and forwards of it with gradient.
+
+    A rolling window writes a new cache at each commit; through the cache of a stage before distillation runs a
+    gradient; cache alignment makes a reference with a cache of its own, and features with gradient.
+    """
+    if recipe.stage != "distil":
+        return [(2 if recipe.causal else 0, 1.0)]
+    caches = 0 if recipe.video != "rollout" else 2 if recipe.memory.window else 1
+    programs = [(caches, 2.0 if recipe.loss.self_consistency else 1.0)]
+    if (
+        recipe.align.weight
+    ):  # with self-consistency in no update: that is at the longest K, alignment at others
+        programs.append((caches + 1, 1 + recipe.align.layers / recipe.wan.num_layers))
+    return programs
+
+
+def _slots(recipe: Recipe) -> int:
+    going = recipe.memory.capacity(0) - recipe.stream.overlap if recipe.stream.max_frames else 0
+    return recipe.clip_shape[0] + max(going, 0)
+
+
+def _batch_bytes(recipe: Recipe) -> int:
+    wan, clip = recipe.wan, math.prod(recipe.clip_shape)
+    states = recipe.schedule.train_updates + 1 if recipe.stage == "ode_regression" else 0
+    text = recipe.wan.text_length * (recipe.wan.text_dim if recipe.stage != "denoising" else 1)
+    image = image_tokens(wan) * wan.image_dim + clip // wan.out_channels * wan.condition_channels
+    return F32 * (clip * (1 + states) + text + bool(wan.image_dim) * image)

@@ -1,0 +1,264 @@
+"""launch.convert_wan as a user runs it: releases in, students out, mistakes in one line with nothing left behind."""
+
+import hashlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from configs import base
+from salt_jax.models import image_encoder, pretrained, text_encoder, vae
+from salt_jax.models.convert_out import outgoing
+from salt_jax.models.presets import PRESETS
+from salt_jax.models.pretrained import open_part
+from salt_jax.models.weights import Outgoing, read_metadata, write_tensors
+from salt_jax.train.checkpoint import open_checkpoints, save
+from salt_jax.train.recipe import read_recipe, to_json
+from salt_jax.train.state import init_learner, init_state
+from tests.models.test_convert import (
+    I2V,
+    T2V,
+    from_table,
+    lora_file,
+    official,
+    same_bits,
+    save_torch,
+    shapes_of,
+)
+from tests.models.test_torch_files import Shell
+from tests.models.test_wan import randomised
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = {
+    pretrained.WAN: I2V,
+    pretrained.VAE: vae.PRESETS["tiny"],
+    pretrained.TEXT: text_encoder.PRESETS["wan-tiny"],
+    pretrained.IMAGE: image_encoder.PRESETS["tiny"],
+}
+TABLES = {pretrained.VAE: "vae", pretrained.TEXT: "text_encoder", pretrained.IMAGE: "image_encoder"}
+
+
+def program(*args):
+    """Runs `python -m launch.convert_wan` in the root of the repository on one CPU device."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "launch.convert_wan", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def succeed(*args):
+    done = program(*args)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def refused(dst, *args, told):
+    done = program(*args, f"--dst={dst}")
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("error: ") and "Traceback" not in done.stderr, done.stderr
+    assert told in last, last
+    assert not dst.exists() or not list(dst.iterdir()), "something is left"
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def release(tmp_path):
+    """A folder like the official image-to-video release, small, and the trees in it by part."""
+    folder = tmp_path / "Wan2.1"
+    trees = {part: randomised(shapes_of(config, part.init), 1) for part, config in CONFIGS.items()}
+    (folder / "google" / "umt5-xxl").mkdir(parents=True)
+    (folder / "xlm-roberta-large").mkdir()
+    tensors = official(trees[pretrained.WAN], I2V)
+    for k in range(3):
+        shard = {name: w for i, (name, w) in enumerate(sorted(tensors.items())) if i % 3 == k}
+        save_file(shard, folder / f"diffusion_pytorch_model-{k + 1:05d}-of-00003.safetensors")
+    (folder / "config.json").write_text(json.dumps({"num_heads": 2, "num_attention_heads": 2}))
+    for name, part in (
+        ("Wan2.1_VAE", pretrained.VAE),
+        ("models_t5_umt5-xxl-enc-bf16", pretrained.TEXT),
+        ("models_clip", pretrained.IMAGE),
+    ):
+        save_torch(folder / f"{name}.pth", from_table(TABLES[part], "official", with_last(part, trees[part])))
+    (folder / "google" / "umt5-xxl" / "tokenizer.json").write_text('{"umT5": true}')
+    (folder / "google" / "umt5-xxl" / "spiece.model").write_bytes(b"umT5")
+    (folder / "xlm-roberta-large" / "tokenizer.json").write_text('{"umT5": false}')
+    (folder / "README.md").write_text("...")
+    save_torch(folder / "xlm-roberta-large" / "other.pth", {"x": np.ones(3, np.float32)})
+    return folder, trees
+
+
+def with_last(part, tree):
+    """CLIP files hold one layer more than what is used."""
+    if part != pretrained.IMAGE:
+        return tree
+    longer = lambda leaf: np.concatenate([leaf, 9 + leaf[:1]])
+    return tree | {"blocks": jax.tree.map(longer, tree["blocks"])}
+
+
+def parts_are(folder, trees, dtype=None):
+    for part, tree in trees.items():
+        config, found = open_part(part, pretrained.Source(str(folder)))
+        assert config == CONFIGS[part]
+        same_bits(found, tree if dtype is None else jax.tree.map(lambda w: w.astype(dtype), tree))
+
+
+@pytest.mark.slow
+def test_a_release_becomes_a_folder_of_ours(release, tmp_path):
+    folder, trees = release
+    told = succeed(f"--src={folder}", f"--dst={tmp_path / 'out'}")
+    parts_are(tmp_path / "out", trees)
+    names = {part.file for part in trees} | {"tokenizer.json", "spiece.model"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == '{"umT5": true}'
+    assert "not used" in told and "other.pth" in told
+    for path in (*folder.glob("*.pth"), *folder.glob("*.safetensors")):
+        assert f"{digest(path)}  {path}" in told
+    source = json.loads(read_metadata(tmp_path / "out" / "vae.safetensors")["source"])
+    assert source["sha256"] == {"Wan2.1_VAE.pth": digest(folder / "Wan2.1_VAE.pth")}
+    assert len(json.loads(read_metadata(tmp_path / "out" / "wan.safetensors")["source"])["sha256"]) == 3
+
+
+@pytest.mark.slow
+def test_what_went_out_in_either_layout_comes_back_bit_for_bit(release, tmp_path):
+    folder, trees = release
+    succeed(f"--src={folder}", f"--dst={tmp_path / 'a'}")
+    for layout in ("official", "diffusers"):
+        out, back = tmp_path / layout, tmp_path / f"{layout} back"
+        src = tmp_path / "a" if layout == "official" else tmp_path / "a" / "wan.safetensors"
+        succeed(f"--to={layout}", f"--src={src}", f"--dst={out}")
+        succeed(f"--src={out}", f"--dst={back}")
+        parts_are(back, {pretrained.WAN: trees[pretrained.WAN]})
+    refused(
+        tmp_path / "none",
+        "--to=official",
+        f"--src={folder}",
+        told="is neither a converted folder nor a workdir",
+    )
+    # A student replaces the transformer of a folder and leaves the rest; --dtype rounds.
+    student = randomised(shapes_of(T2V), 7)
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "config.json").write_text('{"num_heads": 2}')
+    tensors = {f"model.{name}": w for name, w in official(student, T2V).items()}
+    pt = save_torch(tmp_path / "student" / "self_forcing_dmd.pt", {"generator_ema": tensors})
+    succeed(f"--src={pt}", f"--dst={tmp_path / 'a'}", "--dtype=bfloat16")
+    config, found = open_part(pretrained.WAN, pretrained.Source(str(tmp_path / "a")))
+    assert config == T2V
+    same_bits(found, jax.tree.map(lambda w: w.astype(jnp.bfloat16), student))
+    parts_are(tmp_path / "a", {part: tree for part, tree in trees.items() if part != pretrained.WAN})
+
+
+@pytest.mark.slow
+def test_a_lora_is_merged_or_kept(tmp_path):
+    params = randomised(shapes_of(T2V), 1)
+    (tmp_path / "config.json").write_text('{"num_heads": 2}')
+    pt = save_torch(tmp_path / "longlive_base.pt", {"generator": official(params, T2V)})
+    lora, matrices = lora_file(tmp_path / "lora.pt", params, 4)
+    arguments = [f"--src={pt}", f"--lora={lora}"]
+    assert "rank 4, alpha 4, 20 matrices" in succeed(*arguments, f"--dst={tmp_path / 'merged'}")
+    succeed(*arguments, f"--dst={tmp_path / 'kept'}", "--keep_lora")
+    same_bits(open_part(pretrained.WAN, pretrained.Source(str(tmp_path / "kept")))[1], params)
+    kept = load_file(tmp_path / "kept" / "lora.safetensors")
+    merged = load_file(tmp_path / "merged" / "wan.safetensors")
+    told = json.loads(read_metadata(tmp_path / "kept" / "lora.safetensors")["config"])
+    assert told == {"rank": 4, "alpha": 4.0}
+    product = kept["blocks/ffn_in/kernel/lora_a"] @ kept["blocks/ffn_in/kernel/lora_b"]
+    np.testing.assert_allclose(
+        merged["blocks/ffn_in/kernel"], params["blocks"]["ffn_in"]["kernel"] + product, atol=1e-5
+    )
+    down = matrices["base_model.model.blocks.1.ffn.0.lora_A.weight"]
+    np.testing.assert_array_equal(kept["blocks/ffn_in/kernel/lora_a"][1], down.T)
+    refused(tmp_path / "x", f"--src={pt}", f"--lora={pt}", told="is no LoRA of this network")
+    refused(tmp_path / "x", f"--src={pt}", "--keep_lora", told="--keep_lora is for --lora")
+    refused(tmp_path / "x", *arguments, "--to=official", told="--lora is not for --to")
+
+
+@pytest.mark.slow
+def test_the_averaged_student_of_a_workdir_goes_out(tmp_path):
+    config = base.get_config()
+    recipe = read_recipe(config)
+    start, average = (randomised(shapes_of(recipe.wan), seed) for seed in (1, 2))
+    state = init_state(init_learner(jax.tree.map(jnp.asarray, start), optax.sgd(0.1)), None)
+    state = replace(state, step=jnp.int32(1), ema=jax.tree.map(jnp.asarray, average))
+    with open_checkpoints(tmp_path / "run", 1) as manager:
+        save(manager, state, {"config": to_json(recipe)})
+    (tmp_path / "run" / "config.json").write_text(to_json(recipe))
+    succeed("--to=official", f"--src={tmp_path / 'run'}", f"--dst={tmp_path / 'out'}")
+    same_bits(
+        load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors"), official(average, recipe.wan)
+    )
+    told = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (told["dim"], told["num_heads"], told["text_len"]) == (192, 4, 32)
+
+
+@pytest.mark.slow
+def test_a_mistake_is_told_in_a_line_and_leaves_nothing(release, tmp_path):
+    folder, _ = release
+    dst, marker = tmp_path / "dst", tmp_path / "was_here"
+    refused(dst, f"--src={tmp_path / 'nowhere'}", told="there is no")
+    refused(dst, f"--src={folder / 'xlm-roberta-large'}", told="holds none of wan, vae")
+    refused(dst, "--to=official", f"--src={tmp_path / 'nowhere'}", told="there is no")
+    refused(dst, f"--src={folder / 'google'}", told="holds none of")
+    pth = folder / "Wan2.1_VAE.pth"
+    whole = pth.read_bytes()
+    pth.write_bytes(whole[: len(whole) // 2])
+    refused(dst, f"--src={folder}", told="Wan2.1_VAE.pth")
+    save_torch(pth, {"a": np.ones(2, np.float32)})
+    evil = pickle.dumps({"a": Shell(os.system, f"touch {marker}")}, 2)
+    with zipfile.ZipFile(folder / "models_clip.pth", "w") as file:
+        file.writestr("archive/data.pkl", evil)
+    refused(dst, f"--src={folder}", told="models_clip.pth is refused: it asks for 'posix system'")
+    assert not marker.exists()
+
+
+MEASURE = """
+import resource, sys
+from launch import convert_wan
+from launch.common import run_main
+try:
+    run_main(convert_wan.main)
+except SystemExit as end:
+    assert not end.code, end.code
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("direction", ["in", "out"])
+def test_memory_does_not_grow_with_the_model(tmp_path, direction):
+    """340 MB in one file, in arrays of at most 14 MB: what is needed above a tiny model is a few arrays."""
+    peaks, large = {}, replace(PRESETS["wan2.1-t2v-1.3b"], dim=768, num_heads=6, num_layers=9, ffn_dim=3072)
+    for name, config in (("tiny", T2V), ("large", large)):
+        src = tmp_path / name
+        src.mkdir()
+        zeros = outgoing(shapes_of(config), config, "official", None)
+        zeros = {
+            k: Outgoing(a.dtype, a.shape, lambda a=a: [np.zeros(a.shape, a.dtype)]) for k, a in zeros.items()
+        }
+        write_tensors(src / "diffusion_pytorch_model.safetensors", zeros, {})
+        (src / "config.json").write_text(json.dumps({"num_heads": config.num_heads}))
+        runs = [
+            [f"--src={src}", f"--dst={src / 'ours'}"],
+            ["--to=diffusers", f"--src={src / 'ours'}", f"--dst={src / 'out'}"],
+        ]
+        for arguments in runs[: 1 + (direction == "out")]:
+            command = [sys.executable, "-c", MEASURE, *arguments]
+            environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-3000:]
+        peaks[name] = int(done.stdout.split("peak ")[1])
+    size = (tmp_path / "large" / "ours" / "wan.safetensors").stat().st_size
+    assert size > 300e6
+    assert peaks["large"] - peaks["tiny"] < 80e6, peaks

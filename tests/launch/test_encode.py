@@ -1,0 +1,217 @@
+"""launch.encode as a user runs it, on a folder of small random weights; records equal what the networks give."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from salt_jax.data import pipeline
+from salt_jax.data.latents import open_records
+from salt_jax.data.video_folder import read_clip
+from salt_jax.models import image_encoder, text_encoder, vae
+from salt_jax.models.image_condition import condition_latents, image_clip, squash_for_clip
+from salt_jax.models.presets import PRESETS
+from salt_jax.models.pretrained import IMAGE, TEXT, VAE, WAN
+from salt_jax.models.weights import save_weights
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = {
+    VAE: vae.PRESETS["tiny"],
+    TEXT: text_encoder.PRESETS["wan-tiny"],
+    IMAGE: image_encoder.PRESETS["tiny"],
+    WAN: PRESETS["wan2.1-t2v-tiny"],
+}
+SIZE = ["--size=48x32", "--frames=9", "--dtype=float32"]
+
+
+def program(*args):
+    """Runs `python -m launch.encode` in the root of the repository on one CPU device."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "launch.encode", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def succeed(*args):
+    done = program(*args)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def random_tree(part, seed):
+    """Weights drawn with numpy: compiling jax's draws takes a minute for the VAE."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: part.init(jax.random.key(0), CONFIGS[part]))
+    draw = lambda path, a: (1.0 if "scale" in str(path[-1]) else 0.0) + rng.normal(0, 0.08, a.shape)
+    return jax.tree_util.tree_map_with_path(lambda path, a: np.float32(draw(path, a)), shapes)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A folder as launch.convert_wan writes it, and what is in it."""
+    tokenizers = pytest.importorskip("tokenizers")
+    pytest.importorskip("ftfy")
+    folder = tmp_path_factory.mktemp("weights")
+    trees = {part: random_tree(part, seed) for seed, part in enumerate(CONFIGS)}
+    for part, tree in trees.items():
+        told = {"format": "salt_jax", "config": json.dumps(dataclasses.asdict(CONFIGS[part]))}
+        save_weights(folder / part.file, tree, "float32", told)
+    words = ["<pad>", "</s>", "<unk>", "A", "cat", "dog", "walks", "."]
+    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder, trees
+
+
+IDS = {"A cat walks.": [3, 4, 6, 7, 1], "A dog.": [3, 5, 7, 1]}
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Two videos that can be used, of other sizes and rates, and four that cannot."""
+    folder = tmp_path_factory.mktemp("videos")
+    rng = np.random.default_rng(0)
+    for name, count, rate, size in (
+        ("a", 12, 16, (60, 100)),
+        ("b", 20, 25, (64, 64)),
+        ("short", 5, 16, (32, 48)),
+    ):
+        with av.open(str(folder / f"{name}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=Fraction(rate))
+            stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+            for _ in range(count):
+                picture = rng.integers(0, 255, (*size, 3), np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+    (folder / "cut.mp4").write_bytes((folder / "b.mp4").read_bytes()[:300])
+    (folder / "bare.mp4").write_bytes((folder / "b.mp4").read_bytes())
+    for name, caption in {"a": "A cat walks.", "b": "A dog.", "short": "A cat.", "cut": "A dog."}.items():
+        (folder / f"{name}.txt").write_text(caption)
+    return folder
+
+
+def text_of(trees, caption):
+    """The embedding by a plain call, without padding."""
+    ids = np.array([IDS[caption]], np.int32)
+    return np.asarray(text_encoder.encode_text(trees[TEXT], jnp.asarray(ids), CONFIGS[TEXT]))[0]
+
+
+@pytest.mark.slow
+def test_videos_become_what_the_networks_say_of_them(weights, videos, tmp_path):
+    """Two processes, one after the other, then a third start that has nothing to do."""
+    folder, trees = weights
+    args = [
+        f"--weights={folder}",
+        f"--videos={videos}",
+        f"--dst={tmp_path / 'data'}",
+        *SIZE,
+        "--image",
+        "--per_part=2",
+    ]
+    assert "2 parts are left" in succeed(*args, "--process_index=1", "--process_count=3", "--batch=2")
+    for last in ("--process_count=1", "--process_index=0"):
+        told = succeed(*args, last)
+    for line in (
+        "2 records, 3 sources left out\n",
+        "bare.mp4: no caption: there is no bare.txt beside it",
+        "cut.mp4: it cannot be decoded after 0 frames",
+        "short.mp4: it gives 5 frames at 16 a second, --frames=9 are wanted",
+    ):
+        assert line in told
+    encoded = open_records(tmp_path / "data", (3, 4, 6, 16), 512)
+    to_latents = jax.jit(vae.encode_video, static_argnums=(2, 3))
+    for record, name in zip(encoded.records, ("a", "b"), strict=True):
+        clip = read_clip(videos / f"{name}.mp4", 9, 32, 48, 16)
+        video = jnp.asarray(clip[None] / np.float32(127.5) - 1)
+        picture = jnp.asarray(image_clip(clip[0], 9, 32, 48))[None]
+        pixels = jnp.asarray(squash_for_clip(clip[0], 28))[None]
+        condition = to_latents(trees[VAE], picture, CONFIGS[VAE], jnp.float32)
+        wanted = {
+            "video": to_latents(trees[VAE], video, CONFIGS[VAE], jnp.float32)[0],
+            "condition": condition[0],
+            "image": image_encoder.encode_image(trees[IMAGE], pixels, CONFIGS[IMAGE])[0],
+            "text": text_of(trees, record["caption"]),
+        }
+        assert condition_latents(jnp.asarray(record["condition"])[None]).shape == (1, 3, 4, 6, 20)
+        for key, value in wanted.items():
+            np.testing.assert_allclose(record[key][: len(value)], value, rtol=2e-3, atol=2e-3, err_msg=key)
+            assert not record[key][len(value) :].any()
+    done = program(*args, "--negative_prompt=grey")
+    assert done.returncode == 2 and "was begun with negative_prompt=" in done.stderr
+
+
+@pytest.mark.slow
+def test_prompts_become_texts(weights, tmp_path):
+    folder, trees = weights
+    prompts = tmp_path / "prompts.csv"
+    prompts.write_text("uuid,prompt\n1,A cat walks.\n2,\n3,A dog.\n")
+    succeed(
+        f"--weights={folder}",
+        f"--prompts={prompts}",
+        f"--dst={tmp_path / 'data'}",
+        "--dtype=float32",
+        "--negative_prompt=A dog.",
+    )
+    encoded = open_records(tmp_path / "data", (21, 60, 104, 16), 512)
+    for record, caption in zip(encoded.records, ("A cat walks.", "A dog."), strict=True):
+        wanted = text_of(trees, caption)
+        assert record["caption"] == caption and record.keys() == {"caption", "text"}
+        np.testing.assert_allclose(record["text"][: len(wanted)], wanted, rtol=2e-3, atol=2e-3)
+        assert not record["text"][len(wanted) :].any()
+    np.testing.assert_array_equal(encoded.null_text, encoded.records[1]["text"])
+
+
+@pytest.mark.slow
+def test_a_teacher_makes_a_clip_of_each_prompt(weights, tmp_path):
+    """Its noise is of the prompt's number: however prompts are grouped and parted, the clips are the same."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("A cat walks.\nA dog.\nA cat walks.\n")
+    args = [f"--weights={weights[0]}", f"--prompts={prompts}", "--teacher", "--updates=3", *SIZE]
+    succeed(*args, f"--dst={tmp_path / 'one'}")
+    succeed(*args, f"--dst={tmp_path / 'two'}", "--batch=2", "--per_part=2")
+    one, two = (open_records(tmp_path / name, (3, 4, 6, 16), 512).records for name in ("one", "two"))
+    for first, second in zip(one, two, strict=True):
+        assert first["caption"] == second["caption"] and first["video"].std() > 0.1
+        np.testing.assert_allclose(first["video"], second["video"], rtol=5e-3, atol=5e-3)
+    assert np.abs(one[0]["video"] - one[2]["video"]).mean() > 0.1  # the same prompt, other noise
+    settings = {"process_index": 0, "process_count": 1, "encode_caption": str.split}
+    batch = next(pipeline.batches(one, batch_size=3, seed=0, start=0, **settings))
+    assert batch["video"].shape == (3, 3, 4, 6, 16) and batch["text"].shape == (3, 512, 32)
+
+
+@pytest.mark.slow
+def test_tiny_random_weights_need_no_files(tmp_path):
+    (tmp_path / "prompts.txt").write_text("A cat.\n" + "x" * 600)
+    told = succeed(
+        "--preset_size=tiny", f"--prompts={tmp_path / 'prompts.txt'}", f"--dst={tmp_path / 'data'}"
+    )
+    assert "1 records, 1 sources left out" in told and "prompt 2: the text 'xxx" in told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--videos=/nowhere"], "name the weights"),
+        (["--preset_size=tiny"], "give either --videos=DIR or --prompts=FILE"),
+        (["--preset_size=tiny", "--videos=/nowhere"], "there is no folder /nowhere"),
+        (["--preset_size=tiny", "--prompts=/nowhere"], "cannot read /nowhere"),
+        (["--preset_size=tiny", "--videos=/nowhere", "--teacher"], "--teacher makes clips of prompts"),
+        (["--preset_size=tiny", "--prompts=p", "--size=830x480"], "--size=830x480 is not WIDTHxHEIGHT"),
+        (["--preset_size=tiny", "--prompts=p", "--frames=80"], "--frames=80 must be 4k + 1"),
+        (["--preset_size=tiny", "--prompts=p", "--process_index=2"], "--process_index=2 must be below"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path, args, message):
+    done = program(*args, f"--dst={tmp_path / 'data'}")
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "data").exists()

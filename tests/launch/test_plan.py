@@ -1,0 +1,79 @@
+"""python -m launch.plan, as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow  # each run starts a Python of its own
+SALT = "--config=configs/wan_causal_self_forcing.py:salt"
+
+
+def plan(*args):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "launch.plan", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory):
+    """The plan of Salt on 64 devices, as printed and as JSON."""
+    file = tmp_path_factory.mktemp("plan") / "plan.json"
+    done = plan(SALT, "--mesh=data:8,fsdp:8", "--teacher_dtype=bfloat16", f"--json={file}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout, json.loads(file.read_text())
+
+
+def test_everything_is_told_in_numbers_that_add_up(numbers):
+    _, told = numbers
+    assert told["devices"] == 64 and told["mesh"] == {"data": 8, "fsdp": 8, "context": 1, "tensor": 1}
+    rows = {row["name"]: row for row in told["memory"]}
+    networks = {"student", "critic", "teacher", "average of the student", "base"}
+    moments = {"student optimizer", "critic optimizer"}
+    fleeting = {"gradients", "caches", "inputs of blocks", "one block at work", "gathered blocks", "batch"}
+    assert set(rows) == networks | moments | fleeting
+    assert rows["student"]["count"] == 1_418_996_800 and rows["teacher"]["count"] == 14_288_491_584
+    assert told["bytes_per_device"] == sum(row["device"] for row in rows.values())
+    assert all(row["all_devices"] == 64 * row["device"] for row in rows.values())
+    for who, updates in (("student", 1), ("critic", 5)):
+        seconds = sum(told["updates"][who].values()) / (64 * 989e12 * 0.4)
+        assert told["seconds"][who] == pytest.approx(seconds)
+        told["seconds_per_iteration"] -= updates * seconds
+    assert told["seconds_per_iteration"] == pytest.approx(0, abs=1e-9)
+
+
+def test_the_table_says_the_same(numbers):
+    table, told = numbers
+    for name in [row["name"] for row in told["memory"]] + [p for u in told["updates"].values() for p in u]:
+        assert name in table
+    assert ("does NOT fit" in table) == (not told["fits"]) and "14,288,491,584" in table
+
+
+def test_what_is_told_decides_whether_it_fits(numbers, tmp_path):
+    _, told = numbers
+    for gigabytes in (told["bytes_per_device"] / 1e9 + 0.001, told["bytes_per_device"] / 1e9 - 0.001):
+        args = ("--mesh=data:8,fsdp:8", "--teacher_dtype=bfloat16", f"--memory_gb={gigabytes:.6f}")
+        done = plan(SALT, *args, f"--json={tmp_path / 'plan.json'}")
+        fits = gigabytes * 1e9 > told["bytes_per_device"]
+        assert json.loads((tmp_path / "plan.json").read_text())["fits"] == fits
+        assert ("fits: " in done.stdout) == fits
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([SALT], "mesh"),
+        ([SALT, "--mesh=rows:8"], "--mesh=rows:8 must name each of data, fsdp, context, tensor once at most"),
+        ([SALT, "--mesh=data:2,data:2"], "--mesh=data:2,data:2 must name"),
+        ([SALT, "--mesh=data:0"], "the size of data must be a whole number >= 1"),
+        ([SALT, "--mesh=data:3"], "config.batch_size=64 must be a multiple of mesh data x fsdp = 3"),
+        (["--config=configs/none.py", "--mesh=data:1"], "configs/none.py"),
+    ],
+)
+def test_what_cannot_be_planned_is_named(args, message):
+    done = plan(*args)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

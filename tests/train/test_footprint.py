@@ -1,0 +1,189 @@
+"""Bytes against the trees that a run has, against arrays on a mesh, and against XLA's account of compiled updates."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import (
+    base,
+    shapes_self_forcing,
+    wan_causal_forcing,
+    wan_causal_longlive,
+    wan_causal_self_forcing,
+    wan_i2v,
+)
+from salt_jax.errors import UserError
+from salt_jax.models.denoiser import wan_network
+from salt_jax.models.presets import PRESETS, Compute
+from salt_jax.rollout.plan import Choice
+from salt_jax.train import sharding
+from salt_jax.train.footprint import block_bytes, cache_bytes, fresh_state, kept, passing, tree_bytes
+from salt_jax.train.loop import decide
+from salt_jax.train.recipe import read_recipe
+from salt_jax.train.setup import make_networks, setup
+from salt_jax.train.step import compile_step, critic_step, student_step
+
+S = jax.ShapeDtypeStruct
+ONE = dict.fromkeys(sharding.AXES, 1)
+
+
+def recipe(config, *variant, **changes):
+    made = config.get_config(*variant)
+    made.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return read_recipe(made)
+
+
+def rows(r, mesh, teacher_dtype="float32", flash=True):
+    there = kept(r, mesh, teacher_dtype)
+    return {row.name: row for row in there + passing(r, mesh, flash, there)}
+
+
+STARTS = {
+    "network": {},
+    "closed form": {"teacher.kind": "closed_form", "weights": ""},
+    "teacher in the making": {"stage": "denoising", "teacher.kind": "closed_form", "weights": ""},
+    "stage": {"stage": "consistency"},
+    "aligned": {"video": "rollout", "align.weight": 0.5},
+    "adapted": {"video": "rollout", "lora.rank": 4, "lora.alpha": 4.0},
+    "stream": {"video": "rollout", "memory.window": 9, "memory.sink": 3, "stream.max_frames": 36},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", STARTS)
+def test_what_is_counted_is_what_a_run_starts_from(start):
+    c = base.get_config()
+    c.update_from_flattened_dict(STARTS[start])
+    r = read_recipe(c)
+    parts = setup(r, sharding.make_mesh(ONE, jax.devices()[:1]))
+    form = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    state, frozen = jax.eval_shape(lambda: fresh_state(r, "float32"))
+    assert form(state) == form(parts.state)
+    assert form(frozen) == form(parts.frozen)
+
+
+@pytest.mark.parametrize("sizes", [(2, 4, 1, 1), (1, 2, 2, 2)])
+def test_a_device_holds_what_it_is_given(sizes):
+    r = recipe(shapes_self_forcing, weights="", batch_size=8)
+    state, _ = jax.eval_shape(lambda: fresh_state(r, "float32"))
+    mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)), jax.devices()[: math.prod(sizes)])
+    placed = sharding.place(
+        jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state), sharding.state_shardings(mesh, state)
+    )
+    mine = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(placed))
+    counted = tree_bytes(state, mesh.shape).values()
+    assert sum(leaf.device for leaf in counted) == mine
+    assert sum(leaf.whole for leaf in counted) == sum(x.nbytes for x in jax.tree.leaves(placed))
+
+
+def test_the_cache_of_a_clip_is_what_was_derived_and_what_is_made():
+    """30 x 2 x 32,760 x 1536 x 2 bytes, and 40 layers of 5120."""
+    for name, gigabytes in (("wan2.1-t2v-1.3b", 6.04), ("wan2.1-t2v-14b", 26.8)):
+        c = PRESETS[name]
+        counted = cache_bytes(c, 21, (60, 104), 2)
+        assert counted / 1e9 == pytest.approx(gigabytes, rel=2e-3)
+        network = wan_network(c, Compute(jnp.bfloat16), 21, 3)
+        cache = jax.eval_shape(lambda n=network: n.empty_cache(jnp.zeros((1, 0, 60, 104, 16)), 21))
+        assert counted == 2 * cache.k.size * 2
+
+
+def test_a_run_of_1_3b_under_14b_keeps_what_was_derived():
+    """Parameters and two moments in float32, an average; the teacher at 2 bytes; 4 D for each token and layer."""
+    r = recipe(wan_causal_self_forcing, batch_size=1)
+    there = rows(r, ONE, "bfloat16")
+    n = 1_418_996_800
+    assert there["student"].whole == there["critic"].whole == there["gradients"].whole == 4 * n
+    assert there["student optimizer"].whole == there["critic optimizer"].whole == 8 * n + 4  # and a counter
+    assert there["teacher"].whole == 2 * 14_288_491_584
+    assert there["caches"].whole == cache_bytes(r.wan, 21, (60, 104), 2)
+    assert there["inputs of blocks"].whole == 30 * 32_760 * 1536 * 4
+    total = sum(row.device for row in there.values())
+    assert total == pytest.approx(95e9, rel=0.05)
+
+
+@pytest.mark.slow
+def test_bytes_on_a_device_fall_with_the_mesh_and_add_up():
+    r = recipe(wan_causal_self_forcing, "salt")
+    one, many = rows(r, ONE), rows(r, ONE | {"data": 8, "fsdp": 8})
+    assert many["caches"].device * 64 == one["caches"].device
+    assert one["student"].device == one["student"].whole == many["student"].whole
+    assert one["student"].device / 8 <= many["student"].device < one["student"].device / 7.9
+    assert "gathered blocks" in many and "gathered blocks" not in one
+    # One program has two caches and 1.6 forwards with gradient, another one cache and two.
+    assert one["caches"].whole == 64 * 2 * cache_bytes(r.wan, 21, (60, 104), 2)
+    assert one["inputs of blocks"].whole == int(64 * 1.6 * 30 * 32_760 * 1536 * 4)
+
+
+@pytest.mark.slow
+def test_what_a_recipe_has_shows():
+    tuned = rows(recipe(wan_causal_longlive, "lora"), ONE)
+    assert tuned["merged networks"].whole == 3 * tuned["base"].whole and tuned["videos under way"].whole
+    assert tuned["gradients"].whole == tuned["student"].whole < tuned["base"].whole / 4
+    assert "caches" not in rows(recipe(wan_i2v), ONE)
+    scores = lambda flash: rows(recipe(wan_causal_forcing, batch_size=1), ONE, flash=flash)[
+        "one block at work"
+    ]
+    more = scores(False).whole - scores(True).whole
+    assert more >= 2 * 12 * 32_760**2 * 4  # of the whole clip, in float32, twice
+
+
+def test_a_batch_that_does_not_spread_is_refused():
+    with pytest.raises(UserError, match=r"config\.batch_size=64 .* 3"):
+        rows(recipe(wan_causal_self_forcing), ONE | {"data": 3})
+
+
+def small_run(mesh_sizes, **changes):
+    """A run of 4 layers on 36 tokens each of 24 clips, and what its steps are lowered with."""
+    r = recipe(shapes_self_forcing, weights="", teacher__kind="network", **changes)
+    mesh = sharding.make_mesh(mesh_sizes, jax.devices()[: math.prod(mesh_sizes.values())])
+    state, frozen = jax.eval_shape(lambda: fresh_state(r, "float32"))
+    trees = (sharding.state_shardings(mesh, tree) for tree in (state, frozen))
+    shardings = (*trees, sharding.batch_sharding(mesh), sharding.replicated(mesh))
+    null = jnp.zeros((1, r.wan.text_length, r.wan.text_dim))
+    clip = S((r.batch_size, *r.clip_shape), jnp.float32)
+    batch = {"video": clip, "text": S((r.batch_size, *null.shape[1:]), jnp.float32)}
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    args = (state, frozen, batch, key, S((), jnp.int32), decide(r, 0, 0)[1])
+    return r, make_networks(r, null), shardings, args
+
+
+@pytest.mark.slow
+@pytest.mark.optimized
+@pytest.mark.parametrize("step", [student_step, critic_step], ids=["student", "critic"])
+def test_a_compiled_update_takes_the_bytes_that_were_counted(step):
+    """Arguments exactly, but for the text and a few scalars; temporaries within a factor of two.
+
+    `pytest tests/train/test_footprint.py -m slow -s` prints both.
+    """
+    r, nets, shardings, args = small_run(ONE)
+    compiled = compile_step(step, nets, r, shardings, choice=Choice()).lower(*args).compile()
+    memory, there = compiled.memory_analysis(), kept(r, ONE, "float32")
+    # The video of the batch is not looked at; nor is the teacher by the critic's update, and its jit drops it.
+    used = sum(row.device for row in there if step is student_step or row.name != "teacher")
+    text = math.prod(args[2]["text"].shape) * 4
+    assert 0 <= memory.argument_size_in_bytes - used - text < 256
+    passing_bytes = {row.name: row.device for row in passing(r, ONE, False, there)}
+    print(f"\n{step.__name__}: temporaries {memory.temp_size_in_bytes / 1e6:.1f} MB, counted {passing_bytes}")
+    if step is student_step:
+        assert 0.5 < memory.temp_size_in_bytes / sum(passing_bytes.values()) < 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_a_device_of_a_mesh_takes_the_bytes_that_were_counted(sizes):
+    """By XLA's account of a program that reads the whole state."""
+    r, _, shardings, (state, frozen, *_) = small_run(ONE | sizes)
+    look = jax.jit(lambda *trees: sum(x.sum() for x in jax.tree.leaves(trees)), in_shardings=shardings[:2])
+    found = look.lower(state, frozen).compile().memory_analysis().argument_size_in_bytes
+    counted = sum(row.device for row in kept(r, ONE | sizes, "float32"))
+    assert 0 <= found - counted < 64  # counters
+
+
+def test_a_block_needs_more_for_a_gradient_less_with_flash_and_on_more_devices():
+    c, pairs = PRESETS["wan2.1-t2v-1.3b"], [(21, 21)]
+    size = lambda flash, gradient, tensor: block_bytes(c, pairs, 1560, 2, flash, gradient, tensor)
+    assert size(True, False, 1) < size(True, True, 1) < size(False, True, 1)
+    assert size(True, True, 4) < size(True, True, 1)
