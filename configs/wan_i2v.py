@@ -2,8 +2,8 @@
 
     python -m launch.train --config=configs/wan_i2v.py --workdir=runs/wan_i2v
 
-`:sc_dmd` is the usual one, `:dmd8` and `:dmd4` are the baselines. Clips: real ones or the teacher's, encoded with --image
-(docs/wan.md). Never ran at this size; for the cost see launch.plan.
+`:sc_dmd` is the usual one, `:dmd8` and `:dmd4` are the baselines. Clips: real ones or the teacher's, encoded
+with --image (docs/wan.md). Never ran at this size; for the cost see launch.plan.
 """
 
 from configs import parts

@@ -131,7 +131,9 @@ def embed_prompts(source: Source, prompts: Sequence[str], length: int, dtype: An
     except ValueError as error:
         raise UserError(str(error)) from error
     config, params = open_part(TEXT, source)
-    rows = [encode_prompts(params, t[None], config, dtype=dtype)[0] for t in tqdm(tokens, desc="prompts", delay=2)]
+    rows = [
+        encode_prompts(params, t[None], config, dtype=dtype)[0] for t in tqdm(tokens, desc="prompts", delay=2)
+    ]
     return np.stack([np.asarray(row, np.float32) for row in rows])
 
 

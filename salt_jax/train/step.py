@@ -29,8 +29,8 @@ from salt_jax.train.recipe import Recipe, make_optimizer
 from salt_jax.train.state import Stream, TrainState, apply_gradients, update_ema
 from salt_jax.types import Denoiser, Latent, Params, PRNGKey, Sigma
 
-# video: Latent [B, F, H, W, C]; text: TextEmb [B, T, D], or TokenIds [B, T] in stage denoising
-Batch = dict[str, jax.Array]
+# video: Latent [B, F, H, W, C]; text: Told, or TokenIds [B, T] in stage denoising
+Batch = dict[str, Any]
 Metrics = dict[str, jax.Array]
 Frozen = dict[str, Params]  # "teacher", and what a recipe asks for: "base", "null_text", ...
 

@@ -157,12 +157,21 @@ CONTRADICTIONS = {
         ),
         (r"config\.teacher\.preset=small .*config\.teacher\.weights.*empty", {"teacher.preset": "small"}),
         *(
-            (r"wan2.1-i2v-14b makes whole clips of a picture", LATENTS | {"model.preset": "wan2.1-i2v-14b"} | how)
+            (
+                r"wan2.1-i2v-14b makes whole clips of a picture",
+                LATENTS | {"model.preset": "wan2.1-i2v-14b"} | how,
+            )
             for how in ({"video": "noised_chunks"}, {"stage": "consistency"})
         ),
         (r"config\.model\.preset=wan2.1-t2v-1.3b makes 16 channels", {"model.preset": "wan2.1-t2v-1.3b"}),
-        (r"config\.teacher\.kind=closed_form .*data\.kind=latents", LATENTS | {"teacher.kind": "closed_form"}),
-        (r"config\.stage=denoising .*data\.kind=latents", LATENTS | {"stage": "denoising", "teacher.kind": "data"}),
+        (
+            r"config\.teacher\.kind=closed_form .*data\.kind=latents",
+            LATENTS | {"teacher.kind": "closed_form"},
+        ),
+        (
+            r"config\.stage=denoising .*data\.kind=latents",
+            LATENTS | {"stage": "denoising", "teacher.kind": "data"},
+        ),
         (
             r"config\.text_encoder=umt5-xxl writes rows of 4096, .*tiny reads .* 64",
             {"text_encoder": "umt5-xxl"},
