@@ -13,11 +13,12 @@ def attention(
 ) -> Float[Array, "b l a d"]:
     """Softmax attention without a mask: every query sees every key. Logits in float32, scale 1 / sqrt(d).
 
-    Visibility is never a mask here: callers pass the keys that may be seen (DESIGN: chunks are contiguous). The one
+    Visibility is never a mask here: callers pass the keys that may be seen (chunks are contiguous). The one
     exception is a cache that fills over time: of its keys only the first `length` count.
     On GPU, half precision runs cuDNN's flash kernel; elsewhere XLA's.
     """
-    flash = jax.default_backend() == "gpu" and q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0
+    width = q.shape[-1]
+    flash = jax.default_backend() == "gpu" and q.dtype.itemsize == 2 and width % 8 == 0 and width <= 128
     lengths = None if length is None else jnp.full(q.shape[0], length, jnp.int32)
     return jax.nn.dot_product_attention(
         q, k, v, key_value_seq_lengths=lengths, implementation="cudnn" if flash else "xla"
