@@ -59,7 +59,7 @@ def open_workdir(workdir: str) -> Trained:
         params = merge(student_start(recipe, weights["wan"]), params, recipe.lora)
     return Trained(
         recipe,
-        make_network(recipe),
+        make_network(recipe, None),
         params,
         weights,
         lambda captions: embed(recipe, weights["text_encoder"], captions),

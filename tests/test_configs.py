@@ -111,7 +111,7 @@ def abstract_run(recipe):
         return init_state(
             student,
             critic if distil else None,
-            empty_stream(recipe, make_network(recipe), null) if distil else None,
+            empty_stream(recipe, make_network(recipe, None), null) if distil else None,
         )
 
     def frozen():
@@ -140,7 +140,7 @@ def test_full_size_steps_trace(path, variant):
     state, frozen, batch, null = abstract_run(recipe)
     key = jax.eval_shape(lambda: jax.random.key(0))
     if recipe.stage == "distil":
-        nets = make_networks(recipe, null)
+        nets = make_networks(recipe, null, None)
         chosen = programs(recipe)
         steps = [(student_step, {"choice": c}, draw) for c, draw in chosen.items()]
         steps += [
@@ -148,7 +148,7 @@ def test_full_size_steps_trace(path, variant):
             for s, draw in {c.sequence: draw for c, draw in chosen.items()}.items()
         ]
     else:
-        network = make_network(recipe)
+        network = make_network(recipe, None)
         nets, steps = Networks(network, network.denoise, network.denoise), [(stage_step, {}, None)]
     for step, static, draw in steps:
         run = lambda s, f, b, k, d, step=step, static=static: step(s, f, b, k, d, nets, recipe, **static)

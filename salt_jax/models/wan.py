@@ -168,11 +168,13 @@ def _run_blocks(
     sight = sight or whole_clip(f)
     views = _with_angles(sight, h, w, c)
 
+    lay = lambda z: z if compute.tokens is None else jax.lax.with_sharding_constraint(z, compute.tokens)
+
     def layer(tokens, each):
         block, text_kv, memory = each
         seen = context if text_kv is None else text_kv
-        tokens, kv = apply(Block(c, dtype), block, tokens, e0, seen, views, memory)
-        return tokens, kv if keep else None
+        tokens, kv = apply(Block(c, dtype), block, lay(tokens), e0, seen, views, memory)
+        return lay(tokens), kv if keep else None
 
     if compute.remat:
         layer = jax.checkpoint(layer, prevent_cse=False)

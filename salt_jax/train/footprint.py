@@ -66,7 +66,7 @@ def fresh_state(recipe: Recipe, teacher_dtype: str) -> tuple[TrainState, dict[st
     trained = init_lora(k_other, base, recipe.lora.rank) if recipe.lora.rank else base
     frozen |= {"student": base} if recipe.lora.rank else {}
     student, critic = (init_learner(trained, tx) for tx in (student_tx, critic_tx))
-    return init_state(student, critic, empty_stream(recipe, make_network(recipe), null_text)), frozen
+    return init_state(student, critic, empty_stream(recipe, make_network(recipe, None), null_text)), frozen
 
 
 def _closed_form(recipe: Recipe, text_dim: int) -> dict[str, Any]:

@@ -142,7 +142,9 @@ def make_run(recipe: Recipe, parts: Setup, mesh: Mesh, start: int, workdir: str 
     place = functools.partial(jax.make_array_from_process_local_data, over_batch)
     return Run(
         recipe,
-        sharding.place(parts.frozen, frozen),
+        jax.device_put(
+            parts.frozen, frozen
+        ),  # never donated, so what is in its place already need not be copied
         step,
         critic_updates,
         jax.device_put(jax.random.key(recipe.seed + 1), everywhere),

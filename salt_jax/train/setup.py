@@ -25,7 +25,7 @@ from salt_jax.models.wan import init_wan
 from salt_jax.models.weights import load_weights, read_metadata
 from salt_jax.train.checkpoint import restore_params
 from salt_jax.train.recipe import Recipe, from_json, make_optimizer
-from salt_jax.train.sharding import make_mesh, state_shardings
+from salt_jax.train.sharding import batch_sharding, make_mesh, state_shardings
 from salt_jax.train.state import Stream, TrainState, init_learner, init_state
 from salt_jax.train.step import Networks
 from salt_jax.types import Params
@@ -155,7 +155,7 @@ def setup(recipe: Recipe, mesh: Mesh) -> Setup:
     """
     weights = initial_weights(recipe, mesh)
     tokens = functools.partial(tokenize, recipe)
-    network = make_network(recipe)
+    network = make_network(recipe, mesh)
     student_tx = make_optimizer(recipe.student_optimizer, recipe.updates)
     kind = recipe.teacher.kind
     if recipe.stage == "denoising":
@@ -193,18 +193,22 @@ def setup(recipe: Recipe, mesh: Mesh) -> Setup:
         init_learner(critic, critic_tx),
         empty_stream(recipe, network, null_text),
     )
-    return Setup(state, frozen, make_networks(recipe, null_text), table.__getitem__, records)
+    return Setup(state, frozen, make_networks(recipe, null_text, mesh), table.__getitem__, records)
 
 
-def make_network(recipe: Recipe, config: WanConfig | None = None) -> Network:
-    """The functions of student and critic, or of a network of another size."""
-    return wan_network(config or recipe.wan, recipe.compute, recipe.clip_shape[0], recipe.memory.chunk)
+def make_network(recipe: Recipe, mesh: Mesh | None, config: WanConfig | None = None) -> Network:
+    """The functions of student and critic, or of a network of another size.
+
+    On a mesh every device keeps to its share of the batch, which must divide; None is for batches that do not.
+    """
+    compute = replace(recipe.compute, tokens=batch_sharding(mesh) if mesh else None)
+    return wan_network(config or recipe.wan, compute, recipe.clip_shape[0], recipe.memory.chunk)
 
 
-def make_networks(recipe: Recipe, null_text: jax.Array) -> Networks:
+def make_networks(recipe: Recipe, null_text: jax.Array, mesh: Mesh | None) -> Networks:
     """The functions of a distillation."""
-    network, exact = make_network(recipe), recipe.teacher.kind == "closed_form"
-    teacher = closed_form_denoiser if exact else make_network(recipe, recipe.teacher_wan).denoise
+    network, exact = make_network(recipe, mesh), recipe.teacher.kind == "closed_form"
+    teacher = closed_form_denoiser if exact else make_network(recipe, mesh, recipe.teacher_wan).denoise
     return Networks(network, network.denoise, guided(teacher, null_text, recipe.teacher.guidance))
 
 

@@ -2,11 +2,23 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
+import tokenizers
 from PIL import Image
+from safetensors.numpy import save_file
 
+from launch.common import all_devices
+from salt_jax.models import image_encoder, text_encoder, vae
+from salt_jax.models.presets import PRESETS
+from salt_jax.models.pretrained import WAN, Source, open_part
+from salt_jax.models.wan import init_wan
+from salt_jax.train.checkpoint import restore_params
+from salt_jax.video import write_mp4
 from tests.launch.test_programs import frames, program, succeed
+from tests.models.test_convert import from_table, official, same_bits, save_torch, shapes_of
+from tests.models.test_wan import randomised, to_diffusers
 
 SMALL = ["--size=32x32", "--frames=9"]
 TINY = ["--preset_size=tiny", "--model=wan2.1-t2v-1.3b", *SMALL]
@@ -75,32 +87,6 @@ def test_a_student_goes_on_from_a_picture_chunk_by_chunk(tmp_path, picture):
 
 
 @pytest.mark.slow
-def test_from_prompts_to_a_student_and_its_video(tmp_path, prompts):
-    """Text to video: a teacher's clips as data, one update of student and critic, and a video of the student."""
-    data, run = tmp_path / "data", tmp_path / "run"
-    succeed(
-        "encode",
-        "--preset_size=tiny",
-        *SMALL,
-        f"--prompts={prompts}",
-        "--teacher",
-        "--updates=2",
-        f"--dst={data}",
-    )
-    preset = "--config.model.preset=wan2.1-t2v-tiny"
-    succeed(
-        "train",
-        "--config=configs/wan_t2v.py",
-        f"--workdir={run}",
-        f"--config.data.dir={data}",
-        preset,
-        *TRAIN,
-    )
-    succeed("sample", f"--workdir={run}", "--num_updates=2", "--prompt=A cat", "--count=1")
-    assert frames(run / "samples" / "2_000.mp4")[0].shape == (9, 32, 32, 3)
-
-
-@pytest.mark.slow
 def test_from_prompts_alone_to_a_causal_student(tmp_path, prompts):
     """Salt chunk by chunk needs no videos; its teacher is another network."""
     data, run = tmp_path / "data", tmp_path / "run"
@@ -118,31 +104,90 @@ def test_from_prompts_alone_to_a_causal_student(tmp_path, prompts):
     assert frames(run / "samples" / "2_000.mp4")[0].shape == (9, 32, 32, 3)
 
 
-@pytest.mark.slow
-def test_from_videos_to_a_student_that_reads_pictures(tmp_path, picture):
-    """Image to video: a user's clips as data, one update, and a video from a picture; without one it is refused."""
-    from salt_jax.video import write_mp4
+def release(folder, layout, config):
+    """A release in one of the two layouts: Wan's networks, small and random, and a tokenizer of one word a token."""
+    parts = {"wan": (config, init_wan), "vae": (vae.PRESETS["tiny"], vae.init_vae)}
+    parts["text_encoder"] = (text_encoder.PRESETS["wan-tiny"], text_encoder.init_text_encoder)
+    if config.image_dim:
+        parts["image_encoder"] = (image_encoder.PRESETS["tiny"], image_encoder.init_image_encoder)
+    places = {
+        "wan": "transformer",
+        "vae": "vae",
+        "text_encoder": "text_encoder",
+        "image_encoder": "image_encoder",
+    }
+    for name, (sizes, init) in parts.items():
+        tree = randomised(shapes_of(sizes, init), 1)
+        if name == "image_encoder":  # a file has one layer more than is used
+            tree["blocks"] = jax.tree.map(lambda leaf: np.concatenate([leaf, leaf[:1]]), tree["blocks"])
+        place = folder / (places[name] if layout == "diffusers" else "")
+        place.mkdir(parents=True, exist_ok=True)
+        told = {"num_heads": 2, "num_attention_heads": 2}
+        (place / "config.json").write_text(json.dumps(told))
+        if name == "wan":
+            by_hand = official(tree, sizes) if layout == "official" else to_diffusers(tree, sizes)
+            tensors = {name: np.asarray(w) for name, w in by_hand.items()}
+        else:
+            tensors = from_table(name, layout, tree)
+        if layout == "diffusers" or name == "wan":
+            save_file(tensors, place / "model.safetensors")
+        else:
+            save_torch(place / f"{name}.pth", tensors)
+    words = ["<pad>", "</s>", "<s>", "<unk>", "A", "cat", "dog", "walks", "runs", ".", "Noise"]
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    place = folder / ("tokenizer" if layout == "diffusers" else "google/umt5-xxl")
+    place.mkdir(parents=True)
+    model.save(str(place / "tokenizer.json"))
+    return folder
 
-    videos, data, run = tmp_path / "videos", tmp_path / "data", tmp_path / "run"
-    rng = np.random.default_rng(0)
-    for name in ("a", "b"):
-        write_mp4(videos / f"{name}.mp4", rng.integers(0, 256, (9, 32, 48, 3), np.uint8), 1)
-        (videos / f"{name}.txt").write_text(f"Noise {name}.")
-    succeed("encode", "--preset_size=tiny", *SMALL, f"--videos={videos}", "--image", f"--dst={data}")
-    preset = "--config.model.preset=wan2.1-i2v-tiny"
-    succeed(
-        "train",
-        "--config=configs/wan_i2v.py",
-        f"--workdir={run}",
-        f"--config.data.dir={data}",
-        preset,
-        *TRAIN,
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "kind"), [("official", "i2v"), pytest.param("diffusers", "t2v", marks=pytest.mark.parity)]
+)
+def test_a_release_goes_in_makes_a_video_and_a_student_that_goes_out_again(
+    tmp_path, layout, kind, prompts, picture
+):
+    """Its student, after an update, is the same bits whichever layout it went out and came back in."""
+    config, weights, data, run = (
+        PRESETS[f"wan2.1-{kind}-tiny"],
+        tmp_path / "w",
+        tmp_path / "data",
+        tmp_path / "run",
     )
-    args = ["sample", f"--workdir={run}", "--num_updates=2", "--prompt=A cat", "--count=1"]
-    succeed(*args, f"--image={picture}")
+    succeed("convert_wan", f"--src={release(tmp_path / 'release', layout, config)}", f"--dst={weights}")
+    look = [f"--image={picture}"] if kind == "i2v" else []
+    succeed("sample", f"--weights={weights}", *SMALL, "--prompt=A cat walks.", "--count=1", "--num_updates=2",
+            f"--out={tmp_path}", *look)  # fmt: skip
+    assert frames(tmp_path / "2_000.mp4")[0].shape[0] == 9
+    if kind == "i2v":
+        rng = np.random.default_rng(0)
+        for name in ("a", "b"):
+            write_mp4(tmp_path / "videos" / f"{name}.mp4", rng.integers(0, 256, (9, 32, 48, 3), np.uint8), 1)
+            (tmp_path / "videos" / f"{name}.txt").write_text("Noise.")
+        source = [f"--videos={tmp_path / 'videos'}", "--image"]
+    else:
+        source = [f"--prompts={prompts}", "--teacher", "--updates=2"]
+    succeed("encode", f"--weights={weights}", *SMALL, *source, f"--dst={data}")
+    changes = [*TRAIN, f"--config.weights={weights}", f"--config.model.preset=wan2.1-{kind}-tiny"]
+    succeed(
+        "train", f"--config=configs/wan_{kind}.py", f"--workdir={run}", f"--config.data.dir={data}", *changes
+    )
+    succeed("sample", f"--workdir={run}", "--num_updates=2", "--prompt=A cat", "--count=1", *look)
     assert frames(run / "samples" / "2_000.mp4")[0].shape == (9, 32, 32, 3)
-    done = program(*args)
-    assert done.returncode == 2 and "--image" in done.stderr and done.stderr.count("\n") == 1
+    student = jax.tree.map(np.asarray, restore_params(run, "ema", all_devices()))
+    before = open_part(WAN, Source(str(weights)))[1]
+    assert not np.array_equal(student["blocks"]["ffn_in"]["kernel"], before["blocks"]["ffn_in"]["kernel"])
+    for out in ("official", "diffusers"):
+        succeed("convert_wan", f"--to={out}", f"--src={run}", f"--dst={tmp_path / out}")
+        succeed("convert_wan", f"--src={tmp_path / out}", f"--dst={tmp_path / f'{out} back'}")
+        found, tree = open_part(WAN, Source(str(tmp_path / f"{out} back")))
+        assert found == config
+        same_bits(jax.tree.map(np.asarray, tree), student)
+    if kind == "i2v":
+        done = program("sample", f"--workdir={run}", "--num_updates=2", "--prompt=A cat")
+        assert done.returncode == 2 and "--image" in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow

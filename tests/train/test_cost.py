@@ -240,9 +240,11 @@ def short(config, variant="plain", **changes):
 def trace(r, step, choice, draw, loops):
     state, frozen = jax.eval_shape(lambda: fresh_state(r, "float32"))
     null = jnp.zeros((1, r.wan.text_length, r.wan.text_dim))
-    network = make_network(r)
+    network = make_network(r, None)
     nets = (
-        make_networks(r, null) if r.stage == "distil" else Networks(network, network.denoise, network.denoise)
+        make_networks(r, null, None)
+        if r.stage == "distil"
+        else Networks(network, network.denoise, network.denoise)
     )
     clip = lambda *front: S((r.batch_size, *front, *r.clip_shape), jnp.float32)
     batch = {"video": clip(), "text": S((r.batch_size, *null.shape[1:]), jnp.float32)}

@@ -147,25 +147,29 @@ def small_run(mesh_sizes, **changes):
     batch = {"video": clip, "text": S((r.batch_size, *null.shape[1:]), jnp.float32)}
     key = jax.eval_shape(lambda: jax.random.key(0))
     args = (state, frozen, batch, key, S((), jnp.int32), decide(r, 0, 0)[1])
-    return r, make_networks(r, null), shardings, args
+    return r, make_networks(r, null, mesh), shardings, args
 
 
 @pytest.mark.slow
 @pytest.mark.optimized
-@pytest.mark.parametrize("step", [student_step, critic_step], ids=["student", "critic"])
-def test_a_compiled_update_takes_the_bytes_that_were_counted(step):
+@pytest.mark.parametrize(
+    ("step", "sizes"), [(student_step, ONE), (critic_step, ONE), (student_step, ONE | {"fsdp": 8})], ids=str
+)
+def test_a_compiled_update_takes_the_bytes_that_were_counted(step, sizes):
     """Arguments exactly, but for the text and a few scalars; temporaries within a factor of two.
+
+    On a mesh too: a device works on its share of the batch alone.
 
     `pytest tests/train/test_footprint.py -m slow -s` prints both.
     """
-    r, nets, shardings, args = small_run(ONE)
+    r, nets, shardings, args = small_run(sizes)
     compiled = compile_step(step, nets, r, shardings, choice=Choice()).lower(*args).compile()
-    memory, there = compiled.memory_analysis(), kept(r, ONE, "float32")
+    memory, there = compiled.memory_analysis(), kept(r, sizes, "float32")
     # The video of the batch is not looked at; nor is the teacher by the critic's update, and its jit drops it.
     used = sum(row.device for row in there if step is student_step or row.name != "teacher")
-    text = math.prod(args[2]["text"].shape) * 4
+    text = math.prod(args[2]["text"].shape) * 4 // sizes["fsdp"]
     assert 0 <= memory.argument_size_in_bytes - used - text < 256
-    passing_bytes = {row.name: row.device for row in passing(r, ONE, False, there)}
+    passing_bytes = {row.name: row.device for row in passing(r, sizes, False, there)}
     print(f"\n{step.__name__}: temporaries {memory.temp_size_in_bytes / 1e6:.1f} MB, counted {passing_bytes}")
     if step is student_step:
         assert 0.5 < memory.temp_size_in_bytes / sum(passing_bytes.values()) < 2

@@ -20,7 +20,7 @@ def test_nine_clips_of_ten_are_what_their_caption_says():
     recipe = read_recipe(base.get_config())
     weights, scenes = initial_weights(recipe, all_devices()), shapes.scenes(recipe.world)
     text, count = embed(recipe, weights["text_encoder"], ["", *map(shapes.caption, scenes)]), len(scenes)
-    network = make_network(recipe)
+    network = make_network(recipe, None)
     teacher = network._replace(
         denoise=guided(network.denoise, jnp.asarray(text[:1]), recipe.teacher.guidance)
     )

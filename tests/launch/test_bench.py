@@ -1,0 +1,145 @@
+"""python -m launch.bench at the smallest size: what it says is whole and counted right. No time is judged."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import wan_causal_self_forcing
+from salt_jax import bench
+from salt_jax.models import vae
+from salt_jax.train import cost
+from salt_jax.train.recipe import read_recipe
+
+ROOT = Path(__file__).parents[2]
+SIZE = ["--preset=wan2.1-t2v-tiny", "--frames=3", "--height=4", "--width=4", "--vae=tiny"]
+PARTS = [
+    "matmul",
+    "teacher forward",
+    "student step",
+    "critic step",
+    "text encoder",
+    "streaming",
+    "VAE encode",
+]
+
+
+def run(*args):
+    # As the tests do, see conftest.py: what takes long here is compiling.
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    command = [sys.executable, "-m", "launch.bench", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def tiny():
+    config = wan_causal_self_forcing.get_config()
+    config.model.preset, config.text_encoder, config.data.clip = "wan2.1-t2v-tiny", "wan-tiny", (3, 4, 4)
+    config.teacher.preset = config.teacher.weights = config.weights = ""
+    config.batch_size = 1
+    return read_recipe(config)
+
+
+@pytest.mark.slow
+def test_all_parts_are_measured_and_told(tmp_path):
+    done = run(*SIZE, "--runs=2", f"--json={tmp_path / 'bench.json'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads((tmp_path / "bench.json").read_text())
+    parts = {row["part"]: row for row in told["results"]}
+    assert list(parts) == [*PARTS, "VAE decode"]
+    for name, row in parts.items():
+        assert name in done.stdout
+        rate = row["flops"] / row["seconds"]
+        assert row["tflops_per_second"] == pytest.approx(rate / 1e12) and row["compile_seconds"] >= 0
+        best = parts["matmul"]["flops"] / parts["matmul"]["seconds"]
+        assert math.isfinite(row["of_matmul"]) and row["of_matmul"] == pytest.approx(rate / best)
+        assert len(row["every"]) == 2 and min(row["every"]) <= row["seconds"] <= max(row["every"])
+        assert row["xla_bytes"] is None if name == "streaming" else row["xla_bytes"] > 0
+    assert set(told) == {
+        *("command", "commit", "device", "devices", "host", "versions", "peak_bytes", "results")
+    }
+    assert "--frames=3" in told["command"] and told["versions"]["jax"] == jax.__version__
+
+    r = tiny()
+    draw = next(iter(bench.programs(r, "student").items()))
+    mix = cost.mix_of(r, *draw)
+    for name, count in (("student step", cost.student_flops), ("critic step", cost.critic_flops)):
+        assert parts[name]["flops"] == sum(count(r, mix, False).values())
+    config, params = (
+        vae.PRESETS["tiny"],
+        jax.eval_shape(lambda: vae.init_vae(jax.random.key(0), vae.PRESETS["tiny"])),
+    )
+    decode = lambda p, z: vae.decode_video(p, z, config, jnp.bfloat16)
+    latents = jax.ShapeDtypeStruct((1, 3, 4, 4, 16), jnp.float32)
+    assert parts["VAE decode"]["flops"] == cost.traced_flops(decode, params, latents)
+    stream = parts["streaming"]["more"]
+    assert stream["frames"] == 9 and stream["updates"] == 4
+    both = stream["transformer_seconds"] + stream["vae_seconds"]
+    assert both == pytest.approx(parts["streaming"]["seconds"])  # the median of two runs is their mean
+    assert stream["first_chunk_seconds"] == pytest.approx(both + parts["text encoder"]["seconds"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([*SIZE, "--what=everything"], "--what=everything has parts other than teacher_forward"),
+        (
+            ["--config=configs/shapes_sc_dmd.py", "--frames=3"],
+            "--frames, --height and --width are of latents",
+        ),
+        ([*SIZE[:1], "--frames=4"], "4 latent frames do not split"),
+        (["--config=configs/none.py"], "configs/none.py"),
+    ],
+)
+def test_what_cannot_be_measured_is_named(args, message):
+    done = run(*args)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_is_donated_comes_back_for_the_next_run():
+    step = jax.jit(lambda state, x: (state + x, x.sum()), donate_argnums=0)
+    found = bench.measure("sum", step, (jnp.zeros(3), jnp.ones(3)), 6.0, 3, kind="test")
+    assert (
+        found.part == "sum"
+        and found.flops == 6.0
+        and len(found.every) == 3
+        and found.more == {"kind": "test"}
+    )
+    # Two arguments and two results of 12, 12 and 4 bytes, of which the state is both; with temporaries more.
+    assert found.xla_bytes is not None and found.xla_bytes >= 28
+
+
+def test_chunks_are_timed_without_the_time_of_those_who_take_them(monkeypatch):
+    clock = iter(
+        [0.0, 2.0, 10.0, 13.0, 20.0, 21.0]
+    )  # 2 for the first, 8 elsewhere, 3 for the second, 7 elsewhere
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
+    seconds = []
+    assert list(bench._clocked("ab", seconds)) == ["a", "b"]
+    assert seconds == [2.0, 3.0]
+
+
+def test_random_weights_have_the_form_that_is_asked():
+    r = tiny()
+    shapes = bench.shapes_of(bench.init_wan, r.wan)
+    params = bench.random_params(shapes, jnp.bfloat16, 0)
+    assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(lambda x: x.shape, shapes)
+    leaves = jax.tree.leaves(params)
+    assert {x.dtype for x in leaves} == {jnp.dtype(jnp.bfloat16)} and all(x.any() for x in leaves)
+
+
+def test_every_program_of_a_run_is_found():
+    config = wan_causal_self_forcing.get_config("salt")
+    found = bench.programs(read_recipe(config), "student")
+    assert {(c.self_consistency, c.alignment) for c in found} == {
+        (False, False),
+        (True, False),
+        (False, True),
+    }
+    assert len(bench.programs(read_recipe(config), "critic")) == 1
