@@ -16,12 +16,12 @@ from absl import flags
 from tqdm import tqdm
 
 from launch.common import open_workdir, run_main
+from salt_jax.convert.folder import find_networks, tokenizer_files
+from salt_jax.convert.lora import find_lora, lora_outgoing, merge_lora
+from salt_jax.convert.reading import digest, outgoing
+from salt_jax.convert.sizes import PARTS
+from salt_jax.convert.writing import open_wan, write_official
 from salt_jax.errors import UserError
-from salt_jax.models.convert import digest, outgoing
-from salt_jax.models.convert_folder import find_networks, tokenizer_files
-from salt_jax.models.convert_lora import find_lora, lora_outgoing, merge_lora
-from salt_jax.models.convert_out import open_wan, write_official
-from salt_jax.models.convert_sizes import PARTS
 from salt_jax.models.weights import Outgoing, all_or_nothing, write_tensors
 
 SRC = flags.DEFINE_string(

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "data": BOTTOM,
     "losses": BOTTOM | {"flow"},
     "models": BOTTOM | {"flow"},
+    "convert": BOTTOM | {"models"},
     "rollout": BOTTOM | {"flow", "models"},
     "train": BOTTOM | {"flow", "models", "rollout", "losses", "data", "video"},
     "sample": BOTTOM | {"flow", "models", "rollout", "data"},

@@ -18,15 +18,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs import base
+from salt_jax.convert.writing import outgoing
 from salt_jax.models import image_encoder, pretrained, text_encoder, vae
-from salt_jax.models.convert_out import outgoing
 from salt_jax.models.presets import PRESETS
 from salt_jax.models.pretrained import open_part
 from salt_jax.models.weights import Outgoing, read_metadata, write_tensors
 from salt_jax.train.checkpoint import open_checkpoints, save
 from salt_jax.train.recipe import read_recipe, to_json
 from salt_jax.train.state import init_learner, init_state
-from tests.models.test_convert import (
+from tests.convert.test_convert import (
     I2V,
     T2V,
     from_table,
@@ -36,7 +36,7 @@ from tests.models.test_convert import (
     save_torch,
     shapes_of,
 )
-from tests.models.test_torch_files import Shell
+from tests.convert.test_torch_files import Shell
 from tests.models.test_wan import randomised
 
 ROOT = Path(__file__).parents[2]

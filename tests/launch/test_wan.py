@@ -16,8 +16,8 @@ from salt_jax.models.pretrained import WAN, Source, open_part
 from salt_jax.models.wan import init_wan
 from salt_jax.train.checkpoint import restore_params
 from salt_jax.video import write_mp4
+from tests.convert.test_convert import from_table, official, same_bits, save_torch, shapes_of
 from tests.launch.test_programs import frames, program, succeed
-from tests.models.test_convert import from_table, official, same_bits, save_torch, shapes_of
 from tests.models.test_wan import randomised, to_diffusers
 
 SMALL = ["--size=32x32", "--frames=9"]

@@ -14,20 +14,21 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from salt_jax.convert import names, reading, writing
+from salt_jax.convert.folder import find_networks, weight_files
+from salt_jax.convert.lora import find_lora, lora_outgoing, merge_lora
+from salt_jax.convert.reading import find_network
+from salt_jax.convert.sizes import Size, infer_config
+from salt_jax.convert.writing import open_wan, write_official
 from salt_jax.errors import UserError
-from salt_jax.models import convert, convert_out, image_encoder, names, text_encoder, vae
-from salt_jax.models.convert import find_network
-from salt_jax.models.convert_folder import find_networks, weight_files
-from salt_jax.models.convert_lora import find_lora, lora_outgoing, merge_lora
-from salt_jax.models.convert_out import open_wan, write_official
-from salt_jax.models.convert_sizes import Size, infer_config
+from salt_jax.models import image_encoder, text_encoder, vae
 from salt_jax.models.lora import merge
 from salt_jax.models.presets import PRESETS, Compute
 from salt_jax.models.wan import apply_wan, init_wan
 from salt_jax.models.weights import load_weights, write_tensors
 from salt_jax.types import ImageText
+from tests.convert.test_torch_files import archive, ordered, storage, table, tensor
 from tests.models import test_image_encoder, test_text_encoder, test_vae
-from tests.models.test_torch_files import archive, ordered, storage, table, tensor
 from tests.models.test_wan import inputs, oracle, randomised, to_diffusers
 
 T2V, I2V = PRESETS["wan2.1-t2v-tiny"], PRESETS["wan2.1-i2v-tiny"]
@@ -91,14 +92,14 @@ def save_torch(path, tree):
 
 
 def write(found, path, dtype=None):
-    write_tensors(path, convert.outgoing(found, dtype), {"config": json.dumps(vars(found.config))})
+    write_tensors(path, reading.outgoing(found, dtype), {"config": json.dumps(vars(found.config))})
     return path
 
 
 def come_in(files, path, dtype=None):
     """Converts and loads as stored: (found, tree)."""
     found = find_network(files)
-    like = shapes_of(found.config, convert.PARTS[found.network].init)
+    like = shapes_of(found.config, reading.PARTS[found.network].init)
     return found, load_weights(write(found, path / "ours.safetensors", dtype), like, None)
 
 
@@ -151,7 +152,7 @@ def test_our_file_goes_out_as_arrays_on_devices_do(release, tmp_path):
     found = find_network(files)
     write_tensors(
         tmp_path / "wan.safetensors",
-        convert.outgoing(found, None),
+        reading.outgoing(found, None),
         {"config": json.dumps(found.config.__dict__)},
     )
     config, stored = open_wan(tmp_path)
@@ -381,9 +382,9 @@ def test_published_sizes_have_the_published_arrays(preset, count, numbers):
     """Counts of the released files, and some of their names and shapes."""
     config = PRESETS[preset]
     for layout in ("official", "diffusers"):
-        arrays = convert_out.outgoing(shapes_of(config), config, layout, jnp.bfloat16)
+        arrays = writing.outgoing(shapes_of(config), config, layout, jnp.bfloat16)
         assert len(arrays) == count and sum(array.nbytes for array in arrays.values()) == 2 * numbers
-    arrays = convert_out.outgoing(shapes_of(config), config, "official", None)
+    arrays = writing.outgoing(shapes_of(config), config, "official", None)
     last, dim, ffn = config.num_layers - 1, config.dim, config.ffn_dim
     known = {
         "patch_embedding.weight": (dim, config.in_channels, 1, 2, 2), "head.head.weight": (64, dim),
@@ -413,7 +414,7 @@ def from_table(network, layout, tree):
         leaf = np.asarray(flatten_dict(tree, sep="/")[row.ours])
         form = row.official_form if layout == "official" and row.official_form else row.form
         there, here = form.split(" -> ")
-        back = lambda array, here=here, there=there: convert.rearrange(array, f"{here} -> {there}")
+        back = lambda array, here=here, there=there: reading.rearrange(array, f"{here} -> {there}")
         for i in range(len(leaf) if "{i}" in name else 1):
             array = back(leaf[i] if "{i}" in name else leaf)
             held = out.get(name.format(i=i))

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from salt_jax.convert import names
+from salt_jax.convert.reading import FLOATS, Adapter, Found, clean, open_tensors
+from salt_jax.convert.sizes import read_json
 from salt_jax.errors import UserError
-from salt_jax.models import names
-from salt_jax.models.convert import FLOATS, Adapter, Found, clean, open_tensors
-from salt_jax.models.convert_sizes import read_json
 from salt_jax.models.weights import Outgoing, Stored, view
 
 

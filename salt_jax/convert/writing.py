@@ -10,9 +10,9 @@ import numpy as np
 from einops import rearrange
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from salt_jax.convert.names import WAN
 from salt_jax.errors import UserError
 from salt_jax.models import pretrained
-from salt_jax.models.names import WAN
 from salt_jax.models.presets import WanConfig
 from salt_jax.models.pretrained import part_file, stored_config
 from salt_jax.models.wan import init_wan

@@ -9,8 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from salt_jax.convert.torch_files import read_torch
 from salt_jax.errors import UserError
-from salt_jax.models.torch_files import read_torch
 from salt_jax.models.weights import Stored, view
 
 # A pickle by hand, opcode by opcode: these tests need no torch, and write what torch never would.

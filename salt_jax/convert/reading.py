@@ -18,11 +18,12 @@ from einops import EinopsError, rearrange
 from flax.traverse_util import flatten_dict
 from safetensors import SafetensorError
 
+from salt_jax.convert import names
+from salt_jax.convert.names import TABLES, Row
+from salt_jax.convert.sizes import PARTS, Size, infer_config, read_json
+from salt_jax.convert.torch_files import read_torch
 from salt_jax.errors import UserError
-from salt_jax.models import names, pretrained
-from salt_jax.models.convert_sizes import PARTS, Size, infer_config, read_json
-from salt_jax.models.names import TABLES, Row
-from salt_jax.models.torch_files import read_torch
+from salt_jax.models import pretrained
 from salt_jax.models.weights import Outgoing, Stored, list_tensors, view
 
 FLOATS = (np.float32, np.float16, jnp.bfloat16)

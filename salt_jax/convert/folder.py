@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from salt_jax.convert.reading import Found, find_network
+from salt_jax.convert.sizes import PARTS
 from salt_jax.errors import UserError
-from salt_jax.models.convert import Found, find_network
-from salt_jax.models.convert_sizes import PARTS
 from salt_jax.models.pretrained import TOKENIZERS
 
 SHARD = r"-\d+-of-(\d+)(?=\.safetensors$)"
