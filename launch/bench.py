@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from launch.common import all_devices, run_main
+from launch.common import all_devices, read_config, run_main
 from salt_jax import bench
 from salt_jax.errors import UserError
 from salt_jax.models.presets import PRESETS
@@ -140,15 +140,9 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 
 def main(_):
-    jax.config.update(
-        "jax_enable_compilation_cache", False
-    )  # or compile times would be those of reading files
-    try:
-        config = CONFIG.value.copy_and_resolve_references()
-    except OSError as error:
-        name = config_flags.get_config_filename(flags.FLAGS["config"])
-        raise UserError(f"cannot load the config file {name}; check --config") from error
-    recipe, results = make_recipe(config), []
+    # With it compile times would be those of reading files.
+    jax.config.update("jax_enable_compilation_cache", False)
+    recipe, results = make_recipe(read_config(CONFIG).copy_and_resolve_references()), []
     for name, part in (bar := tqdm(parts_of(recipe, WHAT.value).items(), unit="part")):
         bar.set_description(name)
         results += part()

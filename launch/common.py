@@ -7,12 +7,13 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn, get_args
+from typing import Any, NamedTuple, NoReturn, get_args
 
 import jax
 import numpy as np
 from absl import app, flags, logging
 from jax.sharding import Mesh
+from ml_collections import config_flags
 
 from salt_jax.data import shapes
 from salt_jax.errors import UserError
@@ -35,6 +36,17 @@ class Trained(NamedTuple):
     params: Params  # of the averaged student, or teacher-to-be
     weights: Params  # {"wan", "text_encoder"} of the teacher that belongs to it; {} of kind latents
     embed: Callable[[Sequence[str]], np.ndarray]  # captions -> float32 [N, T, D]
+
+
+def read_config(flag: flags.FlagHolder) -> Any:
+    """The ConfigDict of a flag that ml_collections defined. Raises UserError if there is no such file."""
+    try:
+        config = flag.value
+        config.keys()
+    except OSError as error:
+        name = config_flags.get_config_filename(flags.FLAGS[flag.name])
+        raise UserError(f"cannot load the config file {name}; check --{flag.name}") from error
+    return config
 
 
 def open_workdir(workdir: str) -> Trained:

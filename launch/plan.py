@@ -12,7 +12,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from launch.common import run_main
+from launch.common import read_config, run_main
 from salt_jax.errors import UserError
 from salt_jax.train.cost import critic_flops, mean_mix, student_flops
 from salt_jax.train.footprint import kept, passing
@@ -119,13 +119,7 @@ def show(plan: dict[str, Any]) -> str:
 
 
 def main(_):
-    try:
-        config = CONFIG.value
-        config.keys()
-    except OSError as error:
-        name = config_flags.get_config_filename(flags.FLAGS["config"])
-        raise UserError(f"cannot load the config file {name}; check --config") from error
-    recipe = read_recipe(config)
+    recipe = read_recipe(read_config(CONFIG))
     heads = recipe.wan.dim // recipe.wan.num_heads
     on_gpu = recipe.model.dtype == "bfloat16" and heads % 8 == 0
     flash = on_gpu if FLASH.value is None else FLASH.value

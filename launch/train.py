@@ -6,8 +6,7 @@ Trains, or goes on where DIR stopped. Everything it writes is in DIR.
 from absl import flags
 from ml_collections import config_flags
 
-from launch.common import run_main
-from salt_jax.errors import UserError
+from launch.common import read_config, run_main
 from salt_jax.train.loop import train
 from salt_jax.train.recipe import read_recipe
 
@@ -18,13 +17,7 @@ WORKDIR = flags.DEFINE_string(
 
 
 def main(_):
-    try:
-        config = CONFIG.value
-        config.keys()
-    except OSError as error:
-        name = config_flags.get_config_filename(flags.FLAGS["config"])
-        raise UserError(f"cannot load the config file {name}; check --config") from error
-    train(read_recipe(config), WORKDIR.value)
+    train(read_recipe(read_config(CONFIG)), WORKDIR.value)
 
 
 if __name__ == "__main__":

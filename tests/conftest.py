@@ -28,6 +28,13 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """What a file compiled is of no use to the next one, and would be gigabytes at the end."""
+    yield
+    jax.clear_caches()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests marked `gpu` run where the default backend is a GPU and say so elsewhere.
 

@@ -37,6 +37,7 @@ from tests.convert.test_convert import (
     shapes_of,
 )
 from tests.convert.test_torch_files import Shell
+from tests.launch.test_programs import program as run_program
 from tests.models.test_wan import randomised
 
 ROOT = Path(__file__).parents[2]
@@ -50,10 +51,7 @@ TABLES = {pretrained.VAE: "vae", pretrained.TEXT: "text_encoder", pretrained.IMA
 
 
 def program(*args):
-    """Runs `python -m launch.convert_wan` in the root of the repository on one CPU device."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "launch.convert_wan", *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return run_program("convert_wan", *args)
 
 
 def succeed(*args):

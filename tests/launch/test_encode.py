@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -22,6 +19,8 @@ from salt_jax.models.image_condition import condition_latents, image_clip, squas
 from salt_jax.models.presets import PRESETS
 from salt_jax.models.pretrained import IMAGE, TEXT, VAE, WAN
 from salt_jax.models.weights import save_weights
+from tests.launch.test_programs import program as run_program
+from tests.launch.test_programs import succeed as run
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = {
@@ -34,16 +33,11 @@ SIZE = ["--size=48x32", "--frames=9", "--dtype=float32"]
 
 
 def program(*args):
-    """Runs `python -m launch.encode` in the root of the repository on one CPU device."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "launch.encode", *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return run_program("encode", *args)
 
 
 def succeed(*args):
-    done = program(*args)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return run("encode", *args)
 
 
 def random_tree(part, seed):
