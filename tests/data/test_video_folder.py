@@ -1,14 +1,17 @@
 """Real files are written with PyAV; what must come out is known from how they were made."""
 
+import importlib.util
 import json
 import wave
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from salt_jax.data.video_folder import find_videos, fit_picture, read_clip, read_prompts, resample
 from salt_jax.errors import UserError
@@ -349,3 +352,21 @@ def test_prompts_of_every_kind(tmp_path):
         read_prompts(tmp_path / "p.txt")
     with pytest.raises(UserError, match="cannot read"):
         read_prompts(tmp_path / "absent.txt")
+
+
+def test_a_real_video():
+    """Live action of 1280 x 720 at 20 frames a second: frame i of the clip is what was seen at i / 16 s."""
+    (package,) = importlib.util.find_spec("imageio").submodule_search_locations
+    file = Path(package) / "resources" / "images" / "cockatoo.mp4"
+    clip = read_clip(file, 37, 96, 160, 16)
+    assert clip.shape == (37, 96, 160, 3) and clip.dtype == np.uint8
+    with av.open(str(file)) as container:
+        seen = {
+            i: f.to_ndarray(format="rgb24")
+            for i, f in zip(range(46), container.decode(video=0), strict=False)
+        }
+    for i in (0, 4, 36):  # at multiples of 1/4 s both have a frame
+        middle = Image.fromarray(seen[i * 20 // 16]).crop((40, 0, 1240, 720))
+        wanted = np.asarray(middle.resize((160, 96), Image.Resampling.BICUBIC))
+        assert np.abs(clip[i].astype(int) - wanted).mean() < 0.05  # the frame beside is off by 4 at least
+    assert np.abs(clip[36].astype(int) - clip[0]).mean() > 5  # it moves
