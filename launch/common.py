@@ -68,7 +68,7 @@ def open_workdir(workdir: str) -> Trained:
     else:
         weights = {} if latents and not recipe.lora.rank else initial_weights(recipe, mesh)
     if recipe.lora.rank:
-        params = merge(student_start(recipe, weights["wan"]), params, recipe.lora)
+        params = merge(student_start(recipe, weights["wan"], mesh), params, recipe.lora)
     return Trained(
         recipe,
         make_network(recipe, None),

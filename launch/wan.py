@@ -29,7 +29,7 @@ from salt_jax.models.image_condition import (
 from salt_jax.models.image_encoder import encode_image
 from salt_jax.models.kv_cache import CachePolicy
 from salt_jax.models.presets import PRESETS, Compute, WanConfig
-from salt_jax.models.pretrained import IMAGE, VAE, WAN, Source
+from salt_jax.models.pretrained import IMAGE, TEXT, VAE, WAN, Source
 from salt_jax.models.prompts import NEGATIVE_IMAGE_TO_VIDEO, NEGATIVE_TEXT_TO_VIDEO
 from salt_jax.models.vae import SPACE, TIME, encode_video
 from salt_jax.rollout.parallel import Solver
@@ -159,11 +159,14 @@ def _trained(run: Trained, solver: str | None, frames: int | None, memory: str |
         raise UserError(
             "this student needs --image=FILE" if r.wan.image_dim else "--image is for models that read it"
         )
+    source = Source(WEIGHTS.value or r.weights)
+    if not source.folder and r.wan.text_dim != pretrained.TINY[TEXT].dim:
+        raise UserError("name the text encoder and the VAE: --weights=DIR of launch.convert_wan")
     usual = TIME * (r.clip_shape[0] - 1) + 1
     shape = r.clip_shape[0] if not frames else latent_shape(frames, r.wan)[0]
     policy = r.memory if r.causal else None
     return Model(
-        Source(WEIGHTS.value or r.weights),
+        source,
         r.wan,
         lambda: run.params,
         True,

@@ -55,8 +55,9 @@ class Source(NamedTuple):
 
 
 def part_file(part: Part, where: str | Path) -> Path:
-    """The file of a part: `where` itself, or in the folder of that name."""
-    return Path(where) / part.file if Path(where).is_dir() else Path(where)
+    """The file of a part in a folder. Where a transformer's file is named instead: that one, or beside it."""
+    path = Path(where)
+    return path / part.file if path.is_dir() else path if part is WAN else path.with_name(part.file)
 
 
 def stored_config(part: Part, where: str | Path) -> Any:

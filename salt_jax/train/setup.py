@@ -18,14 +18,14 @@ from salt_jax.models.closed_form import closed_form_denoiser, closed_form_params
 from salt_jax.models.denoiser import Network, guided, wan_network
 from salt_jax.models.lora import init_lora
 from salt_jax.models.presets import WanConfig
-from salt_jax.models.pretrained import WAN, Source, open_part
+from salt_jax.models.pretrained import WAN, Source, open_part, part_file
 from salt_jax.models.text_encoder import encode_text, init_text_encoder
 from salt_jax.models.tokenizer import byte_tokenize
 from salt_jax.models.wan import init_wan
 from salt_jax.models.weights import load_weights, read_metadata
 from salt_jax.train.checkpoint import restore_params
 from salt_jax.train.recipe import Recipe, from_json, make_optimizer
-from salt_jax.train.sharding import batch_sharding, make_mesh, state_shardings
+from salt_jax.train.sharding import batch_sharding, state_shardings
 from salt_jax.train.state import Stream, TrainState, init_learner, init_state
 from salt_jax.train.step import Networks
 from salt_jax.types import Params
@@ -54,14 +54,7 @@ def initial_weights(recipe: Recipe, mesh: Mesh, dtype: Any = jnp.float32) -> Par
       UserError: what is there is absent, damaged, or of another network.
     """
     if recipe.data.kind == "latents":
-        source, place = Source(recipe.weights, recipe.seed), functools.partial(state_shardings, mesh)
-        config, wan = open_part(WAN, source, recipe.wan, dtype, place)
-        if config != recipe.wan:
-            raise UserError(
-                f"the weights in {recipe.weights} are {config}, not {recipe.wan}; "
-                "check config.model.preset, config.weights, config.teacher.preset and config.teacher.weights"
-            )
-        return {"wan": wan}
+        return {"wan": open_wan(recipe, recipe.weights, mesh, dtype)}
     k_wan, k_text = jax.random.split(jax.random.key(recipe.seed))
 
     def fresh():
@@ -72,6 +65,22 @@ def initial_weights(recipe: Recipe, mesh: Mesh, dtype: Any = jnp.float32) -> Par
     if not recipe.weights:
         return jax.jit(fresh, out_shardings=shardings)()
     return load_weights(recipe.weights, like, dtype, shardings)
+
+
+def open_wan(recipe: Recipe, where: str, mesh: Mesh, dtype: Any) -> Params:
+    """The transformer in a folder or file of launch.convert_wan; "" is a fresh one.
+
+    Raises:
+      UserError: it is absent, damaged, or of other sizes than the recipe's.
+    """
+    place = functools.partial(state_shardings, mesh)
+    config, wan = open_part(WAN, Source(where, recipe.seed), recipe.wan, dtype, place)
+    if config != recipe.wan:
+        raise UserError(
+            f"the weights in {where} are {config}, not {recipe.wan}; "
+            "check the presets and weights of config.model and config.teacher, and config.init_from"
+        )
+    return wan
 
 
 def teacher_weights(recipe: Recipe, base: Params, mesh: Mesh) -> Params:
@@ -166,7 +175,7 @@ def setup(recipe: Recipe, mesh: Mesh) -> Setup:
 
     table, null_text, records = read_texts(recipe, weights)
     base = weights["wan"]
-    start = student_start(recipe, base)
+    start = student_start(recipe, base, mesh)
     if recipe.stage != "distil":
         state = init_state(init_learner(start, student_tx), None)
         frozen = {"teacher": start, "null_text": null_text}
@@ -212,20 +221,24 @@ def make_networks(recipe: Recipe, null_text: jax.Array, mesh: Mesh | None) -> Ne
     return Networks(network, network.denoise, guided(teacher, null_text, recipe.teacher.guidance))
 
 
-def student_start(recipe: Recipe, base: Params) -> Params:
+def student_start(recipe: Recipe, base: Params, mesh: Mesh) -> Params:
     """Where the student starts: the averaged network of the stage before, from its workdir or file, or the weights.
+
+    Of Wan 2.1 also a converted network, such as a causal start that others have trained.
 
     Raises:
       UserError: the workdir of `config.init_from` was made for another network, text encoder, data or chunks.
     """
     if not recipe.init_from:
         return base
+    if recipe.data.kind == "latents" and part_file(WAN, recipe.init_from).is_file():
+        return open_wan(recipe, recipe.init_from, mesh, jnp.float32)
     file = Path(recipe.init_from)
     exported = file.is_file()
     if not exported and not (file / "config.json").is_file():
         raise UserError(
             f"config.init_from={recipe.init_from} is neither the workdir of a stage (with its config.json) nor a file "
-            "of launch.export; name one of these"
+            "of launch.export or a folder of launch.convert_wan; name one of these"
         )
     told = read_metadata(file).get("config") if exported else (file / "config.json").read_text()
     if not told:
@@ -253,9 +266,7 @@ def student_start(recipe: Recipe, base: Params) -> Params:
             "text_encoder": jax.eval_shape(lambda: init_text_encoder(jax.random.key(0), recipe.text)),
         }
         return load_weights(file, like)["wan"]
-    return restore_params(
-        recipe.init_from, "ema", make_mesh({"data": 1, "fsdp": -1, "context": 1, "tensor": 1})
-    )
+    return restore_params(recipe.init_from, "ema", mesh)
 
 
 def empty_stream(recipe: Recipe, network: Network, null_text: jax.Array) -> Stream | None:

@@ -153,7 +153,9 @@ def small_run(mesh_sizes, **changes):
 @pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.parametrize(
-    ("step", "sizes"), [(student_step, ONE), (critic_step, ONE), (student_step, ONE | {"fsdp": 8})], ids=str
+    ("step", "sizes"),
+    [(student_step, ONE), (critic_step, ONE), (student_step, ONE | {"fsdp": 8})],
+    ids=["student", "critic", "student-on-eight"],
 )
 def test_a_compiled_update_takes_the_bytes_that_were_counted(step, sizes):
     """Arguments exactly, but for the text and a few scalars; temporaries within a factor of two.

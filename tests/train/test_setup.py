@@ -62,17 +62,17 @@ def same(found, wanted):
 
 def refused(told, **changes):
     with pytest.raises(UserError, match=told) as error:
-        student_start(recipe(**changes), BASE)
+        student_start(recipe(**changes), BASE, MESH)
     assert "\n" not in str(error.value) and "config.init_from=" in str(error.value)
 
 
 def test_a_student_starts_at_the_weights_or_at_the_average_of_the_stage_before(tmp_path):
-    same(student_start(recipe(), BASE), BASE)
+    same(student_start(recipe(), BASE, MESH), BASE)
     made = workdir(tmp_path / "run", recipe(**CAUSAL, **{"schedule.shift": 5.0, "updates": 7}))
     for stage in ("ode_regression", "consistency", "distil"):
-        same(student_start(recipe(stage=stage, init_from=made), BASE), EMA)
+        same(student_start(recipe(stage=stage, init_from=made), BASE, MESH), EMA)
     file = exported(tmp_path / "file.safetensors", recipe(**CAUSAL))
-    same(student_start(recipe(init_from=file, video="rollout"), BASE), EMA)
+    same(student_start(recipe(init_from=file, video="rollout"), BASE, MESH), EMA)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_a_file_that_says_nothing_about_itself_is_refused(tmp_path):
     refused("foreign.safetensors", init_from=str(path))
     (tmp_path / "text.safetensors").write_text("no weights")
     with pytest.raises(UserError, match=r"text\.safetensors"):
-        student_start(recipe(init_from=str(tmp_path / "text.safetensors")), BASE)
+        student_start(recipe(init_from=str(tmp_path / "text.safetensors")), BASE, MESH)
 
 
 # What each stage starts from, with the weights in assets/.
@@ -207,7 +207,12 @@ def test_a_student_of_wan_starts_at_its_weights_and_has_the_teacher_that_is_name
     started = setup(recipe(**ENCODED | {"weights": str(tmp_path)}, **wan), MESH)
     assert same_tree(started.state.student.params, other.frozen["teacher"])
     assert {w.dtype for w in jax.tree.leaves(started.state.student.params)} == {np.dtype(np.float32)}
-    with pytest.raises(UserError, match=r"the weights in .* are WanConfig.*config\.model\.preset"):
+    causal = {"teacher.weights": "", "init_from": str(tmp_path), "stage": "teacher_forcing"}
+    begun = setup(recipe(**ENCODED, **wan | causal), MESH)
+    assert same_tree(begun.state.student.params, other.frozen["teacher"])
+    with pytest.raises(
+        UserError, match=r"the weights in .* are WanConfig.*presets and weights of config\.model"
+    ):
         setup(recipe(**ENCODED | wan | {"model.preset": "wan2.1-i2v-tiny", "weights": str(tmp_path)}), MESH)
 
 
