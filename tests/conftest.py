@@ -16,6 +16,7 @@ jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)  # also for what a file makes when it is read
 # A collective on virtual devices blocks a thread, and XLA takes no more threads than there are devices: where a
 # program has collectives that may go in any order, all threads may wait for one that none is left to run.
 os.environ["NPROC"] = "32"

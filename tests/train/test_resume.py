@@ -78,6 +78,7 @@ def start(case, workdir, data):
     command += [f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in options.items())]
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # what takes long here is compiling
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
     }
     with open(f"{workdir}.log", "a") as log:
