@@ -111,6 +111,8 @@ def open_model(run: Trained | None, solver: str | None, frames: int | None, memo
         raise UserError(
             "name what makes the videos: --workdir=DIR, --weights=DIR or --preset_size=tiny --model=NAME"
         )
+    if tiny and not model:
+        raise UserError("--preset_size=tiny makes a model small; name it, such as --model=wan2.1-t2v-1.3b")
     source = Source(WEIGHTS.value or "")
     if tiny:
         config = PRESETS[pretrained.tiny_preset(model or "")]

@@ -60,6 +60,6 @@ class Compute:
 
     dtype: Any = jnp.float32  # of matrix products
     remat: bool = False  # recompute each block in the backward pass
-    # How tokens [B, F, S, D] are laid out, a NamedSharding. None leaves it to the compiler: where an axis cuts both the
-    # parameters and the batch it may keep the cut of the parameters, and run the whole batch on every device.
+    # How tokens [B, F, S, D] are laid out, a NamedSharding that cuts the batch. None leaves it to the compiler:
+    # where an axis cuts parameters and batch, it may keep that of the parameters and run the whole batch everywhere.
     tokens: Any = None

@@ -18,6 +18,7 @@ and brings the keys and values of frames that were finished before. `apply_wan` 
 keeps; `text_keys_values` does the text's part once for all calls under one prompt.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -150,6 +151,13 @@ def _with_angles(sight: Sight, height: int, width: int, config: WanConfig):
     return tuple((view, angles(view.query_positions), angles(view.key_positions)) for view in sight.views)
 
 
+def _lay(tokens, layout):
+    """The batch spread as `Compute.tokens` says, where it divides."""
+    if layout is None or len(tokens) % math.prod(layout.mesh.shape[axis] for axis in layout.spec[0]):
+        return tokens
+    return jax.lax.with_sharding_constraint(tokens, layout)
+
+
 def _run_blocks(
     params, x, timestep, text, config, compute, sight, layers, keep=False
 ) -> tuple[Any, Any, Any]:
@@ -168,13 +176,12 @@ def _run_blocks(
     sight = sight or whole_clip(f)
     views = _with_angles(sight, h, w, c)
 
-    lay = lambda z: z if compute.tokens is None else jax.lax.with_sharding_constraint(z, compute.tokens)
-
     def layer(tokens, each):
         block, text_kv, memory = each
         seen = context if text_kv is None else text_kv
-        tokens, kv = apply(Block(c, dtype), block, lay(tokens), e0, seen, views, memory)
-        return lay(tokens), kv if keep else None
+        tokens = _lay(tokens, compute.tokens)
+        tokens, kv = apply(Block(c, dtype), block, tokens, e0, seen, views, memory)
+        return _lay(tokens, compute.tokens), kv if keep else None
 
     if compute.remat:
         layer = jax.checkpoint(layer, prevent_cse=False)

@@ -18,7 +18,7 @@ from salt_jax.models.text_encoder import encode_text
 from salt_jax.rollout.causal import rollout
 from salt_jax.rollout.parallel import sample
 from salt_jax.train.recipe import Recipe
-from salt_jax.train.setup import Setup, make_network
+from salt_jax.train.setup import Setup
 from salt_jax.types import Params
 from salt_jax.video import encode_gif, looks, visible_scale
 
@@ -42,7 +42,7 @@ def make_preview(
     keys = jax.random.split(jax.random.key(recipe.seed), CLIPS)
     updates = sorted(recipe.sample.num_updates)[len(recipe.sample.num_updates) // 2]
     sigmas = grid(updates, recipe.schedule.shift)
-    network, solver, shape = make_network(recipe, None), recipe.sample.solver, recipe.clip_shape
+    network, solver, shape = parts.networks.student, recipe.sample.solver, recipe.clip_shape
 
     @functools.partial(jax.jit, out_shardings=everywhere)
     def clips(ema, base):

@@ -208,7 +208,7 @@ def setup(recipe: Recipe, mesh: Mesh) -> Setup:
 def make_network(recipe: Recipe, mesh: Mesh | None, config: WanConfig | None = None) -> Network:
     """The functions of student and critic, or of a network of another size.
 
-    On a mesh every device keeps to its share of the batch, which must divide; None is for batches that do not.
+    On a mesh every device keeps to its share of a batch that divides.
     """
     compute = replace(recipe.compute, tokens=batch_sharding(mesh) if mesh else None)
     return wan_network(config or recipe.wan, compute, recipe.clip_shape[0], recipe.memory.chunk)
