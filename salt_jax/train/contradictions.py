@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from salt_jax.errors import UserError
 
@@ -12,6 +12,18 @@ if TYPE_CHECKING:
 
 # Keys that may differ when a workdir goes on: they change how long and how often, not what an update does.
 MAY_CHANGE = {"updates", "log_every", "save_every", "keep", "max_skipped", "sample", "mesh"}
+
+
+# Keys that configs written earlier lack, with the value that says what those runs did.
+SINCE = {("teacher", "weights"): ""}
+
+
+def as_of_today(told: dict[str, Any]) -> dict[str, Any]:
+    """A config that was written to a workdir or file, with the keys that came since."""
+    told = {name: dict(value) if isinstance(value, dict) else value for name, value in told.items()}
+    for (section, key), value in SINCE.items():
+        told[section].setdefault(key, value)
+    return told
 
 
 def refuse_contradictions(r: "Recipe") -> None:
@@ -23,7 +35,7 @@ def refuse_contradictions(r: "Recipe") -> None:
 
 def refuse_another_run(before: str, r: "Recipe") -> None:
     """Raises UserError for the first value that what is there, made with the config `before`, does not share."""
-    was, now = json.loads(before), json.loads(json.dumps(dataclasses.asdict(r)))
+    was, now = as_of_today(json.loads(before)), json.loads(json.dumps(dataclasses.asdict(r)))
     for config in (was, now):
         config["data"].pop("dir")  # the same data set may lie elsewhere
     decays = r.student_optimizer.decay or r.critic_optimizer.decay

@@ -17,7 +17,7 @@ from salt_jax.models.presets import PRESETS, Compute, WanConfig
 from salt_jax.models.text_encoder import PRESETS as TEXT_PRESETS
 from salt_jax.models.text_encoder import TextEncoderConfig
 from salt_jax.rollout.parallel import Solver
-from salt_jax.train.contradictions import refuse_contradictions
+from salt_jax.train.contradictions import as_of_today, refuse_contradictions
 
 
 @dataclass(frozen=True)
@@ -238,8 +238,8 @@ def to_json(recipe: Recipe) -> str:
 
 
 def from_json(text: str) -> Recipe:
-    """Reads back what `to_json` wrote."""
-    return read_recipe(ConfigDict(json.loads(text)))
+    """Reads back what `to_json` wrote, also before the last keys came."""
+    return read_recipe(ConfigDict(as_of_today(json.loads(text))))
 
 
 def _build(kind, config, path):

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from configs import base, shapes_teacher
 from salt_jax.errors import UserError
+from salt_jax.models.weights import read_metadata
 from salt_jax.train import contradictions
 from salt_jax.train.recipe import Optimizer, from_json, make_optimizer, read_recipe, to_json
 
@@ -315,3 +316,17 @@ def test_the_learning_rate_warms_up_and_then_stays_or_falls():
     cosine = rate(6, learning_rate=0.4, warmup=2, decay=True)
     assert cosine[:3] == pytest.approx([0, 0.2, 0.4], rel=1e-4)
     assert cosine[4] == pytest.approx(0.2, rel=1e-3) and 0 < cosine[5] < 0.1
+
+
+def test_the_shipped_causal_start_says_what_made_it():
+    """It was written before the last keys came, and configs name it in init_from."""
+    file = Path(__file__).parents[2] / "assets" / "shapes_causal.safetensors"
+    assert from_json(read_metadata(file)["config"]).causal
+
+
+def test_a_run_from_before_a_key_came_goes_on():
+    recipe = read_recipe(base.get_config())
+    before = json.loads(to_json(recipe))
+    del before["teacher"]["weights"]
+    assert from_json(json.dumps(before)) == recipe
+    contradictions.refuse_another_run(json.dumps(before), recipe)
