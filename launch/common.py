@@ -27,6 +27,8 @@ from salt_jax.train.setup import embed, initial_weights, make_network, student_s
 from salt_jax.train.sharding import make_mesh
 from salt_jax.types import Params
 
+FPS = 16  # of all Wan 2.1 videos
+
 
 class Trained(NamedTuple):
     """A workdir, opened for reading."""

@@ -19,7 +19,8 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from launch.common import all_devices, read_size, run_main
+from launch.common import FPS, all_devices, read_size, run_main
+from salt_jax.convert.reading import digest
 from salt_jax.data.latents import Report, in_groups, write_records
 from salt_jax.data.video_folder import Video, find_videos, read_clip, read_prompts
 from salt_jax.errors import UserError
@@ -30,14 +31,13 @@ from salt_jax.models.image_condition import squash_for_clip
 from salt_jax.models.image_encoder import encode_image
 from salt_jax.models.presets import PRESETS, Compute
 from salt_jax.models.pretrained import IMAGE, TEXT, VAE, WAN, Part, Source
-from salt_jax.models.prompts import NEGATIVE_IMAGE_TO_VIDEO, NEGATIVE_TEXT_TO_VIDEO
+from salt_jax.models.prompts import negative_prompt
 from salt_jax.models.text_encoder import encode_prompts
 from salt_jax.models.tokenizer import PAD
 from salt_jax.models.vae import SPACE, TIME, encode_video
-from salt_jax.sample import multistep_clip
+from salt_jax.sample import multistep_clip, numbered_keys
 from salt_jax.train.sharding import state_shardings
 
-FPS = 16  # of all Wan 2.1 videos
 TINY = PRESETS["wan2.1-t2v-tiny"]  # with --preset_size=tiny
 LISTED = 20  # rejected files that are printed; all are in rejected.jsonl
 
@@ -110,8 +110,7 @@ def main(_):
         videos = [
             Video(f"prompt {i}", Path(), p, "") for i, p in enumerate(read_prompts(PROMPTS.value or ""), 1)
         ]
-    usual = NEGATIVE_IMAGE_TO_VIDEO if PICTURE.value else NEGATIVE_TEXT_TO_VIDEO
-    negative = usual if NEGATIVE.value is None else NEGATIVE.value
+    negative = negative_prompt(NEGATIVE.value, PICTURE.value)
     tokenize, embed = text_reader(source)
     (null_text,) = embed([tokenize(negative, TINY.text_length)])
     batch = BATCH.value or (1 if VIDEOS.value or TEACHER.value else 16)
@@ -152,20 +151,13 @@ def settings(source: Source, parts: Sequence[Part], videos: Sequence[Video], neg
         "dtype": DTYPE.value,
     }
     for part in tqdm(parts, desc="checksums of the weights", unit="file", delay=1):
-        told[part.file] = (
-            "random" if not source.folder else checksum(pretrained.part_file(part, source.folder))
-        )
+        told[part.file] = "random" if not source.folder else digest(pretrained.part_file(part, source.folder))
     if VIDEOS.value or TEACHER.value:
         told |= {"size": SIZE.value, "frames": FRAMES.value, "fps": FPS}
     if TEACHER.value:
         of_teacher = (UPDATES, GUIDANCE, SHIFT, SOLVER, SEED)
         told |= {flag.name: flag.value for flag in of_teacher}
     return told
-
-
-def checksum(file: Path) -> str:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def load_source(
@@ -224,8 +216,7 @@ def clip_encoder(source: Source, embed, latent: tuple[int, ...]) -> tuple[Encode
     eye: Any = None
     if PICTURE.value:
         eye_sizes, eye = pretrained.open_part(IMAGE, source)
-        rows = 1 + (eye_sizes.image_size // eye_sizes.patch_size) ** 2
-        shapes |= {"condition": latent, "image": (rows, eye_sizes.dim)}
+        shapes |= {"condition": latent, "image": (eye_sizes.num_tokens, eye_sizes.dim)}
         see = jax.jit(lambda params, pixels: encode_image(params, pixels, eye_sizes, jnp.dtype(DTYPE.value)))
 
     def encode(group: Sequence[Loaded]) -> list[dict[str, Any]]:
@@ -261,9 +252,7 @@ def teacher_encoder(source: Source, embed, null_text: np.ndarray, latent: tuple[
     def encode(group: Sequence[Loaded]) -> list[dict[str, Any]]:
         records = encode_texts(embed, group)
         text = jnp.asarray(np.stack([pad(record["text"]) for record in records]))
-        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(SEED.value)))(
-            jnp.asarray([item.number for item in group])
-        )
+        keys = numbered_keys(SEED.value, np.array([item.number for item in group]))
         solver: Any = SOLVER.value
         clips = multistep_clip(denoise, params, text, keys, UPDATES.value, SHIFT.value, solver, latent)
         return [record | {"latent": clip} for record, clip in zip(records, clips, strict=True)]

@@ -14,6 +14,7 @@ from ml_collections import config_flags
 
 from launch.common import read_config, run_main
 from salt_jax.errors import UserError
+from salt_jax.models.attention import flash_takes
 from salt_jax.train.cost import critic_flops, mean_mix, student_flops
 from salt_jax.train.footprint import kept, passing
 from salt_jax.train.recipe import Recipe, read_recipe
@@ -120,8 +121,7 @@ def show(plan: dict[str, Any]) -> str:
 
 def main(_):
     recipe = read_recipe(read_config(CONFIG))
-    heads = recipe.wan.dim // recipe.wan.num_heads
-    on_gpu = recipe.model.dtype == "bfloat16" and heads % 8 == 0
+    on_gpu = flash_takes(recipe.model.dtype, recipe.wan.dim // recipe.wan.num_heads)
     flash = on_gpu if FLASH.value is None else FLASH.value
     numbers = (MEMORY.value * 1e9, FLOPS.value, MFU.value, flash, TEACHER_DTYPE.value)
     plan = make_plan(recipe, read_mesh(MESH.value), *numbers)

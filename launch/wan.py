@@ -14,7 +14,7 @@ from absl import flags
 from PIL import Image
 from tqdm import tqdm
 
-from launch.common import Trained, all_devices, read_memory, read_size
+from launch.common import FPS, Trained, all_devices, read_memory, read_size
 from salt_jax.errors import UserError
 from salt_jax.flow.multistep import TeacherSolver
 from salt_jax.models import pretrained
@@ -30,7 +30,7 @@ from salt_jax.models.image_encoder import encode_image
 from salt_jax.models.kv_cache import CachePolicy
 from salt_jax.models.presets import PRESETS, Compute, WanConfig
 from salt_jax.models.pretrained import IMAGE, TEXT, VAE, WAN, Source
-from salt_jax.models.prompts import NEGATIVE_IMAGE_TO_VIDEO, NEGATIVE_TEXT_TO_VIDEO
+from salt_jax.models.prompts import negative_prompt
 from salt_jax.models.vae import SPACE, TIME, encode_video
 from salt_jax.rollout.parallel import Solver
 from salt_jax.sample import Cue, multistep_clip, sample_clips, stream_chunks, stream_pixels
@@ -38,7 +38,6 @@ from salt_jax.train.sharding import state_shardings
 from salt_jax.types import ImageText, Params, Told
 from salt_jax.video import write_mp4
 
-FPS = 16  # of all Wan 2.1 videos
 FRAMES, STUDENT_UPDATES = 81, 4  # usual ones
 TEACHER_UPDATES = {False: 50, True: 40}  # by whether the model reads pictures: Wan 2.1's own
 
@@ -122,10 +121,7 @@ def open_model(run: Trained | None, solver: str | None, frames: int | None, memo
             raise UserError(
                 f"--weights={WEIGHTS.value} is not --model={model} but {config}; name its own, or none"
             )
-    if bool(config.image_dim) != bool(PICTURE.value) and not (CHUNK.value and PICTURE.value):
-        raise UserError(
-            "this model needs --image=FILE" if config.image_dim else "--image is for models that read it"
-        )
+    refuse_picture(config, bool(CHUNK.value))
     student, place = bool(STUDENT.value or CHUNK.value), partial(state_shardings, all_devices())
     where = Source(STUDENT.value or source.folder)
 
@@ -157,15 +153,11 @@ def open_model(run: Trained | None, solver: str | None, frames: int | None, memo
 
 def _trained(run: Trained, solver: str | None, frames: int | None, memory: str | None) -> Model:
     r = run.recipe
-    if bool(r.wan.image_dim) != bool(PICTURE.value) and not (r.causal and r.memory.first == 1):
-        raise UserError(
-            "this student needs --image=FILE" if r.wan.image_dim else "--image is for models that read it"
-        )
+    refuse_picture(r.wan, r.causal and r.memory.first == 1)
     source = Source(WEIGHTS.value or r.weights)
     if not source.folder and r.wan.text_dim != pretrained.TINY[TEXT].dim:
         raise UserError("name the text encoder and the VAE: --weights=DIR of launch.convert_wan")
-    usual = TIME * (r.clip_shape[0] - 1) + 1
-    shape = r.clip_shape[0] if not frames else latent_shape(frames, r.wan)[0]
+    length = latent_shape(frames, r.wan)[0] if frames else r.clip_shape[0]
     policy = r.memory if r.causal else None
     return Model(
         source,
@@ -174,12 +166,23 @@ def _trained(run: Trained, solver: str | None, frames: int | None, memory: str |
         True,
         read_memory(memory, policy) if policy and memory else policy,
         r.rollout.first_updates,
-        (shape, *r.clip_shape[1:]) if (frames or usual) != usual else r.clip_shape,
+        (length, *r.clip_shape[1:]),
         _known(solver or r.sample.solver, True),
         list(r.sample.num_updates),
         SHIFT.value or r.schedule.shift,
         1.0 if GUIDANCE.value is None else GUIDANCE.value,
     )
+
+
+def refuse_picture(config: WanConfig, goes_on: bool) -> None:
+    """Raises UserError where --image is asked for and not given, or given to a model that cannot use it.
+
+    `goes_on`: the model makes videos chunk by chunk, and may start from a picture without reading it.
+    """
+    if bool(config.image_dim) != bool(PICTURE.value) and not (goes_on and PICTURE.value):
+        raise UserError(
+            "this model needs --image=FILE" if config.image_dim else "--image is for models that read it"
+        )
 
 
 def _known(solver: str | None, student: bool) -> str:
@@ -232,8 +235,7 @@ def make_videos(model: Model, asked: Sequence[Ask]) -> None:
 
 def read_texts(model: Model, prompts: Sequence[str]) -> tuple[dict[str, np.ndarray], jax.Array]:
     """The embedding of each prompt, [1, T, D], and that of the negative one."""
-    usual = NEGATIVE_IMAGE_TO_VIDEO if model.config.image_dim else NEGATIVE_TEXT_TO_VIDEO
-    negative = usual if NEGATIVE.value is None else NEGATIVE.value
+    negative = negative_prompt(NEGATIVE.value, bool(model.config.image_dim))
     names = list(dict.fromkeys([*prompts, negative]))
     rows = pretrained.embed_prompts(model.source, names, model.config.text_length, jnp.dtype(DTYPE.value))
     texts = {name: row[None] for name, row in zip(names, rows, strict=True)}

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from salt_jax.models.attention import flash_takes
 from salt_jax.models.text_encoder import encode_text, init_text_encoder
 from salt_jax.models.vae import SPACE, TIME, VAEConfig, decode_video, encode_video, init_vae
 from salt_jax.models.wan import init_wan
@@ -169,9 +170,9 @@ def programs(recipe: Recipe, who: str) -> dict[Choice, Any]:
 
 
 def runs_flash(recipe: Recipe) -> bool:
-    """Whether attention runs a kernel that makes its scores again in the backward pass: see `models.attention`."""
-    each = recipe.wan.dim // recipe.wan.num_heads
-    return jax.default_backend() == "gpu" and recipe.model.dtype == "bfloat16" and each % 8 == 0
+    """Whether attention runs the flash kernel on this machine."""
+    width = recipe.wan.dim // recipe.wan.num_heads
+    return jax.default_backend() == "gpu" and flash_takes(recipe.model.dtype, width)
 
 
 def text_encoder(recipe: Recipe, dtype: Any, runs: int) -> tuple[Result, jax.Array]:

@@ -61,7 +61,12 @@ def _next_chunk(network, params, cache, text, levels, exit_update, solver, keys,
 
 def clip_keys(seed: int, count: int) -> jax.Array:
     """One key per clip, [count]: all noise of clip i comes from the i-th."""
-    return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(count))
+    return numbered_keys(seed, np.arange(count))
+
+
+def numbered_keys(seed: int, numbers: np.ndarray) -> jax.Array:
+    """The keys of the clips with these numbers."""
+    return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.asarray(numbers))
 
 
 def sample_clips(

@@ -49,21 +49,22 @@ def batches(
     share = batch_size // process_count
     mine = slice(process_index * share, (process_index + 1) * share)
     encode = functools.cache(encode_caption)
-
-    def load(indices: np.ndarray) -> dict[str, np.ndarray]:
-        records = [source[int(i)] for i in indices[mine]]
-        texts = (r["text"] if "text" in r else encode(r["caption"]) for r in records)
-        batch = {"text": np.stack(list(texts))}
-        for name in ("video", "image", "condition", "states"):
-            if name in records[0]:
-                batch[name] = np.stack([r[name] for r in records])
-        if "video" in batch and batch["video"].dtype == np.uint8:
-            batch["video"] = to_latent(batch["video"])
-        if "scene" in records[0]:
-            batch["scene"] = np.array([r["scene"] for r in records], np.int32)
-        return batch
-
+    load = lambda indices: collate([source[int(i)] for i in indices[mine]], encode)
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     stream = iter(order.batch(batch_size).map(load).to_iter_dataset(READ_AHEAD))
     stream.set_state({"next_index": start})
     return stream
+
+
+def collate(records: Sequence, encode_caption: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
+    """Records as one batch, see `batches`."""
+    texts = (r["text"] if "text" in r else encode_caption(r["caption"]) for r in records)
+    batch = {"text": np.stack(list(texts))}
+    for name in ("video", "image", "condition", "states"):
+        if name in records[0]:
+            batch[name] = np.stack([r[name] for r in records])
+    if "video" in batch and batch["video"].dtype == np.uint8:
+        batch["video"] = to_latent(batch["video"])
+    if "scene" in records[0]:
+        batch["scene"] = np.array([r["scene"] for r in records], np.int32)
+    return batch

@@ -11,7 +11,7 @@ Solvers differ in how they guess m from the estimates at hand, and all guess it 
     DPM-Solver++ 2M         x0_s + w (x0_s - x0_before), w = h / (2 h_before), h the step in lambda       (2)
     UniPC, order 2, B2(h)   predicts as (2); when x0_e is known, steps again from x_s through x0_e too    (3)
 
-So a run is a table of numbers, one row per network evaluation; `rollout.parallel.sample_multistep` reads it.
+So a run is a table of numbers, one row per network evaluation; `rollout.parallel.multistep_update` reads it.
 Sources: DPM-Solver++ (arXiv 2211.01095, midpoint), UniPC (arXiv 2302.04867, the 2x2 system of its corrector).
 """
 

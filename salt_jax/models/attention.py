@@ -1,8 +1,15 @@
 """The one attention. Everything that attends goes through `attention`, so a faster kernel has one place to live."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+
+def flash_takes(dtype: Any, width: int) -> bool:
+    """Whether a GPU's flash kernel runs heads of this dtype and width; it makes its scores again for a gradient."""
+    return jnp.dtype(dtype).itemsize == 2 and width % 8 == 0 and width <= 128
 
 
 def attention(
@@ -17,8 +24,7 @@ def attention(
     exception is a cache that fills over time: of its keys only the first `length` count.
     On GPU, half precision runs cuDNN's flash kernel; elsewhere XLA's.
     """
-    width = q.shape[-1]
-    flash = jax.default_backend() == "gpu" and q.dtype.itemsize == 2 and width % 8 == 0 and width <= 128
+    flash = jax.default_backend() == "gpu" and flash_takes(q.dtype, q.shape[-1])
     lengths = None if length is None else jnp.full(q.shape[0], length, jnp.int32)
     return jax.nn.dot_product_attention(
         q, k, v, key_value_seq_lengths=lengths, implementation="cudnn" if flash else "xla"

@@ -55,7 +55,7 @@ def wan_network(config: WanConfig, compute: Compute, clip_frames: int, chunk: in
       ValueError: the number of additional input channels is that of neither.
     """
     more = config.in_channels - config.out_channels
-    if more not in (config.condition_channels, config.condition_channels or POSITION_CHANNELS):
+    if more not in ((config.condition_channels,) if config.image_dim else (0, POSITION_CHANNELS)):
         raise ValueError(
             f"{more} additional input channels; a condition has {config.condition_channels}, "
             f"position channels are {POSITION_CHANNELS}"

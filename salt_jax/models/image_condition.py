@@ -13,9 +13,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 from PIL import Image
 
+from salt_jax.models.vae import SPACE, TIME
+
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # of colours in [0, 1], per channel
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
-VAE_STRIDE = (4, 8)  # pixel frames per latent frame, pixels per latent row or column
 TOKEN = 2  # latent rows or columns of a token
 
 
@@ -28,7 +29,7 @@ def fit_size(image_height: int, image_width: int, max_area: int) -> tuple[int, i
         ValueError: if the picture is so long or the area so small that a side has no token.
     """
     # Wan 2.1's rule in whole numbers: its floating point makes 464 rows of a picture that is 832 x 480 already.
-    token = TOKEN * VAE_STRIDE[1]
+    token = TOKEN * SPACE
     height, width = (
         math.isqrt(max_area * along // across) // token * token
         for along, across in ((image_height, image_width), (image_width, image_height))
@@ -82,14 +83,13 @@ def known_mask(known: Bool[np.ndarray, "t"]) -> Float[np.ndarray, "f 4"]:
     Raises:
         ValueError: if the number of frames is not 4 F - 3.
     """
-    stride = VAE_STRIDE[0]
-    latent_frames, rest = divmod(len(known) + stride - 1, stride)
+    latent_frames, rest = divmod(len(known) + TIME - 1, TIME)
     if rest:
         raise ValueError(
             f"a clip of {len(known)} frames does not divide into latent frames: it has 4k + 1, such as "
-            f"{stride * latent_frames + 1} frames"
+            f"{TIME * latent_frames + 1} frames"
         )
-    frames = np.arange(stride * latent_frames).reshape(latent_frames, stride) - (stride - 1)
+    frames = np.arange(TIME * latent_frames).reshape(latent_frames, TIME) - (TIME - 1)
     return known[np.maximum(frames, 0)].astype(np.float32)
 
 
@@ -101,7 +101,7 @@ def condition_latents(
     `latents` are the normalised latents of `image_clip`, [B, F, H, W, 16]; the result has 20 channels. In numpy where
     they are numpy's: a data loader works on the host.
     """
-    num_frames = VAE_STRIDE[0] * (latents.shape[1] - 1) + 1
+    num_frames = TIME * (latents.shape[1] - 1) + 1
     mask = known_mask(np.arange(num_frames) == 0)[None, :, None, None]
     mask = np.broadcast_to(mask, (*latents.shape[:4], mask.shape[-1])).astype(latents.dtype)
     return (jnp if isinstance(latents, jax.Array) else np).concatenate([mask, latents], axis=-1)

@@ -9,3 +9,9 @@ NEGATIVE_TEXT_TO_VIDEO = (
 
 NEGATIVE_IMAGE_TO_VIDEO = "镜头晃动，" + NEGATIVE_TEXT_TO_VIDEO
 """Those, and a shaking camera."""
+
+
+def negative_prompt(told: str | None, image_to_video: bool) -> str:
+    """What the user says, even if it is nothing, or else Wan's own for the kind of model."""
+    usual = NEGATIVE_IMAGE_TO_VIDEO if image_to_video else NEGATIVE_TEXT_TO_VIDEO
+    return usual if told is None else told

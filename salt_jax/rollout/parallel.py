@@ -113,18 +113,6 @@ def multistep_update(
     return History(mix(step.predict, state, last, now), state, last, now)
 
 
-def sample_multistep(denoiser: Denoiser, params: Params, text: Told, noise: Latent, steps: Steps) -> Latent:
-    """Makes clean latents as teachers do, in one program: a `multistep_update` for each row of `steps`.
-
-    Args:
-      denoiser, params: most often a guided teacher.
-      text: one text per clip.
-      steps: `flow.multistep.steps(solver, num_updates, shift)`.
-    """
-    update = lambda history, step: (multistep_update(denoiser, params, text, history, step), None)
-    return jax.lax.scan(update, multistep_start(noise), jax.tree.map(jnp.asarray, steps))[0].x
-
-
 def midpoint(x_s: Latent, v_s: Latent, sigma_s: Sigma, sigma_m: Sigma, stop: bool) -> Latent:
     """x_m = Psi^{s->m}(x_s), where the composed path of Salt Eq. 7 evaluates its second velocity.
 

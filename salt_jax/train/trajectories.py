@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from salt_jax.data.shapes import to_latent
+from salt_jax.data.pipeline import collate
 from salt_jax.errors import UserError
 from salt_jax.models.denoiser import Network
 from salt_jax.models.weights import read_metadata
@@ -73,15 +73,14 @@ def make_trajectories(
         refuse_another_run(told, recipe)
     for path in tqdm(missing, desc="trajectories", unit="batch", disable=not missing):
         number = int(path.stem)
-        records = [record(number * size + i) for i in range(size)]
-        video = np.stack([r["video"] for r in records])
-        video = to_latent(video) if video.dtype == np.uint8 else video
-        text = np.stack([r["text"] if "text" in r else encode_caption(r["caption"]) for r in records])
-        batch = {"video": jnp.asarray(video), "text": jnp.asarray(text)}
+        clips = collate([record(number * size + i) for i in range(size)], encode_caption)
+        batch = {name: jnp.asarray(clips[name]) for name in ("video", "text")}
         key = jax.random.fold_in(jax.random.key(recipe.seed), number)
         states = np.asarray(make(params, batch, jnp.asarray(null_text), key))
         save_file(
-            {"video": video, "states": states}, path.with_suffix(".partial"), {"config": to_json(recipe)}
+            {"video": clips["video"], "states": states},
+            path.with_suffix(".partial"),
+            {"config": to_json(recipe)},
         )
         path.with_suffix(".partial").replace(path)
     if jax.process_count() > 1:

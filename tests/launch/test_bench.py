@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -16,6 +13,7 @@ from salt_jax import bench
 from salt_jax.models import vae
 from salt_jax.train import cost
 from salt_jax.train.recipe import read_recipe
+from tests.launch.test_programs import program
 
 ROOT = Path(__file__).parents[2]
 SIZE = ["--preset=wan2.1-t2v-tiny", "--frames=3", "--height=4", "--width=4", "--vae=tiny"]
@@ -31,10 +29,7 @@ PARTS = [
 
 
 def run(*args):
-    # As the tests do, see conftest.py: what takes long here is compiling.
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    command = [sys.executable, "-m", "launch.bench", *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return program("bench", *args)
 
 
 def tiny():

@@ -1,12 +1,11 @@
 """python -m launch.plan, as a user runs it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.launch.test_programs import program
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow  # each run starts a Python of its own
@@ -14,9 +13,7 @@ SALT = "--config=configs/wan_causal_self_forcing.py:salt"
 
 
 def plan(*args):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "launch.plan", *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return program("plan", *args)
 
 
 @pytest.fixture(scope="module")

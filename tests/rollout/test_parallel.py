@@ -11,7 +11,14 @@ from salt_jax.flow.multistep import dpmpp_grid, steps, unipc_grid
 from salt_jax.flow.prediction import expand, from_velocity, from_x0
 from salt_jax.flow.schedule import grid
 from salt_jax.models.closed_form import closed_form_denoiser, closed_form_params
-from salt_jax.rollout.parallel import advance, midpoint, noise_at, sample, sample_multistep
+from salt_jax.rollout.parallel import (
+    advance,
+    midpoint,
+    multistep_start,
+    multistep_update,
+    noise_at,
+    sample,
+)
 
 SHAPE = (2, 2, 3, 1)
 FRAMES = np.arange(SHAPE[0])
@@ -228,6 +235,12 @@ def told_otherwise(params, x, sigma, text):
     s = expand(sigma, x)
     velocity = jnp.tanh(x * params + jnp.sin(6 * s)) + 0.5 * x + text[:, 0, 0].reshape(-1, 1, 1, 1, 1)
     return from_velocity(x, velocity, sigma)
+
+
+def sample_multistep(denoiser, params, text, noise, table):
+    """All updates of a solver's table in one program."""
+    update = lambda history, step: (multistep_update(denoiser, params, text, history, step), None)
+    return jax.lax.scan(update, multistep_start(noise), jax.tree.map(jnp.asarray, table))[0].x
 
 
 @each_teacher_solver
