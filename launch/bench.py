@@ -21,7 +21,8 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from launch.common import all_devices, read_config, run_main
+from launch.cli import read_config, run_main
+from launch.common import all_devices
 from salt_jax import bench
 from salt_jax.errors import UserError
 from salt_jax.models.presets import PRESETS

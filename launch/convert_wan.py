@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from absl import flags
 from tqdm import tqdm
 
-from launch.common import open_workdir, run_main
+from launch.cli import run_main
+from launch.common import open_workdir
 from salt_jax.convert.folder import find_networks, tokenizer_files
 from salt_jax.convert.lora import find_lora, lora_outgoing, merge_lora
 from salt_jax.convert.reading import digest, outgoing

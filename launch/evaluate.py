@@ -22,17 +22,21 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from launch.common import Trained, open_workdir, read_memory, run_main
+from launch.cli import refuse_flags, run_main
+from launch.common import Trained, open_workdir
+from launch.parsing import read_memory, read_workdir, refuse_not_finite
+from salt_jax.choices import Solver
 from salt_jax.data import shapes
 from salt_jax.errors import UserError
 from salt_jax.evaluate import suite, summary, vbench
 from salt_jax.evaluate.report import write_report
 from salt_jax.models.denoiser import guided
-from salt_jax.rollout.parallel import Solver
 from salt_jax.train.setup import closed_form
 from salt_jax.video import write_bytes
 
 WORKDIR = flags.DEFINE_string("workdir", None, "what launch.train wrote")
+STEP = flags.DEFINE_integer("step", None, "of the checkpoint; default the newest", lower_bound=1)
+AVERAGE = flags.DEFINE_enum("average", "ema", ["ema", "none"], "of the student's weights")
 VBENCH = flags.DEFINE_string("vbench_results", None, "a file or a folder of VBench's *_eval_results.json")
 COUNT = flags.DEFINE_integer("count", 96, "clips per number of updates", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "of the noise", lower_bound=0)
@@ -51,6 +55,20 @@ MEMORY = flags.DEFINE_list(
 )
 SOLVERS = flags.DEFINE_list("solvers", list(get_args(Solver)), "of the student")
 LONG_UPDATES = 4
+MODES = {
+    "vbench": "results of VBench",
+    "teacher": "the workdir of a teacher",
+    "clips": "the workdir of a student of whole clips",
+    "chunks": "the workdir of a student that works chunk by chunk",
+}
+WORKDIRS = ("teacher", "clips", "chunks")
+BELONGS = {
+    "vbench_results": ["vbench"],
+    **dict.fromkeys(("workdir", "step", "average", "count", "seed", "teacher_updates", "guidance"), WORKDIRS),
+    "solvers": ["clips", "chunks"],
+    "long": ["chunks"],
+    "memory": ["chunks"],
+}
 LEVELS = (0.995, 0.98, 0.95, 0.9, 0.7, 0.3)  # noise levels of the velocity error
 
 
@@ -109,7 +127,9 @@ def measure_long(run: Trained, task: suite.Task) -> tuple[dict, dict[str, np.nda
 
 
 def read_solvers() -> list[Any]:
-    """--solvers. Raises UserError for one that does not exist."""
+    """--solvers. Raises UserError for one that does not exist, or for none."""
+    if not SOLVERS.value:
+        raise UserError(f"--solvers is empty; choose from {', '.join(get_args(Solver))}")
     for name in SOLVERS.value:
         if name not in get_args(Solver):
             raise UserError(f"--solvers names {name!r}; choose from {', '.join(get_args(Solver))}")
@@ -126,6 +146,7 @@ def origin(run: Trained) -> dict[str, str]:
         "commit": commit or "unknown",
         "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {platform.machine()}",
         "versions": f"jax {jax.__version__}, Python {platform.python_version()}",
+        "checkpoint": "step {step}, average {average}, sha256 {sha256}".format(**run.checkpoint),
         "seeds": f"training {run.recipe.seed}, evaluation {SEED.value}",
         "clips": str(COUNT.value),
     }
@@ -148,17 +169,24 @@ def main(_):
     if bool(VBENCH.value) == bool(WORKDIR.value):
         raise UserError("give either --workdir=DIR or --vbench_results=FILE")
     if VBENCH.value:
+        refuse_flags("vbench", MODES, BELONGS)
         print_vbench(VBENCH.value)
         return
     out = Path(WORKDIR.value or "")
-    run = open_workdir(str(out))
-    recipe = run.recipe
+    recipe = read_workdir(out, STEP.value)
     if recipe.data.kind == "latents":
         raise UserError(
             f"{out} makes videos of Wan 2.1: sample with --vbench, and score the videos with VBench"
         )
+    mode = "teacher" if recipe.stage == "denoising" else "chunks" if recipe.causal else "clips"
+    refuse_flags(mode, MODES, BELONGS)
+    refuse_not_finite("guidance", GUIDANCE.value)
+    for told in MEMORY.value:
+        read_memory(told, recipe.memory)
+    solvers = read_solvers() if recipe.stage != "denoising" else []
+    run = open_workdir(str(out), STEP.value, AVERAGE.value)
     task = make_task(run, COUNT.value, SEED.value)
-    updates, solvers = recipe.sample.num_updates, read_solvers() if recipe.stage != "denoising" else []
+    updates = recipe.sample.num_updates
     with tqdm(total=2 + len(solvers) * (len(updates) + 1), desc="teacher") as bar:
         teacher, columns, results, long, videos = {}, [], {}, {}, {}
         if TEACHER_UPDATES.value:

@@ -1,6 +1,6 @@
-"""python -m launch.export --workdir=DIR --dst=FILE.safetensors
+"""python -m launch.export --workdir=DIR --dst=FILE.safetensors [--step=N] [--average=ema|none]
 
-Writes the averaged network of a workdir, with its text encoder, as one file that `config.weights` can name. Stored as
+Writes the network of a workdir, averaged, with its text encoder, as one file that `config.weights` can name. Stored as
 float16: half the size, and the rounding is far below the network's own error.
 """
 
@@ -8,25 +8,29 @@ from pathlib import Path
 
 from absl import flags
 
-from launch.common import open_workdir, run_main
+from launch.cli import run_main
+from launch.common import open_workdir, record
+from launch.parsing import read_workdir
 from salt_jax.errors import UserError
 from salt_jax.models.weights import save_weights
-from salt_jax.train.recipe import to_json
 
 WORKDIR = flags.DEFINE_string("workdir", None, "what launch.train wrote", required=True)
+STEP = flags.DEFINE_integer("step", None, "of the checkpoint; default the newest", lower_bound=1)
+AVERAGE = flags.DEFINE_enum("average", "ema", ["ema", "none"], "of the weights")
 DST = flags.DEFINE_string("dst", None, "the file to write", required=True)
 
 
 def main(_):
-    run = open_workdir(WORKDIR.value)
-    if run.recipe.data.kind == "latents":
+    if read_workdir(Path(WORKDIR.value), STEP.value).data.kind == "latents":
         raise UserError(
             f"{WORKDIR.value} is of Wan 2.1: launch.convert_wan --src={WORKDIR.value} --to=... writes it"
         )
+    run = open_workdir(WORKDIR.value, STEP.value, AVERAGE.value)
     tree = {"wan": run.params, "text_encoder": run.weights["text_encoder"]}
     Path(DST.value).parent.mkdir(parents=True, exist_ok=True)
-    save_weights(DST.value, tree, "float16", {"config": to_json(run.recipe)})
-    print(f"wrote {DST.value}")
+    save_weights(DST.value, tree, "float16", record(run))
+    which = "averaged" if AVERAGE.value == "ema" else "not averaged"
+    print(f"wrote {DST.value}: step {run.checkpoint['step']}, {which}")
 
 
 if __name__ == "__main__":

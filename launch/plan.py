@@ -12,7 +12,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from launch.common import read_config, run_main
+from launch.cli import read_config, run_main
 from salt_jax.errors import UserError
 from salt_jax.models.attention import flash_takes
 from salt_jax.train.cost import critic_flops, mean_mix, student_flops

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from launch.common import run_main
+from launch.cli import run_main
 from salt_jax.errors import UserError
 from salt_jax.evaluate.report import curves
 from salt_jax.video import write_bytes

@@ -6,7 +6,7 @@ Trains, or goes on where DIR stopped. Everything it writes is in DIR.
 from absl import flags
 from ml_collections import config_flags
 
-from launch.common import read_config, run_main
+from launch.cli import read_config, run_main
 from salt_jax.train.loop import train
 from salt_jax.train.recipe import read_recipe
 

@@ -2,3 +2,5 @@
 
 Read in this order: `types`, `flow`, `models.wan`, `rollout.parallel`, `losses`, `train.step`.
 """
+
+__version__ = "0.1.0"

@@ -15,12 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from salt_jax.flow.schedule import grid
 from salt_jax.models.attention import flash_takes
+from salt_jax.models.latent_size import SPACE, TIME
 from salt_jax.models.text_encoder import encode_text, init_text_encoder
-from salt_jax.models.vae import SPACE, TIME, VAEConfig, decode_video, encode_video, init_vae
+from salt_jax.models.vae import VAEConfig, decode_video, encode_video, init_vae
 from salt_jax.models.wan import init_wan
 from salt_jax.rollout.plan import Choice
-from salt_jax.sample import Cue, clip_keys, stream_chunks, stream_pixels
+from salt_jax.sample import Cue, Sampler, clip_keys, stream_chunks, stream_pixels
 from salt_jax.train import cost, sharding
 from salt_jax.train.footprint import fresh_state
 from salt_jax.train.loop import decide
@@ -195,13 +197,12 @@ def streaming(recipe: Recipe, vae: VAEConfig | None, num_updates: int, dtype: An
     params = random_params(shapes_of(init_wan, c), dtype, recipe.seed)
     decoder = vae and random_params(shapes_of(init_vae, vae), dtype, recipe.seed)
     keys, cues = clip_keys(recipe.seed, 1), {0: Cue(np.asarray(embedding, np.float32))}
-    shift, solver = recipe.schedule.shift, recipe.sample.solver
+    sampler = Sampler(grid(num_updates, recipe.schedule.shift), recipe.sample.solver, policy)
 
     def once() -> tuple[list[float], list[float], list[int]]:
         latents: list[float] = []
         every, frames, last = [], [], time.perf_counter()
-        args = (cues, keys, num_updates, shift, solver, recipe.clip_shape, policy)
-        chunks = _clocked(stream_chunks(network, params, *args), latents)
+        chunks = _clocked(stream_chunks(network, params, cues, keys, sampler, recipe.clip_shape), latents)
         for made in stream_pixels(decoder, vae, chunks, recipe.compute.dtype) if vae else chunks:
             every.append(time.perf_counter() - last)
             frames.append(made.shape[1])

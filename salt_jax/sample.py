@@ -11,13 +11,14 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from salt_jax.flow.multistep import TeacherSolver, steps
-from salt_jax.flow.schedule import grid
+from salt_jax.choices import Solver, TeacherSolver
+from salt_jax.flow.multistep import steps
 from salt_jax.models.denoiser import Network
-from salt_jax.models.kv_cache import CachePolicy, flush, refuse_overflow
+from salt_jax.models.kv_cache import flush
+from salt_jax.models.memory import CachePolicy, refuse_overflow
 from salt_jax.models.vae import VAEConfig, decode_first, decode_next, decode_tiled
 from salt_jax.rollout.causal import commit, generate_chunk, recache
-from salt_jax.rollout.parallel import Solver, multistep_start, multistep_update, noise_at, sample
+from salt_jax.rollout.parallel import multistep_start, multistep_update, noise_at, sample
 from salt_jax.types import Denoiser, Params, Told
 
 _sample = jax.jit(sample, static_argnums=(0, 4, 6))
@@ -34,6 +35,17 @@ _flush = jax.jit(flush, static_argnums=(1, 2), donate_argnums=0)
 USUAL_UPDATES = 16  # levels are padded to that many updates, so one program serves all usual numbers
 FLUSH_KEEPS = 2  # frames, and
 CUT_AHEAD = 42  # positions: as Infinity-RoPE has them (45 where 3 would follow)
+
+
+class Sampler(NamedTuple):
+    """How a few-step student makes clips."""
+
+    levels: (
+        np.ndarray
+    )  # float32 [K + 1], noise levels falling from 1 to 0: `flow.schedule.grid` or `explicit`
+    solver: Solver
+    memory: CachePolicy | None = None  # chunk by chunk; None: whole clips
+    first_levels: np.ndarray | None = None  # of the first chunk; None: as the others
 
 
 class Cue(NamedTuple):
@@ -74,13 +86,11 @@ def sample_clips(
     params: Params,
     text: Told | np.ndarray,
     keys: jax.Array,
-    num_updates: int,
-    shift: float,
-    solver: Solver,
+    sampler: Sampler,
     shape: tuple[int, ...],
     batch_size: int,
 ) -> Iterator[np.ndarray]:
-    """Yields batches of float32 latents [batch_size, F, H, W, C], in order; the last may be smaller.
+    """Yields batches of whole clips, float32 latents [batch_size, F, H, W, C], in order; the last may be smaller.
 
     The noise of a clip does not depend on its batch. With `batch_size` 1 every clip runs through the same program,
     so its bits depend on nothing but its key and text.
@@ -90,11 +100,10 @@ def sample_clips(
       keys: [N], from `clip_keys`.
       shape: (F, H, W, C).
     """
-    sigmas = grid(num_updates, shift)
     for start in range(0, len(keys), batch_size):
         part = slice(start, start + batch_size)
         told = jax.tree.map(lambda leaf, part=part: jnp.asarray(leaf[part]), text)
-        yield np.asarray(_sample(denoiser, params, told, sigmas, solver, keys[part], shape))
+        yield np.asarray(_sample(denoiser, params, told, sampler.levels, sampler.solver, keys[part], shape))
 
 
 def multistep_clip(
@@ -160,36 +169,34 @@ def stream_chunks(
     params: Params,
     cues: dict[int, Cue],
     keys: jax.Array,
-    num_updates: int,
-    shift: float,
-    solver: Solver,
+    sampler: Sampler,
     shape: tuple[int, ...],
-    policy: CachePolicy,
-    first_updates: int = 0,
     given: np.ndarray | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields a video chunk by chunk, float32 [B, chunk, H, W, C] each, as soon as it is there.
 
-    Memory does not grow with the video's length, unless `policy` forgets nothing.
+    Memory does not grow with the video's length, unless the sampler's forgets nothing.
 
     Args:
+      network: `models.denoiser.guided_network` for guidance.
       cues: by frame. Frame 0 must be there, the others must begin a chunk.
       keys: [B], from `clip_keys`.
+      sampler: with a memory.
       shape: (F, H, W, C); F of any length that splits into chunks.
-      first_updates: of the first chunk; 0 is as the others.
-      given: float32 [B, policy.first, H, W, C], a first chunk that is not made but continued: image to video where
-        policy.first is 1. It is yielded first.
+      given: float32 [B, f, H, W, C], the first chunks, which are not made but continued: a picture where the first
+        chunk is one frame, or a clip. They are yielded first.
 
     Raises:
       ValueError: F does not split into chunks or does not fit the cache, or a cue is not at the start of a chunk, or a
-        cut is asked of absolute positions.
+        cut is asked of absolute positions, or `given` is no number of chunks below F.
     """
-    sizes = policy.sizes(shape[0])
+    policy = sampler.memory
+    assert policy, "the sampler has a memory"
+    sizes, slots = policy.sizes(shape[0]), policy.capacity(shape[0])
     starts = (0, *np.cumsum(sizes)[:-1].tolist())
-    slots = policy.capacity(shape[0])
-    _refuse(cues, starts, slots, policy, given, (len(keys), policy.first, *shape[1:]), shape[0])
-    longest = max(num_updates, first_updates, USUAL_UPDATES) + 1
-    padded = lambda k: jnp.asarray(np.pad(grid(k, shift), (0, longest - k - 1)))
+    _refuse(cues, starts, slots, policy, given, (len(keys), *shape))
+    first = sampler.levels if sampler.first_levels is None else sampler.first_levels
+    longest = max(len(sampler.levels), len(first), USUAL_UPDATES + 1)
     cache = _empty_cache(network, slots, len(keys), shape[1:])
     text = None
     for at, size in zip(starts, sizes, strict=True):
@@ -200,26 +207,32 @@ def stream_chunks(
             elif at:
                 cache = _recache(network, params, cache, jnp.asarray(cue.text), policy)
             text = _read_text(network, params, jnp.asarray(cue.text))
-        if given is not None and not at:
-            cache = _commit(network, params, cache, jnp.asarray(given), text, policy)
-            yield np.asarray(given)
+        if given is not None and at < given.shape[1]:
+            x0 = given[:, at : at + size]
+            cache = _commit(network, params, cache, jnp.asarray(x0), text, policy)
+            yield np.asarray(x0)
             continue
-        k = first_updates if first_updates and not at else num_updates
-        jump = jnp.int32(CUT_AHEAD if cue and cue.cut else 0)
+        levels = sampler.levels if at else first
+        padded = jnp.asarray(np.pad(levels, (0, longest - len(levels))))
+        exit_update, jump = jnp.int32(len(levels) - 2), jnp.int32(CUT_AHEAD if cue and cue.cut else 0)
         x0, cache = _next_chunk(
-            network, params, cache, text, padded(k), jnp.int32(k - 1), solver, keys, size, policy, jump
+            network, params, cache, text, padded, exit_update, sampler.solver, keys, size, policy, jump
         )
         yield np.asarray(x0)
 
 
-def _refuse(cues, starts, slots, policy, given, first_chunk, frames) -> None:
+def _refuse(cues, starts, slots, policy, given, shape) -> None:
     """Raises ValueError for what `stream_chunks` cannot do, before anything runs."""
-    if given is not None and given.shape != first_chunk:
-        raise ValueError(f"the given frames are {given.shape}, a first chunk is {first_chunk}")
+    if given is not None:
+        b, f, *place = given.shape
+        if (b, *place) != (shape[0], *shape[2:]) or f not in starts[1:]:
+            raise ValueError(
+                f"the given frames are {given.shape}, a video of {shape} goes on from whole chunks: {starts[1:]} frames"
+            )
     if 0 not in cues or not set(cues) <= set(starts):
         raise ValueError(
             f"prompts begin at frames {sorted(cues)}; these must be starts of chunks, and 0 among them"
         )
     if policy.positions == "absolute" and any(cue.cut for cue in cues.values()):
         raise ValueError("a scene cut moves relative positions; set positions to relative")
-    refuse_overflow(policy, slots, frames)
+    refuse_overflow(policy, slots, shape[1])

@@ -9,10 +9,11 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted(path for room in ("salt_jax", "configs", "launch") for path in (ROOT / room).rglob("*.py"))
 NAMES = [str(path.relative_to(ROOT)) for path in MODULES]
 
-BOTTOM = {"types", "errors"}
+BOTTOM = {"types", "errors", "choices"}
 MAY_IMPORT = {
     "types": set(),
     "errors": set(),
+    "choices": set(),
     "video": set(),
     "flow": BOTTOM,
     "data": BOTTOM,
@@ -21,6 +22,7 @@ MAY_IMPORT = {
     "convert": BOTTOM | {"models"},
     "rollout": BOTTOM | {"flow", "models"},
     "train": BOTTOM | {"flow", "models", "rollout", "losses", "data", "video"},
+    "samples": BOTTOM | {"video"},
     "sample": BOTTOM | {"flow", "models", "rollout", "data"},
     "evaluate": BOTTOM | {"flow", "models", "rollout", "data", "sample", "video"},
     "bench": BOTTOM | {"flow", "models", "rollout", "train", "sample"},

@@ -8,11 +8,11 @@ import pytest
 from salt_jax import sample
 from salt_jax.flow.schedule import grid
 from salt_jax.models.denoiser import POSITION_CHANNELS, wan_network
-from salt_jax.models.kv_cache import CachePolicy
+from salt_jax.models.memory import CachePolicy
 from salt_jax.models.presets import Compute, WanConfig
 from salt_jax.models.wan import init_wan
 from salt_jax.rollout.causal import rollout
-from salt_jax.sample import Cue, clip_keys, stream_chunks
+from salt_jax.sample import Cue, Sampler, clip_keys, stream_chunks
 
 CONFIG = WanConfig(24, 2, 2, 48, 3 + POSITION_CHANNELS, 3, (1, 2, 2), 8, 6, 16, 0, 1e-6)
 NETWORK = wan_network(CONFIG, Compute(), 9, 3)
@@ -35,9 +35,10 @@ def text(seed, clips=2):
     return np.random.default_rng(seed).normal(size=(clips, 4, 8)).astype(np.float32)
 
 
-def video(params, frames, policy, cues=None, **more):
-    given = (cues or {0: Cue(text(0))}, clip_keys(0, 2), UPDATES, SHIFT, "cm", (frames, *PICTURE), policy)
-    return np.concatenate(list(stream_chunks(NETWORK, params, *given, **more)), axis=1)
+def video(params, frames, policy, cues=None, given=None, updates=UPDATES, first=None):
+    sampler = Sampler(grid(updates, SHIFT), "cm", policy, first and grid(first, SHIFT))
+    told = (cues or {0: Cue(text(0))}, clip_keys(0, 2), sampler, (frames, *PICTURE), given)
+    return np.concatenate(list(stream_chunks(NETWORK, params, *told)), axis=1)
 
 
 @pytest.mark.parametrize(
@@ -91,16 +92,9 @@ def test_a_cut_moves_one_chunk_only(params):
 
 
 def test_the_first_chunk_may_take_more_updates(params):
-    few, more = video(params, 9, SINK), video(params, 9, SINK, first_updates=4)
+    few, more = video(params, 9, SINK), video(params, 9, SINK, first=4)
     assert np.abs(few - more).max() > 1e-3
-    alone = np.concatenate(
-        list(
-            stream_chunks(
-                NETWORK, params, {0: Cue(text(0))}, clip_keys(0, 2), 4, SHIFT, "cm", (3, *PICTURE), SINK
-            )
-        ),
-        1,
-    )
+    alone = video(params, 3, SINK, updates=4)
     np.testing.assert_allclose(more[:, :3], alone, atol=1e-6)
 
 
@@ -113,8 +107,20 @@ def test_a_given_picture_is_continued(params):
     other = video(params, 7, policy, given=-made[:, :1])
     np.testing.assert_array_equal(other[:, :1], -made[:, :1])
     assert np.abs(other[:, 1:] - made[:, 1:]).max() > 1e-3
-    with pytest.raises(ValueError, match="a first chunk is"):
+    with pytest.raises(ValueError, match="goes on from whole chunks"):
         video(params, 7, policy, given=made[:, :3])
+
+
+def test_a_given_clip_is_continued(params):
+    """Its chunks are committed one by one: the beginning of a video, given, leads to the same video."""
+    made = video(params, 15, SINK)
+    np.testing.assert_allclose(video(params, 15, SINK, given=made[:, :12]), made, atol=1e-5)
+    switched = {0: Cue(text(0)), 12: Cue(text(1))}
+    other = video(params, 15, SINK, switched, given=made[:, :12])
+    np.testing.assert_allclose(other, video(params, 15, SINK, switched), atol=1e-5)
+    for frames in (4, 15):
+        with pytest.raises(ValueError, match="goes on from whole chunks"):
+            video(params, 15, SINK, given=made[:, :frames])
 
 
 @pytest.mark.parametrize(

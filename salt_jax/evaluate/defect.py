@@ -25,9 +25,9 @@ from jaxtyping import Array, Float, Key
 from salt_jax.flow.schedule import grid
 from salt_jax.flow.transition import euler
 from salt_jax.models.denoiser import Network
-from salt_jax.models.kv_cache import CachePolicy
+from salt_jax.models.memory import CachePolicy
 from salt_jax.rollout.causal import rollout, sight_of
-from salt_jax.rollout.parallel import Solver, advance, noise_at
+from salt_jax.rollout.parallel import advance, noise_at
 from salt_jax.types import Denoiser, Latent, Params, TextEmb
 
 EPS = 1e-8  # of Eq. 16; the paper gives no value

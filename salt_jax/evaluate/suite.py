@@ -9,17 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from salt_jax.choices import Solver
 from salt_jax.data import shapes
 from salt_jax.data.shapes import World, to_pixels
 from salt_jax.evaluate.consistency import cross_step_distance
 from salt_jax.evaluate.defect import causal_defect, defect_grid, semigroup_defect
 from salt_jax.evaluate.shapes_score import score
 from salt_jax.flow.prediction import add_noise
+from salt_jax.flow.schedule import grid
 from salt_jax.models.closed_form import expected_error
 from salt_jax.models.denoiser import Network
-from salt_jax.models.kv_cache import CachePolicy
-from salt_jax.rollout.parallel import Solver
-from salt_jax.sample import Cue, clip_keys, sample_clips, stream_chunks
+from salt_jax.models.memory import CachePolicy
+from salt_jax.sample import Cue, Sampler, clip_keys, sample_clips, stream_chunks
 from salt_jax.types import Denoiser, Params
 from salt_jax.video import looks
 
@@ -43,22 +44,16 @@ class Task(NamedTuple):
 def clips(network: Network, params: Params, task: Task, num_updates: int, solver: Solver) -> np.ndarray:
     """float32 latents [N, F, H, W, C]; clip i has the same noise for every network, solver and number of updates."""
     keys, size = clip_keys(task.seed, len(task.text)), task.batch_size
+    first = grid(task.first_updates, task.shift) if task.first_updates else None
+    sampler = Sampler(grid(num_updates, task.shift), solver, task.policy, first)
     if task.policy is None:
-        args = (task.text, keys, num_updates, task.shift, solver, task.shape, size)
+        args = (task.text, keys, sampler, task.shape, size)
         return np.concatenate(list(sample_clips(network.denoise, params, *args)))
     made = []
     for start in range(0, len(keys), size):
         part = slice(start, start + size)
-        args = (
-            {0: Cue(task.text[part])},
-            keys[part],
-            num_updates,
-            task.shift,
-            solver,
-            task.shape,
-            task.policy,
-        )
-        made.append(np.concatenate(list(stream_chunks(network, params, *args, task.first_updates)), axis=1))
+        args = ({0: Cue(task.text[part])}, keys[part], sampler, task.shape)
+        made.append(np.concatenate(list(stream_chunks(network, params, *args)), axis=1))
     return np.concatenate(made)
 
 

@@ -15,15 +15,13 @@ So a run is a table of numbers, one row per network evaluation; `rollout.paralle
 Sources: DPM-Solver++ (arXiv 2211.01095, midpoint), UniPC (arXiv 2302.04867, the 2x2 system of its corrector).
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Float
 
+from salt_jax.choices import TeacherSolver
 from salt_jax.flow.schedule import shift
-
-TeacherSolver = Literal["unipc", "dpmpp", "euler"]
-"""What the many updates of a teacher are made with."""
 
 TRAIN_TIMESTEPS = 1000  # Wan's time is 1000 sigma; its official sampler hands over whole numbers
 UNIPC_HIGHEST = float(np.float32(0.999))  # sigma of the first of 1000 training timesteps, stored in float32

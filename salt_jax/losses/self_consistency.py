@@ -9,17 +9,12 @@ so the loss is a penalty on the bend of the student's path, and sigma_e is only 
 the endpoints: in half precision their difference would be lost.
 """
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 
+from salt_jax.choices import StopGradient
 from salt_jax.flow.prediction import expand
 from salt_jax.types import Latent, PerExample, Sigma
-
-StopGradient = Literal["none", "composed", "direct", "midpoint"]
-"""Where Eq. 8 does not pass gradient: nowhere (the paper's formula as it stands), the composed endpoint x^(2), the
-direct endpoint x^(1), or only the state x_m at which v_m is evaluated (`rollout.parallel.midpoint` stops that one)."""
 
 
 def self_consistency_loss(

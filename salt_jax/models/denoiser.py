@@ -1,6 +1,7 @@
 """Networks as denoisers: the only place that turns sigma into Wan's timestep."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -103,21 +104,71 @@ def wan_network(config: WanConfig, compute: Compute, clip_frames: int, chunk: in
     return Network(denoise, keys_values, read_text, features, empty_cache)
 
 
+class Branches(NamedTuple):
+    """What a guided network is told: the prompt, and what guidance leads away from."""
+
+    text: Any
+    null: Any
+
+
 def guided(denoiser: Denoiser, null_text: TextEmb, guidance: float) -> Denoiser:
     """The same denoiser under classifier-free guidance; `null_text` is [1, T, D], guidance 1 is none.
 
-    A picture stays what it is; the text alone is nulled.
-
-    Two evaluations a call, as the peers do: their memory then peaks at one batch, not at two.
+    A picture stays what it is; the text alone is nulled. A memory that is seen holds both branches, see
+    `guided_network`. Two evaluations a call, as the peers do: their memory then peaks at one batch, not at two.
     """
+    if guidance == 1.0:
+        return denoiser
+    call: Any = denoiser  # a network's may be told a sight too
 
-    def denoise(params: Params, x: Latent, sigma: Sigma, text: Told, *sight: Sight) -> Prediction:
-        if guidance == 1.0:
-            return denoiser(params, x, sigma, text, *sight)
-        null = null_text.repeat(x.shape[0], axis=0)
-        null = text._replace(text=null) if isinstance(text, ImageText) else null
-        return guide(
-            denoiser(params, x, sigma, text, *sight), denoiser(params, x, sigma, null, *sight), guidance
-        )
+    def denoise(params: Params, x: Latent, sigma: Sigma, text: Told | Branches, *sight: Any) -> Prediction:
+        sights = zip(*map(_halves, sight), strict=True) if sight else ((), ())
+        told = _both(text, null_text)
+        return guide(*(call(params, x, sigma, t, *s) for t, s in zip(told, sights, strict=True)), guidance)
 
     return denoise
+
+
+def guided_network(network: Network, null_text: TextEmb, guidance: float) -> Network:
+    """The same network under classifier-free guidance, each branch with a history of its own.
+
+    Its caches hold the keys and values of the prompt's branch and then those of the null text's on the batch axis: a
+    chunk's conditional velocity sees earlier chunks as read under the prompt, its unconditional one as read under the
+    null text. Arguments as in `guided`.
+    """
+    if guidance == 1.0:
+        return network
+
+    def keys_values(params: Params, x0: Latent, text: Told | Branches, sight: Sight) -> tuple[Any, Any]:
+        told = _both(text, null_text)
+        parts = (network.keys_values(params, x0, t, s) for t, s in zip(told, _halves(sight), strict=True))
+        k, v = (jnp.concatenate(pair, axis=1) for pair in zip(*parts, strict=True))
+        return k, v
+
+    def read_text(params: Params, text: Told) -> Any:
+        return Branches(*(network.read_text(params, t) for t in _both(text, null_text)))
+
+    def empty_cache(like: Latent, slots: int) -> KVCache:
+        cache = network.empty_cache(like, slots)
+        return replace(cache, k=cache.k.repeat(2, axis=1), v=cache.v.repeat(2, axis=1))
+
+    denoise = guided(network.denoise, null_text, guidance)
+    return Network(denoise, keys_values, read_text, network.features, empty_cache)
+
+
+def _both(text: Any, null_text: TextEmb) -> Branches:
+    """What the two branches are told."""
+    if isinstance(text, Branches):
+        return text
+    told = text.text if isinstance(text, ImageText) else text
+    null = null_text.repeat(len(told), axis=0)
+    return Branches(text, text._replace(text=null) if isinstance(text, ImageText) else null)
+
+
+def _halves(sight: Sight | None) -> tuple[Sight | None, Sight | None]:
+    """A sight of both branches' memory as one for each."""
+    if sight is None or sight.memory is None:
+        return sight, sight
+    halves = zip(*(jnp.split(part, 2, axis=1) for part in sight.memory), strict=True)
+    first, second = (sight._replace(memory=half) for half in halves)
+    return first, second

@@ -5,41 +5,16 @@ diffusers does; the two differ. And as channels behind the noisy latent: `image_
 `condition_latents`. What works on pictures is numpy, because each picture has a size of its own.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 from PIL import Image
 
-from salt_jax.models.vae import SPACE, TIME
+from salt_jax.models.latent_size import TIME
 
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # of colours in [0, 1], per channel
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
-TOKEN = 2  # latent rows or columns of a token
-
-
-def fit_size(image_height: int, image_width: int, max_area: int) -> tuple[int, int]:
-    """Height and width in pixels of a video of about the picture's shape and of at most `max_area` pixels.
-
-    Both are multiples of 16, a token's side. Wan 2.1's areas are 480 * 832 and 720 * 1280.
-
-    Raises:
-        ValueError: if the picture is so long or the area so small that a side has no token.
-    """
-    # Wan 2.1's rule in whole numbers: its floating point makes 464 rows of a picture that is 832 x 480 already.
-    token = TOKEN * SPACE
-    height, width = (
-        math.isqrt(max_area * along // across) // token * token
-        for along, across in ((image_height, image_width), (image_width, image_height))
-    )
-    if not height * width:
-        raise ValueError(
-            f"a picture of {image_width} x {image_height} pixels does not fit into {max_area} pixels with at "
-            f"least {token} on each side: crop the picture or use a larger area"
-        )
-    return height, width
 
 
 def resize_bicubic(

@@ -9,7 +9,7 @@ Turning them again at every read is a few elementwise passes beside two matrix p
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import flax.struct
@@ -17,53 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from salt_jax.models.rope import MAX_FRAMES
-
-Positions = Literal["absolute", "relative"]
-"""Where in time a frame that is seen stands: at its number in the video, or at its rank among those that are seen."""
-
-
-@dataclass(frozen=True)
-class CachePolicy:
-    """A memory mechanism. Lengths in latent frames; see docs/guide.md for those of the peers."""
-
-    chunk: int  # frames generated together
-    first: int  # frames of the first chunk; 1 makes it a picture
-    window: int  # frames a chunk sees at most, itself and the sink included; 0: all
-    sink: int  # first frames of the video, which are never forgotten
-    positions: Positions
-
-    def __post_init__(self):
-        if not (1 <= self.first <= self.chunk):
-            raise ValueError(f"first={self.first} must be between 1 and chunk={self.chunk}")
-        if self.sink < 0 or (self.window and self.window < self.sink + self.chunk):
-            raise ValueError(
-                f"window={self.window} must be 0 (everything) or hold sink={self.sink} and chunk={self.chunk}"
-            )
-
-    def sizes(self, frames: int, before: int = 0) -> tuple[int, ...]:
-        """How many of the next `frames` each chunk has, in a video that has `before` frames already.
-
-        Raises ValueError where they do not split into chunks.
-        """
-        first = 0 if before else self.first
-        if frames < first or (frames - first) % self.chunk:
-            raise ValueError(
-                f"{frames} latent frames do not split into a chunk of {first or self.chunk} and chunks of {self.chunk}"
-            )
-        return (first,) * (first > 0) + (self.chunk,) * ((frames - first) // self.chunk)
-
-    def visible(self, start: int, stop: int) -> tuple[slice, ...]:
-        """The earlier frames that the chunk [start, stop) sees: all, or the sink and the end of the window."""
-        if not self.window or stop <= self.window:
-            return (slice(0, start),) if start else ()
-        return tuple(
-            s for s in (slice(0, self.sink), slice(stop - self.window + self.sink, start)) if s.start < s.stop
-        )
-
-    def capacity(self, frames: int) -> int:
-        """Frames that a cache has to hold to continue a video of any length, or of `frames` if all are seen."""
-        return self.window - self.chunk if self.window else frames
+from salt_jax.models.memory import CachePolicy
 
 
 class View(NamedTuple):
@@ -236,16 +190,3 @@ def whole_clip(frames: int) -> Sight:
     """Everybody sees everybody: a bidirectional network."""
     all_of_it, positions = slice(0, frames), np.arange(frames)
     return Sight((View(all_of_it, (all_of_it,), (), positions, positions),), None, positions)
-
-
-def refuse_overflow(policy: CachePolicy, slots: int, frames: int) -> None:
-    """Raises ValueError where a video of `frames` does not fit a cache of `slots`, or the table of positions."""
-    if not policy.window and frames > slots:
-        raise ValueError(
-            f"{frames} latent frames do not fit a cache of {slots} that forgets nothing; "
-            "set a window (and a sink), or a larger capacity"
-        )
-    if policy.positions == "absolute" and frames > MAX_FRAMES:
-        raise ValueError(
-            f"{frames} latent frames are more than the {MAX_FRAMES} absolute positions; set positions to relative"
-        )

@@ -1,9 +1,11 @@
-"""The sizes of the transformer, and how to run it."""
+"""The sizes of transformer and text encoder, and how to run them. No jax in here, as in `choices`."""
 
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
+import numpy as np
+
+from salt_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,49 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
+class TextEncoderConfig:
+    """Sizes of the encoder. The last three are the same for every published umT5."""
+
+    vocab_size: int  # rows of the token table
+    dim: int
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    ffn_dim: int
+    num_buckets: int = 32  # of relative positions, half for each side
+    max_distance: int = 128  # tokens; farther ones share the last bucket
+    eps: float = 1e-6  # of the RMS norms
+
+
+TEXT_PRESETS = {
+    "tiny": TextEncoderConfig(vocab_size=259, dim=64, num_layers=2, num_heads=4, head_dim=16, ffn_dim=128),
+    "wan-tiny": TextEncoderConfig(vocab_size=259, dim=32, num_layers=2, num_heads=4, head_dim=8, ffn_dim=64),
+    "umt5-xxl": TextEncoderConfig(
+        vocab_size=256_384, dim=4096, num_layers=24, num_heads=64, head_dim=64, ffn_dim=10_240
+    ),
+}
+"""`tiny` and `wan-tiny` read the bytes of `tokenizer.byte_tokenize`; `umt5-xxl` is the encoder of Wan 2.1."""
+
+
+def tiny_preset(model: str) -> str:
+    """The small preset with the architecture of a real one.
+
+    Raises:
+      UserError: there is none.
+    """
+    name = f"{model.rsplit('-', 1)[0]}-tiny"
+    if name not in PRESETS:
+        raise UserError(
+            f"there is no small {model}; choose from {', '.join(p for p in PRESETS if 'wan' in p)}"
+        )
+    return name
+
+
+@dataclass(frozen=True)
 class Compute:
     """How to run the network, which changes speed and rounding but not the function."""
 
-    dtype: Any = jnp.float32  # of matrix products
+    dtype: Any = np.float32  # of matrix products
     remat: bool = False  # recompute each block in the backward pass
     # How tokens [B, F, S, D] are laid out, a NamedSharding that cuts the batch. None leaves it to the compiler:
     # where an axis cuts parameters and batch, it may keep that of the parameters and run the whole batch everywhere.

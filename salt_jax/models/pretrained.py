@@ -4,7 +4,6 @@ A part is a network with its file. Parts are read when they are needed, so that 
 of a text-to-video model, can be gone before the transformer comes.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,13 +14,14 @@ from tqdm import tqdm
 
 from salt_jax.errors import UserError
 from salt_jax.models import image_encoder, text_encoder, vae
+from salt_jax.models.header import stored_sizes
 from salt_jax.models.image_encoder import ImageEncoderConfig, init_image_encoder
-from salt_jax.models.presets import PRESETS, WanConfig
+from salt_jax.models.presets import WanConfig
 from salt_jax.models.text_encoder import TextEncoderConfig, encode_prompts, init_text_encoder
 from salt_jax.models.tokenizer import byte_tokenize, load_tokenizer
 from salt_jax.models.vae import VAEConfig, init_vae
 from salt_jax.models.wan import init_wan
-from salt_jax.models.weights import load_weights, read_metadata
+from salt_jax.models.weights import load_weights
 from salt_jax.types import Params
 
 TOKENIZERS = ("tokenizer.json", "spiece.model")
@@ -61,20 +61,8 @@ def part_file(part: Part, where: str | Path) -> Path:
 
 
 def stored_config(part: Part, where: str | Path) -> Any:
-    """The sizes that a file was written with.
-
-    Raises:
-      UserError: it is absent or says nothing about itself.
-    """
-    path = part_file(part, where)
-    if not path.is_file():
-        raise UserError(f"there is no {path}; make it with launch.convert_wan")
-    told = read_metadata(path).get("config")
-    try:
-        sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(told or "").items()}
-        return part.config(**sizes)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} does not say its sizes; make it with launch.convert_wan") from error
+    """The sizes that a file was written with. Raises UserError: it is absent or says nothing about itself."""
+    return stored_sizes(part_file(part, where), part.config)
 
 
 def open_part(
@@ -99,6 +87,15 @@ def open_part(
     return config, load_weights(part_file(part, source.folder), like, dtype, placed)
 
 
+def tokenizer_files(source: Source) -> list[Path]:
+    """Those that the folder has, the one that is read first."""
+    if not source.folder:
+        return []
+    folder = Path(source.folder)
+    paths = ((folder if folder.is_dir() else folder.parent) / name for name in TOKENIZERS)
+    return [path for path in paths if path.is_file()]
+
+
 def open_tokenizer(source: Source) -> Callable[[str, int], np.ndarray]:
     """(text, length) -> token ids, int32 [length].
 
@@ -107,7 +104,7 @@ def open_tokenizer(source: Source) -> Callable[[str, int], np.ndarray]:
     """
     if not source.folder:
         return byte_tokenize
-    found = [Path(source.folder) / name for name in TOKENIZERS if (Path(source.folder) / name).is_file()]
+    found = tokenizer_files(source)
     if not found:
         raise UserError(
             f"{source.folder} has no {' or '.join(TOKENIZERS)}; copy umT5's there (google/umt5-xxl of the release)"
@@ -136,17 +133,3 @@ def embed_prompts(source: Source, prompts: Sequence[str], length: int, dtype: An
         encode_prompts(params, t[None], config, dtype=dtype)[0] for t in tqdm(tokens, desc="prompts", delay=2)
     ]
     return np.stack([np.asarray(row, np.float32) for row in rows])
-
-
-def tiny_preset(model: str) -> str:
-    """The small preset with the architecture of a real one.
-
-    Raises:
-      UserError: there is none.
-    """
-    name = f"{model.rsplit('-', 1)[0]}-tiny"
-    if name not in PRESETS:
-        raise UserError(
-            f"there is no small {model}; choose from {', '.join(p for p in PRESETS if 'wan' in p)}"
-        )
-    return name

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from salt_jax.models.memory import MAX_FRAMES
+
 THETA = 10_000.0
-MAX_FRAMES = 1024  # latent frames that a position computed by a program may name, as in Wan's own table
 
 
 def rope_angles(

@@ -8,7 +8,6 @@ Parameter names follow transformers' `UMT5EncoderModel`; its `encoder.block.{i}.
 stacked on a leading layer axis.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,34 +16,11 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Int
 
+from salt_jax.models.presets import TEXT_PRESETS, TextEncoderConfig
 from salt_jax.models.tokenizer import PAD
 from salt_jax.types import Params, PRNGKey, TextEmb, TokenIds
 
-
-@dataclass(frozen=True)
-class TextEncoderConfig:
-    """Sizes of the encoder. The last three are the same for every published umT5."""
-
-    vocab_size: int  # rows of the token table
-    dim: int
-    num_layers: int
-    num_heads: int
-    head_dim: int
-    ffn_dim: int
-    num_buckets: int = 32  # of relative positions, half for each side
-    max_distance: int = 128  # tokens; farther ones share the last bucket
-    eps: float = 1e-6  # of the RMS norms
-
-
-PRESETS = {
-    "tiny": TextEncoderConfig(vocab_size=259, dim=64, num_layers=2, num_heads=4, head_dim=16, ffn_dim=128),
-    "wan-tiny": TextEncoderConfig(vocab_size=259, dim=32, num_layers=2, num_heads=4, head_dim=8, ffn_dim=64),
-    "umt5-xxl": TextEncoderConfig(
-        vocab_size=256_384, dim=4096, num_layers=24, num_heads=64, head_dim=64, ffn_dim=10_240
-    ),
-}
-"""`tiny` and `wan-tiny` read the bytes of `tokenizer.byte_tokenize`; `umt5-xxl` is the encoder of Wan 2.1."""
-
+PRESETS = TEXT_PRESETS
 WIDTH = 64  # `encode_prompts` encodes multiples of so many tokens: few programs, little padding
 
 

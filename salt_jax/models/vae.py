@@ -17,13 +17,13 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from salt_jax.models import vae_blocks
+from salt_jax.models.latent_size import SPACE, TIME
 from salt_jax.models.vae_blocks import conv, decoder_layers, encoder_layers, run_layers
 from salt_jax.types import Latent, Params, PRNGKey
 
 Video = Float[Array, "b t height width 3"]
 """Frames of a clip in [-1, 1]."""
 
-SPACE, TIME = 8, 4  # pixels per latent row or column, frames per latent frame after the first
 
 # Of each latent channel over Wan's training data: latents are normalised with them.
 MEAN = np.array(

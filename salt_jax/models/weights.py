@@ -174,15 +174,6 @@ def save_weights(path: str | Path, params: Params, dtype: str, metadata: dict[st
     )
 
 
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """What `save_weights` was given to write beside the arrays. Raises UserError where the file cannot be read."""
-    try:
-        with safe_open(path, "numpy") as file:
-            return file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path} ({error}); name a file that launch.export wrote") from error
-
-
 def load_weights(
     path: str | Path, like: Params, dtype: Any = jnp.float32, shardings: Params | None = None
 ) -> Params:

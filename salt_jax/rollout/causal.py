@@ -18,7 +18,16 @@ import numpy as np
 
 from salt_jax.flow.transition import euler, renoise
 from salt_jax.models.denoiser import Network
-from salt_jax.models.kv_cache import CachePolicy, KVCache, Sight, append, chunk_views, look_back, more_room
+from salt_jax.models.kv_cache import (
+    CachePolicy,
+    KVCache,
+    Sight,
+    View,
+    append,
+    chunk_views,
+    look_back,
+    more_room,
+)
 from salt_jax.rollout.parallel import Solver, noise_at
 from salt_jax.types import Latent, Params, Prediction
 
@@ -91,16 +100,25 @@ def commit(
 
 
 def recache(network: Network, params: Params, cache: KVCache, text: Any, policy: CachePolicy) -> KVCache:
-    """The same frames read again under another text (LongLive's prompt switch), causally, with the sink.
+    """The same frames read again under another text (LongLive's prompt switch), as `commit` would have read them.
 
-    What the cache has forgotten is not seen again. Slots are read in groups: the sink, then chunks from the
-    end; these are the chunks that were committed once the cache is full, or where it holds whole chunks.
+    A frame sees its own chunk and the ones before it, as far as they are in the cache: what was forgotten is not seen
+    again. Chunks are found by the frames' numbers, so nothing depends on how full the cache is or where it was cut.
+    Where nothing was forgotten, reading under the same text changes nothing.
     """
-    rest = cache.slots - policy.sink
-    sizes = (policy.sink, rest % policy.chunk) + (policy.chunk,) * (rest // policy.chunk)
-    everything = CachePolicy(policy.chunk, policy.first, 0, 0, policy.positions)
-    views = chunk_views(everything, [n for n in sizes if n], cache.frames, 0, clean="new")
-    views = tuple(v._replace(length=jnp.minimum(cache.filled, v.queries.stop)) for v in views)
+    if not cache.slots:
+        return cache
+    slots = jnp.arange(cache.slots, dtype=jnp.int32)
+    chunk = jnp.where(cache.frames < policy.first, 0, 1 + (cache.frames - policy.first) // policy.chunk)
+    earlier = chunk[None] <= chunk[:, None]
+    seen = jnp.sum(earlier & (slots < cache.filled)[None], axis=1)
+    seen = jnp.maximum(seen, 1)  # an empty slot sees something, or it would hold NaN
+    positions = slots if policy.positions == "relative" else cache.frames
+    everything = (slice(0, cache.slots),)
+    views = tuple(
+        View(slice(i, i + 1), everything, (), positions[i : i + 1], positions, seen[i])
+        for i in range(cache.slots)
+    )
     k, v = network.keys_values(params, cache.x0, text, Sight(views, None, cache.frames))
     return replace(cache, k=k, v=v)
 

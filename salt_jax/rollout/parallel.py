@@ -1,18 +1,16 @@
 """The whole clip at once: the student's update in training, and sampling with any number of updates."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from salt_jax.choices import Solver
 from salt_jax.flow.multistep import Steps
 from salt_jax.flow.transition import euler, renoise
 from salt_jax.types import Denoiser, Latent, Params, Prediction, Sigma, Told
-
-Solver = Literal["euler", "cm"]
-"""How to go from one noise level to the next: Euler keeps the path, CM re-noises the clean estimate afresh."""
 
 
 def noise_at(

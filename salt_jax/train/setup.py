@@ -16,13 +16,14 @@ from salt_jax.data.latents import open_records
 from salt_jax.errors import UserError
 from salt_jax.models.closed_form import closed_form_denoiser, closed_form_params
 from salt_jax.models.denoiser import Network, guided, wan_network
+from salt_jax.models.header import read_metadata
 from salt_jax.models.lora import init_lora
 from salt_jax.models.presets import WanConfig
 from salt_jax.models.pretrained import WAN, Source, open_part, part_file
 from salt_jax.models.text_encoder import encode_text, init_text_encoder
 from salt_jax.models.tokenizer import byte_tokenize
 from salt_jax.models.wan import init_wan
-from salt_jax.models.weights import load_weights, read_metadata
+from salt_jax.models.weights import load_weights
 from salt_jax.train.checkpoint import restore_params
 from salt_jax.train.recipe import Recipe, from_json, make_optimizer
 from salt_jax.train.sharding import batch_sharding, state_shardings

@@ -20,9 +20,10 @@ from safetensors.numpy import load_file, save_file
 from configs import base
 from salt_jax.convert.writing import outgoing
 from salt_jax.models import image_encoder, pretrained, text_encoder, vae
+from salt_jax.models.header import read_metadata
 from salt_jax.models.presets import PRESETS
 from salt_jax.models.pretrained import open_part
-from salt_jax.models.weights import Outgoing, read_metadata, write_tensors
+from salt_jax.models.weights import Outgoing, write_tensors
 from salt_jax.train.checkpoint import open_checkpoints, save
 from salt_jax.train.recipe import read_recipe, to_json
 from salt_jax.train.state import init_learner, init_state

@@ -12,12 +12,12 @@ from salt_jax.models.image_condition import (
     CLIP_STD,
     condition_latents,
     crop_for_clip,
-    fit_size,
     image_clip,
     known_mask,
     resize_bicubic,
     squash_for_clip,
 )
+from salt_jax.models.latent_size import fit_size
 
 
 def noise(*shape, seed=0):

@@ -13,7 +13,6 @@ import pytest
 from salt_jax.models.attention import attention
 from salt_jax.models.denoiser import wan_network
 from salt_jax.models.kv_cache import (
-    CachePolicy,
     KVCache,
     Sight,
     View,
@@ -23,10 +22,10 @@ from salt_jax.models.kv_cache import (
     forget,
     look_back,
     more_room,
-    refuse_overflow,
 )
+from salt_jax.models.memory import MAX_FRAMES, CachePolicy, refuse_overflow
 from salt_jax.models.presets import Compute, WanConfig
-from salt_jax.models.rope import MAX_FRAMES, rope_angles
+from salt_jax.models.rope import rope_angles
 from salt_jax.models.wan import init_wan
 from salt_jax.rollout.causal import Trajectory, commit, diffusion_forcing, replay, teacher_forcing
 from tests.models.test_wan import randomised, to_diffusers

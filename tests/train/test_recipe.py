@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from configs import base, shapes_teacher
 from salt_jax.errors import UserError
-from salt_jax.models.weights import read_metadata
+from salt_jax.models.header import read_metadata
 from salt_jax.train import contradictions
 from salt_jax.train.recipe import Optimizer, from_json, make_optimizer, read_recipe, to_json
 

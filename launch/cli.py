@@ -1,0 +1,93 @@
+"""What all programs do with their command line. No jax in here: what is wrong with it is told at once."""
+
+import logging as std_logging
+import os
+import re
+import sys
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from salt_jax.errors import UserError
+
+
+def read_config(flag: flags.FlagHolder) -> Any:
+    """The ConfigDict of a flag that ml_collections defined. Raises UserError if there is no such file."""
+    try:
+        config = flag.value
+        config.keys()
+    except OSError as error:
+        name = config_flags.get_config_filename(flags.FLAGS[flag.name])
+        raise UserError(f"cannot load the config file {name}; check --{flag.name}") from error
+    return config
+
+
+def refuse_flags(mode: str, modes: Mapping[str, str], belongs: Mapping[str, Collection[str]]) -> None:
+    """Refuses what stands on the command line and means nothing in this mode.
+
+    Args:
+      mode: the one that the other flags choose; a key of `modes`, which say in words what each is.
+      belongs: flag -> the modes it is for.
+
+    Raises:
+      UserError: the first such flag, by name.
+    """
+    for name, where in belongs.items():
+        if flags.FLAGS[name].present and mode not in where:
+            fits = " or ".join(modes[m] for m in modes if m in where)
+            raise UserError(f"--{name} is for {fits}, and this is {modes[mode]}; leave it out")
+
+
+def refuse_pairs(needs: Mapping[str, Collection[str]], excludes: Mapping[str, Collection[str]]) -> None:
+    """Refuses flags without one of those they belong to, and flags that exclude each other.
+
+    Raises:
+      UserError: the first such flag, by name.
+    """
+    there = {name for name in flags.FLAGS if flags.FLAGS[name].present}
+    for name, others in needs.items():
+        if name in there and not there & set(others):
+            told = " or ".join(f"--{other}" for other in others)
+            raise UserError(f"--{name} has no meaning without {told}; give that too, or leave it out")
+    for name, others in excludes.items():
+        for other in others:
+            if {name, other} <= there:
+                raise UserError(f"--{name} and --{other} exclude each other; give one of them")
+
+
+def run_main(main: Callable[[list[str]], None]) -> None:
+    """absl's app.run, with every error that is the user's to mend printed as one line and exit code 2."""
+
+    def parse(argv):
+        try:
+            rest = flags.FLAGS(argv)
+        except (AttributeError, KeyError) as error:  # from ml_collections, which names the key alone
+            key, hint = re.search(r"\w+", str(error)), re.search(r"Did you mean.*\?", str(error))
+            told = hint[0] if hint else "configs/base.py lists every key."
+            fail(f"unknown config key {key and key[0]!r} in {' '.join(argv[1:])}. {told}")
+        except (flags.Error, TypeError, ValueError) as error:
+            fail(f"{error}; see --help and configs/base.py")
+        if len(rest) > 1:
+            fail(f"unknown argument {rest[1]!r}; options start with --")
+        return rest
+
+    def guarded(argv):
+        # Programs that were compiled once are kept, so the next start and the next run of the same shape are quick.
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "salt_jax" / "jax"))
+        # TFDS talks through absl; our own warnings go through the standard logger of their module.
+        logging.set_verbosity(logging.ERROR)
+        std_logging.getLogger("salt_jax").setLevel(std_logging.WARNING)
+        try:
+            main(argv)
+        except UserError as error:
+            fail(str(error))
+
+    app.run(guarded, flags_parser=parse)
+
+
+def fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,129 @@
+"""How long a video of launch.sample is, what it goes on from, and where its prompt changes. No jax in here."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from launch import sample_flags as f
+from launch.parsing import refuse_frames
+from salt_jax.data.video_folder import read_ending
+from salt_jax.errors import UserError
+from salt_jax.models.latent_size import FPS, SPACE, latent_frames, pixel_frames
+from salt_jax.models.memory import MAX_FRAMES, CachePolicy
+
+FRAMES = 81  # usual ones of Wan
+
+
+class Switch(NamedTuple):
+    """Another prompt from a frame on."""
+
+    prompt: str
+    flush: bool
+    cut: bool
+
+
+def read_lengths(
+    wan: bool, trained: int | None, memory: CachePolicy | None, place: tuple[int, int]
+) -> tuple[int, np.ndarray | None]:
+    """Latent frames of the video, and the frames it goes on from, uint8 [T, H, W, 3] of whole chunks.
+
+    What is not told is what splits into chunks nearest below the usual length, behind what is given.
+
+    Args:
+      wan: frames are Wan 2.1's; otherwise a frame is a latent frame.
+      trained: latent frames in training, None: the usual ones of Wan.
+      place: rows and columns of a latent frame.
+
+    Raises:
+      UserError: --frames has no latent, does not split into chunks, or has more frames than positions.
+    """
+    told, shown = f.FRAMES.value, shown_by(wan)
+    if told and wan:
+        refuse_frames(told)
+    frames = told and (latent_frames(told) if wan else told)
+    if frames:
+        refuse_length(frames, memory, shown)
+    given, prefix = 0, None
+    if f.PREFIX.value and memory:
+        given, prefix = read_prefix(wan, memory, place)
+        if frames and frames <= given:
+            raise UserError(
+                f"--frames={told} is the length of the whole video and --prefix has {len(prefix)} frames; "
+                f"give at least {shown(given + memory.chunk)}"
+            )
+    if not frames:
+        frames = given + (trained or latent_frames(FRAMES))
+        if memory:
+            frames = max(memory.nearest(frames)[0], given + memory.chunk * bool(given))
+        refuse_length(frames, memory, shown)
+    return frames, prefix
+
+
+def shown_by(wan: bool) -> Callable[[int], int]:
+    """Latent frames -> frames that they show; also the first one shown by the next latent frame."""
+    return pixel_frames if wan else lambda latents: latents
+
+
+def refuse_length(frames: int, memory: CachePolicy | None, shown: Callable[[int], int]) -> None:
+    """Raises UserError for so many latent frames that do not split into chunks, or that have no positions."""
+    if memory and frames not in (both := memory.nearest(frames)):
+        told = " and ".join(str(shown(n)) for n in dict.fromkeys(both))
+        raise UserError(
+            f"--frames={shown(frames)} are {frames} latent frames, which do not split into a chunk of {memory.first} "
+            f"and chunks of {memory.chunk}; the nearest that do: {told}"
+        )
+    if frames > MAX_FRAMES and not (memory and memory.positions == "relative"):
+        most = memory.nearest(MAX_FRAMES)[0] if memory else MAX_FRAMES
+        raise UserError(
+            f"--frames={shown(frames)} are {frames} latent frames, more than there are positions; at most "
+            f"{shown(most)}" + (", or a --memory with relative positions" if memory else "")
+        )
+
+
+def read_prefix(wan: bool, memory: CachePolicy, place: tuple[int, int]) -> tuple[int, np.ndarray]:
+    """The end of the clip that is continued, as long as whole chunks allow: latent frames, and frames.
+
+    Raises:
+      UserError: it cannot be read, or is shorter than the first chunk.
+    """
+    file, scale, shown = Path(f.PREFIX.value or ""), SPACE if wan else 1, shown_by(wan)
+    try:
+        clip = read_ending(file, shown(MAX_FRAMES), place[0] * scale, place[1] * scale, FPS)
+    except ValueError as error:
+        raise UserError(f"cannot use --prefix={file}: {error}; name another clip") from error
+    latents = latent_frames(len(clip)) if wan else len(clip)
+    if latents < memory.first:
+        raise UserError(
+            f"--prefix={file} has {len(clip)} frames at {FPS} a second, and the first chunk {shown(memory.first)}; "
+            "name a longer clip"
+        )
+    latents = memory.nearest(latents)[0]
+    return latents, clip[-shown(latents) :]
+
+
+def read_switches(wan: bool, memory: CachePolicy | None, frames: int) -> dict[int, Switch]:
+    """--switch by latent frame.
+
+    Raises:
+      UserError: one is not FRAME:PROMPT, or its frame begins no chunk.
+    """
+    switches: dict[int, Switch] = {}
+    if not memory:
+        return switches
+    starts = np.cumsum(memory.sizes(frames))[:-1].tolist()
+    latent = {shown_by(wan)(start): start for start in starts}
+    for told in f.SWITCH.value:
+        number, _, prompt = told.partition(":")
+        if not (number.isascii() and number.isdigit()) or not prompt.strip():
+            raise UserError(f"--switch={told!r} is not FRAME:PROMPT, such as 9:'A red circle moves up.'")
+        frame = int(number)
+        if frame not in latent:
+            near = sorted(sorted(latent, key=lambda start: abs(start - frame))[:2])
+            where = f"the nearest that do: {' and '.join(map(str, near))}" if near else "this video has one"
+            raise UserError(f"--switch={told!r}: frame {frame} begins no later chunk; {where}")
+        if latent[frame] in switches:
+            raise UserError(f"--switch names frame {frame} twice; a chunk has one prompt")
+        switches[latent[frame]] = Switch(prompt.strip(), f.FLUSH.value, f.CUT.value)
+    return switches

@@ -1,0 +1,98 @@
+"""Values of flags that are more than a number or a word. No jax in here: a wrong one is told at once."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from salt_jax.choices import Positions
+from salt_jax.errors import UserError
+from salt_jax.models.latent_size import SPACE, TIME, TOKEN
+from salt_jax.models.memory import CachePolicy
+from salt_jax.train.recipe import Recipe, from_json
+
+
+def read_workdir(workdir: Path, step: int | None = None) -> Recipe:
+    """The config of a workdir, which has a checkpoint of `step` where one is named.
+
+    Raises:
+      UserError: it has none, or none that can be read.
+    """
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"{path} does not exist; train with --workdir={workdir} first, or name another workdir"
+        )
+    try:
+        recipe = from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is no config of launch.train ({error}); put back the one that was"
+        ) from error
+    there = sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
+    if step is not None and step not in there:
+        told = ", ".join(map(str, there)) or "none"
+        raise UserError(f"--step={step} is not in {workdir}/checkpoints; there are: {told}")
+    return recipe
+
+
+def read_memory(told: str, policy: CachePolicy) -> CachePolicy:
+    """ "WINDOW:SINK:POSITIONS" -> `policy` with another memory.
+
+    Raises:
+      UserError: it is not of that form, or the numbers do not fit the chunks.
+    """
+    try:
+        window, sink, positions = told.split(":")
+        if positions not in get_args(Positions):
+            raise ValueError(f"positions is {positions!r}, not one of {', '.join(get_args(Positions))}")
+        return dataclasses.replace(policy, window=int(window), sink=int(sink), positions=positions)
+    except ValueError as error:
+        raise UserError(
+            f"--memory {told}: {error}; write WINDOW:SINK:POSITIONS, such as 6:1:relative"
+        ) from error
+
+
+def read_size(told: str) -> tuple[int, int]:
+    """Width and height of "WIDTHxHEIGHT", in pixels of Wan 2.1.
+
+    Raises:
+      UserError: they have no latent.
+    """
+    width, _, height = told.partition("x")
+    step = SPACE * TOKEN
+    sides = [int(side) for side in (width, height) if side.isascii() and side.isdigit()]
+    if len(sides) != 2 or any(not side or side % step for side in sides):
+        raise UserError(f"--size={told} is not WIDTHxHEIGHT, both multiples of {step}, such as 832x480")
+    return sides[0], sides[1]
+
+
+def refuse_frames(frames: int) -> None:
+    """Raises UserError where Wan 2.1 has no latent for a video of so many frames, naming the nearest that has."""
+    if frames < 1 or frames % TIME != 1:
+        below = max(frames - 1, 0) // TIME * TIME + 1
+        raise UserError(f"--frames={frames} must be {TIME}k + 1, such as {below} or {below + TIME}")
+
+
+def read_updates(told: Sequence[str]) -> list[int]:
+    """Numbers of updates, each once. Raises UserError for what are no numbers from 1 up."""
+    if not told or not all(k.isascii() and k.isdigit() and int(k) for k in told):
+        raise UserError(f"--num_updates={','.join(told)} must be whole numbers from 1 up, with commas")
+    return list(dict.fromkeys(int(k) for k in told))
+
+
+def read_levels(told: Sequence[str]) -> tuple[float, ...]:
+    """Timesteps, see `flow.schedule.explicit`. Raises UserError for what are no numbers."""
+    try:
+        return tuple(float(level) for level in told)
+    except ValueError as error:
+        raise UserError(
+            f"--levels={','.join(told)} must be numbers with commas, such as 1000,757,522"
+        ) from error
+
+
+def refuse_not_finite(flag: str, value: float | None) -> None:
+    """Raises UserError for nan and inf, which absl takes for numbers."""
+    if value is not None and not math.isfinite(value):
+        raise UserError(f"--{flag}={value} must be a finite number")

@@ -1,0 +1,270 @@
+"""The flags of launch.sample as values that fit together, or one sentence of what does not, before weights are read."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
+from absl import flags
+from salt_jax.data.pictures import read_picture
+from salt_jax.data.text_lists import read_prompts
+
+from launch import sample_flags as f
+from launch.lengths import Switch, read_lengths, read_switches
+from launch.parsing import (
+    read_levels,
+    read_memory,
+    read_size,
+    read_updates,
+    read_workdir,
+    refuse_not_finite,
+)
+from salt_jax import samples
+from salt_jax.choices import Solver, TeacherSolver
+from salt_jax.data import shapes
+from salt_jax.errors import UserError
+from salt_jax.evaluate import vbench
+from salt_jax.flow.schedule import explicit, grid
+from salt_jax.models.header import stored_sizes
+from salt_jax.models.latent_size import SPACE, fit_size
+from salt_jax.models.memory import CachePolicy
+from salt_jax.models.presets import PRESETS, WanConfig, tiny_preset
+from salt_jax.rollout.released import RELEASED
+from salt_jax.train.recipe import Recipe
+
+TEACHER_UPDATES = {False: 50, True: 40}  # by whether the model reads pictures: Wan 2.1's own
+
+
+class Job(NamedTuple):
+    """One video: its noise is a function of `seed` and `number`."""
+
+    name: str  # of its file
+    prompt: str
+    seed: int
+    number: int
+    num_updates: int
+
+
+class Request(NamedTuple):
+    """What is asked for. Nothing is read yet but a config, a picture, a clip and lists of prompts."""
+
+    mode: str
+    recipe: Recipe | None  # of the workdir
+    config: WanConfig
+    shape: tuple[int, int, int, int]  # F, H, W, C of a latent clip
+    memory: CachePolicy | None  # None: whole clips
+    levels: dict[int, np.ndarray]  # of a student, by number of updates: noise levels [K + 1]
+    first_levels: np.ndarray | None  # of its first chunk, where it has its own
+    solver: Any
+    shift: float
+    guidance: float
+    negative: str | None  # None: the usual one
+    jobs: list[Job]
+    switches: dict[int, Switch]  # by latent frame
+    picture: np.ndarray | None  # uint8 [H, W, 3]
+    prefix: np.ndarray | None  # uint8 [T, H, W, 3]: whole chunks of the size of the video
+    out: Path
+    index: Path  # of records
+
+    @property
+    def world(self) -> str:
+        return "shapes" if self.mode in (f.SHAPES, f.SHAPES_CHUNKS) else "wan"
+
+
+def read_request() -> Request:
+    """The request on the command line.
+
+    Raises:
+      UserError: flags do not go together, or with what they name.
+    """
+    recipe = read_workdir(Path(f.WORKDIR.value), f.STEP.value) if f.WORKDIR.value else None
+    mode = workdir_mode(recipe) if recipe else f.converted_mode()
+    f.refuse(mode)
+    for flag in (f.GUIDANCE, f.SHIFT):
+        refuse_not_finite(flag.name, flag.value)
+    if f.SHIFT.value == 0:
+        raise UserError("--shift=0 makes every noise level 0; give a number above it")
+    config = recipe.wan if recipe else converted_config()
+    picture = read_picture(f.PICTURE.value) if f.PICTURE.value else None
+    memory = read_policy(mode, recipe, picture is not None)
+    refuse_picture(mode, config, memory, picture is not None)
+    place = read_place(recipe, config, picture)
+    wan = mode in f.WANS
+    frames, prefix = read_lengths(wan, recipe.clip_shape[0] if recipe else None, memory, place[:2])
+    student = mode != f.TEACHER
+    guidance = (1.0 if student else 5.0) if f.GUIDANCE.value is None else f.GUIDANCE.value
+    if f.NEGATIVE.value is not None and guidance == 1:
+        raise UserError("--negative_prompt has no meaning at guidance 1, which is none; give --guidance too")
+    shift, first = read_shift(recipe), recipe.rollout.first_updates if recipe else 0
+    updates, levels = read_schedule(mode, recipe, config, shift)
+    out = read_out()
+    return Request(
+        mode, recipe, config, (frames, *place), memory, levels,
+        grid(first, shift) if first and memory else None, read_solver(recipe, student), shift, guidance,
+        f.NEGATIVE.value, list(read_jobs(recipe, updates)), read_switches(wan, memory, frames), picture, prefix,
+        out, out.with_name(f"{out.name}.{samples.NAME}") if f.VBENCH.value else out / samples.NAME,
+    )  # fmt: skip
+
+
+def workdir_mode(recipe: Recipe) -> str:
+    if recipe.data.kind == "latents":
+        return f.WAN_CHUNKS if recipe.causal else f.WAN
+    return f.SHAPES_CHUNKS if recipe.causal else f.SHAPES
+
+
+def converted_config() -> WanConfig:
+    """The sizes of what --weights or --model names.
+
+    Raises:
+      UserError: it is absent, or not what --model says.
+    """
+    model = f.MODEL.value
+    if f.PRESET_SIZE.value == "tiny":
+        return PRESETS[tiny_preset(model or "")]
+    where = Path(f.WEIGHTS.value or "")
+    config = stored_sizes(where / "wan.safetensors" if where.is_dir() else where, WanConfig)
+    if model and PRESETS.get(model) != config:
+        raise UserError(
+            f"--weights={f.WEIGHTS.value} is not --model={model} but {config}; name its own, or none"
+        )
+    return config
+
+
+def read_policy(mode: str, recipe: Recipe | None, pictured: bool) -> CachePolicy | None:
+    """What a chunk sees; None: whole clips. A converted student that is given a picture makes it its first chunk."""
+    if mode not in f.CHUNKS:
+        return None
+    if recipe:
+        policy = recipe.memory
+    else:
+        released = RELEASED[f.RECIPE.value].memory if f.RECIPE.value else CachePolicy(1, 1, 0, 0, "absolute")
+        chunk = f.CHUNK.value or released.chunk
+        try:
+            policy = dataclasses.replace(released, chunk=chunk, first=1 if pictured else chunk)
+        except ValueError as error:
+            raise UserError(
+                f"--chunk={chunk} with --recipe={f.RECIPE.value}: {error}; leave it out"
+            ) from error
+    policy = read_memory(f.MEMORY.value, policy) if f.MEMORY.value else policy
+    if f.CUT.value and policy.positions == "absolute":
+        raise UserError("--cut moves relative positions; give a --memory with relative ones")
+    return policy
+
+
+def refuse_picture(mode: str, config: WanConfig, memory: CachePolicy | None, pictured: bool) -> None:
+    """Raises UserError where --image is asked for and not given, or given to a model that cannot use it."""
+    if config.image_dim and memory:
+        raise UserError("image-to-video models make whole clips; leave --chunk and --recipe out")
+    if config.image_dim and not pictured:
+        raise UserError("this model needs --image=FILE")
+    if pictured and memory and memory.first != 1:
+        raise UserError(
+            f"--image is for students whose first chunk is one frame, and this one's has {memory.first}"
+            " (config.memory.first); leave it out"
+        )
+    if pictured and not memory and not config.image_dim:
+        raise UserError("--image is for models that read it; leave it out")
+    if flags.FLAGS["image_fit"].present and not config.image_dim:
+        raise UserError("--image_fit is for models with an image encoder; leave it out")
+
+
+def read_place(recipe: Recipe | None, config: WanConfig, picture: np.ndarray | None) -> tuple[int, int, int]:
+    """(H, W, C) of a latent frame: the workdir's, or of --size, which is an area where a picture tells the ratio."""
+    if recipe:
+        _, rows, columns, channels = recipe.clip_shape
+        return rows, columns, channels
+    width, height = read_size(f.SIZE.value)
+    if picture is not None:
+        try:
+            height, width = fit_size(*picture.shape[:2], width * height)
+        except ValueError as error:
+            raise UserError(f"{error} (--image, --size)") from error
+    return height // SPACE, width // SPACE, config.out_channels
+
+
+def read_shift(recipe: Recipe | None) -> float:
+    usual = recipe.schedule.shift if recipe else RELEASED[f.RECIPE.value].shift if f.RECIPE.value else 5.0
+    return usual if f.SHIFT.value is None else f.SHIFT.value
+
+
+def read_schedule(
+    mode: str, recipe: Recipe | None, config: WanConfig, shift: float
+) -> tuple[list[int], dict[int, np.ndarray]]:
+    """Numbers of updates, and a student's noise levels for each.
+
+    Raises:
+      UserError: they are no levels, or the student was trained at others.
+    """
+    told = f.NUM_UPDATES.value
+    if mode == f.TEACHER:
+        return read_updates(told or [str(TEACHER_UPDATES[bool(config.image_dim)])]), {}
+    if f.LEVELS.value is not None:
+        levels = check_levels(read_levels(f.LEVELS.value))
+        return [len(levels) - 1], {len(levels) - 1: levels}
+    released = RELEASED[f.RECIPE.value] if f.RECIPE.value else None
+    own = recipe.schedule.levels if recipe else released.levels if released else ()
+    usual = recipe.sample.num_updates if recipe else (released.num_updates if released else 4,)
+    updates = read_updates(told or [str(k) for k in usual])
+    if own:
+        levels = check_levels(own)
+        if updates != [len(levels) - 1] or f.SHIFT.value is not None:
+            raise UserError(
+                f"this student was trained at the levels {', '.join(f'{level:g}' for level in own)}; leave "
+                "--num_updates and --shift out, or say others with --levels"
+            )
+        return updates, {updates[0]: levels}
+    return updates, {k: grid(k, shift) for k in updates}
+
+
+def check_levels(told: Sequence[float]) -> np.ndarray:
+    try:
+        return explicit(told)
+    except ValueError as error:
+        raise UserError(f"--levels: {error}") from error
+
+
+def read_solver(recipe: Recipe | None, student: bool) -> str:
+    solvers = get_args(Solver) if student else get_args(TeacherSolver)
+    solver = f.SOLVER.value or (recipe.sample.solver if recipe else "cm" if student else "unipc")
+    if solver not in solvers:
+        whose = "students" if student else "teachers"
+        raise UserError(f"--solver={solver} is not for {whose}; choose from {', '.join(solvers)}")
+    return solver
+
+
+def read_out() -> Path:
+    """The folder for the videos. Raises UserError where none is named, or it is a file."""
+    if not (f.OUT.value or f.WORKDIR.value):
+        raise UserError("name a folder for the videos: --out=DIR")
+    out = Path(f.OUT.value or f"{f.WORKDIR.value}/samples")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; name a folder with --out=DIR")
+    return out
+
+
+def read_jobs(recipe: Recipe | None, updates: Sequence[int]) -> Iterator[Job]:
+    """Every video to make.
+
+    Raises:
+      UserError: no prompt is given where the world has none of its own, or a list of them cannot be read.
+    """
+    if f.VBENCH.value:
+        if len(updates) > 1:
+            raise UserError("--vbench makes one video under each name; give one number with --num_updates")
+        extended = Path(f.EXTENDED.value) if f.EXTENDED.value else None
+        for job in vbench.jobs(vbench.read_prompts(Path(f.VBENCH.value), extended), f.SEED.value):
+            yield Job(job.name, job.generate, job.seed, 0, updates[0])
+        return
+    if f.PROMPT.value is not None:
+        prompts = (f.PROMPT.value,) * f.COUNT.value
+    elif f.PROMPTS_FILE.value:
+        prompts = read_prompts(f.PROMPTS_FILE.value)
+    elif recipe and recipe.data.kind == "moving_shapes":
+        scenes = shapes.scenes(recipe.world)
+        prompts = tuple(shapes.caption(scenes[i]) for i in shapes.spread(recipe.world, f.COUNT.value))
+    else:
+        raise UserError("give --prompt=... or --prompts_file=FILE")
+    for k in updates:
+        for i, prompt in enumerate(prompts):
+            yield Job(f"{k}_{i:03d}.mp4", prompt, f.SEED.value, i, k)

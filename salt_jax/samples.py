@@ -1,0 +1,100 @@
+"""Videos on disk, each with a record of what made it: one line of JSON a file in an index, `samples.jsonl`.
+
+A line holds the name of a file, the SHA-256 of its bytes, `source`, which says where the network was read, and
+`made_with`: everything its pixels depend on. So a file is left alone only where it is what would be made again, and
+nothing is ever put in the place of somebody else's work. Lines are added and never changed; the one that counts is the
+last about the bytes that are there. A line is written before its file, so work that was stopped leaves no file without.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from salt_jax.errors import UserError
+from salt_jax.video import write_bytes
+
+NAME = "samples.jsonl"
+
+
+class Sample(NamedTuple):
+    """A file that is wanted."""
+
+    file: Path
+    source: str  # where the network is: a workdir, a file or a folder
+    made_with: Mapping[str, Any]  # JSON values: all that decides its content
+
+
+class Found(NamedTuple):
+    """What is there of the files that are wanted."""
+
+    there: set[Path]  # as wanted
+    older: set[Path]  # of the same source, made with something else
+
+
+def look_up(index: Path, wanted: Sequence[Sample]) -> Found:
+    """Which of the wanted files are there, and which would be replaced.
+
+    Raises:
+      UserError: a file is there that nothing is recorded of, or whose bytes have changed since, or that another source
+        made.
+    """
+    lines: dict[tuple[str, str], dict[str, Any]] = {}
+    for line in _read(index):
+        lines[line["file"], line["sha256"]] = line
+    there, older, others = set(), set(), []
+    for sample in wanted:
+        if not sample.file.exists():
+            continue
+        line = lines.get((sample.file.name, hashlib.sha256(sample.file.read_bytes()).hexdigest()))
+        if line is None:
+            others.append(f"{sample.file} is there, and {index} does not tell what made it")
+        elif line["made_with"] == _plain(sample.made_with):
+            there.add(sample.file)
+        elif line["source"] != sample.source:
+            others.append(f"{sample.file} was made by {line['source']}, not by {sample.source}")
+        else:
+            older.add(sample.file)
+    if others:
+        more = f" (and so for {len(others) - 1} more)" if others[1:] else ""
+        raise UserError(f"{others[0]}{more}; name another --out, or move it away")
+    return Found(there, older)
+
+
+def put(index: Path, sample: Sample, content: bytes) -> None:
+    """Writes a file, at once or not at all, and its line in the index."""
+    told = {
+        "file": sample.file.name,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "source": sample.source,
+        "made_with": sample.made_with,
+    }
+    index.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(told, ensure_ascii=False).encode(errors="surrogatepass") + b"\n"
+    with open(index, "ab+") as lines:  # one write: processes may share an index
+        cut_off = lines.seek(0, 2) and lines.seek(-1, 2) >= 0 and lines.read(1) != b"\n"
+        lines.write(b"\n" * cut_off + line)
+    write_bytes(sample.file, content)
+
+
+def _read(index: Path) -> list[dict[str, Any]]:
+    """The lines that can be read; one may have been cut off when a process was killed."""
+    if not index.exists():
+        return []
+    found = []
+    for line in index.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            told = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(told, dict) and {"file", "sha256", "source", "made_with"} <= told.keys():
+            found.append(told)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """As it would be read back."""
+    return json.loads(json.dumps(value))
