@@ -78,6 +78,7 @@ def get_config() -> Any:  # a ConfigDict; its attributes are not known to a type
             # "data" (stage denoising only): no teacher, the clips themselves
             preset="",  # of the teacher's network; "" is the student's
             weights="",  # of a teacher that is another network; "" is the weights above
+            accept_student=False,  # whether a file that says it is a student, causal or of few updates, may teach
             guidance=2.0,  # w of u + w (c - u), 1 is none; the peers' guidance_scale g is w = 1 + g
         )
     )
@@ -88,6 +89,7 @@ def get_config() -> Any:  # a ConfigDict; its attributes are not known to a type
             train_updates=8,  # T_train of Salt Eq. 9: levels at which the student is trained
             anchor_updates=4,  # T(K) of Eq. 9: levels where shortcuts end
             shift=12.0,  # Salt App. A.1, non-autoregressive
+            levels=(),  # of the student's updates as timesteps (1000 sigma), such as (1000, 757, 522); () is the grid
         )
     )
     c.memory = ml_collections.ConfigDict(
@@ -155,7 +157,10 @@ def get_config() -> Any:  # a ConfigDict; its attributes are not known to a type
     )
     c.log_every = 10  # student updates
     c.save_every = 20
-    c.keep = 2  # checkpoints
+    c.keep = 2  # checkpoints, the newest
+    c.keep_every = (
+        0  # student updates; checkpoints at multiples of it are kept for ever beside the newest; 0 is off
+    )
     c.max_skipped = 5  # updates in a row with something not finite, then the run stops
     c.sample = ml_collections.ConfigDict(
         dict(num_updates=(2, 4, 8), solver="cm")  # euler or cm

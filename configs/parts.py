@@ -61,6 +61,14 @@ def four_updates(c: Any) -> Any:
     return c
 
 
+def listed_levels(c: Any, levels: tuple) -> Any:
+    """A student of a published list of levels (timesteps, 1000 sigma), trained and sampled at these alone."""
+    c.schedule.update(train_updates=len(levels), anchor_updates=len(levels), levels=levels)
+    c.rollout.update(updates=(len(levels),), probabilities=(1.0,))
+    c.sample.num_updates = (len(levels),)
+    return c
+
+
 def salt(c: Any, align_start: int) -> Any:
     """Salt's full objective, Eq. 13: mixed steps, self-consistency at K = 8, cache alignment at K = 2 and 4.
 

@@ -4,10 +4,9 @@ A file is recognised by the names in it, its sizes follow from the shapes, and n
 shape has been checked. `names` has the tables.
 """
 
-import hashlib
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from salt_jax.convert.torch_files import read_torch
 from salt_jax.errors import UserError
 from salt_jax.models import pretrained
 from salt_jax.models.weights import Outgoing, Stored, list_tensors, view
+from salt_jax.models.weights import digest as digest  # for those who read it here
 
 FLOATS = (np.float32, np.float16, jnp.bfloat16)
 
@@ -116,16 +116,6 @@ def outgoing(found: Found, dtype: Any) -> dict[str, Outgoing]:
         parts = lambda pieces=pieces: (_read(piece) for piece in pieces)
         arrays[ours] = Outgoing(kind, stack + _shape(pieces[0]), parts)
     return arrays
-
-
-def digest(path: Path, report: Callable[[int], Any] = lambda nbytes: None) -> str:
-    """SHA-256 of a file, in hexadecimal digits. `report` is told the bytes of each piece that was read."""
-    state = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**24):
-            state.update(block)
-            report(len(block))
-    return state.hexdigest()
 
 
 def _names(table: Iterable[Row], layout: str) -> list[str]:

@@ -5,10 +5,12 @@ A grid of K updates has K + 1 levels. Level i is u_i = 1 - i / K, bent towards n
     sigma = s u / (1 + (s - 1) u)                                                      (1)
 
 so sigma_0 = 1 (noise) and sigma_K = 0 (clean). Grids nest: T(2) is in T(4), T(4) in T(8). The time
-that Wan's time embedding reads is 1000 sigma; that number exists only in `models.denoiser`.
+that Wan's time embedding reads is 1000 sigma; that number exists only in `models.denoiser`, and in `explicit`,
+because published students are told by it.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +35,35 @@ def grid(num_updates: int, shift_amount: float) -> np.ndarray:
         raise ValueError(f"a schedule needs at least one update, got num_updates={num_updates}")
     u = 1.0 - np.arange(num_updates + 1) / num_updates
     return shift(u, shift_amount).astype(np.float32)
+
+
+def explicit(timesteps: Sequence[Any]) -> np.ndarray:
+    """Listed noise levels, for a student that was trained at these: K + 1 levels that end at 0, float32.
+
+    Args:
+      timesteps: 1000 sigma, falling, from noise on; a 0 at the end says nothing and may be left out.
+
+    Raises ValueError for what is no such list.
+
+    >>> explicit((1000, 757, 522))
+    array([1.   , 0.757, 0.522, 0.   ], dtype=float32)
+    """
+    told = f"levels {tuple(timesteps)} must be"
+    try:
+        listed = np.asarray(timesteps, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{told} numbers") from error
+    if listed.ndim != 1 or not np.isfinite(listed).all():
+        raise ValueError(f"{told} a list of finite numbers")
+    listed = listed[:-1] if listed.size and listed[-1] == 0 else listed
+    if not listed.size or listed.min() <= 0 or listed.max() > 1000:
+        raise ValueError(f"{told} timesteps above 0 and up to 1000, at least one")
+    sigmas = np.append(listed / 1000, 0).astype(np.float32)
+    if np.any(np.diff(sigmas) >= 0):
+        raise ValueError(f"{told} falling, no two the same")
+    if sigmas[0] < np.float32(0.99):
+        raise ValueError(f"{told} 1000 sigma and begin at 990 or above: a video starts from noise")
+    return sigmas
 
 
 class Triples(NamedTuple):

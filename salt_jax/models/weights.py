@@ -1,5 +1,6 @@
 """Parameter trees as safetensors files, read and written one array at a time; nested keys are joined by "/"."""
 
+import hashlib
 import json
 import math
 import os
@@ -85,6 +86,16 @@ def list_tensors(path: str | Path) -> tuple[dict[str, Stored], dict[str, str]]:
             shape, start = tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
             found[name] = Stored(Path(path), start, CODES[entry["dtype"]], shape, contiguous(shape))
     return found, metadata
+
+
+def digest(path: Path, report: Callable[[int], Any] = lambda nbytes: None) -> str:
+    """SHA-256 of a file, in hexadecimal digits. `report` is told the bytes of each piece that was read."""
+    state = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            state.update(block)
+            report(len(block))
+    return state.hexdigest()
 
 
 def write_tensors(

@@ -1,7 +1,7 @@
 """What is drawn at each step: pure functions of a key or of (seed, index), so every host draws the same without a
 broadcast. What decides which program runs is drawn with numpy, before anything runs on a device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from salt_jax.flow.schedule import draw_triple, grid, triples
+from salt_jax.flow.schedule import draw_triple, triples
 from salt_jax.types import PRNGKey
 
 
@@ -22,31 +22,25 @@ class Plan(NamedTuple):
     exists: Bool[Array, "b"] | Bool[Array, "b f"]
 
 
-def draw_plan(key: PRNGKey, batch: int, train_updates: int, anchor_updates: int, shift: float) -> Plan:
-    """sigma_s uniform on the non-zero levels of T_train, then (sigma_m, sigma_e) as `flow.schedule.triples` says."""
+def draw_plan(key: PRNGKey, batch: int, levels: np.ndarray, anchor_updates: int) -> Plan:
+    """sigma_s uniform on the non-zero `levels` of T_train, then (sigma_m, sigma_e) as `flow.schedule.triples` says."""
     k_start, k_triple = jax.random.split(key)
-    levels = jnp.asarray(grid(train_updates, shift))
+    train_updates, sigmas = len(levels) - 1, jnp.asarray(levels)
     start = jax.random.randint(k_start, (batch,), 0, train_updates)
     middle, end, exists = draw_triple(k_triple, start, triples(train_updates, anchor_updates))
-    return Plan(levels[start], levels[middle], levels[end], exists)
+    return Plan(sigmas[start], sigmas[middle], sigmas[end], exists)
 
 
 def draw_chunk_plan(
-    key: PRNGKey,
-    batch: int,
-    sizes: Sequence[int],
-    train_updates: int,
-    anchor_updates: int,
-    shift: float,
+    key: PRNGKey, batch: int, sizes: Sequence[int], levels: np.ndarray, anchor_updates: int
 ) -> Plan:
     """As `draw_plan` with a draw for each chunk, [B, F]; a chunk may also be clean already, sigma 0 (CausVid)."""
-    plan = draw_plan(key, batch * len(sizes), train_updates, anchor_updates, shift)
-    clean = jax.random.bernoulli(jax.random.fold_in(key, 1), 1 / (train_updates + 1), (batch * len(sizes),))
+    plan = draw_plan(key, batch * len(sizes), levels, anchor_updates)
+    clean = jax.random.bernoulli(jax.random.fold_in(key, 1), 1 / len(levels), (batch * len(sizes),))
     spread = lambda value: jnp.repeat(
         value.reshape(batch, -1), np.array(sizes), axis=1, total_repeat_length=sum(sizes)
     )
-    levels = (jnp.where(clean, 0.0, level) for level in plan[:3])
-    s, m, e = map(spread, levels)
+    s, m, e = (spread(jnp.where(clean, 0.0, level)) for level in plan[:3])
     return Plan(s, m, e, spread(plan.exists & ~clean))
 
 
@@ -82,7 +76,7 @@ def draw_rollout(
     probabilities: Sequence[float],
     first_updates: int,
     anchor_updates: int,
-    shift: float,
+    levels: Callable[[int], np.ndarray],
     self_consistency: bool,
     alignment: float,
 ) -> tuple[Choice, Draw]:
@@ -94,17 +88,15 @@ def draw_rollout(
     Args:
       index: number of the optimizer call in the run.
       first_updates: K of the first chunk, which then runs to an exit of its own; 0 is as the others.
+      levels: K -> T(K), K + 1 noise levels that end at 0.
       self_consistency: whether the term is on; alignment: the probability of that term.
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
     longest, u = max(updates), rng.random(4)
     k = int(updates[min(np.searchsorted(np.cumsum(probabilities), u[0], side="right"), len(updates) - 1)])
     exit_update = int(u[1] * k)
-    train = grid(longest, shift)
-
-    def padded(num_updates):
-        levels = grid(num_updates, shift)
-        return np.pad(levels, (0, max(longest, first_updates) + 1 - len(levels)))
+    train = levels(longest)
+    padded = lambda k: np.pad(levels(k), (0, max(longest, first_updates) - k))
 
     table, start = triples(longest, anchor_updates), exit_update
     middle = end = start * (longest // k)

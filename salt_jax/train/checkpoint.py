@@ -13,20 +13,22 @@ writing stays behind under a temporary name and is ignored. The teacher never ch
 cut-off files are noticed; flipped bits in array data are not: Orbax keeps no checksum of it.
 """
 
+import hashlib
 import logging
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from flax import traverse_util
 from jax.sharding import Mesh
+from orbax.checkpoint import checkpoint_managers as managers
 
 from salt_jax.errors import UserError
+from salt_jax.models.weights import digest
+from salt_jax.train.items import by_path, from_items, nested, to_items
 from salt_jax.train.sharding import state_shardings
 from salt_jax.train.state import TrainState
 from salt_jax.types import Params
@@ -40,8 +42,10 @@ STREAM = ("stream",)
 T = TypeVar("T")
 
 
-def open_checkpoints(workdir: str | Path, keep: int) -> ocp.CheckpointManager:
-    """The checkpoints of a workdir, open for writing; the newest `keep` stay. A context manager: leaving it waits.
+def open_checkpoints(workdir: str | Path, keep: int, keep_every: int = 0) -> ocp.CheckpointManager:
+    """The checkpoints of a workdir, open for writing. A context manager: leaving it waits.
+
+    The newest `keep` stay, and beside them, unless `keep_every` is 0, those whose step is a multiple of it.
 
     Raises:
         UserError: the workdir cannot be written to.
@@ -54,8 +58,11 @@ def open_checkpoints(workdir: str | Path, keep: int) -> ocp.CheckpointManager:
         raise UserError(
             f"cannot write to the workdir {workdir} ({error.strerror}); pass a --workdir you may write to"
         ) from error
+    newest, some = managers.LatestN(keep), [managers.EveryNSteps(keep_every)] if keep_every else []
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+        preservation_policy=managers.AnyPreservationPolicy([newest, *some]),
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=True,
     )
     return _manager(directory, options)
 
@@ -69,7 +76,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, meta: dict[str, Any]
     step = int(jax.device_get(state.step))
     if step in manager.all_steps():
         return
-    items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+    items = {name: ocp.args.StandardSave(tree) for name, tree in to_items(state).items()}
     items |= {"data": ocp.args.JsonSave({"step": step}), "meta": ocp.args.JsonSave(meta)}
     with jax.transfer_guard("allow"):
         manager.save(step, args=ocp.args.Composite(**items))
@@ -89,7 +96,7 @@ def restore(
     Raises:
         UserError: no step is readable, or the state has other arrays than `abstract_state`.
     """
-    expected = _items(abstract_state)
+    expected = to_items(abstract_state)
 
     def read(step: int) -> tuple[TrainState, dict[str, Any]]:
         _refuse_mismatch(manager, step, expected)
@@ -98,22 +105,24 @@ def restore(
         found = dict(manager.restore(step, args=ocp.args.Composite(**items)).items())
         if found["data"] != {"step": step}:
             raise ValueError(f"its data position is {found['data']}")
-        return _state(found, abstract_state, step), found["meta"]
+        return from_items(found, abstract_state, step), found["meta"]
 
     return _newest_readable(manager, read, set_aside=True)
 
 
-def restore_params(workdir: str | Path, what: str, mesh: Mesh) -> Params:
+def restore_params(workdir: str | Path, what: str, mesh: Mesh, step: int | None = None) -> Params:
     """Only the parameters of "ema" or "student", for sampling: no optimizer is known or read, nothing is written.
 
+    `step` None is the newest that can be read; a step that is named is read or refused.
+
     Raises:
-        UserError: the workdir has no checkpoint, or none that is readable.
+        UserError: the workdir has no checkpoint, not the one that is named, or none that is readable.
     """
     if what not in ("ema", "student"):
         raise ValueError(f"what is {what!r}; it has to be 'ema' or 'student'")
 
     def read(step: int) -> Params:
-        stored = _nested(_stored(manager, step)[what])
+        stored = nested(_stored(manager, step)[what])
         target = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         abstract = jax.tree.map(target, stored, state_shardings(mesh, stored))
         args = ocp.args.Composite(**{what: ocp.args.StandardRestore(abstract)})
@@ -123,12 +132,86 @@ def restore_params(workdir: str | Path, what: str, mesh: Mesh) -> Params:
     if directory.is_dir():
         options = ocp.CheckpointManagerOptions(create=False, save_root_metadata=False)
         with _manager(directory, options) as manager:
-            params = _newest_readable(manager, read, set_aside=False)
+            there = manager.all_steps()
+            if step is None or not there:
+                params = _newest_readable(manager, read, set_aside=False)
+            else:
+                params = _named(step, there, directory, read)
     if params is None:
         raise UserError(
             f"there is no checkpoint in {directory}; train with this --workdir first, or name another"
         )
     return params
+
+
+def newest_step(workdir: str | Path) -> int:
+    """The newest step whose writer, or a copy, finished. Its arrays are not looked at.
+
+    Raises:
+        UserError: there is none.
+    """
+    directory, found = _directory(workdir), []
+    for path in directory.glob("*"):
+        if path.name.isascii() and path.name.isdigit():
+            try:
+                _refuse_uncommitted(path)
+                found.append(int(path.name))
+            except OSError as error:
+                log.warning("checkpoint step %s in %s is passed over (%s)", path.name, directory, error)
+    if not found:
+        raise UserError(
+            f"there is no whole checkpoint in {directory}; train there first, or name another workdir"
+        )
+    return max(found)
+
+
+def checkpoint_digest(
+    workdir: str | Path, step: int, what: str, report: Callable[[int], Any] = lambda nbytes: None
+) -> str:
+    """SHA-256 of an item of a step, in hexadecimal digits: over the names of its files, sorted, and what is in them.
+
+    `report` is told the bytes of each piece that was read.
+
+    Raises:
+        UserError: there is no such item.
+    """
+    item, state = _directory(workdir) / str(step) / what, hashlib.sha256()
+    files = {path.relative_to(item).as_posix(): path for path in item.rglob("*") if path.is_file()}
+    if not files:
+        raise UserError(f"there is no {item}; name a step that is there, or another workdir")
+    for name in sorted(files):
+        state.update(f"{name}\0{digest(files[name], report)}\0".encode())
+    return state.hexdigest()
+
+
+def _named(step: int, there: Sequence[int], directory: Path, read: Callable[[int], T]) -> T:
+    """`read(step)`. Raises UserError, and names others, where it is not there or damaged."""
+    others = [str(s) for s in sorted(there, reverse=True) if s != step]
+    told = (
+        ", ".join(others[:10]) + (f" ... and {len(others) - 10} more" if len(others) > 10 else "")
+        or "no other"
+    )
+    if step not in there:
+        raise UserError(f"there is no checkpoint of step {step} in {directory}; there are {told}")
+    try:
+        _refuse_uncommitted(directory / str(step))
+        return read(step)
+    except Exception as error:
+        raise UserError(
+            f"checkpoint step {step} in {directory} is damaged ({_damage(error)}); put a copy of it back, or choose "
+            f"another step ({told})"
+        ) from error
+
+
+def _damage(error: Exception) -> str:
+    """What Orbax and TensorStore raise on missing or cut-off files, some of it as a bare Exception, in a few words.
+
+    Raises:
+        anything else again.
+    """
+    if type(error) is not Exception and not isinstance(error, (ValueError, KeyError, OSError)):
+        raise error
+    return str(error).split("\n")[0].split(". See")[0][:200]
 
 
 def _newest_readable(manager: ocp.CheckpointManager, read: Callable[[int], T], set_aside: bool) -> T | None:
@@ -139,10 +222,7 @@ def _newest_readable(manager: ocp.CheckpointManager, read: Callable[[int], T], s
             _refuse_uncommitted(root / str(step))
             value = read(step)
         except Exception as error:
-            # What Orbax and TensorStore raise on missing or cut-off files, some of it as a bare Exception.
-            if type(error) is not Exception and not isinstance(error, (ValueError, KeyError, OSError)):
-                raise
-            damaged[step] = why = str(error).split("\n")[0].split(". See")[0][:200]
+            damaged[step] = why = _damage(error)
             log.warning("checkpoint step %d in %s is damaged (%s): back to the one before", step, root, why)
             if jax.process_count() > 1:
                 break  # other processes may have read their part; they must not go on without this one
@@ -184,7 +264,7 @@ def _stored(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
 
 def _refuse_mismatch(manager: ocp.CheckpointManager, step: int, expected: dict[str, Any]) -> None:
     here, there = (
-        {path: f"{x.dtype}{list(x.shape)}" for path, x in _paths(tree).items()}
+        {path: f"{x.dtype}{list(x.shape)}" for path, x in by_path(tree).items()}
         for tree in (expected, _stored(manager, step))
     )
     for path in here | there:
@@ -194,35 +274,6 @@ def _refuse_mismatch(manager: ocp.CheckpointManager, step: int, expected: dict[s
                 f"{path} is {there.get(path, 'absent')} there and {here.get(path, 'absent')} in this config; "
                 "pass the config that made it, or a new --workdir"
             )
-
-
-def _items(state: TrainState) -> dict[str, Any]:
-    """The state as nested dicts, one for each thing that somebody may want alone."""
-    tree = _nested(state)
-    learners = [name for name in ("student", "critic") if name in tree]
-    params = {name: tree[name].pop("params") for name in learners}
-    others = {name: tree[name] for name in ("ema", "stream") if name in tree}
-    return params | others | {f"{name}_opt": tree[name] for name in learners}
-
-
-def _state(items: dict[str, Any], like: TrainState, step: int) -> TrainState:
-    """The inverse of `_items`."""
-    names = [name for name in ("student", "critic") if name in items]
-    tree = {name: items[f"{name}_opt"] | {"params": items[name]} for name in names}
-    tree |= {name: items[name] for name in ("ema", "stream") if name in items}
-    tree |= {"step": jax.device_put(np.int32(step), like.step.sharding)}
-    leaves = _paths(tree)
-    return jax.tree.unflatten(jax.tree.structure(like), [leaves[path] for path in _paths(like)])
-
-
-def _paths(tree: Any) -> dict[str, Any]:
-    """Every leaf by its path. Optax' tuples and empty states vanish: what is on disk does not depend on them."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _nested(tree: Any) -> dict[str, Any]:
-    return traverse_util.unflatten_dict(_paths(tree), sep="/")
 
 
 def _directory(workdir: str | Path) -> Path:

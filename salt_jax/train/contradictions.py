@@ -1,51 +1,49 @@
 """Values of a recipe that cannot stand together, each refused in one sentence that names the key and the remedy."""
 
 import dataclasses
-import json
+import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from salt_jax.errors import UserError
+from salt_jax.flow.schedule import explicit
+from salt_jax.train.changes import flat
 
 if TYPE_CHECKING:
     from salt_jax.train.recipe import Recipe
 
-# Keys that may differ when a workdir goes on: they change how long and how often, not what an update does.
-MAY_CHANGE = {"updates", "log_every", "save_every", "keep", "max_skipped", "sample", "mesh"}
 
-
-# Keys that configs written earlier lack, with the value that says what those runs did.
-SINCE = {("teacher", "weights"): ""}
-
-
-def as_of_today(told: dict[str, Any]) -> dict[str, Any]:
-    """A config that was written to a workdir or file, with the keys that came since."""
-    told = {name: dict(value) if isinstance(value, dict) else value for name, value in told.items()}
-    for (section, key), value in SINCE.items():
-        told[section].setdefault(key, value)
-    return told
+ADAM = [f"{who}_optimizer." for who in ("student", "critic")]
+RANGES = {  # what a value must be -> whether it is, and of which keys
+    "finite": (lambda x: all(map(math.isfinite, x if isinstance(x, tuple) else [x])), None),
+    "above 0": (lambda x: x > 0, ["schedule.shift", "view.shift", *(f"{o}clip" for o in ADAM)]),
+    "at least 0": (
+        lambda x: x >= 0,
+        ["keep_every", "ema.start", "loss.self_consistency", "align.weight", "align.start", "align.margin"]
+        + ["lora.rank", "stream.max_frames"]
+        + [o + key for o in ADAM for key in ("learning_rate", "warmup", "weight_decay", "eps")],
+    ),
+    "at least 0 and below 1": (
+        lambda x: 0 <= x < 1,
+        ["ema.decay", *(o + b for o in ADAM for b in ("b1", "b2"))],
+    ),
+    "from 0 to 1": (lambda x: 0 <= x <= 1, ["caption_dropout", "stream.switch"]),
+    "above 0 and up to 1, a noise level": (lambda x: 0 < x <= 1, ["view.lowest", "view.highest"]),
+    f"from 0 to {2**32 - 1}": (lambda x: 0 <= x < 2**32, ["seed", "data.seed"]),
+    "one or more numbers of updates, each at least 1": (
+        lambda x: x and min(x) >= 1,
+        ["rollout.updates", "sample.num_updates"],
+    ),
+    "at least one number": (len, ["world.starts", "world.speeds"]),
+}
 
 
 def refuse_contradictions(r: "Recipe") -> None:
     """Raises UserError for the first contradiction."""
-    for check in (_counts, _stage, _clip, _schedule, _rollout, _align, _stream, _optimizers):
+    checks = _counts, _ranges, _stage, _clip, _schedule, _levels, _rollout, _align, _stream, _optimizers
+    for check in checks:
         for told in check(r):
             raise UserError(told)
-
-
-def refuse_another_run(before: str, r: "Recipe") -> None:
-    """Raises UserError for the first value that what is there, made with the config `before`, does not share."""
-    was, now = as_of_today(json.loads(before)), json.loads(json.dumps(dataclasses.asdict(r)))
-    for config in (was, now):
-        config["data"].pop("dir")  # the same data set may lie elsewhere
-    decays = r.student_optimizer.decay or r.critic_optimizer.decay
-    fixed = set(now) - MAY_CHANGE | ({"updates"} if decays else set())  # a decay is over the whole run
-    for name in sorted(fixed):
-        if was.get(name) != now[name]:
-            raise UserError(
-                f"this workdir was trained with config.{name} = {was.get(name)}, not {now[name]}; "
-                "pass the config that made it, or a new --workdir"
-            )
 
 
 def _counts(r: "Recipe") -> Iterator[str]:
@@ -55,9 +53,23 @@ def _counts(r: "Recipe") -> Iterator[str]:
         f"schedule.{name}": getattr(r.schedule, name) for name in ("train_updates", "anchor_updates")
     }
     least_one |= {"ode.updates": r.ode.updates, "ode.trajectories": r.ode.trajectories}
+    least_one |= {"world.size": r.world.size, "world.frames": r.world.frames}
     for name, value in least_one.items():
         if value < 1:
             yield f"config.{name}={value} must be at least 1"
+
+
+def _ranges(r: "Recipe") -> Iterator[str]:
+    values = flat(dataclasses.asdict(r))
+    numbers = [name for name, value in values.items() if isinstance(value, float | tuple)]
+    for what, (holds, names) in RANGES.items():
+        for name in numbers if names is None else names:
+            if not holds(values[name]):
+                yield f"config.{name}={values[name]} must be {what}"
+    if r.view.lowest > r.view.highest:
+        yield f"config.view.lowest={r.view.lowest} must not be above config.view.highest={r.view.highest}"
+    if r.data.kind == "latents" and (len(r.data.clip) != 3 or min(r.data.clip) < 1):
+        yield f"config.data.clip={r.data.clip} must be frames, height and width of a latent clip, such as (21, 60, 104)"
 
 
 def _stage(r: "Recipe") -> Iterator[str]:
@@ -109,10 +121,39 @@ def _schedule(r: "Recipe") -> Iterator[str]:
     s = r.schedule
     if s.train_updates % s.anchor_updates:
         yield f"config.schedule.anchor_updates={s.anchor_updates} must divide train_updates={s.train_updates}"
-    if r.stage in ("ode_regression", "consistency") and r.ode.updates % s.train_updates:
+    if r.stage in ("ode_regression", "consistency") and r.ode.updates % s.train_updates and not s.levels:
         yield (
             f"config.schedule.train_updates={s.train_updates} must divide config.ode.updates={r.ode.updates}: "
             "trajectories are kept at the student's levels"
+        )
+
+
+def _levels(r: "Recipe") -> Iterator[str]:
+    s = r.schedule
+    if not s.levels:
+        return
+    try:
+        count = len(explicit(s.levels)) - 1
+    except ValueError as error:
+        yield f"config.schedule.{error}; leave it () for the grid of train_updates and shift"
+        return
+    if r.stage == "denoising":
+        yield f"config.schedule.levels={s.levels} are a student's, and stage denoising makes a teacher; leave them ()"
+    for name, value, wanted in (
+        ("schedule.train_updates", s.train_updates, count),
+        ("rollout.updates", r.rollout.updates, (count,)),
+        ("sample.num_updates", r.sample.num_updates, (count,)),
+    ):
+        used = name != "rollout.updates" or (r.stage == "distil" and r.video == "rollout")
+        if used and value != wanted:
+            yield (
+                f"config.{name}={value} does not go with the {count} levels of config.schedule.levels={s.levels}; "
+                f"set it to {wanted}, or leave the levels ()"
+            )
+    if r.rollout.first_updates not in (0, count):
+        yield (
+            f"config.rollout.first_updates={r.rollout.first_updates} is not the {count} levels of "
+            f"config.schedule.levels={s.levels}; set it to 0, or leave the levels ()"
         )
 
 

@@ -23,7 +23,7 @@ from salt_jax.errors import UserError
 from salt_jax.models.image_condition import condition_latents
 from salt_jax.rollout.plan import Choice, Draw, draw_rollout, place_in_sequence
 from salt_jax.train import checkpoint, sharding
-from salt_jax.train.contradictions import refuse_another_run
+from salt_jax.train.changes import refuse_another_run
 from salt_jax.train.preview import make_preview, show
 from salt_jax.train.recipe import Recipe, to_json
 from salt_jax.train.setup import Setup, setup
@@ -191,7 +191,7 @@ def decide(recipe: Recipe, iteration: int, call: int) -> tuple[Choice, Draw | No
         r.probabilities,
         r.first_updates,
         s.anchor_updates,
-        s.shift,
+        recipe.levels,
         on,
         align.probability if align.weight and iteration >= align.start else 0.0,
     )

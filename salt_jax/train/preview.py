@@ -12,7 +12,6 @@ from tensorboardX import SummaryWriter
 from tensorboardX.proto import summary_pb2
 
 from salt_jax.data import shapes
-from salt_jax.flow.schedule import grid
 from salt_jax.models.lora import merge
 from salt_jax.models.text_encoder import encode_text
 from salt_jax.rollout.causal import rollout
@@ -41,7 +40,7 @@ def make_preview(
     given = jnp.asarray(np.stack([parts.encode_caption(caption) for caption in captions]))
     keys = jax.random.split(jax.random.key(recipe.seed), CLIPS)
     updates = sorted(recipe.sample.num_updates)[len(recipe.sample.num_updates) // 2]
-    sigmas = grid(updates, recipe.schedule.shift)
+    sigmas = recipe.levels(updates)
     network, solver, shape = parts.networks.student, recipe.sample.solver, recipe.clip_shape
 
     @functools.partial(jax.jit, out_shardings=everywhere)

@@ -4,20 +4,25 @@ import dataclasses
 import json
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 from salt_jax.data.shapes import World
 from salt_jax.errors import UserError
+from salt_jax.flow.schedule import explicit, grid
 from salt_jax.losses.self_consistency import StopGradient
 from salt_jax.models.kv_cache import CachePolicy
 from salt_jax.models.presets import PRESETS, Compute, WanConfig
 from salt_jax.models.text_encoder import PRESETS as TEXT_PRESETS
 from salt_jax.models.text_encoder import TextEncoderConfig
 from salt_jax.rollout.parallel import Solver
-from salt_jax.train.contradictions import as_of_today, refuse_contradictions
+from salt_jax.train.build import build
+from salt_jax.train.changes import as_of_today
+from salt_jax.train.contradictions import refuse_contradictions
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Teacher:
     kind: typing.Literal["data", "network", "closed_form"]
     preset: str
     weights: str
+    accept_student: bool
     guidance: float
 
 
@@ -50,6 +56,7 @@ class Schedule:
     train_updates: int
     anchor_updates: int
     shift: float
+    levels: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -169,6 +176,7 @@ class Recipe:
     log_every: int
     save_every: int
     keep: int
+    keep_every: int
     max_skipped: int
     sample: Sample
 
@@ -194,6 +202,12 @@ class Recipe:
             self.stage == "distil" and self.video != "noised"
         )
 
+    def levels(self, num_updates: int) -> np.ndarray:
+        """Noise levels of a student's updates, float32 [K + 1]: those that are listed if they are K, else the grid."""
+        if self.schedule.levels and len(listed := explicit(self.schedule.levels)) == num_updates + 1:
+            return listed
+        return grid(num_updates, self.schedule.shift)
+
     @property
     def compute(self) -> Compute:
         return Compute(jnp.dtype(self.model.dtype), self.model.remat)
@@ -209,7 +223,7 @@ def read_recipe(config: ConfigDict) -> Recipe:
     Raises:
       UserError: a key is missing or unknown, a value is not one of the choices, or numbers contradict each other.
     """
-    recipe = _build(Recipe, config, "config")
+    recipe = build(Recipe, config, "config")
     for name, value, known in (
         ("config.model.preset", recipe.model.preset, PRESETS),
         ("config.teacher.preset", recipe.teacher.preset or recipe.model.preset, PRESETS),
@@ -237,31 +251,19 @@ def to_json(recipe: Recipe) -> str:
     return json.dumps(dataclasses.asdict(recipe), indent=2)
 
 
-def from_json(text: str) -> Recipe:
-    """Reads back what `to_json` wrote, also before the last keys came."""
-    return read_recipe(ConfigDict(as_of_today(json.loads(text))))
+def from_json(text: str, where: str | Path = "config.json") -> Recipe:
+    """Reads back what `to_json` wrote, also before the last keys came. `where` it was: a name for errors.
 
-
-def _build(kind, config, path):
-    """One dataclass from one ConfigDict, recursively: same names, nothing missing, nothing more."""
-    hints = typing.get_type_hints(kind)
-    unknown, missing = sorted(set(config) - set(hints)), sorted(set(hints) - set(config))
-    if unknown or missing:
-        raise UserError(
-            f"{path} has unknown keys {unknown} and lacks {missing}; configs/base.py lists every key"
-        )
-    values = {}
-    for name, hint in hints.items():
-        value, where = config[name], f"{path}.{name}"
-        if dataclasses.is_dataclass(hint):
-            values[name] = _build(hint, value, where)
-        elif typing.get_origin(hint) is typing.Literal:
-            if value not in typing.get_args(hint):
-                raise UserError(f"{where} is {value!r}; choose one of {', '.join(typing.get_args(hint))}")
-            values[name] = value
-        else:
-            values[name] = tuple(value) if typing.get_origin(hint) is tuple else value
+    Raises:
+      UserError: it is no config, or one that `read_recipe` refuses.
+    """
     try:
-        return kind(**values)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+        told = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON ({error}); put the file of launch.train back") from error
+    if not isinstance(told, dict):
+        raise UserError(f"{where} is no config of a run; put the file of launch.train back")
+    try:
+        return read_recipe(ConfigDict(as_of_today(told)))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error

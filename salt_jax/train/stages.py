@@ -95,7 +95,7 @@ def ode_regression_loss(
     params: Params, ema: Params, frozen: Frozen, batch: Batch, key: PRNGKey, nets: Networks, recipe: Recipe
 ) -> jax.Array:
     """From a stored state at one of the student's levels to the end of its trajectory, which is not the data's clip."""
-    levels = grid(recipe.schedule.train_updates, recipe.schedule.shift)[:-1]
+    levels = recipe.levels(recipe.schedule.train_updates)[:-1]
     level = jax.random.randint(key, (len(batch["video"]),), 0, len(levels))
     x = jnp.take_along_axis(batch["states"], level.reshape(-1, 1, 1, 1, 1, 1), axis=1)[:, 0]
     sight = teacher_forcing(nets.student, params, batch["video"], batch["text"], recipe.memory)
@@ -111,12 +111,8 @@ def consistency_loss(
     The grid is exact, in float32, and ends at 0, where the average's estimate is the state itself: the boundary.
     """
     k_level, k_noise = jax.random.split(key)
-    x0, text, levels = (
-        batch["video"],
-        batch["text"],
-        jnp.asarray(grid(recipe.ode.updates, recipe.schedule.shift)),
-    )
-    n = jax.random.randint(k_level, (len(x0),), 0, recipe.ode.updates)
+    x0, text, levels = batch["video"], batch["text"], jnp.asarray(ode_levels(recipe))
+    n = jax.random.randint(k_level, (len(x0),), 0, len(levels) - 1)
     sigma, after = levels[n], levels[n + 1]
     x = add_noise(x0, jax.random.normal(k_noise, x0.shape), sigma)
     step = forced_velocity(nets.student, frozen["teacher"], x0, text, frozen["null_text"], recipe)
@@ -125,6 +121,15 @@ def consistency_loss(
         nets.student.denoise(p, x, sigma, text, teacher_forcing(nets.student, p, x0, text, recipe.memory)).x0
     )
     return endpoint_loss(at(params, x, sigma), at(ema, x_after, after)).mean()
+
+
+def ode_levels(recipe: Recipe) -> np.ndarray:
+    """Levels of the causal teacher's updates, falling to 0: those of `config.ode.updates`, and the student's."""
+    student, teacher = (
+        recipe.levels(recipe.schedule.train_updates),
+        grid(recipe.ode.updates, recipe.schedule.shift),
+    )
+    return np.union1d(student, teacher)[::-1]
 
 
 def forced_velocity(network: Network, params: Params, x0, text, null_text, recipe: Recipe):
@@ -145,13 +150,15 @@ def trajectory(
     network: Network, params: Params, batch: Batch, null_text, key: PRNGKey, recipe: Recipe
 ) -> jax.Array:
     """The causal teacher's Euler trajectories, at the student's levels and at the end: [B, n + 1, F, H, W, C]."""
-    x0, updates, kept = batch["video"], recipe.ode.updates, recipe.schedule.train_updates
+    x0, levels = batch["video"], ode_levels(recipe)
+    kept = np.flatnonzero(np.isin(levels, recipe.levels(recipe.schedule.train_updates)[:-1]))
     step = forced_velocity(network, params, x0, batch["text"], null_text, recipe)
-    levels = jnp.asarray(grid(updates, recipe.schedule.shift))
 
     def update(x, pair):
         sigma, after = (jnp.full(len(x), level) for level in pair)
         return euler(x, step(x, sigma), sigma, after), x
 
-    x, states = jax.lax.scan(update, jax.random.normal(key, x0.shape), (levels[:-1], levels[1:]))
-    return jnp.concatenate([jnp.moveaxis(states[:: updates // kept], 0, 1), x[:, None]], axis=1)
+    x, states = jax.lax.scan(
+        update, jax.random.normal(key, x0.shape), (jnp.asarray(levels[:-1]), jnp.asarray(levels[1:]))
+    )
+    return jnp.concatenate([jnp.moveaxis(states[kept], 0, 1), x[:, None]], axis=1)

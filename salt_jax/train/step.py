@@ -94,12 +94,12 @@ def begin(
         sight = sight_of(trajectory, policy)
         return Start(x, sigma, level(draw.sigma_m), level(draw.sigma_e), sight, before, trajectory)
     k_plan, k_noise = jax.random.split(key)
-    x0 = batch["video"]
+    x0, levels = batch["video"], recipe.levels(s.train_updates)
     if recipe.video == "noised_chunks":
         sizes, sight = policy.sizes(x0.shape[1]), diffusion_forcing(x0.shape[1], policy)
-        plan = draw_chunk_plan(k_plan, x0.shape[0], sizes, s.train_updates, s.anchor_updates, s.shift)
+        plan = draw_chunk_plan(k_plan, x0.shape[0], sizes, levels, s.anchor_updates)
     else:
-        plan, sight = draw_plan(k_plan, x0.shape[0], s.train_updates, s.anchor_updates, s.shift), None
+        plan, sight = draw_plan(k_plan, x0.shape[0], levels, s.anchor_updates), None
     x = add_noise(x0, jax.random.normal(k_noise, x0.shape), plan.sigma_s)
     return Start(x, plan.sigma_s, plan.sigma_m, plan.sigma_e, sight, x0[:, :0], None)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from salt_jax.flow.schedule import draw_triple, draw_view_sigma, grid, shift, triples
+from salt_jax.flow.schedule import draw_triple, draw_view_sigma, explicit, grid, shift, triples
 
 # 1000 sigma of the eight levels u = 1, 7/8, ..., 1/8, as the peers' schedulers warp them.
 SHIFTED = {
@@ -56,6 +56,45 @@ def test_grids_nest(amount):
 def test_a_grid_without_updates_is_refused():
     with pytest.raises(ValueError, match="num_updates=0"):
         grid(0, 5.0)
+
+
+@pytest.mark.parametrize("timesteps", [(1000, 757, 522), (1000, 757, 522, 0), [1000.0, 757.0, 522.0, 0.0]])
+def test_published_levels_are_a_thousandth_of_their_timesteps_and_end_clean(timesteps):
+    """CausVid's list is of shift 8: steps 36 and 44 of 50 (its generate_ode_pairs.py)."""
+    levels = explicit(timesteps)
+    assert levels.dtype == np.float32 and levels.tolist() == np.float32([1, 0.757, 0.522, 0]).tolist()
+    np.testing.assert_allclose(levels[1:3], [shift(1 - 36 / 50, 8.0), shift(1 - 44 / 50, 8.0)], atol=5e-4)
+
+
+def test_a_list_may_have_one_level_or_the_levels_of_a_grid():
+    assert explicit((999,)).tolist() == [np.float32(0.999), 0]
+    np.testing.assert_allclose(explicit((1000, 937.5, 2500 / 3, 625)), grid(4, 5.0), rtol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "told"),
+    [
+        ((), "at least one"),
+        ((0,), "at least one"),
+        ((1000, 0, 0), "above 0"),
+        ((1000, 522, 757), "falling"),
+        ((1000, 757, 757), "no two the same"),
+        ((1000, 999.99999999), "no two the same"),
+        ((1001, 500), "up to 1000"),
+        ((1000, -5), "above 0"),
+        ((1000, float("nan")), "finite"),
+        ((float("inf"), 500), "finite"),
+        ((1000, "x"), "numbers"),
+        ((1000, None), "finite|numbers"),
+        (((1000, 500),), "a list of"),
+        ((1.0, 0.757, 0.522), "1000 sigma and begin at 990 or above"),
+        ((757, 522), "begin at 990 or above: a video starts from noise"),
+    ],
+)
+def test_what_is_no_list_of_levels_is_refused_in_one_sentence(timesteps, told):
+    with pytest.raises(ValueError, match=told) as error:
+        explicit(timesteps)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from salt_jax.flow.schedule import grid, triples
+from salt_jax.flow.schedule import explicit, grid, triples
 from salt_jax.rollout.plan import as_reference, draw_chunk_plan, draw_plan, draw_rollout, place_in_sequence
 
 BATCH = 20_000
 
 
 def drawn(seed, anchors=4):
-    return jax.tree.map(np.asarray, draw_plan(jax.random.key(seed), BATCH, 8, anchors, 5.0))
+    return jax.tree.map(np.asarray, draw_plan(jax.random.key(seed), BATCH, grid(8, 5.0), anchors))
 
 
 @pytest.mark.parametrize("anchors", [2, 4, 8])
@@ -54,14 +54,25 @@ def test_the_key_decides_everything():
 
 
 def test_the_same_inside_a_compiled_step():
-    compiled = jax.jit(lambda key: draw_plan(key, 64, 8, 4, 5.0))(jax.random.key(5))
-    for a, b in zip(compiled, draw_plan(jax.random.key(5), 64, 8, 4, 5.0), strict=True):
+    compiled = jax.jit(lambda key: draw_plan(key, 64, grid(8, 5.0), 4))(jax.random.key(5))
+    for a, b in zip(compiled, draw_plan(jax.random.key(5), 64, grid(8, 5.0), 4), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_no_key_is_used_twice():
     with jax.debug_key_reuse(True):
-        draw_plan(jax.random.key(6), 4, 8, 4, 5.0)
+        draw_plan(jax.random.key(6), 4, grid(8, 5.0), 4)
+
+
+def test_listed_levels_take_the_place_of_the_grid():
+    """Eq. 9 works on indices: with three levels the triples are (0, 1, 2), (0, 1 or 2, 3) and (1, 2, 3)."""
+    levels = explicit((1000, 757, 522))
+    plan = jax.tree.map(np.asarray, draw_plan(jax.random.key(0), 2000, levels, 3))
+    assert set(plan.sigma_s.tolist()) == set(levels[:3].tolist())
+    found = {tuple(levels.tolist().index(x) for x in row[:3]) for row in zip(*plan, strict=True) if row[3]}
+    assert found == {(0, 1, 2), (0, 1, 3), (0, 2, 3), (1, 2, 3)}
+    _, draw = draw_rollout(0, 3, (3,), (1.0,), 0, 3, lambda k: {3: levels}[k], True, 0.0)
+    np.testing.assert_array_equal(draw.levels, levels)
 
 
 # Chunks: a level for each.
@@ -72,7 +83,7 @@ SIZES = (1, 3, 3)
 @functools.cache
 def drawn_chunks(seed, batch=4000):
     """Levels of one frame of each chunk, [batch, 3]."""
-    draw = jax.jit(lambda key: draw_chunk_plan(key, batch, SIZES, 8, 4, 5.0))
+    draw = jax.jit(lambda key: draw_chunk_plan(key, batch, SIZES, grid(8, 5.0), 4))
     plan = jax.tree.map(np.asarray, draw(jax.random.key(seed)))
     for value in plan:
         assert value.shape == (batch, 7)
@@ -113,7 +124,8 @@ UPDATES, PROBABILITIES, CALLS = (2, 4, 8), (0.2, 0.3, 0.5), 2000
 
 @functools.cache
 def rollouts(seed=0, first_updates=0, self_consistency=True, alignment=0.5, calls=CALLS):
-    args = (UPDATES, PROBABILITIES, first_updates, 4, 5.0, self_consistency, alignment)
+    levels = functools.partial(grid, shift_amount=5.0)
+    args = (UPDATES, PROBABILITIES, first_updates, 4, levels, self_consistency, alignment)
     return [draw_rollout(seed, call, *args) for call in range(calls)]
 
 

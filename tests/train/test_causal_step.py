@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict
 
 from configs import base
 from salt_jax.flow.prediction import from_velocity
+from salt_jax.flow.schedule import grid
 from salt_jax.losses.cache_alignment import cache_alignment_loss
 from salt_jax.losses.dmd import dmd_loss
 from salt_jax.losses.self_consistency import self_consistency_loss
@@ -98,7 +99,7 @@ def batch_of(seed):
 def drawn(updates, exit_update, recipe=RECIPE):
     """What is drawn in the first call that has so many updates and exits there."""
     r, s = recipe.rollout, recipe.schedule
-    args = (r.updates, r.probabilities, r.first_updates, s.anchor_updates, s.shift, True, 0.5)
+    args = (r.updates, r.probabilities, r.first_updates, s.anchor_updates, recipe.levels, True, 0.5)
     draws = (draw_rollout(0, call, *args)[1] for call in range(1000))
     return next(d for d in draws if np.argmax(d.levels == 0) == updates and d.exit_update == exit_update)
 
@@ -554,7 +555,10 @@ def chunks_by_hand(params, batch):
     """((DMD, self-consistency), gradient), and (value, gradient) of the critic."""
     k_video, k_view = jax.random.split(KEY)
     k_plan, k_noise = jax.random.split(k_video)
-    plan, sight = draw_chunk_plan(k_plan, BATCH, (2, 2, 2), 4, 2, 2.0), diffusion_forcing(6, CHUNKS.memory)
+    plan, sight = (
+        draw_chunk_plan(k_plan, BATCH, (2, 2, 2), grid(4, 2.0), 2),
+        diffusion_forcing(6, CHUNKS.memory),
+    )
     level = plan.sigma_s[..., None, None, None]
     x = (1 - level) * batch["video"] + level * jax.random.normal(k_noise, batch["video"].shape)
 

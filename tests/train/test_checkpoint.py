@@ -1,6 +1,7 @@
 """What was saved comes back bit for bit, or not at all and with a reason."""
 
 import gc
+import hashlib
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import jax
@@ -19,7 +21,14 @@ import pytest
 
 from salt_jax.errors import UserError
 from salt_jax.models.kv_cache import KVCache
-from salt_jax.train.checkpoint import open_checkpoints, restore, restore_params, save
+from salt_jax.train.checkpoint import (
+    checkpoint_digest,
+    newest_step,
+    open_checkpoints,
+    restore,
+    restore_params,
+    save,
+)
 from salt_jax.train.sharding import make_mesh, state_shardings
 from salt_jax.train.state import Stream, apply_gradients, init_learner, init_state
 
@@ -181,6 +190,19 @@ def test_the_newest_few_are_kept_and_a_step_is_saved_once(tmp_path):
     assert not [path for path in tmp_path.rglob("*") if "teacher" in path.name]
 
 
+@pytest.mark.parametrize(("keep", "every", "left"), [(2, 3, "3 6 7 8"), (1, 4, "4 8"), (3, 0, "6 7 8")])
+def test_every_so_many_updates_a_checkpoint_stays_beside_the_newest(tmp_path, keep, every, left):
+    """Also when the run is started again in between, and without a deprecated option of Orbax."""
+    state = init_state(init_learner({"w": jnp.arange(3.0)}, optax.sgd(0.1)), None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)
+        for steps in (range(1, 5), range(5, 9)):
+            with open_checkpoints(tmp_path, keep, every) as manager:
+                for step in steps:
+                    save(manager, state.replace(step=jnp.int32(step)), meta_of(step))
+    assert " ".join(sorted(path.name for path in (tmp_path / "checkpoints").iterdir())) == left
+
+
 @pytest.mark.parametrize(
     "damage", ["array cut in half", "array empty", "array gone", "no commit", "item lost"]
 )
@@ -286,6 +308,46 @@ def test_parameters_of_a_damaged_step_come_from_the_one_before(copy, caplog):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert_same_bits(restore_params(copy, "ema", mesh_of(1)), make(step=1).ema)
     assert "checkpoint step 2" in caplog.text and (copy / "checkpoints" / "2").is_dir()
+
+
+def test_a_step_that_is_named_is_read_or_refused(copy):
+    for step in (1, 2):
+        assert_same_bits(restore_params(copy, "student", mesh_of(1), step), make(step=step).student.params)
+    with pytest.raises(UserError, match=r"no checkpoint of step 3 in \S+checkpoints; there are 2, 1$"):
+        restore_params(copy, "ema", mesh_of(1), 3)
+    path = largest_file(copy / "checkpoints" / "2" / "ema")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"step 2 in .* is damaged \(.*choose another step \(1\)") as error:
+        restore_params(copy, "ema", mesh_of(1), 2)
+    assert "\n" not in str(error.value)
+    for number in range(3, 15):
+        (copy / "checkpoints" / str(number)).mkdir()
+    with pytest.raises(UserError, match=r"there are 14, 13, .*, 5 \.\.\. and 4 more$"):
+        restore_params(copy, "ema", mesh_of(1), 99)
+
+
+def test_the_newest_step_is_the_newest_that_was_finished(copy, caplog):
+    assert newest_step(copy) == 2
+    (copy / "checkpoints" / "2" / "ema" / "commit_success.txt").unlink()
+    (copy / "checkpoints" / "3.damaged.1").mkdir()
+    assert newest_step(copy) == 1 and "checkpoint step 2" in caplog.text
+    with pytest.raises(UserError, match=r"no whole checkpoint in .*absent"):
+        newest_step(copy / "absent")
+
+
+def test_the_digest_of_an_item_is_that_of_its_files(saved, copy):
+    item, read = copy / "checkpoints" / "2" / "ema", []
+    names = sorted(str(path.relative_to(item)) for path in item.rglob("*") if path.is_file())
+    whole = "".join(f"{name}\0{hashlib.sha256((item / name).read_bytes()).hexdigest()}\0" for name in names)
+    wanted = hashlib.sha256(whole.encode()).hexdigest()
+    assert checkpoint_digest(copy, 2, "ema", read.append) == wanted == checkpoint_digest(saved, 2, "ema")
+    assert sum(read) == sum((item / name).stat().st_size for name in names)
+    others = {checkpoint_digest(copy, step, what) for step in (1, 2) for what in ("ema", "student")}
+    path = largest_file(item)
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    assert len(others | {checkpoint_digest(copy, 2, "ema")}) == 5
+    with pytest.raises(UserError, match=r"there is no \S+checkpoints/9/ema"):
+        checkpoint_digest(copy, 9, "ema")
 
 
 def test_sampling_without_a_checkpoint_says_what_to_do(tmp_path):

@@ -2,12 +2,14 @@
 
 import ast
 import dataclasses
+import functools
 import json
 import re
 import sys
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from ml_collections import ConfigDict
@@ -15,7 +17,7 @@ from ml_collections import ConfigDict
 from configs import base, shapes_teacher
 from salt_jax.errors import UserError
 from salt_jax.models.header import read_metadata
-from salt_jax.train import contradictions
+from salt_jax.train import changes, contradictions
 from salt_jax.train.recipe import Optimizer, from_json, make_optimizer, read_recipe, to_json
 
 # Values that other values, or a list of choices, hold in place.
@@ -34,10 +36,12 @@ TIED = {
     "loss.stop_gradient",
     "sample.solver",
 }
-TIED |= {"world.size", "schedule.train_updates", "schedule.anchor_updates"}
+TIED |= {"world.size", "schedule.train_updates", "schedule.anchor_updates", "schedule.levels"}
 TIED |= {"memory.window", "align.weight", "stream.max_frames"}
 # Values that one key alone would contradict; these stand together.
 TOGETHER = {"video": "rollout", "schedule.train_updates": 12, "schedule.anchor_updates": 6}
+LISTED = {"schedule.levels": (1000, 757, 522), "schedule.train_updates": 3, "schedule.anchor_updates": 3}
+LISTED |= {"sample.num_updates": (3,)}
 TOGETHER |= {"rollout.updates": (12, 3), "rollout.probabilities": (0.25, 0.75), "align.weight": 0.7}
 TOGETHER |= {"memory.window": 9, "memory.sink": 3, "stream.max_frames": 50, "teacher.preset": "tiny"}
 DECAYS = {"student_optimizer.decay": True, "critic_optimizer.decay": True}
@@ -84,6 +88,15 @@ def test_json_and_back(module):
     assert json.loads(to_json(recipe))["schedule"]["shift"] == 12.0
 
 
+def test_levels_of_a_run_are_those_that_are_listed_where_they_are_as_many():
+    config = base.get_config()
+    config.update_from_flattened_dict(LISTED | {"schedule.shift": 8.0})
+    recipe = read_recipe(config)
+    assert from_json(to_json(recipe)) == recipe
+    assert recipe.levels(3).tolist() == np.float32([1, 0.757, 0.522, 0]).tolist()
+    np.testing.assert_allclose(recipe.levels(2), [1, 8 / 9, 0], rtol=1e-6)  # 8 u / (1 + 7 u) at u = 1/2
+
+
 def test_an_unknown_and_a_missing_key_are_refused_by_name():
     config = base.get_config()
     config.ema.halflife = 5
@@ -116,11 +129,35 @@ def test_a_wrong_choice_is_told_the_right_ones(key, choice):
     refused(re.escape(f"config.{key} is 'wrong'; choose one of ") + ".*" + choice, flat={key: "wrong"})
 
 
+def test_a_value_of_another_kind_is_refused_by_name(tmp_path):
+    """A config that is read from JSON, or a tuple on the command line, is not checked by ml_collections."""
+    for key, value, told in (
+        ("rollout.updates", ("2",), r"config\.rollout\.updates is \('2',\); it has to be several int"),
+        ("updates", "sixty", r"config\.updates is 'sixty'; it has to be one int"),
+        ("sample.num_updates", 4, r"config\.sample\.num_updates is 4; it has to be several int"),
+        ("model.remat", 1, r"config\.model\.remat is 1; it has to be one bool"),
+        ("teacher", "network", r"config\.teacher is 'network', not a section"),
+    ):
+        told_config = json.loads(to_json(read_recipe(base.get_config())))
+        *sections, last = key.split(".")
+        functools.reduce(dict.__getitem__, sections, told_config)[last] = value
+        with pytest.raises(UserError, match=told):
+            from_json(json.dumps(told_config))
+
+
+@pytest.mark.parametrize("text", ["", "not JSON", "[]", "3", "{}", '{"teacher": {}}', "[" * 100_000])
+def test_a_damaged_config_json_is_refused_by_its_name_in_one_short_sentence(text):
+    with pytest.raises(UserError, match=r"runs/a/config\.json") as error:
+        from_json(text, "runs/a/config.json")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
 ROLLOUT = {"video": "rollout"}
 ALIGN = ROLLOUT | {"align.weight": 0.5}
 STREAM = ROLLOUT | {"stream.max_frames": 36, "memory.window": 9, "memory.sink": 3}
 LATENTS = {"data.kind": "latents", "data.clip": (21, 60, 104), "model.preset": "wan2.1-t2v-1.3b"}
 LATENTS |= {"text_encoder": "umt5-xxl"}
+LISTED_ROLLOUT = ROLLOUT | LISTED | {"rollout.updates": (3,), "rollout.probabilities": (1.0,)}
 CONTRADICTIONS = {
     "counts": [
         (rf"config\.{name}={value} must be at least 1", {name: value})
@@ -137,6 +174,66 @@ CONTRADICTIONS = {
             ("ode.updates", 0),
             ("ode.trajectories", 0),
         )
+    ],
+    "ranges": [
+        (rf"config\.{name}={re.escape(str(value))} must be {told}", changes | {name: value})
+        for told, name, value, changes in (
+            ("finite", "teacher.guidance", float("nan"), {}),
+            ("finite", "student_optimizer.learning_rate", float("inf"), {}),
+            ("finite", "rollout.probabilities", (0.2, float("nan"), 0.4), {}),
+            ("above 0", "schedule.shift", 0.0, {}),
+            ("above 0", "view.shift", -1.0, {}),
+            ("above 0", "student_optimizer.clip", -1.0, {}),
+            ("at least 0", "critic_optimizer.learning_rate", -1e-4, {}),
+            ("at least 0", "keep_every", -1, {}),
+            ("at least 0 and below 1", "ema.decay", 2.0, {}),
+            ("at least 0 and below 1", "ema.decay", 1.0, {}),
+            ("at least 0 and below 1", "critic_optimizer.b2", 1.0, {}),
+            ("from 0 to 1", "caption_dropout", 1.5, {}),
+            ("above 0 and up to 1", "view.lowest", 0.0, {}),
+            ("above 0 and up to 1", "view.highest", 1.5, {}),
+            ("from 0 to 4294967295", "seed", -1, {}),
+            ("from 0 to 4294967295", "data.seed", 2**32, {}),
+            ("one or more", "sample.num_updates", (0,), {}),
+            ("one or more", "sample.num_updates", (), {}),
+            ("one or more", "rollout.updates", (0, 8), {}),
+            ("at least one number", "world.starts", (), {}),
+            ("at least 1", "world.frames", -1, {}),
+            ("frames, height and width", "data.clip", (21, 60), {"data.kind": "latents"}),
+        )
+    ]
+    + [
+        (
+            r"config\.view\.lowest=0\.9 must not be above config\.view\.highest=0\.5",
+            {"view.lowest": 0.9, "view.highest": 0.5},
+        )
+    ],
+    "levels": [
+        (
+            r"config\.schedule\.levels \(1000\.0, 757\.0, 900\.0\) must be falling",
+            LISTED | {"schedule.levels": (1000, 757, 900)},
+        ),
+        (r"config\.schedule\.levels .*begin at 990", LISTED | {"schedule.levels": (1.0, 0.757, 0.522)}),
+        (
+            r"config\.schedule\.levels=\(1000\.0, .* are a student's",
+            LISTED | {"stage": "denoising", "teacher.kind": "data"},
+        ),
+        (
+            r"config\.schedule\.train_updates=4 does not go with the 3 levels",
+            LISTED | {"schedule.train_updates": 4, "schedule.anchor_updates": 4},
+        ),
+        (
+            r"config\.sample\.num_updates=\(2, 4, 8\) does not go .* set it to \(3,\)",
+            LISTED | {"sample.num_updates": (2, 4, 8)},
+        ),
+        (
+            r"config\.rollout\.updates=\(2, 4, 8\) does not go with the 3 levels .* set it to \(3,\)",
+            LISTED | {"video": "rollout"},
+        ),
+        (
+            r"config\.rollout\.first_updates=4 is not the 3 levels",
+            LISTED | {"rollout.first_updates": 4},
+        ),
     ],
     "stage": [
         (r"stage=denoising makes a teacher; set config\.teacher\.kind", {"stage": "denoising"}),
@@ -266,7 +363,9 @@ def test_contradictions_are_refused_by_name(told, changes):
     refused(told, flat=changes)
 
 
-@pytest.mark.parametrize("changes", [ROLLOUT, ALIGN, STREAM, LATENTS, ALIGN | STREAM, ROLLOUT | LATENTS])
+@pytest.mark.parametrize(
+    "changes", [ROLLOUT, ALIGN, STREAM, LATENTS, ALIGN | STREAM, ROLLOUT | LATENTS, LISTED, LISTED_ROLLOUT]
+)
 def test_what_the_refused_configs_were_made_from_is_accepted(changes):
     config = base.get_config()
     config.update_from_flattened_dict(changes)
@@ -327,6 +426,7 @@ def test_the_shipped_causal_start_says_what_made_it():
 def test_a_run_from_before_a_key_came_goes_on():
     recipe = read_recipe(base.get_config())
     before = json.loads(to_json(recipe))
-    del before["teacher"]["weights"]
+    del before["teacher"]["weights"], before["teacher"]["accept_student"], before["schedule"]["levels"]
+    del before["keep_every"]
     assert from_json(json.dumps(before)) == recipe
-    contradictions.refuse_another_run(json.dumps(before), recipe)
+    changes.refuse_another_run(json.dumps(before), recipe)

@@ -218,5 +218,7 @@ def test_a_workdir_goes_on_with_the_same_config_only_but_may_be_longer_or_elsewh
             replace(recipe, data=replace(recipe.data, seed=1)),
             replace(recipe, loss=replace(recipe.loss, self_consistency=0.0)),
         ):
-            with pytest.raises(UserError, match=r"config\.(batch_size|data|loss) = .*--workdir"):
+            with pytest.raises(
+                UserError, match=r"config\.(batch_size|data\.seed|loss\.self_consistency) = .*--workdir"
+            ):
                 resume(manager, fresh, mesh, changed)

@@ -287,6 +287,23 @@ def test_a_constant_velocity_makes_straight_lines_kept_at_the_students_levels(up
         np.testing.assert_allclose(states[:, i], noise - (1 - level) * slope, atol=1e-5)
 
 
+def test_trajectories_pass_the_levels_that_are_listed():
+    """On top of the ten updates of the grid, which they need not be among."""
+    schedule = replace(CAUSAL.schedule, train_updates=3, shift=8.0, levels=(1000.0, 757.0, 522.0))
+    recipe = replace(CAUSAL, ode=replace(CAUSAL.ode, updates=10, guidance=1.0), schedule=schedule)
+    grid_levels = [8 * u / (1 + 7 * u) for u in np.arange(10, -1, -1) / 10]
+    np.testing.assert_allclose(
+        stages.ode_levels(recipe), sorted([*grid_levels, 0.757, 0.522])[::-1], rtol=1e-6
+    )
+    batch, network = causal.batch_of(0), Network(straight, nothing_read, None, None, None)
+    states = stages.trajectory(network, jnp.float32(0.7), batch, FROZEN["null_text"], KEY, recipe)
+    assert states.shape == (BATCH, 4, *CLIP)
+    slope = column(0.7 * batch["text"].mean((1, 2)))
+    for i, level in enumerate((1.0, 0.757, 0.522, 0.0)):
+        wanted = jax.random.normal(KEY, (BATCH, *CLIP)) - (1 - level) * slope
+        np.testing.assert_allclose(states[:, i], wanted, atol=1e-5)
+
+
 def test_a_trajectory_is_that_of_a_loop_over_eulers_updates():
     """Of the causal teacher with guidance, on the clean chunks of the batch."""
     batch = causal.batch_of(1)

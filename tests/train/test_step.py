@@ -14,6 +14,7 @@ import pytest
 from configs import base
 from salt_jax.errors import UserError
 from salt_jax.flow.prediction import from_velocity
+from salt_jax.flow.schedule import grid
 from salt_jax.models.denoiser import Network, guided, wan_network
 from salt_jax.models.presets import PRESETS, Compute
 from salt_jax.models.wan import init_wan
@@ -170,9 +171,8 @@ def draws(key, batch, recipe):
     k_plan, k_noise = jax.random.split(k_video)
     k_sigma, k_fresh = jax.random.split(k_view)
     size, column = len(batch["video"]), lambda level: level.reshape(-1, 1, 1, 1, 1)
-    plan = draw_plan(
-        k_plan, size, recipe.schedule.train_updates, recipe.schedule.anchor_updates, recipe.schedule.shift
-    )
+    levels = grid(recipe.schedule.train_updates, recipe.schedule.shift)
+    plan = draw_plan(k_plan, size, levels, recipe.schedule.anchor_updates)
     u = jax.random.uniform(k_sigma, (size,))
     sigma = jnp.clip(5.0 * u / (1 + 4.0 * u), 0.02, 0.98)
     assert (recipe.view.shift, recipe.view.lowest, recipe.view.highest) == (5.0, 0.02, 0.98)

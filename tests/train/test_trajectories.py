@@ -113,12 +113,14 @@ def test_the_device_is_asked_for_what_is_missing_only(tmp_path, monkeypatch):
     assert len(make(tmp_path)) == 12
 
 
-@pytest.mark.parametrize("name, value", [("ode", replace(RECIPE.ode, guidance=3.0)), ("seed", 4)])
-def test_parts_that_another_config_left_behind_are_refused(tmp_path, name, value):
+@pytest.mark.parametrize(
+    "key, name, value", [("ode.guidance", "ode", replace(RECIPE.ode, guidance=3.0)), ("seed", "seed", 4)]
+)
+def test_parts_that_another_config_left_behind_are_refused(tmp_path, key, name, value):
     """A run stopped before its first checkpoint and started with other values: resuming cannot tell, parts can."""
     make(tmp_path)
     before = contents(tmp_path)
-    with pytest.raises(UserError, match=f"config.{name} = .*--workdir"):
+    with pytest.raises(UserError, match=f"config.{key} = .*--workdir"):
         make(tmp_path, replace(RECIPE, **{name: value}))
     assert contents(tmp_path) == before
 
