@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from launch.parsing import read_workdir
 from salt_jax.models.denoiser import Network
 from salt_jax.models.lora import merge
-from salt_jax.train.checkpoint import checkpoint_digest, restore_params
+from salt_jax.train.checkpoint import checkpoint_digest, restore_step
 from salt_jax.train.recipe import Recipe, to_json
 from salt_jax.train.setup import embed, initial_weights, make_network, student_start
 from salt_jax.train.sharding import make_mesh
@@ -38,7 +38,7 @@ def open_workdir(workdir: str, step: int | None = None, average: str = "ema") ->
       UserError: there is nothing to read, or it does not fit.
     """
     recipe, mesh = read_workdir(Path(workdir), step), all_devices()
-    step, params = restore_params(workdir, ITEMS[average], mesh, step)
+    step, params = restore_step(workdir, ITEMS[average], mesh, step)
     told = {"step": step, "average": average, "sha256": checkpoint_digest(workdir, step, ITEMS[average])}
     if recipe.stage == "denoising":
         weights, params = params, params["wan"]

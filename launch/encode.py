@@ -19,7 +19,8 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from launch.common import FPS, all_devices, read_size, run_main
+from launch.cli import run_main
+from launch.common import all_devices
 from salt_jax.convert.reading import digest
 from salt_jax.data.latents import Report, in_groups, write_records
 from salt_jax.data.video_folder import Video, find_videos, read_clip, read_prompts

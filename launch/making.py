@@ -91,8 +91,9 @@ def files_of(request: Request, world: World, job: Job) -> dict[str, Sample]:
         "frames": frames,
         "memory": request.memory and dataclasses.asdict(request.memory),
         "switches": {str(frame): switch._asdict() for frame, switch in request.switches.items()},
-        "image": request.picture is not None and [fingerprint(request.picture), f.PICTURE_FIT.value],
-        "prefix": request.prefix is not None and fingerprint(request.prefix),
+        "image": None if request.picture is None else fingerprint(request.picture),
+        "image_fit": f.PICTURE_FIT.value if request.config.image_dim else None,
+        "prefix": None if request.prefix is None else fingerprint(request.prefix),
         **world.made_with,
         "versions": {"salt_jax": salt_jax.__version__, "jax": jax.__version__},
     }

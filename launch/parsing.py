@@ -25,11 +25,9 @@ def read_workdir(workdir: Path, step: int | None = None) -> Recipe:
             f"{path} does not exist; train with --workdir={workdir} first, or name another workdir"
         )
     try:
-        recipe = from_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{path} is no config of launch.train ({error}); put back the one that was"
-        ) from error
+        recipe = from_json(path.read_text(encoding="utf-8"), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} ({error}); put back the one of launch.train") from error
     there = sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
     if step is not None and step not in there:
         told = ", ".join(map(str, there)) or "none"

@@ -7,8 +7,6 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 from absl import flags
-from salt_jax.data.pictures import read_picture
-from salt_jax.data.text_lists import read_prompts
 
 from launch import sample_flags as f
 from launch.lengths import Switch, read_lengths, read_switches
@@ -23,6 +21,8 @@ from launch.parsing import (
 from salt_jax import samples
 from salt_jax.choices import Solver, TeacherSolver
 from salt_jax.data import shapes
+from salt_jax.data.pictures import read_picture
+from salt_jax.data.text_lists import read_prompts
 from salt_jax.errors import UserError
 from salt_jax.evaluate import vbench
 from salt_jax.flow.schedule import explicit, grid
@@ -177,7 +177,8 @@ def read_place(recipe: Recipe | None, config: WanConfig, picture: np.ndarray | N
     width, height = read_size(f.SIZE.value)
     if picture is not None:
         try:
-            height, width = fit_size(*picture.shape[:2], width * height)
+            rows, columns, _ = picture.shape
+            height, width = fit_size(rows, columns, width * height)
         except ValueError as error:
             raise UserError(f"{error} (--image, --size)") from error
     return height // SPACE, width // SPACE, config.out_channels

@@ -142,10 +142,10 @@ def wan_world(request: Request) -> World:
 
 def read_given(request: Request, source: Source) -> tuple[Any, np.ndarray | None]:
     """(features, condition) for a network that reads pictures, or the latents of what a video goes on from."""
-    clip, (height, width) = request.prefix, (SPACE * n for n in request.shape[1:3])
-    if request.picture is not None:
+    picture, clip = request.picture, request.prefix
+    if picture is not None:
         frames = 1 if request.memory else pixel_frames(request.shape[0])
-        clip = image_clip(request.picture, frames, height, width)
+        clip = image_clip(picture, frames, SPACE * request.shape[1], SPACE * request.shape[2])
     elif clip is not None:
         clip = clip.astype(np.float32) / 127.5 - 1
     else:
@@ -153,11 +153,11 @@ def read_given(request: Request, source: Source) -> tuple[Any, np.ndarray | None
     sizes, vae = pretrained.open_part(VAE, source)
     encode = jax.jit(encode_video, static_argnums=(2, 3))
     latents = encode(vae, jnp.asarray(clip)[None], sizes, jnp.float32)
-    if request.memory:
+    if picture is None or request.memory:
         return None, np.asarray(latents)
     sizes, eye = pretrained.open_part(IMAGE, source)
     fit = {"squash": squash_for_clip, "crop": crop_for_clip}[f.PICTURE_FIT.value]
-    pixels = jnp.asarray(fit(request.picture, sizes.image_size))[None]
+    pixels = jnp.asarray(fit(picture, sizes.image_size))[None]
     see = jax.jit(encode_image, static_argnums=(2, 3))
     features = see(eye, pixels, sizes, jnp.dtype(f.DTYPE.value)).astype(jnp.float32)
     return (features, condition_latents(latents)), None

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from salt_jax.choices import Solver
 from salt_jax.flow.schedule import grid
 from salt_jax.flow.transition import euler
 from salt_jax.models.denoiser import Network

@@ -6,18 +6,13 @@ A grid of K updates has K + 1 levels. Level i is u_i = 1 - i / K, bent towards n
 
 so sigma_0 = 1 (noise) and sigma_K = 0 (clean). Grids nest: T(2) is in T(4), T(4) in T(8). The time
 that Wan's time embedding reads is 1000 sigma; that number exists only in `models.denoiser`, and in `explicit`,
-because published students are told by it.
+because published students are told by it. No jax in here, as in `choices`; `draws` has what is drawn.
 """
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
-
-from salt_jax.types import PRNGKey
 
 
 def shift(u, amount: float):
@@ -99,25 +94,3 @@ def triples(train_updates: int, anchor_updates: int) -> Triples:
     return Triples(
         table[..., 0].astype(np.int32), table[..., 1].astype(np.int32), table[..., 2].astype(np.float32)
     )
-
-
-def draw_triple(
-    key: PRNGKey, start: Int[Array, "b"], table: Triples
-) -> tuple[Int[Array, "b"], Int[Array, "b"], Bool[Array, "b"]]:
-    """Draws (middle, end) levels for each start level. The third result is False where no triple exists;
-    the levels are then equal to the start, so that every difference of noise levels is zero."""
-    probability = jnp.asarray(table.probability)[start]
-    exists = probability.sum(-1) > 0
-    column = jax.random.categorical(key, jnp.log(jnp.where(exists[:, None], probability, 1.0)), axis=-1)
-    take = lambda options: jnp.take_along_axis(jnp.asarray(options)[start], column[:, None], axis=1)[:, 0]
-    return jnp.where(exists, take(table.middle), start), jnp.where(exists, take(table.end), start), exists
-
-
-def draw_view_sigma(
-    key: PRNGKey, batch: int, shift_amount: float, lowest: float, highest: float
-) -> Float[Array, "b"]:
-    """Noise levels at which teacher and critic judge a video: u uniform, shifted, then clamped.
-
-    The peers clamp to [0.02, 0.98] at shift 5, so 9.3 % of the draws sit exactly on 0.98.
-    """
-    return jnp.clip(shift(jax.random.uniform(key, (batch,)), shift_amount), lowest, highest)

@@ -124,7 +124,8 @@ def guided(denoiser: Denoiser, null_text: TextEmb, guidance: float) -> Denoiser:
     def denoise(params: Params, x: Latent, sigma: Sigma, text: Told | Branches, *sight: Any) -> Prediction:
         sights = zip(*map(_halves, sight), strict=True) if sight else ((), ())
         told = _both(text, null_text)
-        return guide(*(call(params, x, sigma, t, *s) for t, s in zip(told, sights, strict=True)), guidance)
+        given, null = (call(params, x, sigma, t, *s) for t, s in zip(told, sights, strict=True))
+        return guide(given, null, guidance)
 
     return denoise
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from salt_jax.flow.schedule import draw_triple, triples
+from salt_jax.flow.draws import draw_triple
+from salt_jax.flow.schedule import triples
 from salt_jax.types import PRNGKey
 
 

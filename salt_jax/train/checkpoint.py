@@ -111,9 +111,14 @@ def restore(
 
 
 def restore_params(workdir: str | Path, what: str, mesh: Mesh, step: int | None = None) -> Params:
+    """The parameters of `restore_step`, whichever step they are of."""
+    return restore_step(workdir, what, mesh, step)[1]
+
+
+def restore_step(workdir: str | Path, what: str, mesh: Mesh, step: int | None = None) -> tuple[int, Params]:
     """Only the parameters of "ema" or "student", for sampling: no optimizer is known or read, nothing is written.
 
-    `step` None is the newest that can be read; a step that is named is read or refused.
+    `step` None is the newest that can be read; a step that is named is read or refused. Returns it too.
 
     Raises:
         UserError: the workdir has no checkpoint, not the one that is named, or none that is readable.
@@ -121,27 +126,27 @@ def restore_params(workdir: str | Path, what: str, mesh: Mesh, step: int | None 
     if what not in ("ema", "student"):
         raise ValueError(f"what is {what!r}; it has to be 'ema' or 'student'")
 
-    def read(step: int) -> Params:
+    def read(step: int) -> tuple[int, Params]:
         stored = nested(_stored(manager, step)[what])
         target = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         abstract = jax.tree.map(target, stored, state_shardings(mesh, stored))
         args = ocp.args.Composite(**{what: ocp.args.StandardRestore(abstract)})
-        return manager.restore(step, args=args)[what]
+        return step, manager.restore(step, args=args)[what]
 
-    params, directory = None, _directory(workdir)
+    found, directory = None, _directory(workdir)
     if directory.is_dir():
         options = ocp.CheckpointManagerOptions(create=False, save_root_metadata=False)
         with _manager(directory, options) as manager:
             there = manager.all_steps()
             if step is None or not there:
-                params = _newest_readable(manager, read, set_aside=False)
+                found = _newest_readable(manager, read, set_aside=False)
             else:
-                params = _named(step, there, directory, read)
-    if params is None:
+                found = _named(step, there, directory, read)
+    if found is None:
         raise UserError(
             f"there is no checkpoint in {directory}; train with this --workdir first, or name another"
         )
-    return params
+    return found
 
 
 def newest_step(workdir: str | Path) -> int:

@@ -19,7 +19,8 @@ from salt_jax.models.presets import WanConfig
 from salt_jax.models.text_encoder import init_text_encoder
 from salt_jax.models.wan import init_wan
 from salt_jax.train.cost import Pairs, chunk_pairs, going_on, image_tokens
-from salt_jax.train.recipe import Recipe, make_optimizer
+from salt_jax.train.optimizer import make_optimizer
+from salt_jax.train.recipe import Recipe
 from salt_jax.train.setup import empty_stream, make_network
 from salt_jax.train.sharding import partition_spec
 from salt_jax.train.state import TrainState, init_learner, init_state

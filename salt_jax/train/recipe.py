@@ -1,4 +1,7 @@
-"""The numbers of a run as frozen values. The only reader of a ConfigDict inside salt_jax; it adds no default."""
+"""The numbers of a run as frozen values. The only reader of a ConfigDict inside salt_jax; it adds no default.
+
+No jax in here, as in `choices`.
+"""
 
 import dataclasses
 import json
@@ -6,20 +9,16 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 
+from salt_jax.choices import Solver, StopGradient
 from salt_jax.data.shapes import World
 from salt_jax.errors import UserError
 from salt_jax.flow.schedule import explicit, grid
-from salt_jax.losses.self_consistency import StopGradient
-from salt_jax.models.kv_cache import CachePolicy
-from salt_jax.models.presets import PRESETS, Compute, WanConfig
-from salt_jax.models.text_encoder import PRESETS as TEXT_PRESETS
-from salt_jax.models.text_encoder import TextEncoderConfig
-from salt_jax.rollout.parallel import Solver
+from salt_jax.models.memory import CachePolicy
+from salt_jax.models.presets import PRESETS, TEXT_PRESETS, Compute, TextEncoderConfig, WanConfig
 from salt_jax.train.build import build
 from salt_jax.train.changes import as_of_today
 from salt_jax.train.contradictions import refuse_contradictions
@@ -210,7 +209,10 @@ class Recipe:
 
     @property
     def compute(self) -> Compute:
-        return Compute(jnp.dtype(self.model.dtype), self.model.remat)
+        return Compute(
+            np.dtype({"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[self.model.dtype]),
+            self.model.remat,
+        )
 
     @property
     def text(self) -> TextEncoderConfig:
@@ -233,17 +235,6 @@ def read_recipe(config: ConfigDict) -> Recipe:
             raise UserError(f"{name} is {value!r}; choose one of {', '.join(known)}")
     refuse_contradictions(recipe)
     return recipe
-
-
-def make_optimizer(o: Optimizer, updates: int) -> optax.GradientTransformation:
-    """Clipped AdamW with linear warm-up, then constant or cosine over `updates`."""
-    end = 0.0 if o.decay else o.learning_rate
-    if o.decay:
-        rate = optax.warmup_cosine_decay_schedule(0.0, o.learning_rate, o.warmup, updates, end)
-    else:
-        rate = optax.linear_schedule(0.0, o.learning_rate, o.warmup) if o.warmup else o.learning_rate
-    adamw = optax.adamw(rate, o.b1, o.b2, o.eps, weight_decay=o.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(o.clip), adamw)
 
 
 def to_json(recipe: Recipe) -> str:

@@ -25,7 +25,8 @@ from salt_jax.models.tokenizer import byte_tokenize
 from salt_jax.models.wan import init_wan
 from salt_jax.models.weights import load_weights
 from salt_jax.train.checkpoint import restore_params
-from salt_jax.train.recipe import Recipe, from_json, make_optimizer
+from salt_jax.train.optimizer import make_optimizer
+from salt_jax.train.recipe import Recipe, from_json
 from salt_jax.train.sharding import batch_sharding, state_shardings
 from salt_jax.train.state import Stream, TrainState, init_learner, init_state
 from salt_jax.train.step import Networks

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from salt_jax.flow.draws import draw_view_sigma
 from salt_jax.flow.prediction import add_noise, guide
-from salt_jax.flow.schedule import draw_view_sigma, grid
+from salt_jax.flow.schedule import grid
 from salt_jax.flow.transition import euler
 from salt_jax.losses.consistency import endpoint_loss
 from salt_jax.losses.denoising import flow_matching_loss, midlevel_weight

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from salt_jax.flow.draws import draw_view_sigma
 from salt_jax.flow.prediction import add_noise
-from salt_jax.flow.schedule import draw_view_sigma
 from salt_jax.losses.cache_alignment import cache_alignment_loss
 from salt_jax.losses.denoising import flow_matching_loss
 from salt_jax.losses.dmd import dmd_loss
@@ -25,7 +25,8 @@ from salt_jax.models.lora import merge
 from salt_jax.rollout.causal import Trajectory, diffusion_forcing, recache, rollout, sight_of
 from salt_jax.rollout.parallel import midpoint
 from salt_jax.rollout.plan import Choice, Draw, as_reference, draw_chunk_plan, draw_plan
-from salt_jax.train.recipe import Recipe, make_optimizer
+from salt_jax.train.optimizer import make_optimizer
+from salt_jax.train.recipe import Recipe
 from salt_jax.train.state import Stream, TrainState, apply_gradients, update_ema
 from salt_jax.types import Denoiser, Latent, Params, PRNGKey, Sigma
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from salt_jax.flow.schedule import draw_triple, draw_view_sigma, explicit, grid, shift, triples
+from salt_jax.flow.draws import draw_triple, draw_view_sigma
+from salt_jax.flow.schedule import explicit, grid, shift, triples
 
 # 1000 sigma of the eight levels u = 1, 7/8, ..., 1/8, as the peers' schedulers warp them.
 SHIFTED = {

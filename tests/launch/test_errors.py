@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from absl import flags
 
-from launch import common
+from launch import cli
 from launch import train as launch_train
 from salt_jax.flow.prediction import from_velocity
 from salt_jax.models.denoiser import Network
 from salt_jax.models.weights import save_weights
 from salt_jax.train import loop
-from salt_jax.train.recipe import make_optimizer
+from salt_jax.train.optimizer import make_optimizer
 from salt_jax.train.setup import Setup
 from salt_jax.train.state import init_learner, init_state
 from salt_jax.train.step import Networks
@@ -40,7 +40,7 @@ def train(monkeypatch, capsys):
             delattr(flags.FLAGS, name)  # ml_collections defines them as it meets them
         flags.FLAGS["workdir"].value = None
         with pytest.raises(SystemExit) as exit:
-            common.run_main(launch_train.main)
+            cli.run_main(launch_train.main)
         return exit.value.code, capsys.readouterr().err
 
     return run

@@ -176,7 +176,7 @@ CASES = {
 }  # fmt: skip
 
 TAKEN = [
-    ([*TINY, "--chunk=3", "--image=@picture.png"], {"shape": [19, 76, 48], "memory": [3, 1, 0, 0, "absolute"]}),
+    ([*TINY, "--chunk=3", "--image=@picture.png"], {"shape": [19, 64, 96], "memory": [3, 1, 0, 0, "absolute"]}),
     ([*TINY, "--chunk=3"], {"shape": [21, 60, 104], "levels": {"4": [1.0, 0.9375, 0.8333333, 0.625, 0.0]}}),
     ([*TINY, "--chunk=2"], {"shape": [20, 60, 104]}),
     ([*TINY, "--chunk=30"], {"shape": [30, 60, 104]}),

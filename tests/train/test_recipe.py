@@ -18,7 +18,8 @@ from configs import base, shapes_teacher
 from salt_jax.errors import UserError
 from salt_jax.models.header import read_metadata
 from salt_jax.train import changes, contradictions
-from salt_jax.train.recipe import Optimizer, from_json, make_optimizer, read_recipe, to_json
+from salt_jax.train.optimizer import make_optimizer
+from salt_jax.train.recipe import Optimizer, from_json, read_recipe, to_json
 
 # Values that other values, or a list of choices, hold in place.
 TIED = {

@@ -20,7 +20,8 @@ from configs import base
 from salt_jax.errors import UserError
 from salt_jax.train.checkpoint import open_checkpoints, save
 from salt_jax.train.loop import resume
-from salt_jax.train.recipe import make_optimizer, read_recipe, to_json
+from salt_jax.train.optimizer import make_optimizer
+from salt_jax.train.recipe import read_recipe, to_json
 from salt_jax.train.sharding import make_mesh
 from salt_jax.train.state import init_learner, init_state
 

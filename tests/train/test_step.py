@@ -21,7 +21,8 @@ from salt_jax.models.wan import init_wan
 from salt_jax.rollout.plan import Choice, draw_plan
 from salt_jax.train import sharding, step
 from salt_jax.train.loop import Run, iterate, stop_if_stuck, summarize
-from salt_jax.train.recipe import make_optimizer, read_recipe
+from salt_jax.train.optimizer import make_optimizer
+from salt_jax.train.recipe import read_recipe
 from salt_jax.train.state import apply_gradients, init_learner, init_state
 from salt_jax.train.step import Networks, compile_step, critic_step, student_step
 

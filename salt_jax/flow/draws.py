@@ -1,0 +1,30 @@
+"""Noise levels as they are drawn in training: shortcut triples of Salt Eq. 9, and where teacher and critic look."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from salt_jax.flow.schedule import Triples, shift
+from salt_jax.types import PRNGKey
+
+
+def draw_triple(
+    key: PRNGKey, start: Int[Array, "b"], table: Triples
+) -> tuple[Int[Array, "b"], Int[Array, "b"], Bool[Array, "b"]]:
+    """Draws (middle, end) levels for each start level. The third result is False where no triple exists;
+    the levels are then equal to the start, so that every difference of noise levels is zero."""
+    probability = jnp.asarray(table.probability)[start]
+    exists = probability.sum(-1) > 0
+    column = jax.random.categorical(key, jnp.log(jnp.where(exists[:, None], probability, 1.0)), axis=-1)
+    take = lambda options: jnp.take_along_axis(jnp.asarray(options)[start], column[:, None], axis=1)[:, 0]
+    return jnp.where(exists, take(table.middle), start), jnp.where(exists, take(table.end), start), exists
+
+
+def draw_view_sigma(
+    key: PRNGKey, batch: int, shift_amount: float, lowest: float, highest: float
+) -> Float[Array, "b"]:
+    """Noise levels at which teacher and critic judge a video: u uniform, shifted, then clamped.
+
+    The peers clamp to [0.02, 0.98] at shift 5, so 9.3 % of the draws sit exactly on 0.98.
+    """
+    return jnp.clip(shift(jax.random.uniform(key, (batch,)), shift_amount), lowest, highest)
