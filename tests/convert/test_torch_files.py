@@ -119,8 +119,9 @@ def test_reads_what_torch_writes(file, protocol):
     tensors = {
         "f32": base, "f16": base.half(), "bf16": base.bfloat16(), "i64": torch.arange(5), "u8": torch.arange(5).byte(),
         "bool": base > 0, "transposed": base.T, "view": base[2:, 1:7:2], "again": base, "scalar": torch.tensor(2.5),
-        "odd": odd, "parameter": torch.nn.Parameter(base[1]), "buffer": torch.empty(0, 4), "e4m3": base.to(torch.float8_e4m3fn),
-        "e5m2": base.to(torch.float8_e5m2), "u16": torch.arange(5).to(torch.uint16),
+        "odd": odd, "parameter": torch.nn.Parameter(base[1]), "buffer": torch.empty(0, 4),
+        "e4m3": base.to(torch.float8_e4m3fn), "e5m2": base.to(torch.float8_e5m2), "u16":
+        torch.arange(5).to(torch.uint16),
     }  # fmt: skip
     module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
     saved = {
