@@ -4,6 +4,7 @@ A file is recognised by the names in it, its sizes follow from the shapes, and n
 shape has been checked. `names` has the tables.
 """
 
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -183,9 +184,13 @@ def _shape(piece: Piece) -> tuple[int, ...]:
     return rearrange(np.broadcast_to(np.float32(0), shape), piece.form).shape
 
 
+@functools.cache
+def _like(part: pretrained.Part, config: Any) -> dict[Any, Any]:
+    return flatten_dict(jax.eval_shape(lambda: part.init(jax.random.key(0), config)), sep="/")
+
+
 def _check(pieces: Mapping[str, Sequence[Piece]], part: pretrained.Part, config: Any, where: str) -> None:
-    like: Any = flatten_dict(jax.eval_shape(lambda: part.init(jax.random.key(0), config)), sep="/")
-    wrong = []
+    like, wrong = _like(part, config), []
     for ours, each in pieces.items():
         want = like[ours].shape[1:] if ours.startswith("blocks/") else like[ours].shape
         for piece in each:

@@ -96,12 +96,7 @@ def _check_channels(config: Any, where: str) -> None:
 
 
 def _vae(sizes: Mapping[str, Size], told: Mapping[str, Any], where: str) -> Any:
-    channels = sizes["from_latent/bias"].ours[0]
-    if channels != CHANNELS:
-        raise UserError(
-            f"{where} has latents of {channels} channels, Wan 2.1's have {CHANNELS}; name another file"
-        )
-    return pretrained.VAE.config(sizes["encoder/conv_in/bias"].ours[0], channels)
+    return pretrained.VAE.config(sizes["encoder/conv_in/bias"].ours[0], sizes["from_latent/bias"].ours[0])
 
 
 def _text_encoder(sizes: Mapping[str, Size], told: Mapping[str, Any], where: str) -> Any:
