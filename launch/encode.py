@@ -21,21 +21,23 @@ from tqdm import tqdm
 
 from launch.cli import run_main
 from launch.common import all_devices
-from salt_jax.convert.reading import digest
+from launch.parsing import read_size, refuse_frames
+from salt_jax.choices import TeacherSolver
 from salt_jax.data.latents import Report, in_groups, write_records
 from salt_jax.data.video_folder import Video, find_videos, read_clip, read_prompts
 from salt_jax.errors import UserError
-from salt_jax.flow.multistep import TeacherSolver
 from salt_jax.models import pretrained
 from salt_jax.models.denoiser import guided, wan_network
 from salt_jax.models.image_condition import squash_for_clip
 from salt_jax.models.image_encoder import encode_image
+from salt_jax.models.latent_size import FPS, SPACE, TIME
 from salt_jax.models.presets import PRESETS, Compute
 from salt_jax.models.pretrained import IMAGE, TEXT, VAE, WAN, Part, Source
 from salt_jax.models.prompts import negative_prompt
 from salt_jax.models.text_encoder import encode_prompts
 from salt_jax.models.tokenizer import PAD
-from salt_jax.models.vae import SPACE, TIME, encode_video
+from salt_jax.models.vae import encode_video
+from salt_jax.models.weights import digest
 from salt_jax.sample import multistep_clip, numbered_keys
 from salt_jax.train.sharding import state_shardings
 
@@ -104,7 +106,8 @@ def main(_):
     ):
         if wrong:
             raise UserError(message)
-    width, height, source = *read_size(SIZE.value, FRAMES.value), Source(WEIGHTS.value)
+    refuse_frames(FRAMES.value)
+    width, height, source = *read_size(SIZE.value), Source(WEIGHTS.value)
     if VIDEOS.value:
         videos = find_videos(VIDEOS.value, CAPTIONS.value)
     else:

@@ -26,7 +26,7 @@ if ! up_to_date "$name" requirements.txt requirements-dev.txt; then
         python -m pip install -r requirements-dev.txt
     else
         echo "== No CPU build of torch for this Python: parity tests will skip (PARITY=1 installs any build)"
-        python -m pip install -r requirements.txt -r <(grep -Ev '^(-r|torch==)' requirements-dev.txt)
+        python -m pip install -r requirements.txt -r <(grep -Ev '^(-r|torch==|peft==)' requirements-dev.txt)
     fi
     mark_installed "$name" requirements.txt requirements-dev.txt
 fi

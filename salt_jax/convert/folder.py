@@ -6,36 +6,55 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from salt_jax.convert.reading import Found, find_network
+from salt_jax.convert.files import open_tensors
+from salt_jax.convert.foreign import told_by_names
+from salt_jax.convert.reading import Found, networks_in
 from salt_jax.convert.sizes import PARTS
-from salt_jax.errors import UserError
+from salt_jax.errors import UserError, listed
 from salt_jax.models.pretrained import TOKENIZERS
 
-SHARD = r"-\d+-of-(\d+)(?=\.safetensors$)"
-SUFFIXES = (".safetensors", ".pth", ".pt")
+SHARD = r"-\d+-of-(\d+)(?=\.\w+$)"
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+# What trainings leave beside weights.
+NO_NETWORK = r"(training_args|optimizer|scheduler|scaler|random_states.*|rng_state.*)\.(bin|pt|pth)|.*\.gguf"
 
 
-def find_networks(src: Path, unused: Callable[[Path], Any]) -> dict[str, Found]:
+def find_networks(src: Path, unused: Callable[[Path], Any], key: str = "") -> dict[str, Found]:
     """The networks in a folder with everything below it, or in a file, by what they are.
 
     Args:
       unused: is told of files that hold something else.
+      key: which network of a file that holds several of one kind; "": the averaged student.
 
     Raises:
       UserError: there is none, one twice, or one that is not complete.
     """
     networks: dict[str, Found] = {}
+    seen = []
     for files in weight_files(src):
-        found = find_network(files)
-        if found is None:
+        if files[0] != src and re.fullmatch(NO_NETWORK, files[0].name):
             unused(files[0])
-        elif found.network in networks:
-            both = f"{networks[found.network].files[0]} and {files[0]}"
-            raise UserError(f"{both} are both a {found.network}; name the folder or file of one of them")
-        else:
-            networks[found.network] = found
+            continue
+        opened = open_tensors(files)
+        found = networks_in(opened, files, key)
+        seen += [] if found else opened.tensors
+        if not found:
+            unused(files[0])
+        for one in found:
+            if one.network in networks:
+                both = f"{networks[one.network].files[0]} and {one.files[0]}"
+                raise UserError(f"{both} are both a {one.network}; name the folder or file of one of them")
+            networks[one.network] = one
     if not networks:
-        raise UserError(f"{src} holds none of {', '.join(PARTS)} of Wan 2.1; name another folder or file")
+        told = told_by_names(seen) or (
+            f"its names are {listed(seen)}" if seen else "there are no weights in it"
+        )
+        raise UserError(
+            f"{src} holds none of {', '.join(PARTS)} of Wan 2.1: {told}; name another folder or file"
+        )
+    students = {one.student for one in networks.values()} - {""}
+    if key and not any(key in (student, *re.split(r"[./]", student)) for student in students):
+        raise UserError(f"{src} has no network under --key={key}; there is {listed(students) or 'one alone'}")
     return networks
 
 
@@ -51,12 +70,12 @@ def weight_files(src: Path) -> list[list[Path]]:
     if src.is_dir():
         for path in sorted(src.rglob("*")):
             hidden = any(part.startswith(".") for part in path.relative_to(src).parts)
-            if path.suffix in SUFFIXES and path.is_file() and not hidden:
+            if path.suffix in (*SUFFIXES, ".gguf") and path.is_file() and not hidden:
                 models[_model(path)].append(path)
     else:
         models[_model(src)] = sorted(path for path in src.parent.iterdir() if _model(path) == _model(src))
     for model, files in models.items():
-        count = re.search(r"-of-(\d+)\.safetensors$", model.name)
+        count = re.search(r"-of-(\d+)\.\w+$", model.name)
         if count and len(files) != int(count[1]):
             raise UserError(f"{model.parent} has {len(files)} files {model.name}; download the rest")
     return list(models.values())

@@ -1,102 +1,210 @@
-"""LoRA weights in files of others (PEFT's names, as LongLive writes them): merged into a network, or kept apart."""
+"""LoRA weights in files of others: merged into a network, or kept apart."""
 
-import re
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from salt_jax.convert import names
-from salt_jax.convert.reading import FLOATS, Adapter, Found, clean, open_tensors
-from salt_jax.convert.sizes import read_json
-from salt_jax.errors import UserError
+from salt_jax.convert.files import open_tensors
+from salt_jax.convert.lora_names import Modules, read_modules
+from salt_jax.convert.lora_scale import kohya_alpha, number, read_told, scale_of
+from salt_jax.convert.reading import Delta, Found
+from salt_jax.errors import UserError, listed
 from salt_jax.models.weights import Outgoing, Stored, view
+
+Place = tuple[str, int]  # our path and layer
+
+
+class Adapter(NamedTuple):
+    """A matrix of low rank: scale * up @ down."""
+
+    down: Stored  # [R, I], or [R, C, pt, ph, pw] of a convolution
+    up: Stored  # [O, R], or with axes of 1 behind it
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
 
 
 class Lora(NamedTuple):
-    """The adapted matrices of a network, by our path and layer."""
+    """What a file adds to a network."""
 
-    rank: int
-    alpha: float
-    adapters: dict[tuple[str, int], Adapter]
+    path: Path
+    adapters: dict[Place, Adapter]
+    differences: dict[Place, Delta]  # whole arrays: biases, norms, modulation
+
+    @property
+    def ranks(self) -> list[int]:
+        return sorted({adapter.rank for adapter in self.adapters.values()})
+
+    @property
+    def alphas(self) -> list[float]:
+        """As if every matrix were scaled by alpha / rank."""
+        return sorted({round(adapter.scale * adapter.rank, 6) for adapter in self.adapters.values()})
 
 
 def find_lora(path: Path, found: Found) -> Lora:
     """The LoRA in a file, which must fit the network `found`.
 
-    The file does not hold alpha. An adapter_config.json beside it tells; without one alpha is the rank, as LongLive
-    trains it: W + up @ down.
-
     Raises:
-      UserError: it cannot be read, holds something else, or adapts another network.
+      UserError: it cannot be read, holds something else, asks for what is not applied, or adapts another network.
     """
-    tensors, _ = open_tensors([path], names.ADAPTERS)
-    places = {
-        getattr(row, layout).format(i=i).removesuffix(".weight"): (row.ours, i)
-        for row in names.WAN
-        if row.ours in found.pieces and row.ours.startswith("blocks/") and row.ours.endswith("/kernel")
-        for layout in ("official", "diffusers")
-        for i in range(len(found.pieces[row.ours]))
-    }
-    halves: dict[str, dict[tuple[str, int], Stored]] = {"A": {}, "B": {}}
-    unexpected = []
-    for name, tensor in clean(tensors, str(path)).items():
-        parts = re.fullmatch(r"(.+)\.lora_([AB])(\.\w+)?\.weight", name)
-        if parts and parts[1] in places:
-            halves[parts[2]][places[parts[1]]] = tensor
-        else:
-            unexpected.append(name)
-    alone = sorted(f"{ours} of layer {i}" for ours, i in halves["A"].keys() ^ halves["B"].keys())
-    if unexpected or alone or not halves["A"]:
-        raise UserError(
-            f"{path} is no LoRA of this network: unexpected {', '.join(sorted(unexpected)) or 'nothing'}; "
-            f"one half absent of {', '.join(alone) or 'none'}; {len(halves['A'])} matrices adapted; name another file"
-        )
-    ranks = {tensor.shape[:1] for tensor in halves["A"].values()}
-    if len(ranks) != 1 or () in ranks or (0,) in ranks:
-        raise UserError(
-            f"{path} has matrices of ranks {sorted(ranks)}, only one rank is read; name another file"
-        )
-    ((rank,),) = ranks
-    alpha = float(read_json(path.with_name("adapter_config.json")).get("lora_alpha", rank))
-    adapters = {at: Adapter(halves["A"][at], halves["B"][at], alpha / rank) for at in halves["A"]}
-    for (ours, i), adapter in adapters.items():
-        out, into = found.pieces[ours][i].stored.shape
-        shapes = (adapter.down.shape, adapter.up.shape)
-        if shapes != ((rank, into), (out, rank)) or {adapter.down.dtype, adapter.up.dtype} - set(
-            map(np.dtype, FLOATS)
-        ):
-            raise UserError(
-                f"{path} does not fit: {ours} of layer {i} is {(out, into)}, its LoRA {shapes}; name another file"
+    where = str(path)
+    opened = open_tensors([path])
+    modules = read_modules(opened.tensors, where)
+    told, common = read_told(path, opened.metadata), kohya_alpha(opened.metadata, where)
+    _check_network(modules, found, where)
+    adapters, differences, wrong = {}, {}, []
+    for module, parts in modules.parts.items():
+        low, slots = {"down", "up"} & parts.keys(), modules.targets[module]
+        scale = 1.0
+        if len(low) == 1 or (not low and parts.keys() & {"alpha", "up_bias"}) or (low and "weight" in parts):
+            wrong.append(f"{module} has {' and '.join(sorted(parts))}, no two factors")
+            continue
+        if low:
+            down, up = parts["down"], parts["up"]
+            if not down.shape or not down.shape[0]:
+                raise UserError(f"{where} has rank 0 at {module}; name another file")
+            alpha = (
+                number(_value(parts["alpha"]), f"alpha of {module} in {where}") if "alpha" in parts else None
             )
-    return Lora(rank, alpha, adapters)
+            scale = scale_of(
+                module, down.shape[0], common if alpha is None and not told else alpha, told, where
+            )
+            adapters[slots["weight"]] = Adapter(down, up, scale)
+        for part, slot, by in (("weight", "weight", 1.0), ("bias", "bias", 1.0), ("up_bias", "bias", scale)):
+            place = slots.get(slot)
+            if part in parts and (place is None or place in differences):
+                wrong.append(f"{module} has a {slot} too many")
+            elif part in parts and place is not None:
+                differences[place] = Delta(by, parts[part])
+    if wrong:
+        raise UserError(f"{where} is no LoRA of this network: {listed(wrong)}; name another file")
+    _check_shapes(adapters, differences, found, where)
+    return Lora(path, adapters, differences)
 
 
-def merge_lora(found: Found, lora: Lora) -> Found:
-    """The network with W + alpha / rank * up @ down in place of W, summed in float32 when it is read."""
-    adapted = {
-        ours: tuple(piece._replace(adapter=lora.adapters.get((ours, i))) for i, piece in enumerate(pieces))
+def merge_lora(found: Found, lora: Lora, strength: float = 1.0) -> Found:
+    """The network with what the LoRA adds, times `strength`, summed in float32 when it is read."""
+    deltas = {
+        place: Delta(one.scale, one.up, one.down) for place, one in lora.adapters.items()
+    } | lora.differences
+    added = lambda place: (
+        (deltas[place]._replace(scale=strength * deltas[place].scale),) if place in deltas else ()
+    )
+    pieces = {
+        ours: tuple(piece._replace(deltas=piece.deltas + added((ours, i))) for i, piece in enumerate(pieces))
         for ours, pieces in found.pieces.items()
     }
-    return found._replace(pieces=adapted)
+    return found._replace(pieces=pieces)
 
 
-def lora_outgoing(lora: Lora, dtype: Any) -> dict[str, Outgoing]:
-    """The LoRA as the tree of `models.lora`; `dtype` as for `convert.outgoing`.
+def lora_alpha(lora: Lora) -> tuple[int, float]:
+    """Rank and alpha of a LoRA that `models.lora` can hold: low rank in whole blocks, of one rank and one scale.
+
+    Raises:
+      UserError: it is another one.
+    """
+    apart = sorted({ours for ours, _ in lora.adapters if not ours.startswith("blocks/")})
+    scales = {adapter.scale for adapter in lora.adapters.values()}
+    reason = ""
+    if lora.differences or not lora.adapters:
+        reason = f"changes {len(lora.differences)} arrays as a whole, such as {min(lora.differences)[0]}"
+    elif apart:
+        reason = f"adapts {listed(apart)} outside of the blocks"
+    elif len(lora.ranks) > 1 or len(scales) > 1:
+        reason = (
+            f"has ranks {listed(map(str, lora.ranks))} and scales {listed(f'{scale:g}' for scale in scales)}"
+        )
+    if reason:
+        raise UserError(
+            f"{lora.path} {reason}, which lora.safetensors cannot tell; leave out --keep_lora to merge it"
+        )
+    return lora.ranks[0], scales.pop() * lora.ranks[0]
+
+
+def lora_outgoing(lora: Lora, layers: int, dtype: Any) -> dict[str, Outgoing]:
+    """The LoRA as the tree of `models.lora`; `dtype` as for `reading.outgoing`.
 
     Raises:
       UserError: a matrix is adapted in some layers and not in others, which that tree cannot tell.
     """
-    layers = 1 + max(i for _, i in lora.adapters)
     arrays = {}
     for ours in sorted({ours for ours, _ in lora.adapters}):
         each = [lora.adapters.get((ours, i)) for i in range(layers)]
         if None in each:
-            raise UserError(f"the LoRA leaves out {ours} of layer {each.index(None)}; merge it instead")
+            raise UserError(
+                f"{lora.path} leaves out {ours} of layer {each.index(None)}; leave out --keep_lora to merge it"
+            )
         for half, ab in (("down", "lora_a"), ("up", "lora_b")):
             stored = [getattr(adapter, half) for adapter in each]
             kinds = {tensor.dtype for tensor in stored}
-            kind = np.dtype(dtype or (kinds.pop() if len(kinds) == 1 else np.float32))
-            parts = lambda stored=stored: (view(tensor).T for tensor in stored)
-            arrays[f"{ours}/{ab}"] = Outgoing(kind, (layers, *stored[0].shape[::-1]), parts)
+            exact = kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
+            kind = np.dtype(dtype or (exact if exact.itemsize in (2, 4) else np.float32))
+            flat = lambda tensor: view(tensor).reshape(len(view(tensor)), -1)
+            parts = lambda stored=stored, flat=flat: (flat(tensor).T for tensor in stored)
+            rows = stored[0].shape[0]
+            arrays[f"{ours}/{ab}"] = Outgoing(kind, (layers, math.prod(stored[0].shape[1:]), rows), parts)
     return arrays
+
+
+def describe(lora: Lora) -> str:
+    """In one line."""
+    many = lambda numbers: f"{numbers[0]:g}" if len(numbers) == 1 else f"{numbers[0]:g} to {numbers[-1]:g}"
+    low = f"rank {many(lora.ranks)}, alpha {many(lora.alphas)}, " if lora.adapters else ""
+    whole = f", {len(lora.differences)} differences of whole arrays" if lora.differences else ""
+    return f"{low}{len(lora.adapters)} matrices{whole}"
+
+
+def _value(tensor: Stored) -> float:
+    return (
+        float(np.asarray(view(tensor), np.float64).reshape(-1)[0])
+        if math.prod(tensor.shape) == 1
+        else math.nan
+    )
+
+
+def _check_network(modules: Modules, found: Found, where: str) -> None:
+    """Refuses a LoRA of a network with other parts, before its shapes are looked at."""
+    places: Iterable[Place] = [
+        place for module in modules.parts for place in modules.targets[module].values()
+    ]
+    absent = {ours for ours, _ in places if ours not in found.pieces}
+    if absent:
+        raise UserError(
+            f"{where} adapts {listed(absent)}, of image-to-video models, and {found.files[0]} is text-to-video; name a "
+            "LoRA of this network"
+        )
+    layers, deepest = len(found.pieces["blocks/modulation"]), max(i for _, i in places)
+    if deepest >= layers:
+        raise UserError(
+            f"{where} adapts layer {deepest}, and {found.files[0]} has {layers}, counted from 0; name a LoRA of this "
+            "network"
+        )
+
+
+def _check_shapes(
+    adapters: dict[Place, Adapter], differences: dict[Place, Delta], found: Found, where: str
+) -> None:
+    wrong = []
+    for (ours, i), adapter in adapters.items():
+        out, *into = found.pieces[ours][i].stored.shape
+        down, up = adapter.down.shape, adapter.up.shape
+        inner = (tuple(into), (math.prod(into),), (*into, 1, 1), (*into, 1, 1, 1))
+        if down[1:] not in inner or up[:2] != (out, adapter.rank) or any(n != 1 for n in up[2:]):
+            wrong.append(f"{ours} of layer {i} is {(out, *into)}, its LoRA {(down, up)}")
+    for (ours, i), delta in differences.items():
+        shape = found.pieces[ours][i].stored.shape
+        if delta.up.shape != shape:
+            wrong.append(f"{ours} of layer {i} is {shape}, its difference {delta.up.shape}")
+    arrays = [half for one in adapters.values() for half in one[:2]] + [
+        delta.up for delta in differences.values()
+    ]
+    wrong += [f"an array is {kind}" for kind in {array.dtype for array in arrays} if kind.kind in "iub"]
+    if wrong:
+        raise UserError(
+            f"{where} does not fit {found.files[0]}: {listed(wrong)}; name a LoRA of this network"
+        )

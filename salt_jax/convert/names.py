@@ -201,16 +201,19 @@ TABLES = {"wan": WAN, "vae": VAE, "text_encoder": TEXT_ENCODER, "image_encoder":
 # Arrays that only image-to-video models have.
 IMAGE_TO_VIDEO = r"image_embedding/|_img/"
 
-# Wrappers of training and of other programs, in front of names or between their parts.
-PREFIXES = (
-    "base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "module.",
-    "vision_model.",
-)  # fmt: skip
+# Wrappers of training between the parts of names.
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
-# What a training of the Self Forcing family keeps in one file: the first of these that is there is the student.
-STUDENTS = ("generator_ema", "generator", "model")
-ADAPTERS = ("generator_lora",)
+# What a training keeps several networks of one kind under: the first of these that is there is the student's.
+STUDENTS = (
+    "generator_ema", "ema_generator", "student_ema", "ema_student", "ema", "ema_model", "model_ema", "generator_lora",
+    "generator", "student", "model", "module", "state_dict", "net",
+)  # fmt: skip
+# Networks that only help to train it.
+HELPERS = r"critic|fake|real_score|teacher|discriminator|optimizer"
+
+# The tokenizer in a text encoder of ComfyUI, as bytes.
+TOKENIZER = "spiece_model"
 
 # The same array under a second name.
 ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}
@@ -222,7 +225,7 @@ UNUSED_LAYERS = {"wan": 0, "vae": 0, "text_encoder": 0, "image_encoder": 1}
 IGNORED = {
     "wan": r"blocks\.\d+\.attn2\.norm_added_q\.weight",
     "vae": r"(?!)",
-    "text_encoder": r"(?!)",
+    "text_encoder": r"spiece_model",
     "image_encoder": r"textual\..*|text_model\..*|(log|logit)_scale|visual\.head|(visual|text)_projection\.weight"
     r"|visual\.post_norm\..*|post_layernorm\..*|embeddings\.position_ids"
     r"|(visual\.transformer|encoder\.layers)\.LAST\..*",

@@ -4,9 +4,9 @@ A file is recognised by the names in it, its sizes follow from the shapes, and n
 shape has been checked. `names` has the tables.
 """
 
-import itertools
+import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,26 +15,27 @@ import jax.numpy as jnp
 import numpy as np
 from einops import EinopsError, rearrange
 from flax.traverse_util import flatten_dict
-from safetensors import SafetensorError
 
 from salt_jax.convert import names
-from salt_jax.convert.names import TABLES, Row
+from salt_jax.convert.files import Opened, open_tensors
+from salt_jax.convert.foreign import check_surroundings, told_by_names
+from salt_jax.convert.fp8 import FP8, fits, rescaled, split_scales
+from salt_jax.convert.names import TABLES
+from salt_jax.convert.places import Place, bare, choose, find_places, inside, layers, names_of, unnumbered
 from salt_jax.convert.sizes import PARTS, Size, infer_config, read_json
-from salt_jax.convert.torch_files import read_torch
-from salt_jax.errors import UserError
+from salt_jax.errors import UserError, listed
 from salt_jax.models import pretrained
-from salt_jax.models.weights import Outgoing, Stored, list_tensors, view
-from salt_jax.models.weights import digest as digest  # for those who read it here
+from salt_jax.models.weights import Outgoing, Stored, view
 
-FLOATS = (np.float32, np.float16, jnp.bfloat16)
+FLOATS = tuple(map(np.dtype, (np.float32, np.float16, jnp.bfloat16)))  # stored as they are
 
 
-class Adapter(NamedTuple):
-    """What a LoRA adds to one matrix [O, I]: scale * up @ down."""
+class Delta(NamedTuple):
+    """What a LoRA adds to an array: scale * up, or scale * up @ down of a matrix or of a convolution."""
 
-    down: Stored  # [R, I]
-    up: Stored  # [O, R]
     scale: float
+    up: Stored  # [O, R], or of the array's shape
+    down: Stored | None = None  # [R, ...]
 
 
 class Piece(NamedTuple):
@@ -44,7 +45,8 @@ class Piece(NamedTuple):
     stored: Stored
     form: str
     third: int | None = None
-    adapter: Adapter | None = None
+    scale: Stored | None = None  # of 8-bit numbers
+    deltas: tuple[Delta, ...] = ()
 
 
 class Found(NamedTuple):
@@ -56,61 +58,59 @@ class Found(NamedTuple):
     config: Any
     files: tuple[Path, ...]
     pieces: dict[str, tuple[Piece, ...]]  # by our path; one for each layer where ours are stacked
+    record: str = ""  # what our export wrote about it, as JSON
+    tokenizer: Stored | None = None  # bytes of spiece.model in a file of a text encoder
 
 
-def find_network(files: Sequence[Path]) -> Found | None:
+def find_network(files: Sequence[Path], key: str = "") -> Found | None:
     """The network that the files (one, or the shards of one model) hold; None: none of Wan 2.1.
+
+    Args:
+      key: which one, where the files hold several of one kind; "": the averaged student.
 
     Raises:
       UserError: a file cannot be read, or is a network with names or shapes that do not fit.
     """
-    tensors, student = open_tensors(files, names.STUDENTS)
+    return next(iter(networks_in(open_tensors(files), files, key)), None)
+
+
+def networks_in(opened: Opened, files: Sequence[Path], key: str = "") -> list[Found]:
+    """As `find_network`; a file of ComfyUI may hold several of different kinds."""
     where = str(files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more")
-    tensors = clean(tensors, where)
-    known = {}
-    for network, layout in itertools.product(TABLES, ("official", "diffusers")):
-        seen, expected = _unnumbered(tensors, TABLES[network], layout), _names(TABLES[network], layout)
-        known[network, layout] = sum(name in seen for name in expected) / len(expected)
-    network, layout = max(known, key=lambda place: known[place])
-    if known[network, layout] < 0.5:
-        return None
-    pieces = _match(network, layout, tensors, where)
-    config = infer_config(network, _sizes(pieces), read_json(files[0].with_name("config.json")), where)
-    _check(pieces, PARTS[network], config, where)
-    return Found(network, layout, student, config, tuple(files), pieces)
+    tensors, scales = split_scales(bare(opened.tensors, where), opened.metadata, where)
+    places, found = find_places(tensors), []
+    for network in dict.fromkeys(place.network for place in places):
+        same = [place for place in places if place.network == network]
+        place = same[choose([place.prefix for place in same], key, f"{where} as {network}")]
+        prefixes = [other.prefix for other in places if other.prefix != place.prefix]
+        here = inside(tensors, place.prefix, prefixes)
+        pieces = _match(place, here, inside(scales, place.prefix, prefixes), where)
+        config = infer_config(network, _sizes(pieces), read_json(files[0].with_name("config.json")), where)
+        _check(pieces, PARTS[network], config, where)
+        if network == "wan":
+            check_surroundings(files)
+        path, _, front = place.prefix.rpartition("/")
+        several = sum(other.prefix.rpartition("/")[0] == path for other in same) > 1
+        asked = key in (*re.split(r"[./]", front), place.prefix.strip("./"))
+        student = (place.prefix if several or (key and asked) else path).strip("./")
+        tokenizer = here.get(names.TOKENIZER) if network == "text_encoder" else None
+        record = opened.metadata.get("salt_jax", "")
+        found.append(Found(network, place.layout, student, config, tuple(files), pieces, record, tokenizer))
+    return found
 
 
-def open_tensors(files: Sequence[Path], keys: Sequence[str]) -> tuple[dict[str, Stored], str]:
-    """The tensors of some files by name; of a file of torch.save those under the first of `keys`, and which that was.
-
-    Raises:
-      UserError: a file cannot be read, or two have the same name.
-    """
-    tensors, chosen = {}, ""
-    for path in files:
-        if path.suffix == ".safetensors":
-            try:
-                found: dict[Any, Any] = dict(list_tensors(path)[0])
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"cannot read {path} ({error}); download it again") from error
-        else:
-            found = read_torch(path)
-            chosen = next((key for key in keys if isinstance(found.get(key), dict)), "")
-            found = found[chosen] if chosen else found
-        twice = tensors.keys() & found.keys()
-        if twice:
-            raise UserError(
-                f"{path} and another file both hold {min(map(str, twice))}; convert one model at a time"
-            )
-        tensors |= {str(name): tensor for name, tensor in found.items() if isinstance(tensor, Stored)}
-    return tensors, chosen
+def outgoing_dtype(piece: Piece) -> np.dtype:
+    """How the array is stored where nobody asks: exactly, and never in 8 bits."""
+    if piece.stored.dtype in FP8 and piece.scale is None and not piece.deltas:
+        return np.dtype(jnp.bfloat16)
+    return piece.stored.dtype if piece.stored.dtype in FLOATS else np.dtype(np.float32)
 
 
 def outgoing(found: Found, dtype: Any) -> dict[str, Outgoing]:
     """Our arrays of a network, stored as `dtype`, or as they are stored there where it is None. Nothing is read yet."""
     arrays = {}
     for ours, pieces in found.pieces.items():
-        kinds = {piece.stored.dtype for piece in pieces}
+        kinds = {outgoing_dtype(piece) for piece in pieces}
         kind = np.dtype(dtype or (kinds.pop() if len(kinds) == 1 else np.float32))
         stack = (len(pieces),) if ours.startswith("blocks/") else ()
         parts = lambda pieces=pieces: (_read(piece) for piece in pieces)
@@ -118,52 +118,15 @@ def outgoing(found: Found, dtype: Any) -> dict[str, Outgoing]:
     return arrays
 
 
-def _names(table: Iterable[Row], layout: str) -> list[str]:
-    return [getattr(row, layout).partition("#")[0] for row in table]
-
-
-def _layers(tensors: Iterable[str], table: Iterable[Row], layout: str) -> dict[str, int]:
-    """The names that belong to a layer, and which. The names of a layer all begin alike."""
-    front = next((name.partition("{i}")[0] for name in _names(table, layout) if "{i}" in name), None)
-    numbered = {name: front and re.match(re.escape(front) + r"(\d{1,4})\.", name) for name in tensors}
-    return {name: int(match[1]) for name, match in numbered.items() if match}
-
-
-def _unnumbered(tensors: Iterable[str], table: Iterable[Row], layout: str) -> set[str]:
-    """The names with {i} for the layer."""
-    layers = _layers(tensors, table, layout)
-    return {
-        re.sub(rf"\b{layers[name]}\b", "{i}", name, count=1) if name in layers else name for name in tensors
-    }
-
-
-def clean(tensors: Mapping[str, Stored], where: str) -> dict[str, Stored]:
-    """Names without what wrappers put in front of them."""
-    bare = {}
-    for name, tensor in tensors.items():
-        short = name
-        for wrapper in names.WRAPPERS:
-            short = short.replace(wrapper, "")
-        while prefix := next((p for p in names.PREFIXES if short.startswith(p)), ""):
-            short = short.removeprefix(prefix)
-        if short in bare:
-            raise UserError(f"{where} holds {short} twice, once as {name}; convert one model at a time")
-        bare[short] = tensor
-    for name, first in names.ALIASES.items():
-        if name in bare:
-            tensor = bare.pop(name)
-            bare.setdefault(first, tensor)
-    return bare
-
-
 def _match(
-    network: str, layout: str, tensors: Mapping[str, Stored], where: str
+    place: Place, tensors: Mapping[str, Stored], scales: Mapping[str, Stored], where: str
 ) -> dict[str, tuple[Piece, ...]]:
-    """Every array of ours with those of theirs that it is made of. Raises UserError with all that do not match."""
+    """Every array of ours with those of theirs that it is made of. Raises UserError about those that do not match."""
+    network, layout, _ = place
     table = TABLES[network]
-    used = 1 + max(_layers(tensors, table, layout).values(), default=-1) - names.UNUSED_LAYERS[network]
+    used = 1 + max(layers(tensors, table, layout).values(), default=-1) - names.UNUSED_LAYERS[network]
     image = [row for row in table if re.search(names.IMAGE_TO_VIDEO, row.ours)]
-    with_image = not _unnumbered(tensors, table, layout).isdisjoint(_names(image, layout))
+    with_image = not unnumbered(tensors, table, layout).isdisjoint(names_of(image, layout))
     pieces, missing, left = {}, [], set(tensors)
     for row in table if with_image else [row for row in table if row not in image]:
         name, _, third = getattr(row, layout).partition("#")
@@ -172,13 +135,17 @@ def _match(
         missing += [n for n in each if n not in tensors]
         left -= set(each)
         pieces[row.ours] = tuple(
-            Piece(n, tensors[n], form, int(third) if third else None) for n in each if n in tensors
+            Piece(n, tensors[n], form, int(third) if third else None, scales.get(n))
+            for n in each
+            if n in tensors
         )
     ignored = names.IGNORED[network].replace("LAST", str(used))
-    unexpected = sorted(name for name in left if not re.fullmatch(ignored, name))
+    unexpected = [name for name in left if not re.fullmatch(ignored, name)]
+    if unexpected and told_by_names(unexpected):
+        raise UserError(f"{where} {told_by_names(unexpected)}; name another file")
     if missing or unexpected:
-        told = ((f"{len(missing)} missing ({', '.join(sorted(set(missing)))})", missing),)
-        told += ((f"{len(unexpected)} unexpected ({', '.join(unexpected)})", unexpected),)
+        told = ((f"{len(missing)} missing ({listed(set(missing))})", missing),)
+        told += ((f"{len(unexpected)} unexpected ({listed(unexpected)})", unexpected),)
         what = " and ".join(text for text, some in told if some)
         raise UserError(
             f"{where} looks like a {network} with {layout} names, but has {what}; "
@@ -206,30 +173,39 @@ def _shape(piece: Piece) -> tuple[int, ...]:
     return rearrange(np.broadcast_to(np.float32(0), shape), piece.form).shape
 
 
+@functools.cache
+def _like(part: pretrained.Part, config: Any) -> dict[Any, Any]:
+    return flatten_dict(jax.eval_shape(lambda: part.init(jax.random.key(0), config)), sep="/")
+
+
 def _check(pieces: Mapping[str, Sequence[Piece]], part: pretrained.Part, config: Any, where: str) -> None:
-    like: Any = flatten_dict(jax.eval_shape(lambda: part.init(jax.random.key(0), config)), sep="/")
-    wrong = []
+    like, wrong = _like(part, config), []
     for ours, each in pieces.items():
         want = like[ours].shape[1:] if ours.startswith("blocks/") else like[ours].shape
         for piece in each:
             try:
-                fits = _shape(piece) == want and (piece.third is None or piece.stored.shape[0] % 3 == 0)
+                right = _shape(piece) == want and (piece.third is None or piece.stored.shape[0] % 3 == 0)
             except EinopsError:
-                fits = False
-            if not fits:
+                right = False
+            if not right:
                 wrong.append(f"{piece.name} is {piece.stored.shape}, which does not give {want}")
-            if piece.stored.dtype not in FLOATS:
-                wrong.append(f"{piece.name} is {piece.stored.dtype}, not floating point of 16 or 32 bits")
+            if piece.stored.dtype not in (*FLOATS, *FP8, np.float64):
+                wrong.append(f"{piece.name} is {piece.stored.dtype}, no floating point: quantised or damaged")
+            if piece.scale is not None and not fits(piece.scale, piece.stored.shape):
+                wrong.append(f"{piece.name} is {piece.stored.shape}, its scale {piece.scale.shape}")
     if wrong:
-        raise UserError(f"{where} does not fit {config}: {', '.join(wrong)}; name another file")
+        raise UserError(f"{where} does not fit {config}: {listed(wrong)}; name another file")
 
 
 def _read(piece: Piece) -> np.ndarray:
-    """The array as ours, a view on the file where no LoRA changes it."""
+    """The array as ours, a view on the file where nothing changes it."""
     array = view(piece.stored)
+    if piece.scale is not None:
+        array = rescaled(array, view(piece.scale))
     if piece.third is not None:
         array = np.split(array, 3)[piece.third]
-    if piece.adapter is not None:
-        down, up = (view(stored).astype(np.float32) for stored in piece.adapter[:2])
-        array = array.astype(np.float32) + np.float32(piece.adapter.scale) * (up @ down)
+    for scale, *halves in piece.deltas:
+        up, *down = (view(half).astype(np.float32) for half in halves if half is not None)
+        delta = up.reshape(len(up), -1) @ down[0].reshape(len(down[0]), -1) if down else up
+        array = array.astype(np.float32) + np.float32(scale) * delta.reshape(array.shape)
     return rearrange(array, piece.form)

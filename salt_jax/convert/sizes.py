@@ -16,6 +16,14 @@ PARTS = {
     "image_encoder": pretrained.IMAGE,
 }
 
+CHANNELS = 16  # of Wan 2.1's latents
+# Of other models: channels made, channels taken, whether there is an image embedding.
+OTHERS = {
+    (48, 48, False): "Wan 2.2 TI2V 5B",
+    (16, 36, False): "Wan 2.2 I2V A14B",
+    (16, 48, True): "Wan 2.1 Fun Control",
+}
+
 
 class Size(NamedTuple):
     """Of an array in every layer."""
@@ -56,7 +64,7 @@ def _wan(sizes: Mapping[str, Size], told: Mapping[str, Any], where: str) -> Any:
     _, channels, frames, rows, columns = sizes["patch_embedding/kernel"].theirs
     known = {c.dim: c.num_heads for c in presets.PRESETS.values() if c.text_dim == 4096}
     image = sizes.get("image_embedding/norm_in/scale")
-    return pretrained.WAN.config(
+    config = pretrained.WAN.config(
         dim=dim,
         num_heads=_heads(told, ("num_heads", "num_attention_heads"), known.get(dim), where),
         num_layers=layers,
@@ -69,6 +77,21 @@ def _wan(sizes: Mapping[str, Size], told: Mapping[str, Any], where: str) -> Any:
         freq_dim=sizes["time_embedding/in/kernel"].ours[0],
         image_dim=image.ours[0] if image else 0,
         eps=float(told.get("eps", 1e-6)),
+    )
+    _check_channels(config, where)
+    return config
+
+
+def _check_channels(config: Any, where: str) -> None:
+    made, taken = config.out_channels, config.in_channels
+    if made == CHANNELS and taken == CHANNELS + config.condition_channels:
+        return
+    picture = "with" if config.image_dim else "without"
+    other = OTHERS.get((made, taken, bool(config.image_dim)))
+    guess = f", as {other} does" if other else ""
+    raise UserError(
+        f"{where} makes {made} channels of {taken}, {picture} an image embedding{guess}; "
+        f"Wan 2.1 makes {CHANNELS} of {CHANNELS}, or of 36 with one: name another file"
     )
 
 

@@ -31,6 +31,7 @@ def write_official(
     dtype: Any = None,
     max_shard: int = 5 * 10**9,
     report: Callable[[int], Any] = lambda nbytes: None,
+    record: str = "",
 ) -> None:
     """Writes a transformer as safetensors with its config.json: in `dst`, or in `dst`/transformer for Diffusers.
 
@@ -39,6 +40,7 @@ def write_official(
       dtype: how to store it; None: as it is.
       max_shard: bytes; what is larger goes into several files with an index.
       report: is told the bytes of each array that was written.
+      record: metadata of each file under the key salt_jax.
 
     Raises:
       UserError: there is such a model already, or the disk refuses; nothing is left then.
@@ -57,13 +59,13 @@ def write_official(
         shards[-1][name] = tensor
         size += tensor.nbytes
     several = len(shards) > 1
-    weight_map = {}
+    weight_map, metadata = {}, {"format": "pt"} | ({"salt_jax": record} if record else {})
     with all_or_nothing(dst) as temporary:
         folder = temporary / inner
         folder.mkdir(exist_ok=True)
         for k, shard in enumerate(shards, 1):
             file = f"{NAME}-{k:05d}-of-{len(shards):05d}.safetensors" if several else f"{NAME}.safetensors"
-            write_tensors(folder / file, shard, {"format": "pt"}, report)
+            write_tensors(folder / file, shard, metadata, report)
             weight_map |= dict.fromkeys(shard, file)
         if several:
             total = sum(tensor.nbytes for tensor in tensors.values())
@@ -102,13 +104,14 @@ def outgoing(params: Params, config: WanConfig, layout: Layout, dtype: Any) -> d
         turn = lambda array, form=f"{ours} -> {theirs}", axes=axes: rearrange(array, form, **axes)
         shape = turn(np.broadcast_to(np.float32(0), leaf.shape[1:] if stacked else leaf.shape)).shape
         for i in range(config.num_layers) if stacked else [None]:
-            part = lambda leaf=leaf, turn=turn, i=i: [turn(_layer(leaf, i))]
+            part = lambda leaf=leaf, turn=turn, i=i: [turn(layer_of(leaf, i))]
             place = (-1, row.ours) if i is None else (i, row.ours)
             found[place, name.format(i=i)] = Outgoing(np.dtype(dtype or leaf.dtype), shape, part)
     return {name: found[place, name] for place, name in sorted(found)}
 
 
-def _layer(leaf: Any, i: int | None) -> np.ndarray:
+def layer_of(leaf: Any, i: int | None) -> np.ndarray:
+    """One layer of a stacked array, or the array where i is None."""
     if isinstance(leaf, Stored):
         leaf = view(
             leaf

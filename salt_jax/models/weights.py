@@ -57,9 +57,8 @@ def view(stored: Stored) -> np.ndarray:
         return np.empty(stored.shape, stored.dtype)
     size = stored.dtype.itemsize
     span = 1 + sum((n - 1) * s for n, s in zip(stored.shape, stored.strides, strict=True))
-    flat = np.memmap(stored.path, mode="r", offset=stored.offset, shape=(span * size,)).view(stored.dtype)
-    steps = tuple(s * size for s in stored.strides)
-    return np.lib.stride_tricks.as_strided(flat, stored.shape, steps, writeable=False)
+    data = np.memmap(stored.path, mode="r", offset=stored.offset, shape=(span * size,))
+    return np.ndarray(stored.shape, stored.dtype, data, strides=[s * size for s in stored.strides])
 
 
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -3,26 +3,23 @@
 import functools
 import json
 import re
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from salt_jax.convert import names, reading, writing
 from salt_jax.convert.folder import find_networks, weight_files
-from salt_jax.convert.lora import find_lora, lora_outgoing, merge_lora
 from salt_jax.convert.reading import find_network
 from salt_jax.convert.sizes import Size, infer_config
 from salt_jax.convert.writing import open_wan, write_official
 from salt_jax.errors import UserError
 from salt_jax.models import image_encoder, text_encoder, vae
-from salt_jax.models.lora import merge
 from salt_jax.models.presets import PRESETS, Compute
 from salt_jax.models.wan import apply_wan, init_wan
 from salt_jax.models.weights import load_weights, write_tensors
@@ -221,61 +218,6 @@ def lora_file(path, params, rank, seed=3):
     return save_torch(path, {"generator_lora": out, "step": np.int64([1])}), out
 
 
-@pytest.mark.parametrize("alpha", [slow(None), 8])
-def test_a_lora_is_merged_as_w_plus_up_times_down_or_kept(release, tmp_path, alpha):
-    files, params = release(T2V)
-    found = find_network(files)
-    path, matrices = lora_file(tmp_path / "lora.pt", params, 4)
-    if alpha:
-        (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": alpha, "r": 4}))
-    lora = find_lora(path, found)
-    assert (lora.rank, lora.alpha, len(lora.adapters)) == (4, alpha or 4, 10 * T2V.num_layers)
-    write(merge_lora(found, lora), tmp_path / "merged.safetensors")
-    merged = load_weights(tmp_path / "merged.safetensors", params)
-    for name, w in official(merged, T2V).items():
-        layer, want = (
-            f"base_model.model.{name.removesuffix('.weight')}",
-            official(params, T2V)[name].astype(float),
-        )
-        if f"{layer}.lora_A.weight" in matrices:
-            down, up = matrices[f"{layer}.lora_A.weight"], matrices[f"{layer}.lora_B.weight"]
-            want = want + (alpha or 4) / 4 * up.astype(float) @ down
-        np.testing.assert_allclose(w, want, atol=1e-5)
-
-    kept = {
-        name: np.concatenate([p[None] for p in out.parts()])
-        for name, out in lora_outgoing(lora, None).items()
-    }
-    write_tensors(tmp_path / "kept.safetensors", lora_outgoing(lora, None), {})
-    tree = load_weights(tmp_path / "kept.safetensors", unflatten_dict(kept, sep="/"))
-    apart = merge(params, tree, SimpleNamespace(rank=lora.rank, alpha=lora.alpha))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), apart, merged)
-
-
-ones = lambda *shape: np.ones(shape, np.float32)
-FIRST = "base_model.model.blocks.0.ffn.0"
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        (lambda m: m.pop(f"{FIRST}.lora_A.weight"), "half absent of blocks/ffn_in/kernel of layer 0"),
-        (lambda m: m.update({"blocks.0.ffn.9.lora_A.weight": ones(4, 4)}), r"unexpected blocks\.0\.ffn\.9"),
-        (lambda m: m.update({f"{FIRST}.lora_B.weight": ones(5, 4)}), r"\(96, 48\), its LoRA .*\(5, 4\)"),
-        (lambda m: m.update({f"{FIRST}.lora_A.weight": ones(3, 48)}), "only one rank"),
-        (lambda m: m.clear(), "0 matrices adapted"),
-    ],
-)
-def test_another_lora_is_refused(release, tmp_path, change, told):
-    files, params = release(T2V)
-    _, matrices = lora_file(tmp_path / "lora.pt", params, 4)
-    change(matrices)
-    path = save_torch(tmp_path / "lora.pt", {"generator_lora": matrices})
-    with pytest.raises(UserError, match=told) as error:
-        find_lora(path, find_network(files))
-    assert str(path) in str(error.value)
-
-
 def save_changed(tmp_path, change, config=T2V, heads=2):
     tensors = official(randomised(shapes_of(config), 1), config)
     change(tensors)
@@ -310,7 +252,6 @@ def exchange(tensors, **new):
         (lambda t: exchange(t, patch_embedding__weight=(48, 64)), "shapes that no wan has"),
         (lambda t: exchange(t, head__head__weight=(48, 64)), r"head\.head\.weight is \(48, 64\)"),
         (lambda t: t.update({"head.modulation": np.zeros((1, 2, 48), np.int8)}), "head.modulation is int8"),
-        (lambda t: t.update({"head.modulation": np.zeros((1, 2, 48), ml_dtypes.float8_e4m3fn)}), "float8_e4m3fn"),
         (lambda t: [t.pop(k) for k in list(t) if k.startswith("blocks.0")], r"missing \(blocks\.0\."),
     ],
 )  # fmt: skip
@@ -340,7 +281,7 @@ def test_what_is_no_network_of_wan_is_left_and_one_model_at_a_time_is_read(relea
     assert find_networks(folder, unused.append).keys() == {"wan"}
     assert unused == [folder / "other.safetensors"]
     assert weight_files(files[1]) == [files]  # one shard stands for all
-    with pytest.raises(UserError, match="holds none of wan, vae"):
+    with pytest.raises(UserError, match=r"holds none of wan, vae.*its names are conv\.weight"):
         find_networks(folder / "other.safetensors", unused.append)
     save_torch(folder / "student.pt", official(randomised(shapes_of(T2V), 2), T2V))
     with pytest.raises(UserError, match=r"00001-of-00002.* and .*student\.pt are both a wan"):

@@ -1,9 +1,13 @@
 """Files of torch.save are read as data: tensors come out right, and nothing that a file says is ever run."""
 
+import argparse
+import collections
+import datetime
 import io
 import pickle
 import struct
 import zipfile
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -36,6 +40,16 @@ def tensor(where, offset, shape, strides):
     lengths = lambda numbers: group(*map(number, numbers))
     hooks = call(name("collections", "OrderedDict"))
     return call(REBUILD, where, number(offset), lengths(shape), lengths(strides), b"\x89", hooks)
+
+
+def fp8(dtype=None, kind=None, count=3):
+    """As torch writes three numbers of 8 bits: untyped bytes, and what they are."""
+    dtype = dtype or name("torch", "float8_e4m3fn")
+    typed = name("torch", f"{kind}Storage") if kind else name("torch.storage", "UntypedStorage")
+    where = group(text("storage"), typed, text("0"), text("cpu"), number(count)) + b"Q"
+    hooks = call(name("collections", "OrderedDict"))
+    rebuild = name("torch._utils", "_rebuild_tensor_v3")
+    return call(rebuild, where, number(0), group(number(3)), group(number(1)), b"\x89", hooks, dtype)
 
 
 def archive(path, body, storages, root="model", kind=zipfile.ZIP_STORED, **extra):
@@ -106,6 +120,8 @@ def test_reads_what_torch_writes(file, protocol):
         "f32": base, "f16": base.half(), "bf16": base.bfloat16(), "i64": torch.arange(5), "u8": torch.arange(5).byte(),
         "bool": base > 0, "transposed": base.T, "view": base[2:, 1:7:2], "again": base, "scalar": torch.tensor(2.5),
         "odd": odd, "parameter": torch.nn.Parameter(base[1]), "buffer": torch.empty(0, 4),
+        "e4m3": base.to(torch.float8_e4m3fn), "e5m2": base.to(torch.float8_e5m2), "u16":
+        torch.arange(5).to(torch.uint16),
     }  # fmt: skip
     module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
     saved = {
@@ -125,6 +141,40 @@ def test_reads_what_torch_writes(file, protocol):
             got = view(found[part][key])
             assert got.shape == tuple(want.shape) and str(want.dtype) == f"torch.{got.dtype}", key
             np.testing.assert_array_equal(got.astype(np.float64), want.detach().double().numpy(), err_msg=key)
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
+def test_numbers_of_8_bits_come_out(file, dtype):
+    numbers = np.array([0.5, -448, 2**-9], np.float32).astype(dtype)
+    body = table({"w": fp8(name("torch", numbers.dtype.name))})
+    found = view(read_torch(archive(file, body, {"0": numbers.tobytes()}))["w"])
+    assert found.dtype == dtype and found.tobytes() == numbers.tobytes()
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_what_stands_beside_tensors_is_passed_over(file, protocol):
+    """Numbers of numpy, argparse's Namespace, bytes, sets and dates: as Python and numpy write them."""
+    beside = {
+        "step": np.int64(7), "loss": np.float64(0.5), "half": np.float16(2), "dtype": np.dtype("<f4"),
+        "args": argparse.Namespace(lr=1e-4, betas=(0.9, 0.95), names=["a"], seed=np.int32(3)), "bytes": b"\xff\0",
+        "names": {"a", "b"}, "frozen": frozenset([1]), "kind": dict, "none": None, "yes": True, "x": [1.5, (), {}],
+        "states": collections.defaultdict(dict, {0: 1}), "day": datetime.datetime(2026, 1, 1), "where": Path("/x"),
+    }  # fmt: skip
+    pickled = pickle.dumps(beside, protocol)[2:-1]
+    if pickled[:1] == b"\x95":
+        pickled = pickled[9:]  # the frame of protocol 4
+    body = (
+        b"}"
+        + text("beside")
+        + pickled
+        + b"s"
+        + text("w")
+        + tensor(storage("Float", "0", 12), 0, (12,), (1,))
+        + b"s"
+    )
+    found = read_torch(archive(file, body, {"0": NUMBERS.tobytes()}))
+    np.testing.assert_array_equal(view(found["w"]), NUMBERS)
+    assert found["beside"]["yes"] is True and found["beside"]["x"] == [1.5, (), {}]
 
 
 class Shell:
@@ -158,6 +208,10 @@ def exploits(command):
         "hidden in a state",
         call(name("collections", "OrderedDict")) + call(name("builtins", "exec"), text(expression)) + b"b",
     )
+    run = call(name("os", "system"), text(command))
+    yield "in bytes", table({"w": call(name("_codecs", "encode"), run, text("latin1"))})
+    yield "in a Namespace", name("argparse", "Namespace") + b")\x81" + table({"w": run}) + b"b"
+    yield "in a set", b"\x8f(" + run + b"\x90"
     yield "thrown away", call(name("os", "system"), text(command)) + b"0" + table({"step": number(1)})
 
 
@@ -191,7 +245,7 @@ def test_exploits_run_in_pickle_and_not_here(file, kind):
         (group(text("storage"), name("torch", "Tensor"), text("0"), text("cpu"), number(1)) + b"Q", "outside"),
         (b"Pos.system\n", "uses PERSID"),
         (name("torch._utils", "_rebuild_tensor_v2.__globals__"), "asks for"),
-        (name("torch._utils", "_rebuild_tensor_v3"), "asks for 'torch._utils _rebuild_tensor_v3'"),
+        (name("torch._utils", "_rebuild_sparse_tensor"), "asks for 'torch._utils _rebuild_sparse_tensor'"),
         (name("numpy.core.multiarray", "_reconstruct"), "asks for 'numpy.core.multiarray _reconstruct'"),
         (name("torch", "load"), "asks for 'torch load'"),
         (call(name("torch", "Tensor"), number(3)), "it calls torch Tensor"),
@@ -202,6 +256,16 @@ def test_exploits_run_in_pickle_and_not_here(file, kind):
         (call(OF_TYPE, OF_TYPE, OF_TYPE, group(), b"N"), "rebuilds a tensor by"),
         (call(OF_TYPE, text("eval"), text("x"), group(), b"N"), "it calls 'eval'"),
         (b"}" + group(number(1)) + number(2) + b"s", "keys are neither"),
+        (call(name("builtins", "str"), text("x")), "it calls builtins str"),
+        (call(call(name("_codecs", "encode"), text("x")), text("y")), "it calls a Opaque"),
+        (call(REBUILD, call(name("numpy", "dtype")), number(0), group(), group(), b"\x89", b"N"), "tensor of a Opaque"),
+        (name("argparse", "Namespace.__init__"), "asks for 'argparse Namespace.__init__'"),
+        (name("builtins", "getattr"), "asks for 'builtins getattr'"),
+        (name("os", "system") + b")\x81", "asks for 'os system'"),
+        (name("torch._utils", "_rebuild_tensor_v2") + b")\x81", "uses NEWOBJ of torch._utils"),
+        (fp8(text("eval")), "numbers 'eval'"),
+        (fp8(name("torch", "float16"), "Float"), "has a storage of float32"),
+        (fp8(name("torch", "float64"), count=12), "larger than its storage of 1"),
     ],
 )  # fmt: skip
 def test_only_tensors_may_be_rebuilt(file, body, told):

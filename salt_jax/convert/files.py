@@ -1,0 +1,77 @@
+"""The tensors in files of others, whatever the files are called: safetensors, or what torch.save wrote."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
+
+from salt_jax.convert.torch_files import read_torch
+from salt_jax.errors import UserError
+from salt_jax.models.weights import Stored, list_tensors
+
+MAX_DEPTH = 4  # dicts in dicts
+
+# What a file is that has no weights, by its first bytes.
+NO_WEIGHTS = {
+    b"version https://git-lfs": "a Git LFS pointer, not the file it stands for; fetch that with git lfs pull",
+    b"GGUF": "a GGUF file, quantised in blocks; name one in float32, bfloat16, float16 or fp8",
+    b"<": "a web page, not weights; download it again",
+}
+
+
+class Opened(NamedTuple):
+    """One file, or the shards of one model. Nothing of the tensors is read yet."""
+
+    tensors: dict[str, Stored]  # the keys of nested dicts are joined by "/"
+    metadata: dict[str, str]  # of the first file, where it is safetensors
+
+
+def open_tensors(files: Sequence[Path]) -> Opened:
+    """What the files hold.
+
+    Raises:
+      UserError: a file cannot be read, or two have the same name.
+    """
+    tensors: dict[str, Stored] = {}
+    first: dict[str, str] = {}
+    for path in files:
+        found, metadata = _open(path)
+        twice = tensors.keys() & found.keys()
+        if twice:
+            raise UserError(f"{path} and another file both hold {min(twice)}; convert one model at a time")
+        tensors |= found
+        first = first or metadata
+    return Opened(tensors, first)
+
+
+def _open(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    try:
+        with open(path, "rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror or error}); check the name") from error
+    headed = start[8:9] == b"{"  # as safetensors begin: the length of a JSON object, and this object
+    what = "" if headed else next((told for first, told in NO_WEIGHTS.items() if start.startswith(first)), "")
+    if what or not start:
+        raise UserError(f"{path} is {what or 'empty; download it again'}")
+    if not headed and (path.suffix != ".safetensors" or start.startswith((b"PK\3\4", b"\x80"))):
+        return _flat(read_torch(path)), {}
+    try:
+        return list_tensors(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {path} ({error}); download it again") from error
+
+
+def _flat(found: dict[Any, Any]) -> dict[str, Stored]:
+    """The tensors in dicts in dicts, each dict once."""
+    tensors, seen, left = {}, {id(found)}, [("", found, 1)]
+    while left:
+        path, table, depth = left.pop()
+        for key, value in table.items():
+            if isinstance(value, Stored):
+                tensors[f"{path}{key}"] = value
+            elif isinstance(value, dict) and depth < MAX_DEPTH and id(value) not in seen:
+                seen.add(id(value))
+                left.append((f"{path}{key}/", value, depth + 1))
+    return tensors
