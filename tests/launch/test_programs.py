@@ -15,6 +15,7 @@ FRESH = ["--config.weights=", "--config.teacher.kind=closed_form", "--config.dat
 TINY = [
     *FRESH,
     "--config.updates=2",
+    "--config.save_every=1",
     "--config.batch_size=4",
     "--config.critic_updates=1",
 ]
@@ -64,8 +65,26 @@ def test_sampling_writes_clips_that_depend_on_the_seed_alone(workdir):
     captions.write_text("\n".join(json.loads(succeed_captions())[:2]), encoding="utf-8")
     succeed("sample", f"--workdir={workdir}", "--num_updates=2", f"--prompts_file={captions}", "--seed=5")
     assert [(out / f"2_{i:03d}.mp4").read_bytes() for i in range(2)] == before[:2]
-    succeed("sample", f"--workdir={workdir}", "--num_updates=2", "--count=3", "--seed=6")
+    assert "3 videos made" in succeed(
+        "sample", f"--workdir={workdir}", "--num_updates=2", "--count=3", "--seed=6"
+    )
     assert (out / "2_001.mp4").read_bytes() != before[1]
+
+
+@pytest.mark.slow
+def test_what_another_checkpoint_made_is_made_anew(workdir):
+    """The averaged weights of the newest checkpoint, those of an earlier one, and those that are not averaged."""
+    out = workdir / "chosen"
+    args = ["sample", f"--workdir={workdir}", "--num_updates=2", "--count=2", f"--out={out}"]
+    seen = set()
+    for chosen in ([], ["--step=1"], ["--step=1", "--average=none"], ["--guidance=3"], ["--levels=1000,400"]):
+        assert succeed(*args, *chosen).startswith("2 videos made")
+        assert succeed(*args, *chosen).startswith("0 videos made")
+        seen.add((out / "2_001.mp4").read_bytes())
+    assert len(seen) >= 4  # before the average begins it is a copy
+    told = [json.loads(line)["made_with"] for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert {t["network"]["step"] for t in told if "network" in t} == {1, 2}
+    assert (out / "2_sheet.png").stat().st_size
 
 
 def succeed_captions():

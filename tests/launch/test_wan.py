@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
@@ -12,8 +13,9 @@ from safetensors.numpy import save_file
 from launch.common import all_devices
 from salt_jax.models import image_encoder, text_encoder, vae
 from salt_jax.models.presets import PRESETS
-from salt_jax.models.pretrained import WAN, Source, open_part
+from salt_jax.models.pretrained import VAE, WAN, Source, open_part
 from salt_jax.models.wan import init_wan
+from salt_jax.sample import to_bytes
 from salt_jax.train.checkpoint import restore_params
 from salt_jax.video import write_mp4
 from tests.convert.test_convert import from_table, official, same_bits, save_torch, shapes_of
@@ -51,31 +53,68 @@ def picture(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_teacher_makes_a_video_of_each_prompt_and_leaves_what_is_there(tmp_path, prompts):
-    """The noise is the seed's, the solver matters, and a second call makes only what is missing."""
-    args = ["sample", *TINY, f"--prompts_file={prompts}", "--num_updates=2", f"--out={tmp_path}"]
-    succeed(*args)
+    """The noise is the seed's. A second call makes only what is missing; another prompt is another video."""
+    args = ["sample", *TINY, "--num_updates=2", f"--out={tmp_path}"]
+    assert "2 videos made" in succeed(*args, f"--prompts_file={prompts}")
     clip, fps = frames(tmp_path / "2_001.mp4")
     assert clip.shape == (9, 32, 32, 3) and fps == 16
     before = [(tmp_path / f"2_{i:03d}.mp4").read_bytes() for i in range(2)]
     assert before[0] != before[1]
     (tmp_path / "2_000.mp4").unlink()
+    assert "1 videos made" in succeed(*args, f"--prompts_file={prompts}")
+    assert [(tmp_path / f"2_{i:03d}.mp4").read_bytes() for i in range(2)] == before
+    for other in (
+        ["--prompt=A dog runs.", "--count=1"],
+        ["--prompt=A dog runs.", "--count=1", "--guidance=2"],
+    ):
+        assert "1 videos made" in succeed(*args, *other)
+        assert "0 videos made" in succeed(*args, *other)
+        now = (tmp_path / "2_000.mp4").read_bytes()
+        assert now != before[0]
+        before[0] = now
+    told = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert told[-1]["made_with"]["prompt"] == "A dog runs." and told[-1]["made_with"]["guidance"] == 2
     (tmp_path / "2_001.mp4").write_bytes(b"mine")
-    succeed(*args)
-    assert (tmp_path / "2_000.mp4").read_bytes() == before[0]
+    done = program(*args, f"--prompts_file={prompts}")
+    assert done.returncode == 2 and "2_001.mp4 is there" in done.stderr and done.stderr.count("\n") == 1
     assert (tmp_path / "2_001.mp4").read_bytes() == b"mine"
 
 
 @pytest.mark.slow
-def test_vbench_gets_its_names_and_the_seeds_lie_beside(tmp_path):
+def test_vbench_gets_its_names_and_records_lie_beside(tmp_path):
     told = [{"prompt_en": "a cat", "dimension": ["scene"]}]
     (tmp_path / "info.json").write_text(json.dumps(told))
     (tmp_path / "extended.txt").write_text("A cat on a long and sunny wall.\n")
     out = tmp_path / "videos"
     args = [f"--vbench={tmp_path / 'info.json'}", f"--extended={tmp_path / 'extended.txt'}", f"--out={out}"]
-    succeed("sample", *TINY, "--num_updates=1", *args)
+    assert "5 videos made" in succeed("sample", *TINY, "--num_updates=1", *args)
     assert sorted(path.name for path in out.iterdir()) == [f"a cat-{i}.mp4" for i in range(5)]
     seeds = json.loads((tmp_path / "videos.seeds.json").read_text())
     assert set(seeds) == {f"a cat-{i}.mp4" for i in range(5)} and len(set(seeds.values())) == 5
+    lines = [json.loads(line) for line in (tmp_path / "videos.samples.jsonl").read_text().splitlines()]
+    assert {line["file"]: line["made_with"]["seed"] for line in lines} == seeds
+    (out / "a cat-3.mp4").unlink()
+    assert "1 videos made" in succeed("sample", *TINY, "--num_updates=1", *args)
+    assert "5 videos made" in succeed("sample", *TINY, "--num_updates=2", *args)  # not those of one update
+
+
+@pytest.mark.slow
+def test_a_clip_is_continued_under_guidance_and_other_prompts(tmp_path):
+    """What is written begins with the clip, through the VAE; a switch changes what follows alone."""
+    chunks = [*TINY[:2], "--size=32x32", "--chunk=3", "--count=1", "--num_updates=2", "--dtype=float32"]
+    succeed("sample", *chunks, "--frames=21", "--prompt=A cat", f"--out={tmp_path / 'a'}")
+    more = [f"--prefix={tmp_path / 'a' / '2_000.mp4'}", "--prompt=A dog", "--frames=45"]
+    succeed("sample", *chunks, *more, "--guidance=3", f"--out={tmp_path / 'b'}")
+    succeed("sample", *chunks, *more, "--guidance=3", "--switch=33:A bird", f"--out={tmp_path / 'c'}")
+    succeed("sample", *chunks, *more, f"--out={tmp_path / 'd'}")
+    a, b, c, d = (frames(tmp_path / name / "2_000.mp4")[0].astype(int) for name in "abcd")
+    assert a.shape[0] == 21 and b.shape[0] == c.shape[0] == d.shape[0] == 45
+    config, params = open_part(VAE, Source(""))
+    latents = vae.encode_video(params, jnp.asarray(a[None] / 127.5 - 1, jnp.float32), config, jnp.float32)
+    again = to_bytes(vae.decode_video(params, latents, config, jnp.float32))[0]
+    assert np.abs(b[:21] - again).mean() < 3  # of 255: mp4 is lossy
+    np.testing.assert_array_equal(b[:33], c[:33])
+    assert np.abs(b[33:] - c[33:]).max() > 3 and np.abs(b[21:] - d[21:]).max() > 3
 
 
 @pytest.mark.slow
