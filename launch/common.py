@@ -13,8 +13,9 @@ from salt_jax.models.denoiser import Network
 from salt_jax.models.lora import merge
 from salt_jax.train.checkpoint import checkpoint_digest, restore_step
 from salt_jax.train.recipe import Recipe, to_json
-from salt_jax.train.setup import embed, initial_weights, make_network, student_start
+from salt_jax.train.setup import embed, make_network
 from salt_jax.train.sharding import make_mesh
+from salt_jax.train.start import initial_weights, student_start
 from salt_jax.types import Params
 
 ITEMS = {"ema": "ema", "none": "student"}  # --average -> what a checkpoint calls it

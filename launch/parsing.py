@@ -10,7 +10,8 @@ from salt_jax.choices import Positions
 from salt_jax.errors import UserError
 from salt_jax.models.latent_size import SPACE, TIME, TOKEN
 from salt_jax.models.memory import CachePolicy
-from salt_jax.train.recipe import Recipe, from_json
+from salt_jax.train import recipe as train
+from salt_jax.train.recipe import Recipe
 
 
 def read_workdir(workdir: Path, step: int | None = None) -> Recipe:
@@ -24,10 +25,7 @@ def read_workdir(workdir: Path, step: int | None = None) -> Recipe:
         raise UserError(
             f"{path} does not exist; train with --workdir={workdir} first, or name another workdir"
         )
-    try:
-        recipe = from_json(path.read_text(encoding="utf-8"), path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({error}); put back the one of launch.train") from error
+    recipe = train.read_workdir(workdir)
     there = sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
     if step is not None and step not in there:
         told = ", ".join(map(str, there)) or "none"

@@ -24,6 +24,7 @@ MAY_CHANGE = {
     "mesh",
     "data.dir",
 }
+MAY_CHANGE |= {"teacher.accept_student"}  # `train.roles` asks it of every start
 MAY_CHANGE |= {
     f"{who}_optimizer.{key}"
     for who in ("student", "critic")
@@ -84,14 +85,22 @@ def refuse_another_run(before: str, r: "Recipe", files_may_move: bool = False) -
             )
 
 
-def record_changes(workdir: str | Path, found: list[Change], step: int) -> None:
-    """Prints changes, a line for each, and adds them to WORKDIR/changes.jsonl with the update they begin after."""
+def record_changes(workdir: str | Path, before: str, r: "Recipe", step: int) -> None:
+    """Prints what is not as in the config `before`, the last start's, and adds it to WORKDIR/changes.jsonl.
+
+    `step`: the update after which it begins.
+    """
+    try:
+        found = changes(before, r)
+    except (ValueError, AttributeError):
+        return  # nobody has kept what the last start was
     time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    with open(Path(workdir) / "changes.jsonl", "a", encoding="utf-8") as file:
-        for key, was, now in found:
-            print(f"changed after update {step}: config.{key} was {was}, is {now}")
-            line = {"step": step, "key": key, "from": was, "to": now, "time": time}
-            file.write(json.dumps(line) + "\n")
+    lines = [{"step": step, "key": key, "from": was, "to": now, "time": time} for key, was, now in found]
+    for line in lines:
+        print(f"changed after update {step}: config.{line['key']} was {line['from']}, is {line['to']}")
+    if lines:
+        with open(Path(workdir) / "changes.jsonl", "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

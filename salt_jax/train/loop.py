@@ -23,9 +23,19 @@ from salt_jax.errors import UserError
 from salt_jax.models.image_condition import condition_latents
 from salt_jax.rollout.plan import Choice, Draw, draw_rollout, place_in_sequence
 from salt_jax.train import checkpoint, sharding
-from salt_jax.train.changes import refuse_another_run
+from salt_jax.train.changes import record_changes, refuse_another_run
 from salt_jax.train.preview import make_preview, show
 from salt_jax.train.recipe import Recipe, to_json
+from salt_jax.train.roles import (
+    Role,
+    going_on,
+    read_roles,
+    refuse_changed,
+    replace_text,
+    roles,
+    table,
+    write_roles,
+)
 from salt_jax.train.setup import Setup, setup
 from salt_jax.train.stages import stage_step
 from salt_jax.train.state import TrainState
@@ -50,20 +60,30 @@ class Run(NamedTuple):
 def train(recipe: Recipe, workdir: str | Path) -> TrainState:
     """Trains until `recipe.updates`, resuming what the workdir holds.
 
-    The workdir gets config.json, TensorBoard events and checkpoints.
+    The workdir gets roles.json, config.json, TensorBoard events and checkpoints, and changes.jsonl if it goes on with
+    other values. What a refused start would spoil, config.json, is written last.
 
     Raises:
       UserError: weights, data or checkpoints do not fit the recipe, the workdir is not writable, or too many updates
         in a row were not finite (the term is named).
     """
     mesh = sharding.make_mesh(dataclasses.asdict(recipe.mesh))
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if recipe.batch_size % ways:
+        raise UserError(
+            f"config.batch_size={recipe.batch_size} must be a multiple of mesh data x fsdp = {ways}"
+        )
     parts = setup(recipe, mesh)
-    with checkpoint.open_checkpoints(workdir, recipe.keep) as manager:
-        state = resume(manager, parts.state, mesh, recipe)
+    with tqdm(desc="checksums", unit="B", unit_scale=True, delay=2, leave=False) as bar:
+        now = roles(recipe, bar.update)
+    with checkpoint.open_checkpoints(workdir, recipe.keep, recipe.keep_every) as manager:
+        was = read_roles(workdir)
+        state = resume(manager, parts.state, mesh, recipe, files_may_move=bool(was))
         parts = parts._replace(state=jax.eval_shape(lambda: parts.state))  # the placed copy is enough
-        (Path(workdir) / "config.json").write_text(to_json(recipe))
-        run = make_run(recipe, parts, mesh, int(state.step), workdir)
+        cast(was, now, workdir, int(state.step))
+        run = make_run(recipe, parts, mesh, int(state.step), workdir, files_may_move=bool(was))
         preview = make_preview(recipe, parts, sharding.replicated(mesh))  # None of kind latents
+        keep_config(workdir, recipe, int(state.step))
         sizes = recipe.memory.sizes(recipe.clip_shape[0]) if recipe.causal else ()
         recent: list[dict[str, jax.Array]] = []
         meta = {"config": to_json(recipe), "mesh": dict(mesh.shape)}
@@ -79,14 +99,41 @@ def train(recipe: Recipe, workdir: str | Path) -> TrainState:
                     values, recent = summarize(jax.device_get(recent)), []
                     report(values, done, writer, bar)
                     stop_if_stuck(values, recipe.max_skipped, done)
-                if done % recipe.save_every == 0 or done == recipe.updates:
+                kept = recipe.keep_every and done % recipe.keep_every == 0
+                if kept or done % recipe.save_every == 0 or done == recipe.updates:
                     checkpoint.save(manager, state, meta)
                     if preview:
                         show(writer, preview(state.ema), sizes, done)
     return state
 
 
-def resume(manager: Any, state: TrainState, mesh: Mesh, recipe: Recipe) -> TrainState:
+def cast(was: list[Role], now: list[Role], workdir: str | Path, step: int) -> None:
+    """Tells who is who, and keeps it for the next start; one that goes on must have the parts it began with.
+
+    Raises:
+      UserError: a file that a run began with has changed.
+    """
+    begun = step or any((Path(workdir) / "trajectories").glob("*.safetensors"))
+    if begun:
+        refuse_changed(was, now)
+    if jax.process_index() == 0:
+        print(table(going_on(now, workdir, step) if step else now), flush=True)
+        if not (begun and was):
+            write_roles(workdir, now)
+
+
+def keep_config(workdir: str | Path, recipe: Recipe, step: int) -> None:
+    """Writes config.json; of a run that goes on what has changed is printed and added to changes.jsonl."""
+    path = Path(workdir) / "config.json"
+    if jax.process_index() == 0:
+        before = path.read_text(errors="replace") if step and path.is_file() else ""
+        record_changes(workdir, before, recipe, step)
+        replace_text(path, to_json(recipe))
+
+
+def resume(
+    manager: Any, state: TrainState, mesh: Mesh, recipe: Recipe, files_may_move: bool = False
+) -> TrainState:
     """The newest checkpoint, or `state` where there is none, laid out on the mesh.
 
     Raises:
@@ -97,21 +144,18 @@ def resume(manager: Any, state: TrainState, mesh: Mesh, recipe: Recipe) -> Train
     restored = checkpoint.restore(manager, wanted)
     if not restored:
         return sharding.place(state, shardings)
-    refuse_another_run(restored[1]["config"], recipe)
+    refuse_another_run(restored[1]["config"], recipe, files_may_move)
     return restored[0]
 
 
-def make_run(recipe: Recipe, parts: Setup, mesh: Mesh, start: int, workdir: str | Path) -> Run:
+def make_run(
+    recipe: Recipe, parts: Setup, mesh: Mesh, start: int, workdir: str | Path, files_may_move: bool = False
+) -> Run:
     """Places what is frozen, readies the steps, and opens the data where iteration `start` needs it.
 
     Raises:
-      UserError: the batch does not spread over the mesh, or the data set cannot be made or read.
+      UserError: the data set cannot be made or read.
     """
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if recipe.batch_size % ways:
-        raise UserError(
-            f"config.batch_size={recipe.batch_size} must be a multiple of mesh data x fsdp = {ways}"
-        )
     states, frozen = (sharding.state_shardings(mesh, tree) for tree in (parts.state, parts.frozen))
     everywhere, over_batch = sharding.replicated(mesh), sharding.batch_sharding(mesh)
 
@@ -129,7 +173,8 @@ def make_run(recipe: Recipe, parts: Setup, mesh: Mesh, start: int, workdir: str 
         teacher, null = parts.frozen["teacher"], parts.frozen["null_text"]
         directory = Path(workdir) / "trajectories"
         network = parts.networks.student
-        source = make_trajectories(directory, recipe, network, teacher, null, parts.encode_caption, source)
+        args = (network, teacher, null, parts.encode_caption, source, files_may_move)
+        source = make_trajectories(directory, recipe, *args)
     stream = batches(
         source,
         batch_size=recipe.batch_size,

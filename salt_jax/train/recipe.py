@@ -23,6 +23,13 @@ from salt_jax.train.build import build
 from salt_jax.train.changes import as_of_today
 from salt_jax.train.contradictions import refuse_contradictions
 
+CAUSAL = ("teacher_forcing", "ode_regression", "consistency")  # stages that make a student causal
+
+
+def works_causally(stage: str, video: str) -> bool:
+    """Whether a student of this stage works chunk by chunk."""
+    return stage in CAUSAL or (stage == "distil" and video != "noised")
+
 
 @dataclass(frozen=True)
 class Model:
@@ -197,9 +204,7 @@ class Recipe:
     @property
     def causal(self) -> bool:
         """Whether the student works chunk by chunk."""
-        return self.stage in ("teacher_forcing", "ode_regression", "consistency") or (
-            self.stage == "distil" and self.video != "noised"
-        )
+        return works_causally(self.stage, self.video)
 
     def levels(self, num_updates: int) -> np.ndarray:
         """Noise levels of a student's updates, float32 [K + 1]: those that are listed if they are K, else the grid."""
@@ -240,6 +245,19 @@ def read_recipe(config: ConfigDict) -> Recipe:
 def to_json(recipe: Recipe) -> str:
     """The resolved config, as written to the workdir."""
     return json.dumps(dataclasses.asdict(recipe), indent=2)
+
+
+def read_workdir(workdir: str | Path) -> Recipe:
+    """The recipe that a workdir was made with.
+
+    Raises:
+      UserError: its config.json is absent or damaged.
+    """
+    path = Path(workdir) / "config.json"
+    try:
+        return from_json(path.read_text(encoding="utf-8"), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} ({error}); put the file of launch.train back") from error
 
 
 def from_json(text: str, where: str | Path = "config.json") -> Recipe:

@@ -3,8 +3,7 @@
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +15,15 @@ from salt_jax.data.latents import open_records
 from salt_jax.errors import UserError
 from salt_jax.models.closed_form import closed_form_denoiser, closed_form_params
 from salt_jax.models.denoiser import Network, guided, wan_network
-from salt_jax.models.header import read_metadata
 from salt_jax.models.lora import init_lora
 from salt_jax.models.presets import WanConfig
-from salt_jax.models.pretrained import WAN, Source, open_part, part_file
-from salt_jax.models.text_encoder import encode_text, init_text_encoder
+from salt_jax.models.text_encoder import encode_text
 from salt_jax.models.tokenizer import byte_tokenize
-from salt_jax.models.wan import init_wan
-from salt_jax.models.weights import load_weights
-from salt_jax.train.checkpoint import restore_params
 from salt_jax.train.optimizer import make_optimizer
-from salt_jax.train.recipe import Recipe, from_json
-from salt_jax.train.sharding import batch_sharding, state_shardings
+from salt_jax.train.recipe import Recipe
+from salt_jax.train.roles import refuse_roles
+from salt_jax.train.sharding import batch_sharding
+from salt_jax.train.start import initial_weights, student_start, teacher_weights
 from salt_jax.train.state import Stream, TrainState, init_learner, init_state
 from salt_jax.train.step import Networks
 from salt_jax.types import Params
@@ -45,54 +41,6 @@ class Setup(NamedTuple):
         [str], np.ndarray
     ]  # how a caption enters a batch; pure numpy, safe in a loader thread
     records: Sequence | None = None  # of encoded videos or prompts, which bring their text's embedding
-
-
-def initial_weights(recipe: Recipe, mesh: Mesh, dtype: Any = jnp.float32) -> Params:
-    """{"wan", "text_encoder"}: from the file or folder that the recipe names, or fresh, cut over the mesh.
-
-    Of kind latents "wan" alone: the texts are embedded already. `dtype` None is as stored.
-
-    Raises:
-      UserError: what is there is absent, damaged, or of another network.
-    """
-    if recipe.data.kind == "latents":
-        return {"wan": open_wan(recipe, recipe.weights, mesh, dtype)}
-    k_wan, k_text = jax.random.split(jax.random.key(recipe.seed))
-
-    def fresh():
-        return {"wan": init_wan(k_wan, recipe.wan), "text_encoder": init_text_encoder(k_text, recipe.text)}
-
-    like = jax.eval_shape(fresh)
-    shardings = state_shardings(mesh, like)
-    if not recipe.weights:
-        return jax.jit(fresh, out_shardings=shardings)()
-    return load_weights(recipe.weights, like, dtype, shardings)
-
-
-def open_wan(recipe: Recipe, where: str, mesh: Mesh, dtype: Any) -> Params:
-    """The transformer in a folder or file of launch.convert_wan; "" is a fresh one.
-
-    Raises:
-      UserError: it is absent, damaged, or of other sizes than the recipe's.
-    """
-    place = functools.partial(state_shardings, mesh)
-    config, wan = open_part(WAN, Source(where, recipe.seed), recipe.wan, dtype, place)
-    if config != recipe.wan:
-        raise UserError(
-            f"the weights in {where} are {config}, not {recipe.wan}; "
-            "check the presets and weights of config.model and config.teacher, and config.init_from"
-        )
-    return wan
-
-
-def teacher_weights(recipe: Recipe, base: Params, mesh: Mesh) -> Params:
-    """The network that is distilled: the weights, or another one's as they are stored."""
-    t = recipe.teacher
-    if not t.weights and recipe.teacher_wan == recipe.wan:
-        return base
-    model = replace(recipe.model, preset=t.preset or recipe.model.preset)
-    another = replace(recipe, weights=t.weights, model=model, seed=recipe.seed + 1)
-    return initial_weights(another, mesh, None)["wan"]
 
 
 def tokenize(recipe: Recipe, caption: str) -> np.ndarray:
@@ -164,6 +112,7 @@ def setup(recipe: Recipe, mesh: Mesh) -> Setup:
     Raises:
       UserError: weights, data or the stage before do not fit, or the closed form has too many clips.
     """
+    refuse_roles(recipe)
     weights = initial_weights(recipe, mesh)
     tokens = functools.partial(tokenize, recipe)
     network = make_network(recipe, mesh)
@@ -221,54 +170,6 @@ def make_networks(recipe: Recipe, null_text: jax.Array, mesh: Mesh | None) -> Ne
     network, exact = make_network(recipe, mesh), recipe.teacher.kind == "closed_form"
     teacher = closed_form_denoiser if exact else make_network(recipe, mesh, recipe.teacher_wan).denoise
     return Networks(network, network.denoise, guided(teacher, null_text, recipe.teacher.guidance))
-
-
-def student_start(recipe: Recipe, base: Params, mesh: Mesh) -> Params:
-    """Where the student starts: the averaged network of the stage before, from its workdir or file, or the weights.
-
-    Of Wan 2.1 also a converted network, such as a causal start that others have trained.
-
-    Raises:
-      UserError: the workdir of `config.init_from` was made for another network, text encoder, data or chunks.
-    """
-    if not recipe.init_from:
-        return base
-    if recipe.data.kind == "latents" and part_file(WAN, recipe.init_from).is_file():
-        return open_wan(recipe, recipe.init_from, mesh, jnp.float32)
-    file = Path(recipe.init_from)
-    exported = file.is_file()
-    if not exported and not (file / "config.json").is_file():
-        raise UserError(
-            f"config.init_from={recipe.init_from} is neither the workdir of a stage (with its config.json) nor a file "
-            "of launch.export or a folder of launch.convert_wan; name one of these"
-        )
-    told = read_metadata(file).get("config") if exported else (file / "config.json").read_text()
-    if not told:
-        raise UserError(
-            f"config.init_from={recipe.init_from} has no config in it; name a file of launch.export"
-        )
-    before = from_json(told)
-    if before.stage == "denoising" or before.lora.rank:
-        raise UserError(
-            f"config.init_from={recipe.init_from} holds a teacher or an adapted student; "
-            "write it to a file with launch.export and name that in config.weights"
-        )
-    same = ["model.preset", "text_encoder", "weights", "data.kind", "data.clip", "world"]
-    same += ["memory.chunk", "memory.first"] if before.causal else []
-    for name in same:
-        there, here = (functools.reduce(getattr, name.split("."), r) for r in (before, recipe))
-        if there != here:
-            raise UserError(
-                f"config.init_from={recipe.init_from} was made with {name}={there}, this run has {here}; "
-                "make them equal or start from another stage"
-            )
-    if exported:
-        like = {
-            "wan": base,
-            "text_encoder": jax.eval_shape(lambda: init_text_encoder(jax.random.key(0), recipe.text)),
-        }
-        return load_weights(file, like)["wan"]
-    return restore_params(recipe.init_from, "ema", mesh)
 
 
 def empty_stream(recipe: Recipe, network: Network, null_text: jax.Array) -> Stream | None:

@@ -53,6 +53,7 @@ def make_trajectories(
     null_text: np.ndarray,
     encode_caption: Callable[[str], np.ndarray],
     source: Sequence,
+    files_may_move: bool = False,
 ) -> Trajectories:
     """Makes what is missing in `directory`: `config.ode.trajectories`, rounded up to whole batches.
 
@@ -70,7 +71,7 @@ def make_trajectories(
         told = read_metadata(path).get("config")
         if not told:
             raise UserError(f"{path} has no config in it; delete it, or pass a new --workdir")
-        refuse_another_run(told, recipe)
+        refuse_another_run(told, recipe, files_may_move)
     for path in tqdm(missing, desc="trajectories", unit="batch", disable=not missing):
         number = int(path.stem)
         clips = collate([record(number * size + i) for i in range(size)], encode_caption)

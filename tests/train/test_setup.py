@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,9 @@ from salt_jax.models.text_encoder import init_text_encoder
 from salt_jax.models.weights import save_weights
 from salt_jax.train.checkpoint import open_checkpoints, save
 from salt_jax.train.recipe import read_recipe, to_json
-from salt_jax.train.setup import setup, student_start
+from salt_jax.train.setup import setup
 from salt_jax.train.sharding import make_mesh
+from salt_jax.train.start import student_start
 from salt_jax.train.state import init_learner, init_state
 
 MESH = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])
@@ -38,10 +40,10 @@ def recipe(**changes):
 CAUSAL = {"stage": "teacher_forcing"}
 
 
-def workdir(path, made):
-    """A workdir of a stage whose average is `EMA`."""
-    state = init_state(init_learner(BASE, optax.sgd(0.1)), None)
-    state = replace(state, step=jnp.int32(1), ema=jax.tree.map(jnp.copy, EMA))
+def workdir(path, made, average=EMA):
+    """A workdir of a stage with this average."""
+    state = init_state(init_learner(average, optax.sgd(0.1)), None)
+    state = replace(state, step=jnp.int32(1), ema=jax.tree.map(jnp.copy, average))
     with open_checkpoints(path, 1) as manager:
         save(manager, state, {"config": to_json(made)})
     (path / "config.json").write_text(to_json(made))
@@ -80,7 +82,7 @@ def test_a_student_starts_at_the_weights_or_at_the_average_of_the_stage_before(t
     [
         ("model.preset=tiny, this run has small", {}, {"model.preset": "small"}),
         (r"weights=a\.safetensors, this run has assets", {"weights": "a.safetensors"}, {}),
-        ("world=.*frames=6.*, this run has .*frames=9", {"world.frames": 6}, {}),
+        (r"world\.frames=6, this run has 9", {"world.frames": 6}, {}),
         (r"memory\.chunk=1, this run has 3", {"memory.chunk": 1, "memory.first": 1}, {}),
         (
             r"memory\.first=1, this run has 4",
@@ -101,13 +103,9 @@ def test_a_stage_that_does_not_fit_is_refused_and_the_difference_is_named(tmp_pa
 def test_what_is_no_stage_is_refused(tmp_path):
     refused("neither the workdir of a stage .* nor a file", init_from=str(tmp_path / "absent"))
     refused("neither the workdir of a stage .* nor a file", init_from=str(tmp_path))
-    for name, made in (
-        ("teacher", recipe(stage="denoising", **{"teacher.kind": "closed_form"})),
-        ("adapted", recipe(**{"lora.rank": 4, "lora.alpha": 4.0})),
-    ):
-        refused(
-            "holds a teacher or an adapted student; .*launch.export", init_from=workdir(tmp_path / name, made)
-        )
+    teacher = recipe(stage="denoising", **{"teacher.kind": "closed_form"})
+    refused("holds a teacher.*launch.export.*config.weights", init_from=workdir(tmp_path / "run", teacher))
+    refused("holds a teacher.*; name it in config.weights", init_from=exported(tmp_path / "file", teacher))
 
 
 def test_a_file_that_says_nothing_about_itself_is_refused(tmp_path):
@@ -118,6 +116,47 @@ def test_a_file_that_says_nothing_about_itself_is_refused(tmp_path):
     (tmp_path / "text.safetensors").write_text("no weights")
     with pytest.raises(UserError, match=r"text\.safetensors"):
         student_start(recipe(init_from=str(tmp_path / "text.safetensors")), BASE, MESH)
+
+
+# A student that was adapted: launch.export merges, a workdir holds the product alone.
+
+LORA = {"video": "rollout", "lora.rank": 2, "lora.alpha": 6.0}
+MATRIX = jax.random.normal(jax.random.key(0), (3, 4, 5))
+WHOLE = {"blocks": {"q": {"kernel": MATRIX, "bias": jnp.ones((3, 5))}}}
+
+
+def adapter(seed):
+    """A product of rank 2 for each of the three layers, and what it adds: 6 / 2 times a b."""
+    rng = np.random.default_rng(seed)
+    a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((3, 4, 2), (3, 2, 5)))
+    tree = {"blocks": {"q": {"kernel": {"lora_a": jnp.asarray(a), "lora_b": jnp.asarray(b)}}}}
+    return tree, 3.0 * np.stack([x @ y for x, y in zip(a, b, strict=True)])
+
+
+def test_an_adapted_student_goes_on_from_its_export(tmp_path):
+    """Run on, the export stays the student; config.weights would make it its own teacher and critic."""
+    file = exported(tmp_path / "adapted.safetensors", recipe(**LORA))
+    for changes in ({"video": "rollout"}, LORA):
+        same(student_start(recipe(init_from=file, **changes), BASE, MESH), EMA)
+
+
+def test_a_workdir_of_a_lora_is_merged_into_what_it_adapts(tmp_path):
+    """Also a LoRA of a LoRA."""
+    first, added = adapter(1)
+    one = workdir(tmp_path / "one", recipe(**LORA), first)
+    found = student_start(recipe(video="rollout", init_from=one), WHOLE, MESH)
+    np.testing.assert_allclose(found["blocks"]["q"]["kernel"], MATRIX + added, rtol=1e-5, atol=1e-5)
+    same(found["blocks"]["q"]["bias"], np.ones((3, 5)))
+    second, more = adapter(2)
+    two = workdir(tmp_path / "two", recipe(**LORA, init_from=one), second)
+    found = student_start(recipe(video="rollout", init_from=two), WHOLE, MESH)
+    np.testing.assert_allclose(found["blocks"]["q"]["kernel"], MATRIX + added + more, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_that_were_moved_are_the_same_weights(tmp_path):
+    file = Path(base.get_config().weights).absolute()
+    made = workdir(tmp_path / "run", recipe(**CAUSAL, weights=str(file)))
+    same(student_start(recipe(video="rollout", init_from=made), BASE, MESH), EMA)
 
 
 # What each stage starts from, with the weights in assets/.

@@ -1,0 +1,121 @@
+"""What a network says about itself: the run that made it, or how it was taken in from a file of others."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from salt_jax.errors import UserError
+from salt_jax.models.header import read_metadata
+from salt_jax.models.pretrained import WAN, part_file
+from salt_jax.models.weights import digest
+from salt_jax.train.checkpoint import newest_step
+from salt_jax.train.recipe import CAUSAL, works_causally
+
+
+class Record(NamedTuple):
+    """Empty where nothing is told."""
+
+    config: dict[str, Any]  # of the run that made it, keys as they were then
+    step: int | None
+    converted: str  # how launch.convert_wan took it in
+    student: bool  # causal or of few updates: no teacher
+
+    @property
+    def sees(self) -> str:
+        """Which frames a frame of its video sees."""
+        if not self.config:
+            return "causal" if self.student else "not recorded"
+        stage, video = self.config["stage"], self.config.get("video", "noised")
+        return "causal" if works_causally(stage, video) else "bidirectional"
+
+    @property
+    def made(self) -> str:
+        """What it was trained on, in a few words."""
+        if not self.config:
+            return self.converted or "not recorded"
+        stage, schedule = self.config["stage"], _dict(self.config.get("schedule"))
+        told = f"{stage} on {_dict(self.config.get('data')).get('kind', 'moving_shapes')}"
+        if levels := schedule.get("levels"):
+            told += f", levels {' '.join(f'{level:g}' for level in levels)}"
+        elif stage in ("ode_regression", "consistency", "distil"):
+            told += f", {schedule.get('train_updates')} levels of shift {schedule.get('shift')}"
+        if rank := _dict(self.config.get("lora")).get("rank"):
+            told += f", LoRA of rank {rank}"
+        return told + (f", from {self.config['init_from']}" if self.config.get("init_from") else "")
+
+
+def is_workdir(where: str) -> bool:
+    """Whether it is what launch.train writes. A folder of weights in Diffusers' layout also has a config.json."""
+    return bool(where) and (Path(where) / "config.json").is_file() and (Path(where) / "checkpoints").is_dir()
+
+
+def read_record(where: str) -> Record:
+    """Of a workdir, a file of launch.export, or a folder or file of launch.convert_wan.
+
+    What cannot be read tells nothing: those who read the arrays say what is wrong with it.
+    """
+    if is_workdir(where):
+        config = _json((Path(where) / "config.json").read_bytes())
+        config = config if isinstance(config.get("stage"), str) else {}
+        return Record(config, newest_step(where), "", _student(config))
+    try:
+        metadata = read_metadata(part_file(WAN, where))
+    except UserError:
+        metadata = {}
+    told, source = _json(metadata.get("salt_jax")), _json(metadata.get("source"))
+    configs = _json(metadata.get("config")), _json(told.get("config"))
+    config = next((config for config in configs if isinstance(config.get("stage"), str)), {})
+    step, converted = told.get("step"), str(source.get("told", ""))
+    # Earlier versions wrote the key of a training checkpoint among the words alone.
+    key = source.get("student") or re.search(r"\b(generator_ema|generator|model) of the file", converted)
+    if source.get("lora"):
+        converted += ", with a LoRA"
+    student = _student(config) if config else bool(key)
+    return Record(
+        config, step if isinstance(step, int) else None, converted and f"converted: {converted}", student
+    )
+
+
+def starts(init_from: str) -> Iterator[str]:
+    """`config.init_from`, and where that is the workdir of a LoRA what it adapts, and so on; "" is the weights.
+
+    Raises:
+      UserError: it leads back to itself.
+    """
+    seen = []
+    while init_from:
+        if init_from in seen:
+            raise UserError(f"config.init_from={seen[0]} leads back to {init_from}; name another start")
+        seen.append(init_from)
+        yield init_from
+        config = read_record(init_from).config if is_workdir(init_from) else {}
+        if not _dict(config.get("lora")).get("rank"):
+            return
+        init_from = config.get("init_from", "")
+    yield init_from
+
+
+def same_file(one: str, other: str) -> bool:
+    """Whether two names of weights are of one file, or of two with the same bytes."""
+    files = [part_file(WAN, where) for where in (one, other) if where]
+    return one == other or (
+        len(files) == 2 and all(file.is_file() for file in files) and digest(files[0]) == digest(files[1])
+    )
+
+
+def _student(config: dict[str, Any]) -> bool:
+    return config.get("stage") in (*CAUSAL, "distil")
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _json(text: Any) -> dict[str, Any]:
+    """A JSON object, also one that is there already; {} for anything else."""
+    try:
+        return _dict(json.loads(text) if isinstance(text, str | bytes) else text)
+    except (ValueError, RecursionError):
+        return {}

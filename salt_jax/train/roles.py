@@ -1,0 +1,197 @@
+"""Who is who in a run: which file or workdir is the student, critic, teacher and text encoder, and what made it."""
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from salt_jax.errors import UserError
+from salt_jax.models.pretrained import TEXT, WAN, part_file
+from salt_jax.models.weights import digest
+from salt_jax.train.checkpoint import checkpoint_digest
+from salt_jax.train.recipe import Recipe
+from salt_jax.train.record import is_workdir, read_record, starts
+
+Report = Callable[[int], Any]  # is told the bytes that were read
+
+
+class Role(NamedTuple):
+    """A part in a run, and who has it when the run begins."""
+
+    name: str
+    source: str  # file, folder or workdir, or how it is made
+    step: int | None  # updates of the student, where that is known
+    digest: str  # SHA-256 in hexadecimal digits; "" where there is no file
+    sees: str  # "causal", "bidirectional", "not recorded", or "-"
+    trained: str  # on what
+
+
+Part = Callable[[str, str], Role]  # a part's name and what it is read from
+
+
+def refuse_roles(recipe: Recipe) -> None:
+    """Raises UserError where a network cannot have the part that a recipe gives it."""
+    list(starts(recipe.init_from))
+    t = recipe.teacher
+    named = {"weights": recipe.weights, "teacher.weights": t.weights}
+    for key, where in named.items():
+        if is_workdir(where):
+            raise UserError(
+                f"config.{key}={where} is a workdir; write its network to a file with launch.export (of Wan 2.1: "
+                "launch.convert_wan --to) and name that"
+            )
+    key = "teacher.weights" if t.weights else "weights"
+    if recipe.stage != "distil" or t.kind != "network" or t.accept_student or not named[key]:
+        return
+    record = read_record(named[key])
+    if record.student:
+        start = "" if t.weights else " and this one in config.init_from"
+        raise UserError(
+            f"config.{key}={named[key]} would be the teacher and says that it is a student ({record.made}); "
+            f"name a teacher{start}, or set config.teacher.accept_student=True"
+        )
+
+
+def roles(recipe: Recipe, report: Report = lambda nbytes: None) -> list[Role]:
+    """The parts of a run as it begins. Every file that is named is read for its digest.
+
+    Raises:
+      UserError: a file cannot be read, or a workdir has no checkpoint.
+    """
+    part = _reader(recipe, report)
+    found = _student(recipe, part)
+    if recipe.stage == "distil":
+        found += _learner("critic", recipe.weights, recipe, part)
+    found += _teacher(recipe, part)
+    if recipe.align.weight and recipe.align.network == "base":
+        found.append(part("alignment", recipe.weights))
+    return [*found, _text_encoder(recipe, part)]
+
+
+def refuse_another_base(workdir: str | Path, recipe: Recipe) -> None:
+    """Raises UserError where the network that a workdir's LoRA adapts is not what it was when that run began."""
+    if recipe.lora.rank and (was := read_roles(workdir)):
+        refuse_changed(was, _student(recipe, _reader(recipe, lambda nbytes: None)), str(workdir))
+
+
+def _reader(recipe: Recipe, report: Report) -> Part:
+    network = functools.cache(lambda where: _network(where, recipe.seed, report))
+    return lambda name, where: network(where)._replace(name=name)
+
+
+def _student(recipe: Recipe, part: Part) -> list[Role]:
+    """The student, and what is below it where it is a LoRA or starts from one."""
+    found = _learner("student", recipe.init_from or recipe.weights, recipe, part)
+    below = list(starts(recipe.init_from))[1:]
+    return found + [part("base of " * i + "the start", w or recipe.weights) for i, w in enumerate(below, 1)]
+
+
+def _learner(name: str, where: str, recipe: Recipe, part: Part) -> list[Role]:
+    if not recipe.lora.rank:
+        return [part(name, where)]
+    adapter = f"fresh adapter of rank {recipe.lora.rank} (seed {recipe.seed})"
+    return [Role(name, adapter, None, "", "-", "-"), part(f"{name}'s base", where)]
+
+
+def _network(where: str, seed: int, report: Report) -> Role:
+    if not where:
+        return Role("", f"fresh (seed {seed})", None, "", "-", "-")
+    record, file = read_record(where), part_file(WAN, where)
+    try:
+        if is_workdir(where):
+            assert record.step is not None
+            sha = checkpoint_digest(where, record.step, "ema", report)
+        else:
+            sha = digest(file, report) if file.is_file() else ""
+    except OSError as error:
+        raise UserError(f"cannot read {where} ({error.strerror}); mend it, or name another") from error
+    return Role("", where, record.step, sha, record.sees, record.made)
+
+
+def _teacher(recipe: Recipe, part: Part) -> list[Role]:
+    t, own = recipe.teacher, recipe.teacher_wan == recipe.wan
+    if recipe.stage in ("ode_regression", "consistency"):
+        return [part("causal teacher", recipe.init_from or recipe.weights)]
+    if recipe.stage == "teacher_forcing":
+        return []
+    if t.kind == "network":
+        return [part("teacher", t.weights or (recipe.weights if own else ""))]
+    source = {"closed_form": "closed form of the world", "data": "none: the clips themselves"}[t.kind]
+    return [Role("teacher", source, None, "", "-", "-")]
+
+
+def _text_encoder(recipe: Recipe, part: Part) -> Role:
+    """In the file of the weights, or what the texts of encoded data were embedded with."""
+    if recipe.data.kind != "latents":
+        return part("text encoder", recipe.weights)
+    try:
+        settings = json.loads((Path(recipe.data.dir) / "settings.json").read_text())
+        sha = str(settings.get(TEXT.file, ""))
+    except (OSError, ValueError, AttributeError):
+        sha = ""  # the reader of the data says what is wrong
+    return Role("text encoder", recipe.data.dir, None, sha, "-", "embedded by launch.encode")
+
+
+def going_on(found: list[Role], workdir: str | Path, step: int) -> list[Role]:
+    """The parts of a run that goes on: what is under training comes from its own checkpoint."""
+    now = lambda r: r._replace(
+        source=str(workdir),
+        step=step,
+        digest=checkpoint_digest(workdir, step, r.name),
+        trained=f"this run, from {r.source}",
+    )
+    return [now(r) if r.name in ("student", "critic") else r for r in found]
+
+
+def table(found: list[Role]) -> str:
+    """Aligned text, a line for each part."""
+    rows = [("part", "from", "step", "sha256", "sees", "trained")]
+    for r in found:
+        step = "-" if r.step is None else str(r.step)
+        rows.append((r.name, r.source, step, r.digest[:12] or "-", r.sees, r.trained))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def write_roles(workdir: str | Path, found: list[Role]) -> None:
+    """WORKDIR/roles.json, whole or not at all."""
+    replace_text(Path(workdir) / "roles.json", json.dumps([r._asdict() for r in found], indent=2))
+
+
+def read_roles(workdir: str | Path) -> list[Role]:
+    """What `write_roles` wrote; none in a workdir of an earlier version.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    path = Path(workdir) / "roles.json"
+    if not path.is_file():
+        return []
+    try:
+        return [Role(**told) for told in json.loads(path.read_text())]
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); put a copy of it back, or delete it") from error
+
+
+def refuse_changed(was: list[Role], now: list[Role], run: str = "") -> None:
+    """Raises UserError for a part whose file is not what it was. A file that was moved is the same.
+
+    `run`: the workdir, where it is another one than that of the run that starts.
+    """
+    before = {r.name: r for r in was}
+    say = lambda r: f"{r.source} (sha256 {r.digest[:12] or 'none'})"
+    for r in now:
+        told = before.get(r.name, r)
+        if told.digest != r.digest:
+            raise UserError(
+                f"the {r.name} of {run or 'this run'} is {say(r)} and was {say(told)} when it began; put the old file "
+                f"back, or {'start from another workdir' if run else 'pass a new --workdir'}"
+            )
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,139 @@
+"""The parameters that a run starts from: what the weights name, the teacher, and the student of the stage before."""
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from salt_jax.data.shapes import World
+from salt_jax.errors import UserError
+from salt_jax.models.lora import merge
+from salt_jax.models.pretrained import WAN, Source, open_part, part_file
+from salt_jax.models.text_encoder import init_text_encoder
+from salt_jax.models.wan import init_wan
+from salt_jax.models.weights import load_weights
+from salt_jax.train.changes import flat
+from salt_jax.train.checkpoint import newest_step, restore_params
+from salt_jax.train.recipe import Recipe, from_json, read_workdir
+from salt_jax.train.record import read_record, same_file
+from salt_jax.train.roles import refuse_another_base
+from salt_jax.train.sharding import state_shardings
+from salt_jax.types import Params
+
+CHUNKS = ("memory.chunk", "memory.first")
+
+
+def initial_weights(recipe: Recipe, mesh: Mesh, dtype: Any = jnp.float32) -> Params:
+    """{"wan", "text_encoder"}: from the file or folder that the recipe names, or fresh, cut over the mesh.
+
+    Of kind latents "wan" alone: the texts are embedded already. `dtype` None is as stored.
+
+    Raises:
+      UserError: what is there is absent, damaged, or of another network.
+    """
+    if recipe.data.kind == "latents":
+        return {"wan": open_wan(recipe, recipe.weights, mesh, dtype)}
+    k_wan, k_text = jax.random.split(jax.random.key(recipe.seed))
+
+    def fresh():
+        return {"wan": init_wan(k_wan, recipe.wan), "text_encoder": init_text_encoder(k_text, recipe.text)}
+
+    like = jax.eval_shape(fresh)
+    shardings = state_shardings(mesh, like)
+    if not recipe.weights:
+        return jax.jit(fresh, out_shardings=shardings)()
+    return load_weights(recipe.weights, like, dtype, shardings)
+
+
+def open_wan(recipe: Recipe, where: str, mesh: Mesh, dtype: Any) -> Params:
+    """The transformer in a folder or file of launch.convert_wan; "" is a fresh one.
+
+    Raises:
+      UserError: it is absent, damaged, or of other sizes than the recipe's.
+    """
+    place = functools.partial(state_shardings, mesh)
+    config, wan = open_part(WAN, Source(where, recipe.seed), recipe.wan, dtype, place)
+    if config != recipe.wan:
+        raise UserError(
+            f"the weights in {where} are {config}, not {recipe.wan}; "
+            "check the presets and weights of config.model and config.teacher, and config.init_from"
+        )
+    return wan
+
+
+def teacher_weights(recipe: Recipe, base: Params, mesh: Mesh) -> Params:
+    """The network that is distilled: the weights, or another one's as they are stored."""
+    t = recipe.teacher
+    if not t.weights and recipe.teacher_wan == recipe.wan:
+        return base
+    model = replace(recipe.model, preset=t.preset or recipe.model.preset)
+    another = replace(recipe, weights=t.weights, model=model, seed=recipe.seed + 1)
+    return initial_weights(another, mesh, None)["wan"]
+
+
+def student_start(recipe: Recipe, base: Params, mesh: Mesh) -> Params:
+    """Where the student starts: the averaged network of the stage before, from its workdir or file, or the weights.
+
+    Of Wan 2.1 also a converted network, such as a causal start that others have trained. A workdir of a LoRA is merged
+    into what it adapts; a file of launch.export is whole already.
+
+    Raises:
+      UserError: what `config.init_from` names was made for another network, text encoder, data or chunks.
+    """
+    where, key = recipe.init_from, f"config.init_from={recipe.init_from}"
+    if not where:
+        return base
+    record, file = read_record(where), Path(where)
+    if recipe.data.kind == "latents" and part_file(WAN, where).is_file():
+        causal = recipe.causal and record.sees == "causal" and "memory" in record.config
+        _refuse_difference(key, flat(record.config), recipe, CHUNKS if causal else ())
+        return open_wan(recipe, where, mesh, jnp.float32)
+    exported = file.is_file()
+    if not exported and not (file / "config.json").is_file():
+        raise UserError(
+            f"{key} is neither the workdir of a stage (with its config.json) nor a file of launch.export or a "
+            "folder of launch.convert_wan; name one of these"
+        )
+    if exported and not record.config:
+        raise UserError(f"{key} has no config in it; name a file of launch.export")
+    if record.config.get("stage") == "denoising":
+        how = "name it" if exported else "write it to a file with launch.export and name that"
+        raise UserError(f"{key} holds a teacher, where every student starts; {how} in config.weights")
+    before = from_json(json.dumps(record.config), where) if exported else read_workdir(where)
+    same = [
+        "model.preset",
+        "text_encoder",
+        "data.kind",
+        "data.clip",
+        *(f"world.{f.name}" for f in fields(World)),
+    ]
+    same += CHUNKS if before.causal else ()
+    same += [] if same_file(before.weights, recipe.weights) else ["weights"]
+    _refuse_difference(key, flat(asdict(before)), recipe, same)
+    if exported:
+        like = {
+            "wan": base,
+            "text_encoder": jax.eval_shape(lambda: init_text_encoder(jax.random.key(0), recipe.text)),
+        }
+        return load_weights(file, like)["wan"]
+    average = restore_params(where, "ema", mesh, newest_step(where))
+    if not before.lora.rank:
+        return average
+    refuse_another_base(where, before)
+    return merge(student_start(before, base, mesh), average, before.lora)
+
+
+def _refuse_difference(key: str, before: dict[str, Any], recipe: Recipe, names: Sequence[str]) -> None:
+    here = flat(asdict(recipe))
+    for name in names:
+        if before.get(name) != here[name]:
+            raise UserError(
+                f"{key} was made with {name}={before.get(name)}, this run has {here[name]}; "
+                "make them equal or start from another stage"
+            )

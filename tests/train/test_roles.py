@@ -1,0 +1,249 @@
+"""Who is who in a run is told from the files themselves, and who cannot have a part is refused."""
+
+import hashlib
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import base
+from salt_jax.errors import UserError
+from salt_jax.models.presets import PRESETS
+from salt_jax.models.weights import save_weights
+from salt_jax.train.checkpoint import checkpoint_digest, open_checkpoints, save
+from salt_jax.train.recipe import read_recipe, to_json
+from salt_jax.train.record import read_record
+from salt_jax.train.roles import (
+    Role,
+    going_on,
+    read_roles,
+    refuse_another_base,
+    refuse_changed,
+    refuse_roles,
+    roles,
+    table,
+    write_roles,
+)
+from salt_jax.train.state import init_learner, init_state
+
+TEACHER, CAUSAL = "assets/shapes_teacher.safetensors", "assets/shapes_causal.safetensors"
+LORA = {"video": "rollout", "lora.rank": 4, "lora.alpha": 4.0}
+WAN = {"data.kind": "latents", "data.clip": (3, 4, 6), "text_encoder": "wan-tiny", "weights": ""}
+WAN |= {"model.preset": "wan2.1-t2v-tiny"}
+
+
+def recipe(**changes):
+    config = base.get_config()
+    config.update_from_flattened_dict(changes)
+    return read_recipe(config)
+
+
+def file(path, **metadata):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_weights(path, {"w": np.arange(3.0)}, "float32", metadata)
+    return str(path)
+
+
+def exported(path, **changes):
+    return file(path, config=to_json(recipe(**changes)))
+
+
+def workdir(path, step=3, **changes):
+    learner = init_learner({"w": jnp.arange(3.0)}, optax.sgd(0.1))
+    with open_checkpoints(path, 1) as manager:
+        save(manager, replace(init_state(learner, learner), step=jnp.int32(step)), {})
+    (path / "config.json").write_text(to_json(recipe(**changes)))
+    return str(path)
+
+
+def sha(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def by_name(found):
+    assert len({r.name for r in found}) == len(found)
+    return {r.name: r for r in found}
+
+
+def test_the_parts_of_a_distillation_and_what_their_files_say():
+    found = by_name(roles(recipe(video="rollout", init_from=CAUSAL)))
+    assert set(found) == {"student", "critic", "teacher", "text encoder"}
+    student, teacher = found["student"], found["teacher"]
+    assert student[1:5] == (CAUSAL, None, sha(CAUSAL), "causal")
+    assert student.trained == (
+        "consistency on moving_shapes, 8 levels of shift 5.0, "
+        "from runs/results/causal/stages/teacher_forcing/0"
+    )
+    assert teacher[1:] == (TEACHER, None, sha(TEACHER), "bidirectional", "denoising on moving_shapes")
+    assert found["critic"][1:] == found["text encoder"][1:] == teacher[1:]
+
+
+def test_the_parts_of_other_runs():
+    found = by_name(roles(recipe(**LORA, **{"align.weight": 0.5})))
+    assert found["student"].source == "fresh adapter of rank 4 (seed 0)" and not found["student"].digest
+    for name in ("student's base", "critic's base", "alignment", "teacher"):
+        assert found[name].digest == sha(TEACHER)
+    found = by_name(roles(recipe(stage="consistency", init_from=CAUSAL)))
+    assert set(found) == {"student", "causal teacher", "text encoder"}
+    assert found["causal teacher"].source == CAUSAL and found["text encoder"].source == TEACHER
+    found = by_name(roles(recipe(weights="", seed=7, **{"teacher.kind": "closed_form"})))
+    assert found["student"].source == "fresh (seed 7)" and found["student"].sees == "-"
+    assert found["teacher"].source == "closed form of the world"
+    found = by_name(roles(recipe(stage="denoising", weights="", **{"teacher.kind": "data"})))
+    assert set(found) == {"student", "teacher", "text encoder"}
+    found = by_name(roles(recipe(**{"teacher.preset": "small", "teacher.weights": CAUSAL})))
+    assert found["teacher"].digest == sha(CAUSAL) != found["critic"].digest
+
+
+def test_the_texts_of_encoded_data_know_their_encoder(tmp_path):
+    (tmp_path / "settings.json").write_text(json.dumps({"text_encoder.safetensors": "abc"}))
+    found = by_name(roles(recipe(**WAN, **{"data.dir": str(tmp_path)})))
+    assert found["text encoder"][1:4] == (str(tmp_path), None, "abc")
+
+
+def test_a_workdir_has_a_step_and_a_lora_what_is_below_it(tmp_path):
+    one = workdir(tmp_path / "one", step=5, **LORA, init_from=CAUSAL)
+    two = workdir(tmp_path / "two", step=6, **LORA, init_from=one)
+    found = by_name(roles(recipe(video="rollout", init_from=two)))
+    assert found["student"][1:5] == (two, 6, checkpoint_digest(two, 6, "ema"), "causal")
+    assert "LoRA of rank 4" in found["student"].trained
+    assert found["base of the start"][1:3] == (one, 5)
+    assert found["base of base of the start"][1:4] == (CAUSAL, None, sha(CAUSAL))
+    (tmp_path / "one" / "config.json").write_text(to_json(recipe(**LORA, init_from=two)))
+    with pytest.raises(UserError, match=r"config\.init_from=\S+two leads back to \S+two"):
+        refuse_roles(recipe(video="rollout", init_from=two))
+
+
+STUDENT = {"video": "rollout", "schedule.shift": 5.0}
+OFFICIAL = json.dumps(asdict(PRESETS["wan2.1-t2v-tiny"]))
+RUN = json.loads(to_json(recipe(**STUDENT)))
+STUDENTS = {
+    "export": {"config": to_json(recipe(**STUDENT))},
+    "export of whole clips": {"config": to_json(recipe())},
+    "export of a causal teacher": {"config": to_json(recipe(stage="teacher_forcing"))},
+    "export with a LoRA": {"config": to_json(recipe(**LORA))},
+    "record": {"config": OFFICIAL, "salt_jax": json.dumps({"config": RUN, "step": 40})},
+    "record in words": {"config": OFFICIAL, "salt_jax": json.dumps({"config": json.dumps(RUN), "step": 40})},
+    "converted": {
+        "config": OFFICIAL,
+        "source": json.dumps({"told": "official names", "student": "generator"}),
+    },
+    "converted before": {
+        "config": OFFICIAL,
+        "source": json.dumps({"told": "official names, generator_ema of the file"}),
+    },
+}
+TEACHERS = {
+    "teacher-to-be": {"config": to_json(recipe(stage="denoising", **{"teacher.kind": "data"}))},
+    "official": {"config": OFFICIAL, "source": json.dumps({"told": "official names", "student": ""})},
+    "record of one": {
+        "config": OFFICIAL,
+        "salt_jax": json.dumps({"config": RUN | {"stage": "denoising"}, "step": 3}),
+    },
+    "nothing told": {},
+    "garbage": {"config": "[" * 100_000, "salt_jax": "3", "source": "{"},
+}
+
+
+@pytest.mark.parametrize("metadata", STUDENTS.values(), ids=STUDENTS)
+@pytest.mark.parametrize("key", ["weights", "teacher.weights"])
+def test_a_file_that_says_it_is_a_student_does_not_teach_unless_told(tmp_path, metadata, key):
+    where = file(tmp_path / "student.safetensors", **metadata)
+    with pytest.raises(
+        UserError, match=rf"config\.{key}=\S+student\.safetensors would be the teacher"
+    ) as error:
+        refuse_roles(recipe(**{key: where}))
+    assert "\n" not in str(error.value) and "config.teacher.accept_student=True" in str(error.value)
+    refuse_roles(recipe(**{key: where, "teacher.accept_student": True}))
+    if key == "weights":  # it does not teach
+        refuse_roles(recipe(weights=where, **{"teacher.kind": "closed_form"}))
+        refuse_roles(recipe(weights=where, stage="teacher_forcing"))
+        refuse_roles(recipe(weights=where, **{"teacher.weights": TEACHER}))
+
+
+def test_a_converted_student_in_a_folder_does_not_teach(tmp_path):
+    file(tmp_path / "sf" / "wan.safetensors", **STUDENTS["converted"])
+    with pytest.raises(UserError, match=r"config\.teacher\.weights=\S+sf would be the teacher"):
+        refuse_roles(recipe(**WAN, **{"teacher.weights": str(tmp_path / "sf")}))
+
+
+@pytest.mark.parametrize("metadata", TEACHERS.values(), ids=TEACHERS)
+def test_a_teacher_or_a_file_that_does_not_tell_may_teach(tmp_path, metadata):
+    refuse_roles(recipe(weights=file(tmp_path / "t.safetensors", **metadata)))
+    refuse_roles(recipe(weights=str(tmp_path / "absent")))  # its reader says so
+
+
+def test_records_tell_the_step_and_how_a_file_was_taken_in(tmp_path):
+    where = file(tmp_path / "a.safetensors", **STUDENTS["record"])
+    assert read_record(where).step == 40 and read_record(where).sees == "causal"
+    where = file(tmp_path / "b.safetensors", **TEACHERS["official"])
+    assert (read_record(where).sees, read_record(where).made) == ("not recorded", "converted: official names")
+    listed = {"schedule.levels": (1000, 757, 522), "schedule.train_updates": 3, "schedule.anchor_updates": 3}
+    where = exported(
+        tmp_path / "c.safetensors",
+        **STUDENT | listed | {"video": "noised_chunks", "sample.num_updates": (3,)},
+    )
+    assert read_record(where).made == "distil on moving_shapes, levels 1000 757 522"
+
+
+@pytest.mark.parametrize("key", ["weights", "teacher.weights"])
+def test_a_workdir_is_no_file_of_weights(tmp_path, key):
+    where = workdir(tmp_path / "run")
+    with pytest.raises(UserError, match=rf"config\.{key}=\S+run is a workdir; .*launch\.export"):
+        refuse_roles(recipe(**{key: where}))
+
+
+def test_the_table_is_aligned_and_cuts_digests():
+    found = [
+        Role("student", "a.safetensors", 40, "0123456789abcdef", "causal", "x"),
+        Role("t", "b", None, "", "-", "y"),
+    ]
+    assert table(found).splitlines() == [
+        "part     from           step  sha256        sees    trained",
+        "student  a.safetensors  40    0123456789ab  causal  x",
+        "t        b              -     -             -       y",
+    ]
+
+
+def test_what_is_under_training_goes_on_from_its_own_checkpoint(tmp_path):
+    where = workdir(tmp_path / "run", step=3)
+    found = by_name(going_on(roles(recipe()), where, 3))
+    assert found["student"][1:4] == (where, 3, checkpoint_digest(where, 3, "student"))
+    assert found["critic"].digest == checkpoint_digest(where, 3, "critic")
+    assert found["student"].trained == f"this run, from {TEACHER}"
+    assert found["teacher"].source == TEACHER
+
+
+def test_parts_are_kept_and_compared_by_what_is_in_their_files(tmp_path):
+    first = file(tmp_path / "a.safetensors")
+    write_roles(tmp_path, roles(recipe(weights=first)))
+    was = read_roles(tmp_path)
+    assert was == roles(recipe(weights=first)) and read_roles(tmp_path / "nowhere") == []
+    moved = Path(first).rename(tmp_path / "b.safetensors")
+    refuse_changed(was, roles(recipe(weights=str(moved))))
+    save_weights(moved, {"w": np.zeros(3)}, "float32", {})
+    for changed in ({"weights": str(moved)}, {"weights": ""}, {"weights": str(tmp_path / "absent")}):
+        with pytest.raises(
+            UserError, match=r"the student of this run is .* and was \S+a\.safetensors .*--workdir"
+        ):
+            refuse_changed(was, roles(recipe(**changed)))
+    (tmp_path / "roles.json").write_text("[{}]")
+    with pytest.raises(UserError, match=r"roles\.json is damaged"):
+        read_roles(tmp_path)
+
+
+def test_a_lora_whose_base_was_replaced_is_refused(tmp_path):
+    """Its product belongs to the old one."""
+    weights = file(tmp_path / "w.safetensors")
+    adapted = recipe(**LORA, weights=weights)
+    where = workdir(tmp_path / "run", **LORA, weights=weights)
+    refuse_another_base(where, adapted)  # of an earlier version, which did not keep it
+    write_roles(where, roles(adapted))
+    refuse_another_base(where, adapted)
+    save_weights(weights, {"w": np.zeros(3)}, "float32", {})
+    with pytest.raises(UserError, match=r"the student's base of \S+run is .* put the old file back"):
+        refuse_another_base(where, adapted)
