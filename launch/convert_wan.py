@@ -28,6 +28,7 @@ from salt_jax.convert.sizes import PARTS
 from salt_jax.convert.writing import open_wan, write_official
 from salt_jax.convert.writing_lora import open_lora, write_lora
 from salt_jax.errors import UserError
+from salt_jax.models.header import read_metadata
 from salt_jax.models.pretrained import TOKENIZERS
 from salt_jax.models.weights import Outgoing, all_or_nothing, digest, view, write_tensors
 from salt_jax.train.checkpoint import restore_params
@@ -158,7 +159,7 @@ def give_back(src: Path, dst: Path, layout: Any) -> None:
     """Writes a transformer or a LoRA of ours as others do."""
     ours = src / PARTS["wan"].file if src.is_dir() else src
     workdir = src.is_dir() and not ours.is_file()
-    if workdir and not (src / "checkpoints").is_dir():
+    if workdir and not ((src / "checkpoints").is_dir() and (src / "config.json").is_file()):
         raise UserError(f"{src} is neither a converted folder nor a workdir; convert it without --to first")
     lora = adapter_of(src, workdir)
     if lora:
@@ -172,11 +173,11 @@ def give_back(src: Path, dst: Path, layout: Any) -> None:
         raise UserError(f"{src} is a whole transformer, which ComfyUI reads with --to=official; name that")
     if workdir:
         run = open_workdir(str(src))
-        config, params = run.recipe.wan, run.params
+        config, params, record = run.recipe.wan, run.params, ""
     else:
-        config, params = open_wan(ours)
+        (config, params), record = open_wan(ours), read_metadata(ours).get("salt_jax", "")
     with tqdm(unit="B", unit_scale=True) as bar:
-        write_official(params, config, dst, layout, DTYPE.value, report=bar.update)
+        write_official(params, config, dst, layout, DTYPE.value, report=bar.update, record=record)
     print(f"wrote {dst} with {layout} names")
 
 

@@ -206,9 +206,10 @@ WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."
 
 # What a training keeps several networks of one kind under: the first of these that is there is the student's.
 STUDENTS = (
-    "generator_ema", "ema_generator", "student_ema", "ema_student", "ema", "ema_model", "model_ema", "generator_lora",
-    "generator", "student", "model", "module", "state_dict", "net",
+    "generator_ema", "ema_generator", "student_ema", "ema_student", "ema", "generator_lora", "generator", "student",
+    "model", "module", "state_dict", "net",
 )  # fmt: skip
+AVERAGE = r"(^|_)ema(_|$)"  # in the name of any other average
 # Networks that only help to train it.
 HELPERS = r"critic|fake|real_score|teacher|discriminator|optimizer"
 

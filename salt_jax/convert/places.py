@@ -66,9 +66,8 @@ def choose(prefixes: Sequence[str], key: str, where: str) -> int:
         able = keyed
     else:
         able = [i for i, prefix in enumerate(prefixes) if not re.search(names.HELPERS, prefix)]
-    rank = lambda i: min(
-        (names.STUDENTS.index(part) for part in parts[i] if part in names.STUDENTS), default=99
-    )
+    known = lambda part: part if part in names.STUDENTS else "ema" if re.search(names.AVERAGE, part) else ""
+    rank = lambda i: min((names.STUDENTS.index(known(p)) for p in parts[i] if known(p)), default=99)
     first = [i for i in able if rank(i) == min(map(rank, able))] if able else []
     if len(first) != 1:
         told = listed(prefixes[i].strip("./") or "the top" for i in first or range(len(prefixes)))

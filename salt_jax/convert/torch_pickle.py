@@ -40,6 +40,7 @@ INERT = {"torch Tensor", "torch.nn.parameter Parameter", "typing Any", *DTYPES} 
 DATA = {
     "numpy.core.multiarray scalar", "numpy._core.multiarray scalar", "numpy dtype", "_codecs encode", "torch device",
     "argparse Namespace", "types SimpleNamespace", "pathlib PosixPath", "datetime datetime", "datetime timedelta",
+    "collections Counter", "collections deque",
     "omegaconf.dictconfig DictConfig", "omegaconf.listconfig ListConfig", "omegaconf.base ContainerMetadata",
     "omegaconf.base Metadata", "ml_collections.config_dict.config_dict ConfigDict", "easydict EasyDict",
     "lightning_fabric.utilities.data AttributeDict", "lightning.fabric.utilities.data AttributeDict",

@@ -289,6 +289,7 @@ NESTED = {
     "ema": lambda: {"ema": good(), "model": bad()},
     "generator_ema": lambda: {"generator_ema": good(), "ema": bad(), "generator": bad(), "critic": bad()},
     "student": lambda: {"student": good(), "teacher": bad(), "fake_score": bad(), "real_score": bad()},
+    "params_ema": lambda: {"params_ema": good(), "params": bad()},
     "ema/generator": lambda: {"ema": {"generator": good()}, "model": {"generator": bad()}},
     "state_dict/generator": lambda: {"state_dict": under("generator.", good()) | under("critic.", bad())},
     "a/b/c": lambda: {"a": {"b": {"c": good()}}},

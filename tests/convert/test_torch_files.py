@@ -159,6 +159,7 @@ def test_what_stands_beside_tensors_is_passed_over(file, protocol):
         "args": argparse.Namespace(lr=1e-4, betas=(0.9, 0.95), names=["a"], seed=np.int32(3)), "bytes": b"\xff\0",
         "names": {"a", "b"}, "frozen": frozenset([1]), "kind": dict, "none": None, "yes": True, "x": [1.5, (), {}],
         "states": collections.defaultdict(dict, {0: 1}), "day": datetime.datetime(2026, 1, 1), "where": Path("/x"),
+        "counts": collections.Counter("ab"), "last": collections.deque([1]),
     }  # fmt: skip
     pickled = pickle.dumps(beside, protocol)[2:-1]
     if pickled[:1] == b"\x95":

@@ -21,6 +21,7 @@ from configs import base
 from salt_jax.convert.writing import outgoing
 from salt_jax.models import image_encoder, pretrained, text_encoder, vae
 from salt_jax.models.header import read_metadata
+from salt_jax.models.lora import init_lora
 from salt_jax.models.presets import PRESETS
 from salt_jax.models.pretrained import open_part
 from salt_jax.models.weights import Outgoing, write_tensors
@@ -200,6 +201,133 @@ def test_the_averaged_student_of_a_workdir_goes_out(tmp_path):
     )
     told = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (told["dim"], told["num_heads"], told["text_len"]) == (192, 4, 32)
+
+
+def other_lora(path, **header):
+    """A LoRA of every matrix with diffusers' names and metadata, and what it adds to one of them."""
+    params, tensors = randomised(shapes_of(T2V), 1), {}
+    rng = np.random.default_rng(5)
+    for name, w in official(params, T2V).items():
+        if name.startswith("blocks.") and w.ndim == 2:
+            layer = "transformer." + name.removesuffix(".weight")
+            tensors[f"{layer}.lora_A.weight"] = rng.standard_normal((4, w.shape[1])).astype(np.float32)
+            tensors[f"{layer}.lora_B.weight"] = rng.standard_normal((w.shape[0], 4)).astype(np.float32)
+    told = json.dumps({f"transformer.{k}": v for k, v in header.items()})
+    save_file(tensors, path, {"lora_adapter_metadata": told})
+    front = "transformer.blocks.1.ffn.0"
+    return tensors[f"{front}.lora_B.weight"].astype(float) @ tensors[f"{front}.lora_A.weight"]
+
+
+@pytest.mark.slow
+def test_loras_with_strengths_are_merged_recorded_kept_and_given_back(tmp_path):
+    params = randomised(shapes_of(T2V), 1)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "config.json").write_text('{"num_heads": 2}')
+    record = '{"step": 3}'
+    src = tmp_path / "in" / "wan.safetensors"
+    save_file(official(params, T2V), src, {"salt_jax": record})
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    one, two = other_lora(a, r=4, lora_alpha=16), other_lora(b, r=4, lora_alpha=4, use_rslora=True)
+    told = succeed(
+        f"--src={src}", f"--lora={a},{b}", "--lora_strength=0.5,-1", f"--dst={tmp_path / 'merged'}"
+    )
+    assert "rank 4, alpha 16, 20 matrices, strength 0.5" in told and "strength -1" in told
+    got = load_file(tmp_path / "merged" / "wan.safetensors")["blocks/ffn_in/kernel"][1]
+    want = params["blocks"]["ffn_in"]["kernel"][1] + (0.5 * 4 * one - 2 * two).T
+    np.testing.assert_allclose(got, want, atol=2e-5)
+    metadata = read_metadata(tmp_path / "merged" / "wan.safetensors")
+    source = json.loads(metadata["source"])
+    assert metadata["salt_jax"] == record and source["student"] == ""
+    assert source["lora"] == [
+        {"file": "a.safetensors", "sha256": digest(a), "strength": 0.5, "rank": [4], "alpha": [16.0]},
+        {"file": "b.safetensors", "sha256": digest(b), "strength": -1.0, "rank": [4], "alpha": [8.0]},
+    ]
+    arguments = [f"--src={src}", f"--lora={a}", "--lora_strength=0.5"]
+    succeed(*arguments, "--keep_lora", f"--dst={tmp_path / 'kept'}")
+    kept = tmp_path / "kept" / "lora.safetensors"
+    assert json.loads(read_metadata(kept)["config"]) == {"rank": 4, "alpha": 8.0}
+    assert json.loads(read_metadata(kept)["source"])["lora"][0]["strength"] == 0.5
+    succeed("--to=diffusers", f"--src={kept}", f"--dst={tmp_path / 'out'}")
+    (file,) = (tmp_path / "out").iterdir()
+    succeed(f"--src={src}", f"--lora={file}", f"--dst={tmp_path / 'again'}")
+    again = load_file(tmp_path / "again" / "wan.safetensors")["blocks/ffn_in/kernel"][1]
+    np.testing.assert_allclose(again, params["blocks"]["ffn_in"]["kernel"][1] + 0.5 * 4 * one.T, atol=2e-5)
+    none = tmp_path / "none"
+    refused(none, "--to=official", f"--src={kept}", told="is a LoRA; write it with --to=diffusers")
+    refused(none, "--to=comfyui", f"--src={tmp_path / 'again'}", told="ComfyUI reads with --to=official")
+    refused(none, *arguments[:2], "--lora_strength=1,2", told="does not give 1 finite numbers")
+    refused(none, *arguments[:2], "--lora_strength=nan", told="does not give 1 finite numbers")
+    refused(none, *arguments[:2], "--lora_strength=much", told="is no number")
+    refused(
+        none, f"--src={src}", f"--lora={a}", f"--lora={b}", "--keep_lora", told="--keep_lora keeps one LoRA"
+    )
+
+
+@pytest.mark.slow
+def test_the_adapter_of_a_workdir_goes_out(tmp_path):
+    config = base.get_config()
+    config.lora.update(rank=2, alpha=6.0)
+    recipe = read_recipe(config)
+    start = {"blocks": randomised(shapes_of(recipe.wan), 1)["blocks"]}
+    lora = randomised(init_lora(jax.random.key(0), start, 2), 3)
+    state = init_state(init_learner(jax.tree.map(jnp.asarray, lora), optax.sgd(0.1)), None)
+    with open_checkpoints(tmp_path / "run", 1) as manager:
+        save(manager, replace(state, step=jnp.int32(1)), {"config": to_json(recipe)})
+    (tmp_path / "run" / "config.json").write_text(to_json(recipe))
+    succeed("--to=comfyui", "--keep_lora", f"--src={tmp_path / 'run'}", f"--dst={tmp_path / 'out'}")
+    tensors = load_file(tmp_path / "out" / "lora.safetensors")
+    kernel = lora["blocks"]["cross_attn"]["k"]["kernel"]
+    front = "diffusion_model.blocks.3.cross_attn.k"
+    np.testing.assert_array_equal(tensors[f"{front}.lora_down.weight"], kernel["lora_a"][3].T)
+    np.testing.assert_array_equal(tensors[f"{front}.lora_up.weight"], kernel["lora_b"][3].T)
+    assert tensors[f"{front}.alpha"] == 6
+
+
+@pytest.mark.slow
+def test_a_key_chooses_and_what_was_chosen_is_told_and_kept(tmp_path):
+    params = randomised(shapes_of(T2V), 1)
+    (tmp_path / "config.json").write_text('{"num_heads": 2}')
+    average = {k: 0 * v for k, v in official(params, T2V).items()}
+    pt = save_torch(tmp_path / "x.pt", {"generator_ema": average, "generator": official(params, T2V)})
+    for key in ("generator_ema", "generator"):
+        told = succeed(
+            f"--src={pt}", f"--dst={tmp_path / key}", *([] if key == "generator_ema" else [f"--key={key}"])
+        )
+        assert f"official names, {key} of the file" in told
+        assert json.loads(read_metadata(tmp_path / key / "wan.safetensors")["source"])["student"] == key
+    same_bits(open_part(pretrained.WAN, pretrained.Source(str(tmp_path / "generator")))[1], params)
+    refused(
+        tmp_path / "none",
+        f"--src={pt}",
+        "--key=ema",
+        told="no network under --key=ema; there is generator_ema",
+    )
+
+
+@pytest.mark.slow
+def test_umt5_of_comfyui_brings_its_tokenizer(tmp_path):
+    config = text_encoder.PRESETS["wan-tiny"]
+    tree = randomised(shapes_of(config, text_encoder.init_text_encoder), 1)
+    tensors = from_table("text_encoder", "diffusers", tree) | {
+        "spiece_model": np.frombuffer(b"umT5", np.uint8)
+    }
+    save_file(tensors, tmp_path / "umt5_xxl_fp16.safetensors")
+    told = succeed(f"--src={tmp_path / 'umt5_xxl_fp16.safetensors'}", f"--dst={tmp_path / 'out'}")
+    assert (tmp_path / "out" / "spiece.model").read_bytes() == b"umT5" and "spiece.model from" in told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [".", "out", "..", "link"])
+def test_a_place_inside_of_what_is_read_or_around_it_is_refused(tmp_path, place):
+    src = tmp_path / "a" / "src"
+    src.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(src)
+    dst = tmp_path / "link" / "out" if place == "link" else src / place
+    before = sorted(tmp_path.rglob("*"))
+    for more in ([], ["--to=official"]):
+        done = program(f"--src={src}", f"--dst={dst}", *more)
+        assert done.returncode == 2 and "lie in each other; name a folder apart" in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.slow
