@@ -80,7 +80,7 @@ def train(recipe: Recipe, workdir: str | Path) -> TrainState:
         was = read_roles(workdir)
         state = resume(manager, parts.state, mesh, recipe, files_may_move=bool(was))
         parts = parts._replace(state=jax.eval_shape(lambda: parts.state))  # the placed copy is enough
-        cast(was, now, workdir, int(state.step))
+        cast(was, now, recipe, workdir, int(state.step))
         run = make_run(recipe, parts, mesh, int(state.step), workdir, files_may_move=bool(was))
         preview = make_preview(recipe, parts, sharding.replicated(mesh))  # None of kind latents
         keep_config(workdir, recipe, int(state.step))
@@ -107,7 +107,7 @@ def train(recipe: Recipe, workdir: str | Path) -> TrainState:
     return state
 
 
-def cast(was: list[Role], now: list[Role], workdir: str | Path, step: int) -> None:
+def cast(was: list[Role], now: list[Role], recipe: Recipe, workdir: str | Path, step: int) -> None:
     """Tells who is who, and keeps it for the next start; one that goes on must have the parts it began with.
 
     Raises:
@@ -117,7 +117,7 @@ def cast(was: list[Role], now: list[Role], workdir: str | Path, step: int) -> No
     if begun:
         refuse_changed(was, now)
     if jax.process_index() == 0:
-        print(table(going_on(now, workdir, step) if step else now), flush=True)
+        print(table(going_on(now, recipe, workdir, step) if step else now), flush=True)
         if not (begun and was):
             write_roles(workdir, now)
 

@@ -124,7 +124,7 @@ def _teacher(recipe: Recipe, part: Part) -> list[Role]:
 def _text_encoder(recipe: Recipe, part: Part) -> Role:
     """In the file of the weights, or what the texts of encoded data were embedded with."""
     if recipe.data.kind != "latents":
-        return part("text encoder", recipe.weights)
+        return part("text encoder", recipe.weights)._replace(sees="-")
     try:
         settings = json.loads((Path(recipe.data.dir) / "settings.json").read_text())
         sha = str(settings.get(TEXT.file, ""))
@@ -133,12 +133,14 @@ def _text_encoder(recipe: Recipe, part: Part) -> Role:
     return Role("text encoder", recipe.data.dir, None, sha, "-", "embedded by launch.encode")
 
 
-def going_on(found: list[Role], workdir: str | Path, step: int) -> list[Role]:
+def going_on(found: list[Role], recipe: Recipe, workdir: str | Path, step: int) -> list[Role]:
     """The parts of a run that goes on: what is under training comes from its own checkpoint."""
+    student = "causal" if recipe.causal else "bidirectional"
     now = lambda r: r._replace(
         source=str(workdir),
         step=step,
         digest=checkpoint_digest(workdir, step, r.name),
+        sees=student if r.name == "student" else "bidirectional",
         trained=f"this run, from {r.source}",
     )
     return [now(r) if r.name in ("student", "critic") else r for r in found]

@@ -79,7 +79,7 @@ def test_the_parts_of_a_distillation_and_what_their_files_say():
         "from runs/results/causal/stages/teacher_forcing/0"
     )
     assert teacher[1:] == (TEACHER, None, sha(TEACHER), "bidirectional", "denoising on moving_shapes")
-    assert found["critic"][1:] == found["text encoder"][1:] == teacher[1:]
+    assert found["critic"][1:] == teacher[1:] == found["text encoder"]._replace(sees="bidirectional")[1:]
 
 
 def test_the_parts_of_other_runs():
@@ -211,10 +211,11 @@ def test_the_table_is_aligned_and_cuts_digests():
 
 def test_what_is_under_training_goes_on_from_its_own_checkpoint(tmp_path):
     where = workdir(tmp_path / "run", step=3)
-    found = by_name(going_on(roles(recipe()), where, 3))
+    found = by_name(going_on(roles(recipe(**LORA)), recipe(**LORA), where, 3))
     assert found["student"][1:4] == (where, 3, checkpoint_digest(where, 3, "student"))
     assert found["critic"].digest == checkpoint_digest(where, 3, "critic")
-    assert found["student"].trained == f"this run, from {TEACHER}"
+    assert found["student"].sees == "causal" and found["critic"].sees == "bidirectional"
+    assert found["student"].trained == "this run, from fresh adapter of rank 4 (seed 0)"
     assert found["teacher"].source == TEACHER
 
 
