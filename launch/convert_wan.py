@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 from absl import flags
 from tqdm import tqdm
 
-from launch.cli import run_main
-from launch.common import all_devices, open_workdir
+from launch.cli import refuse_flags, refuse_pairs, run_main
+from launch.common import ITEMS, all_devices, open_workdir, record
+from launch.parsing import read_workdir
 from salt_jax.convert.folder import find_networks, tokenizer_files
 from salt_jax.convert.lora import Lora, describe, find_lora, lora_alpha, lora_outgoing, merge_lora
 from salt_jax.convert.reading import Found, outgoing
@@ -32,7 +33,7 @@ from salt_jax.models.header import read_metadata
 from salt_jax.models.pretrained import TOKENIZERS
 from salt_jax.models.weights import Outgoing, all_or_nothing, digest, view, write_tensors
 from salt_jax.train.checkpoint import restore_params
-from salt_jax.train.recipe import from_json
+from salt_jax.train.record import is_workdir
 
 SRC = flags.DEFINE_string(
     "src", None, "a folder or file with weights; with --to also a workdir", required=True
@@ -52,6 +53,15 @@ DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "how to store; default: as it is stored there, fp8 as it is exact"
 )
 TO = flags.DEFINE_enum("to", None, ["official", "diffusers", "comfyui"], "write the layout of others")
+STEP = flags.DEFINE_integer("step", None, "of a workdir's checkpoint; default the newest", lower_bound=1)
+AVERAGE = flags.DEFINE_enum("average", "ema", ["ema", "none"], "of a workdir's weights")
+
+MODES = {"in": "taking files in", "out": "writing with --to", "workdir": "writing a workdir with --to"}
+BELONGS = {
+    **dict.fromkeys(("key", "lora", "lora_strength"), ("in",)),
+    **dict.fromkeys(("step", "average"), ("workdir",)),
+    **dict.fromkeys(("src", "dst", "dtype", "to", "keep_lora"), tuple(MODES)),
+}
 
 
 class Job(NamedTuple):
@@ -158,8 +168,9 @@ def metadata(job: Job, digests: dict[Path, Any]) -> dict[str, str]:
 def give_back(src: Path, dst: Path, layout: Any) -> None:
     """Writes a transformer or a LoRA of ours as others do."""
     ours = src / PARTS["wan"].file if src.is_dir() else src
-    workdir = src.is_dir() and not ours.is_file()
-    if workdir and not ((src / "checkpoints").is_dir() and (src / "config.json").is_file()):
+    workdir = is_workdir(str(src))
+    refuse_flags("workdir" if workdir else "out", MODES, BELONGS)
+    if src.is_dir() and not workdir and not ours.is_file() and not KEEP.value:
         raise UserError(f"{src} is neither a converted folder nor a workdir; convert it without --to first")
     lora = adapter_of(src, workdir)
     if lora:
@@ -172,12 +183,12 @@ def give_back(src: Path, dst: Path, layout: Any) -> None:
     if layout == "comfyui":
         raise UserError(f"{src} is a whole transformer, which ComfyUI reads with --to=official; name that")
     if workdir:
-        run = open_workdir(str(src))
-        config, params, record = run.recipe.wan, run.params, ""
+        run = open_workdir(str(src), STEP.value, AVERAGE.value)
+        config, params, told = run.recipe.wan, run.params, record(run)["salt_jax"]
     else:
-        (config, params), record = open_wan(ours), read_metadata(ours).get("salt_jax", "")
+        (config, params), told = open_wan(ours), read_metadata(ours).get("salt_jax", "")
     with tqdm(unit="B", unit_scale=True) as bar:
-        write_official(params, config, dst, layout, DTYPE.value, report=bar.update, record=record)
+        write_official(params, config, dst, layout, DTYPE.value, report=bar.update, record=told)
     print(f"wrote {dst} with {layout} names")
 
 
@@ -190,10 +201,14 @@ def adapter_of(src: Path, workdir: bool) -> tuple[Any, int, float] | None:
         return lora
     if not KEEP.value:
         return None
-    recipe = from_json((src / "config.json").read_text())
+    recipe = read_workdir(src, STEP.value)
     if not recipe.lora.rank:
         raise UserError(f"{src} has trained no LoRA; leave out --keep_lora")
-    return restore_params(str(src), "ema", all_devices()), recipe.lora.rank, recipe.lora.alpha
+    return (
+        restore_params(src, ITEMS[AVERAGE.value], all_devices(), STEP.value),
+        recipe.lora.rank,
+        recipe.lora.alpha,
+    )
 
 
 def check_apart(src: Path, dst: Path) -> None:
@@ -206,14 +221,14 @@ def check_apart(src: Path, dst: Path) -> None:
 
 
 def main(_):
-    if (KEEP.value and not LORA.value and not TO.value) or (TO.value and LORA.value):
-        raise UserError("--keep_lora is for --lora, and --lora is not for --to; leave one out")
     src, dst = Path(SRC.value or ""), Path(DST.value or "")
-    check_apart(src, dst)
     if TO.value:
         give_back(src, dst, TO.value)
-    else:
-        take_in(src, dst)
+        return
+    refuse_flags("in", MODES, BELONGS)
+    refuse_pairs({"keep_lora": ["lora"], "lora_strength": ["lora"]}, {})
+    check_apart(src, dst)
+    take_in(src, dst)
 
 
 if __name__ == "__main__":
