@@ -248,8 +248,3 @@ def _read_text(file: Path) -> str:
         raise UserError(f"cannot read {file} ({error.strerror}); check its name") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
-
-
-def read_ending(file, most, height, width, fps):
-    frames = [_upright(f, a, height, width) for f, a in resample(_decode(file), fps)]
-    return np.stack(frames[-most:])
