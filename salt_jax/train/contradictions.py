@@ -23,6 +23,7 @@ RANGES = {  # what a value must be -> whether it is, and of which keys
         + ["lora.rank", "stream.max_frames"]
         + [o + key for o in ADAM for key in ("learning_rate", "warmup", "weight_decay", "eps")],
     ),
+    "at most 128, since triples are tabulated": (lambda x: x <= 128, ["schedule.train_updates"]),
     "at least 0 and below 1": (
         lambda x: 0 <= x < 1,
         ["ema.decay", *(o + b for o in ADAM for b in ("b1", "b2"))],

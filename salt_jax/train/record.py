@@ -13,6 +13,9 @@ from salt_jax.models.weights import digest
 from salt_jax.train.checkpoint import newest_step
 from salt_jax.train.recipe import CAUSAL, works_causally
 
+# What students stand under in training checkpoints of the Self-Forcing family; "state_dict" and the like tell nothing.
+STUDENT_KEY = r"generator|student|^model$"
+
 
 class Record(NamedTuple):
     """Empty where nothing is told."""
@@ -68,11 +71,12 @@ def read_record(where: str) -> Record:
     configs = _json(metadata.get("config")), _json(told.get("config"))
     config = next((config for config in configs if isinstance(config.get("stage"), str)), {})
     step, converted = told.get("step"), str(source.get("told", ""))
-    # Earlier versions wrote the key of a training checkpoint among the words alone.
-    key = source.get("student") or re.search(r"\b(generator_ema|generator|model) of the file", converted)
+    key = source.get("student")
+    if key is None:  # earlier versions wrote it among the words alone
+        key = next(iter(re.findall(r"(\w+) of the file", converted)), "")
     if source.get("lora"):
         converted += ", with a LoRA"
-    student = _student(config) if config else bool(key)
+    student = _student(config) if config else bool(re.search(STUDENT_KEY, str(key)))
     return Record(
         config, step if isinstance(step, int) else None, converted and f"converted: {converted}", student
     )

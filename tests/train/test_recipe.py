@@ -191,6 +191,7 @@ CONTRADICTIONS = {
             ("at least 0 and below 1", "ema.decay", 1.0, {}),
             ("at least 0 and below 1", "critic_optimizer.b2", 1.0, {}),
             ("from 0 to 1", "caption_dropout", 1.5, {}),
+            ("at most 128", "schedule.train_updates", 10**7, {}),
             ("above 0 and up to 1", "view.lowest", 0.0, {}),
             ("above 0 and up to 1", "view.highest", 1.5, {}),
             ("from 0 to 4294967295", "seed", -1, {}),

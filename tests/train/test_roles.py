@@ -137,7 +137,13 @@ STUDENTS = {
         "source": json.dumps({"told": "official names, generator_ema of the file"}),
     },
 }
+for key in ("generator_ema", "model", "0.student_ema"):
+    STUDENTS[key] = {"config": OFFICIAL, "source": json.dumps({"told": "official names", "student": key})}
 TEACHERS = {
+    "wrapped": {
+        "config": OFFICIAL,
+        "source": json.dumps({"told": "state_dict of the file", "student": "state_dict"}),
+    },
     "teacher-to-be": {"config": to_json(recipe(stage="denoising", **{"teacher.kind": "data"}))},
     "official": {"config": OFFICIAL, "source": json.dumps({"told": "official names", "student": ""})},
     "record of one": {
