@@ -477,6 +477,8 @@ def test_another_model_is_refused_behind_a_prefix_too(tmp_path):
         ("a/transformer", "x.safetensors", {}, {"transformer_2": ["diffusers", "WanTransformer3DModel"]}),
         ("x", "x.safetensors", {"_class_name": "WanVACETransformer3DModel"}, None),
         ("x", "x.safetensors", {"model_type": "ti2v"}, None),
+        ("x", "x.safetensors", {"model_type": ["t2v"]}, None),
+        ("a/transformer", "x.safetensors", {}, {"transformer_2": True}),
     ],
 )
 def test_what_stands_beside_a_file_tells_another_model(tmp_path, folder, file, told, index):
