@@ -118,7 +118,7 @@ def read_loras(networks: dict[str, Found], src: Path) -> list[tuple[Lora, float]
         )
     if paths and "wan" not in networks:
         raise UserError(f"{src} holds no transformer that --lora={paths[0]} could change; check --src")
-    loras = list(zip([find_lora(path, networks["wan"]) for path in paths], strengths, strict=True))
+    loras = list(zip([find_lora(path, networks["wan"], KEY.value) for path in paths], strengths, strict=True))
     for lora, strength in loras:
         print(f"LoRA: {describe(lora)}, strength {strength:g}")
     return loras

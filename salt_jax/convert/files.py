@@ -60,7 +60,9 @@ def _open(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     try:
         return list_tensors(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path} ({error}); download it again") from error
+        raise UserError(
+            f"cannot read {path} ({error}); download it again, or one in float32, bfloat16, float16 or fp8"
+        ) from error
 
 
 def _flat(found: dict[Any, Any]) -> dict[str, Stored]:

@@ -75,7 +75,7 @@ def weight_files(src: Path) -> list[list[Path]]:
     else:
         models[_model(src)] = sorted(path for path in src.parent.iterdir() if _model(path) == _model(src))
     for model, files in models.items():
-        count = re.search(r"-of-(\d+)\.\w+$", model.name)
+        count = re.search(SHARD, files[0].name)
         if count and len(files) != int(count[1]):
             raise UserError(f"{model.parent} has {len(files)} files {model.name}; download the rest")
     return list(models.values())

@@ -29,8 +29,8 @@ QUANTISED = {
     r"\.weight_scale_inv$": "fp8 in blocks",
     r"\.weight\.int8$|\.weight\._(data|scale)$|\.weight_packed$": "whole numbers",
 }
-KNOWN_TYPES = {None, "t2v", "i2v"}  # model_type of the official config.json
-KNOWN_CLASSES = {None, "WanModel", "CausalWanModel", "WanTransformer3DModel"}
+KNOWN_TYPES = (None, "t2v", "i2v")  # model_type of the official config.json
+KNOWN_CLASSES = (None, "WanModel", "CausalWanModel", "WanTransformer3DModel")
 WAN_2_2 = re.compile(r"(high|low)[_-]?noise|wan2[._-]?2|(?<![a-z])a14b", re.IGNORECASE)
 
 
@@ -67,7 +67,8 @@ def check_surroundings(files: Sequence[Path]) -> None:
             )
     for index in (path.with_name("model_index.json"), path.parent.with_name("model_index.json")):
         told = read_json(index)
-        if told.get("boundary_ratio") is not None or any(told.get("transformer_2") or []):
+        second = told.get("transformer_2") not in (None, [], [None, None])
+        if second or told.get("boundary_ratio") is not None:
             raise UserError(
                 f"{files[0]} is one of two transformers of Wan 2.2, as {index} says; only Wan 2.1 is read"
             )

@@ -33,6 +33,7 @@ class Lora(NamedTuple):
     """What a file adds to a network."""
 
     path: Path
+    key: str  # of the file's dict, or ""
     adapters: dict[Place, Adapter]
     differences: dict[Place, Delta]  # whole arrays: biases, norms, modulation
 
@@ -46,45 +47,51 @@ class Lora(NamedTuple):
         return sorted({round(adapter.scale * adapter.rank, 6) for adapter in self.adapters.values()})
 
 
-def find_lora(path: Path, found: Found) -> Lora:
+def find_lora(path: Path, found: Found, key: str = "") -> Lora:
     """The LoRA in a file, which must fit the network `found`.
+
+    Args:
+      key: which one, where the file holds several; "": the averaged student's.
 
     Raises:
       UserError: it cannot be read, holds something else, asks for what is not applied, or adapts another network.
     """
     where = str(path)
     opened = open_tensors([path])
-    modules = read_modules(opened.tensors, where)
-    told, common = read_told(path, opened.metadata), kohya_alpha(opened.metadata, where)
+    modules = read_modules(opened.tensors, where, key)
+    told = read_told(path, opened.metadata)
+    spelled = any(".lora_down" in name for name in opened.tensors)
+    kohya = kohya_alpha(opened.metadata, where) if spelled else None
     _check_network(modules, found, where)
-    adapters, differences, wrong = {}, {}, []
+    adapters: dict[Place, Adapter] = {}
+    differences: dict[Place, Delta] = {}
+    wrong = []
     for module, parts in modules.parts.items():
-        low, slots = {"down", "up"} & parts.keys(), modules.targets[module]
-        scale = 1.0
+        low, slots, scale = {"down", "up"} & parts.keys(), modules.targets[module], 1.0
         if len(low) == 1 or (not low and parts.keys() & {"alpha", "up_bias"}) or (low and "weight" in parts):
             wrong.append(f"{module} has {' and '.join(sorted(parts))}, no two factors")
             continue
         if low:
-            down, up = parts["down"], parts["up"]
+            down = parts["down"]
             if not down.shape or not down.shape[0]:
                 raise UserError(f"{where} has rank 0 at {module}; name another file")
-            alpha = (
+            own = (
                 number(_value(parts["alpha"]), f"alpha of {module} in {where}") if "alpha" in parts else None
             )
-            scale = scale_of(
-                module, down.shape[0], common if alpha is None and not told else alpha, told, where
-            )
-            adapters[slots["weight"]] = Adapter(down, up, scale)
-        for part, slot, by in (("weight", "weight", 1.0), ("bias", "bias", 1.0), ("up_bias", "bias", scale)):
+            scale = scale_of(module, down.shape[0], own, told, kohya, where)
+        for part, slot, by in (("up", "weight", scale), ("weight", "weight", 1.0), ("bias", "bias", 1.0),
+                               ("up_bias", "bias", scale)):  # fmt: skip
             place = slots.get(slot)
-            if part in parts and (place is None or place in differences):
+            if part in parts and (place is None or place in adapters or place in differences):
                 wrong.append(f"{module} has a {slot} too many")
+            elif part == "up" and part in parts and place is not None:
+                adapters[place] = Adapter(parts["down"], parts["up"], scale)
             elif part in parts and place is not None:
                 differences[place] = Delta(by, parts[part])
     if wrong:
         raise UserError(f"{where} is no LoRA of this network: {listed(wrong)}; name another file")
     _check_shapes(adapters, differences, found, where)
-    return Lora(path, adapters, differences)
+    return Lora(path, modules.key, adapters, differences)
 
 
 def merge_lora(found: Found, lora: Lora, strength: float = 1.0) -> Found:
@@ -156,7 +163,8 @@ def describe(lora: Lora) -> str:
     many = lambda numbers: f"{numbers[0]:g}" if len(numbers) == 1 else f"{numbers[0]:g} to {numbers[-1]:g}"
     low = f"rank {many(lora.ranks)}, alpha {many(lora.alphas)}, " if lora.adapters else ""
     whole = f", {len(lora.differences)} differences of whole arrays" if lora.differences else ""
-    return f"{low}{len(lora.adapters)} matrices{whole}"
+    key = f", {lora.key} of the file" if lora.key else ""
+    return f"{low}{len(lora.adapters)} matrices{whole}{key}"
 
 
 def _value(tensor: Stored) -> float:

@@ -42,11 +42,12 @@ METHODS = {
 class Modules(NamedTuple):
     """What a file changes: by module of the network, and by part."""
 
+    key: str  # of the file's dict, or ""
     parts: dict[str, dict[str, Stored]]
     targets: dict[str, dict[str, tuple[str, int]]]  # module -> weight, bias -> our path and layer
 
 
-def read_modules(tensors: Mapping[str, Stored], where: str) -> Modules:
+def read_modules(tensors: Mapping[str, Stored], where: str, key: str = "") -> Modules:
     """The parts of a LoRA by module.
 
     Raises:
@@ -60,7 +61,7 @@ def read_modules(tensors: Mapping[str, Stored], where: str) -> Modules:
         told = _method(read) or (f"its names are {listed(read)}" if read else "it is empty")
         raise UserError(f"{where} is no LoRA of this network: {told}; name another file")
     paths = sorted({front.rpartition("/")[0] for front, _, _ in known.values()})
-    path = paths[choose([f"{path}/" for path in paths], "", f"{where} as LoRA")]
+    path = paths[choose([f"{path}/" for path in paths], key, f"{where} as LoRA")]
     here = {name: part for name, part in read.items() if name.rpartition("/")[0] == path}
     front = Counter(part[0] for part in here.values() if part).most_common(1)[0][0]
     if re.search(r"transformer_2|(high|low)_noise", front):
@@ -77,7 +78,7 @@ def read_modules(tensors: Mapping[str, Stored], where: str) -> Modules:
         if kind in parts.setdefault(module, {}):
             raise UserError(f"{where} has two adapters of {module}; keep one of them in a file")
         parts[module][kind] = tensors[name]
-    return Modules(parts, targets)
+    return Modules(path, parts, targets)
 
 
 def _targets() -> dict[str, dict[str, tuple[str, int]]]:

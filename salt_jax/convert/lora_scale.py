@@ -22,6 +22,7 @@ HARMLESS = {
     "eva_config", "qalora_group_size", "runtime_config", "ensure_weight_tying", "init_lora_weights",
 }  # fmt: skip
 MATTERS = {"use_dora", "fan_in_fan_out", "bias", "modules_to_save", "use_qalora", "layer_replication"}
+NO = (None, False, [], {}, "", "none", "None", "false", "False")
 # Ways to begin that leave the network as it is. The others take something away from it first.
 STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 FLAT = {"lora_alpha": "lora_alpha", "network_alpha": "lora_alpha", "alpha": "lora_alpha", "use_rslora": "use_rslora",
@@ -62,16 +63,19 @@ def read_told(path: Path, metadata: Mapping[str, str]) -> list[Told]:
 
 
 def kohya_alpha(metadata: Mapping[str, str], where: str) -> float | None:
-    """The alpha of the modules without one of their own."""
+    """What kohya's metadata say of alpha. The alpha of each module counts; tools leave these metadata as they were."""
     told = _plain(metadata.get("ss_network_alpha", "None"))
     return None if told in (None, "None", "") else number(told, f"ss_network_alpha of {where}")
 
 
-def scale_of(module: str, rank: int, alpha: float | None, told: Sequence[Told], where: str) -> float:
+def scale_of(
+    module: str, rank: int, alpha: float | None, told: Sequence[Told], kohya: float | None, where: str
+) -> float:
     """alpha / rank, or alpha / sqrt(rank) where a source says rsLoRA; 1 where nothing says anything.
 
     Args:
       alpha: of the module itself, as a tensor.
+      kohya: of the metadata of a file in kohya's spelling, whose modules should have their own.
 
     Raises:
       UserError: two sources contradict each other.
@@ -95,6 +99,11 @@ def scale_of(module: str, rank: int, alpha: float | None, told: Sequence[Told], 
                 f"{first} and {source} contradict each other: {module} is scaled by {other:g} or by {scale:g}; "
                 "remove the one that is wrong"
             )
+    if not options and kohya not in (None, rank):
+        raise UserError(
+            f"{where} says ss_network_alpha {kohya:g} in its metadata, and {module} of rank {rank} has no alpha, which "
+            "programs take for another scale; add the alphas, or remove that key"
+        )
     return next(reversed(options.values()), 1.0)
 
 
@@ -111,7 +120,7 @@ def number(value: Any, what: str) -> float:
 
 def _told(told: Any, source: str, strict: bool) -> Told:
     config = _component(told, source)
-    asked = {key: value for key, value in config.items() if value not in (None, False, [], {}, "", "none")}
+    asked = {key: value for key, value in config.items() if value not in NO}
     passed = APPLIED | HARMLESS if strict else config.keys() - MATTERS
     other = {key: value for key, value in asked.items() if key not in passed}
     if strict and str(config.get("peft_type") or "LORA").rpartition(".")[2].upper() != "LORA":
@@ -130,8 +139,10 @@ def _told(told: Any, source: str, strict: bool) -> Told:
         if not isinstance(each, dict):
             raise UserError(f"{key} of {source} is no table of patterns; correct it")
         patterns[key] = {str(pattern): number(value, f"{key} of {source}") for pattern, value in each.items()}
-    rslora = config.get("use_rslora") in (True, "True", "true", 1)
-    return Told(source, number_of("r"), number_of("lora_alpha"), rslora, *patterns.values())
+    rslora = asked.get("use_rslora", False)
+    if rslora not in (False, True, "True", "true"):
+        raise UserError(f"use_rslora of {source} is {str(rslora)[:40]!r}, neither true nor false; correct it")
+    return Told(source, number_of("r"), number_of("lora_alpha"), bool(rslora), *patterns.values())
 
 
 def _component(told: Any, source: str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from tests.convert.test_convert import (
     same_bits,
     save_torch,
     shapes_of,
+    slow,
 )
 from tests.convert.test_torch_files import (
     archive,
@@ -100,7 +101,7 @@ def matrices(tree):
     }
 
 
-@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("dtype", [E4M3, slow(E5M2)])
 def test_plain_fp8_is_exact_in_bfloat16(tmp_path, dtype):
     """All 256 patterns of bits are numbers of bfloat16; those of the file come out as they are."""
     bits = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
@@ -123,8 +124,8 @@ def _float32(tree):
     ("suffix", "shape"),
     [
         ("scale_weight", ()),
-        ("weight_scale", (1,)),
-        ("scale_weight", (1, 1)),
+        slow("weight_scale", (1,)),
+        slow("scale_weight", (1, 1)),
         ("weight_scale", lambda w: (len(w),)),
         ("weight_scale", lambda w: (len(w), 1)),
         ("scale_weight", lambda w: (len(w), 4, 1)),
@@ -242,6 +243,7 @@ def _map(f, tree):
     return {k: _map(f, v) for k, v in tree.items()} if isinstance(tree, dict) else f(tree)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_comfyui_holds_several_networks(tmp_path):
     """One file with the transformer, the VAE, umT5 and CLIP, each behind its own prefix, of which CLIP has more."""
     trees = {
@@ -478,6 +480,8 @@ def test_another_model_is_refused_behind_a_prefix_too(tmp_path):
         ("a/transformer", "x.safetensors", {}, {"transformer_2": ["diffusers", "WanTransformer3DModel"]}),
         ("x", "x.safetensors", {"_class_name": "WanVACETransformer3DModel"}, None),
         ("x", "x.safetensors", {"model_type": "ti2v"}, None),
+        ("x", "x.safetensors", {"model_type": ["t2v"]}, None),
+        ("a/transformer", "x.safetensors", {}, {"transformer_2": True}),
     ],
 )
 def test_what_stands_beside_a_file_tells_another_model(tmp_path, folder, file, told, index):

@@ -228,15 +228,17 @@ def test_every_spelling_is_merged_with_the_alpha_of_each_module(t2v, tmp_path, k
     t2v.check(t2v.merged(lora), deltas)
 
 
-def test_kohyas_header_tells_alpha_where_no_module_does(t2v, tmp_path):
-    tensors = {
-        k.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): v
-        for k, v in peft(t2v, name=KOHYA).items()
-    }
-    lora = t2v.find(
-        tmp_path / "lora.safetensors", tensors, {"ss_network_alpha": "2.0", "ss_network_dim": "4"}
-    )
-    t2v.check(t2v.merged(lora), everywhere(t2v, 0.5))
+def test_kohyas_header_does_not_count_twice(t2v, tmp_path):
+    """musubi-tuner's converter multiplies alpha into the matrices, and copies the header."""
+    kohya = {"ss_network_alpha": "2.0", "ss_network_dim": "4"}
+    lora = t2v.find(tmp_path / "lora.safetensors", peft(t2v, front="diffusion_model."), kohya)
+    t2v.check(t2v.merged(lora), everywhere(t2v, 1))
+    named = lambda key: key.replace("lora_A", "lora_down").replace("lora_B", "lora_up")
+    tensors = {named(key): w for key, w in peft(t2v, name=KOHYA).items()}
+    with pytest.raises(UserError, match=r"ss_network_alpha 2 .* of rank 4 has no alpha"):
+        t2v.find(tmp_path / "lora.safetensors", tensors, kohya)
+    same = {"ss_network_alpha": "4.0", "ss_network_dim": "4"}
+    t2v.check(t2v.merged(t2v.find(tmp_path / "lora.safetensors", tensors, same)), everywhere(t2v, 1))
 
 
 def test_longlives_file_of_torch_and_a_helper_beside_it(t2v, tmp_path):
@@ -253,7 +255,7 @@ def test_longlives_file_of_torch_and_a_helper_beside_it(t2v, tmp_path):
                 matrices[f"{layer}.lora_B.weight"].astype(float) @ matrices[f"{layer}.lora_A.weight"]
             )
     lora = find_lora(path, t2v.found)
-    assert len(lora.adapters) == len(deltas) == 20
+    assert lora.key == "generator_lora" and len(lora.adapters) == len(deltas) == 20
     t2v.check(t2v.merged(lora), deltas)
 
 
@@ -381,7 +383,10 @@ REFUSED = {
     "alpha text": (changed(), header(r=4, lora_alpha="much"), None, "'much'"),
     "alpha 0 in a pattern": (changed(), header(r=4, lora_alpha=4, alpha_pattern={"q": 0}), None, "alpha_pattern"),
     "bad pattern": (changed(), header(r=4, lora_alpha=4, alpha_pattern={"(": 8}), None, "no regular expression"),
-    "kohya nan": (changed(), {"ss_network_alpha": "nan"}, None, "ss_network_alpha"),
+    "rslora perhaps": (changed(), header(r=4, lora_alpha=4, use_rslora="maybe"), None, "neither true nor false"),
+    "two layouts": (lambda n: peft(n) | peft(n, {Q: "blocks.0.attn1.to_q"}, name=diffusers_name), None, None,
+                    "has a weight too many"),
+    "kohya nan": (changed(head__head__lora_down__weight=ones(4, 48)), {"ss_network_alpha": "nan"}, None, "ss_network"),
     "rslora alone": (changed(), header(use_rslora=True), None, "use_rslora and no lora_alpha"),
     "rank 0": (changed(Q__lora_A__weight=ones(0, 48), Q__lora_B__weight=ones(48, 0)), None, None, "rank 0"),
     "dora flag": (changed(), header(r=4, lora_alpha=4, use_dora=True), None, "says use_dora 'True'"),

@@ -324,7 +324,7 @@ def test_a_place_inside_of_what_is_read_or_around_it_is_refused(tmp_path, place)
     (tmp_path / "link").symlink_to(src)
     dst = tmp_path / "link" / "out" if place == "link" else src / place
     before = sorted(tmp_path.rglob("*"))
-    for more in ([], ["--to=official"]):
+    for more in ([], ["--to=official"]) if place == "." else ([],):
         done = program(f"--src={src}", f"--dst={dst}", *more)
         assert done.returncode == 2 and "lie in each other; name a folder apart" in done.stderr
     assert sorted(tmp_path.rglob("*")) == before
