@@ -8,6 +8,8 @@ It works on one device: for several start as many, with --process_index=0, 1, ..
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,8 +25,10 @@ from launch.cli import run_main
 from launch.common import all_devices
 from launch.parsing import read_size, refuse_frames
 from salt_jax.choices import TeacherSolver
+from salt_jax.data.clips import READER, read_clip
 from salt_jax.data.latents import Report, in_groups, write_records
-from salt_jax.data.video_folder import Video, find_videos, read_clip, read_prompts
+from salt_jax.data.text_lists import read_prompts
+from salt_jax.data.video_folder import Video, find_videos
 from salt_jax.errors import UserError
 from salt_jax.models import pretrained
 from salt_jax.models.denoiser import guided, wan_network
@@ -50,17 +54,17 @@ PRESET_SIZE = flags.DEFINE_enum(
 )
 VIDEOS = flags.DEFINE_string("videos", None, "a folder of videos")
 CAPTIONS = flags.DEFINE_string(
-    "captions", None, ".csv or .jsonl with columns file and caption; default: a.txt is the caption of a.mp4"
+    "captions", None, "a table with columns file and caption; default: a.txt is the caption of a.mp4"
 )
 PROMPTS = flags.DEFINE_string(
-    "prompts", None, "prompts, one a line, or a .csv or .jsonl with a column of them"
+    "prompts", None, "prompts, one a line, or a .csv, .tsv, .jsonl or .json with a column of them"
 )
 TEACHER = flags.DEFINE_bool("teacher", False, "make a clip of each prompt")
 PICTURE = flags.DEFINE_bool("image", False, "for image-to-video: encode the first frame too")
 DST = flags.DEFINE_string("dst", None, "the data set; the directory is made", required=True)
 SIZE = flags.DEFINE_string("size", "832x480", "WIDTHxHEIGHT of the clips, pixels")
 FRAMES = flags.DEFINE_integer(
-    "frames", 81, "of a clip, 4k + 1, at 16 a second; videos with fewer are left out"
+    "frames", 81, "of a clip, 4k + 1, at 16 a second; videos with fewer are left out", lower_bound=1
 )
 BATCH = flags.DEFINE_integer("batch", None, "encoded together; default 1 clip or 16 prompts", lower_bound=1)
 PER_PART = flags.DEFINE_integer("per_part", 64, "sources in a file; what a stop costs at most", lower_bound=1)
@@ -103,6 +107,8 @@ def main(_):
         (PICTURE.value and not VIDEOS.value, "--image encodes the first frame of videos; give --videos=DIR"),
         (CAPTIONS.value and not VIDEOS.value, "--captions are those of videos; give --videos=DIR"),
         (not 0 <= index < count, f"--process_index={index} must be below --process_count={count}"),
+        (not math.isfinite(GUIDANCE.value), f"--guidance={GUIDANCE.value} must be a number, such as 5"),
+        (not 0 < SHIFT.value < math.inf, f"--shift={SHIFT.value} must be more than 0, such as 5"),
     ):
         if wrong:
             raise UserError(message)
@@ -111,9 +117,7 @@ def main(_):
     if VIDEOS.value:
         videos = find_videos(VIDEOS.value, CAPTIONS.value)
     else:
-        videos = [
-            Video(f"prompt {i}", Path(), p, "") for i, p in enumerate(read_prompts(PROMPTS.value or ""), 1)
-        ]
+        videos = [Video(p.name, Path(), p.text, p.problem) for p in read_prompts(PROMPTS.value or "")]
     negative = negative_prompt(NEGATIVE.value, PICTURE.value)
     tokenize, embed = text_reader(source)
     (null_text,) = embed([tokenize(negative, TINY.text_length)])
@@ -141,12 +145,12 @@ def main(_):
         index,
         count,
     )
-    print_report(report)
+    print_report(report, len(videos))
 
 
 def settings(source: Source, parts: Sequence[Part], videos: Sequence[Video], negative: str) -> dict[str, Any]:
     """Everything the records depend on."""
-    size = lambda file: file.stat().st_size if file.is_file() else 0
+    size = lambda file: os.path.getsize(file) if os.path.isfile(file) else 0
     listed = [(v.name, v.caption, size(v.file)) for v in videos]
     told = {
         "kind": "teacher" if TEACHER.value else "videos" if VIDEOS.value else "prompts",
@@ -156,6 +160,8 @@ def settings(source: Source, parts: Sequence[Part], videos: Sequence[Video], neg
     }
     for part in tqdm(parts, desc="checksums of the weights", unit="file", delay=1):
         told[part.file] = "random" if not source.folder else digest(pretrained.part_file(part, source.folder))
+    if VIDEOS.value:
+        told["reader"] = READER
     if VIDEOS.value or TEACHER.value:
         told |= {"size": SIZE.value, "frames": FRAMES.value, "fps": FPS}
     if TEACHER.value:
@@ -264,11 +270,15 @@ def teacher_encoder(source: Source, embed, null_text: np.ndarray, latent: tuple[
     return encode
 
 
-def print_report(report: Report) -> None:
+def print_report(report: Report, sources: int) -> None:
+    """Every source is a record, a line of rejected.jsonl, or in a part that is not there yet."""
+    written, rejected = report.written, len(report.rejected)
     left = (
-        f"; {report.missing} parts are left to other processes, or to a next start" if report.missing else ""
+        f" + {sources - written - rejected} in parts that are missing; {report.missing} parts are left to other "
+        "processes, or to a next start"
     )
-    print(f"{DST.value}: {report.written} records, {len(report.rejected)} sources left out{left}")
+    told = f"{sources} sources = {written} records + {rejected} left out"
+    print(f"{DST.value}: {told}{left if report.missing else ''}")
     for name, reason in report.rejected[:LISTED]:
         print(f"  {name}: {reason}".encode(errors="replace").decode())  # names of files may be no text
     if len(report.rejected) > LISTED:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from salt_jax.data import pipeline
+from salt_jax.data.clips import read_clip
 from salt_jax.data.latents import open_records
-from salt_jax.data.video_folder import read_clip
 from salt_jax.models import image_encoder, text_encoder, vae
 from salt_jax.models.image_condition import condition_latents, image_clip, squash_for_clip
 from salt_jax.models.presets import PRESETS
@@ -115,7 +115,7 @@ def test_videos_become_what_the_networks_say_of_them(weights, videos, tmp_path):
     for last in ("--process_count=1", "--process_index=0"):
         told = succeed(*args, last)
     for line in (
-        "2 records, 3 sources left out\n",
+        "5 sources = 2 records + 3 left out\n",
         "bare.mp4: no caption: there is no bare.txt beside it",
         "cut.mp4: it cannot be decoded after 0 frames",
         "short.mp4: it gives 5 frames at 16 a second, --frames=9 are wanted",
@@ -188,7 +188,7 @@ def test_tiny_random_weights_need_no_files(tmp_path):
     told = succeed(
         "--preset_size=tiny", f"--prompts={tmp_path / 'prompts.txt'}", f"--dst={tmp_path / 'data'}"
     )
-    assert "1 records, 1 sources left out" in told and "prompt 2: the text 'xxx" in told
+    assert "2 sources = 1 records + 1 left out" in told and "prompt 2: the text 'xxx" in told
 
 
 @pytest.mark.slow
