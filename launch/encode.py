@@ -152,7 +152,7 @@ def settings(source: Source, parts: Sequence[Part], videos: Sequence[Video], neg
     """Everything the records depend on."""
     size = lambda file: os.path.getsize(file) if os.path.isfile(file) else 0
     listed = [(v.name, v.caption, size(v.file)) for v in videos]
-    told = {
+    told: dict[str, Any] = {
         "kind": "teacher" if TEACHER.value else "videos" if VIDEOS.value else "prompts",
         "sources_sha256": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
         "negative_prompt": negative,

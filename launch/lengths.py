@@ -8,7 +8,7 @@ import numpy as np
 
 from launch import sample_flags as f
 from launch.parsing import refuse_frames
-from salt_jax.data.video_folder import read_ending
+from salt_jax.data.clips import read_ending
 from salt_jax.errors import UserError
 from salt_jax.models.latent_size import FPS, SPACE, latent_frames, pixel_frames
 from salt_jax.models.memory import MAX_FRAMES, CachePolicy

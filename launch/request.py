@@ -260,7 +260,10 @@ def read_jobs(recipe: Recipe | None, updates: Sequence[int]) -> Iterator[Job]:
     if f.PROMPT.value is not None:
         prompts = (f.PROMPT.value,) * f.COUNT.value
     elif f.PROMPTS_FILE.value:
-        prompts = read_prompts(f.PROMPTS_FILE.value)
+        rows = read_prompts(f.PROMPTS_FILE.value)
+        if wrong := [row.problem for row in rows if row.problem]:
+            raise UserError(f"--prompts_file={f.PROMPTS_FILE.value}: {wrong[0]}; mend it, or leave it out")
+        prompts = tuple(row.text for row in rows)
     elif recipe and recipe.data.kind == "moving_shapes":
         scenes = shapes.scenes(recipe.world)
         prompts = tuple(shapes.caption(scenes[i]) for i in shapes.spread(recipe.world, f.COUNT.value))

@@ -1,7 +1,9 @@
 """A video file becomes a clip: decoded, resampled in time, brought to one size. A file of no use has a reason."""
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -49,13 +51,28 @@ def read_clip(file: str | Path, max_frames: int, height: int, width: int, fps: i
     Raises:
       ValueError: the reason why this file cannot be used.
     """
+    frames = _in_order(file, lambda timed: list(islice(_fitted(timed, height, width, fps), max_frames)))
+    return np.stack(frames[: (len(frames) - 1) // 4 * 4 + 1])
+
+
+def read_ending(file: str | Path, max_frames: int, height: int, width: int, fps: int) -> np.ndarray:
+    """The last frames of a video, at most so many, uint8 [T, height, width, 3]; else as `read_clip`."""
+    keep = lambda timed: deque(_fitted(timed, height, width, fps), max_frames)
+    return np.stack(_in_order(file, keep))
+
+
+def _in_order(file: str | Path, take: Callable[[Iterable[Any]], Any]) -> Any:
+    """What `take` makes of the frames with their times. Raises ValueError: they have none, or there is no frame."""
     try:
-        return _clip(by_display(_decode(file)), max_frames, height, width, fps)
+        frames = take(by_display(_decode(file)))
     except Disorder as error:
         try:
-            return _clip(by_decoding(_decode(file)), max_frames, height, width, fps)
+            frames = take(by_decoding(_decode(file)))
         except Disorder:
             raise ValueError(f"{error}; write it anew, for instance with ffmpeg -i") from error
+    if not frames:
+        raise ValueError("it has no frame")
+    return frames
 
 
 def resample(frames: Iterable[tuple[Fraction, Fraction, T]], fps: int) -> Iterator[T]:
@@ -132,20 +149,14 @@ def by_decoding(frames: Iterable[Shown]) -> Iterator[tuple[Fraction, Fraction, S
         yield item.decoded, item.duration, item
 
 
-def _clip(timed: Iterable[tuple[Fraction, Fraction, Shown]], max_frames, height, width, fps) -> np.ndarray:
-    frames: list[np.ndarray] = []
-    before: Shown | None = None
+def _fitted(timed: Iterable[Any], height: int, width: int, fps: int) -> Iterator[np.ndarray]:
+    """Frames at a steady rate in one size; one that is shown twice is looked at once."""
+    before, fitted = None, np.zeros(0)
     for item in resample(timed, fps):
         if item is not before:
             seen, aspect = picture(item.frame, item.tags)
-            fitted = fit_picture(seen, height, width, aspect)
-        frames.append(fitted)
-        before = item
-        if len(frames) == max_frames:
-            break
-    if not frames:
-        raise ValueError("it has no frame")
-    return np.stack(frames[: (len(frames) - 1) // 4 * 4 + 1])
+            fitted, before = fit_picture(seen, height, width, aspect), item
+        yield fitted
 
 
 def _decode(file: str | Path) -> Iterator[Shown]:
@@ -178,8 +189,8 @@ def _decode(file: str | Path) -> Iterator[Shown]:
                         raise ValueError(f"it is damaged after {count} frames")
                     dts = decoded[count] if count < len(decoded) else None
                     pts = dts if container.format.name in DECODE_TIMES else frame.pts
-                    scaled = (None if ticks is None else ticks * unit for ticks in (pts, dts))
-                    yield Shown(*scaled, frame.duration * unit, frame, tags)
+                    shown, at = (None if ticks is None else ticks * unit for ticks in (pts, dts))
+                    yield Shown(shown, at, frame.duration * unit, frame, tags)
                     count += 1
     except (FFmpegError, OSError) as error:
         told = getattr(error, "strerror", None) or error

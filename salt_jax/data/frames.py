@@ -4,6 +4,7 @@ What a tag asks for and is not done here is a reason to reject the file: never a
 """
 
 import io
+from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -82,13 +83,18 @@ def over_background(rgba: np.ndarray) -> np.ndarray:
     return ((colour * alpha + BACKGROUND * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
+def _beside(frame: VideoFrame) -> Iterable[Any]:
+    """Its side data; PyAV's types say otherwise."""
+    return frame.side_data
+
+
 def _first(frame_says: int, stream_says: int) -> int:
     return stream_says if frame_says == UNKNOWN else frame_says
 
 
 def _refuse_colours(frame: VideoFrame, tags: Tags) -> None:
     curve, primaries = _first(frame.color_trc, tags.curve), _first(frame.color_primaries, tags.primaries)
-    beside = {data.type for data in frame.side_data}
+    beside = {data.type for data in _beside(frame)}
     hdr = HDR_CURVES.get(curve, "Dolby Vision or HDR10+" if beside & HDR_SIDE_DATA else "")
     if not hdr and curve == UNKNOWN and beside & MASTERED:
         hdr = "mastered for an HDR display"
@@ -124,7 +130,7 @@ def _rgb(frame: VideoFrame, tags: Tags) -> np.ndarray:
     if len(form.components) < 3 and limits == LIMITED and not form.has_palette:
         pixels[..., :3] = _stretched(pixels[..., :3])
     pixels = over_background(pixels) if clear else pixels
-    profile = next((bytes(data) for data in frame.side_data if data.type is Type.ICC_PROFILE), b"")
+    profile = next((bytes(data) for data in _beside(frame) if data.type is Type.ICC_PROFILE), b"")
     return np.asarray(to_srgb(Image.fromarray(pixels), profile)) if profile else pixels
 
 
@@ -135,7 +141,7 @@ def _stretched(grey: np.ndarray) -> np.ndarray:
 
 def _upright(frame: VideoFrame, pixels: np.ndarray, aspect: Fraction) -> tuple[np.ndarray, Fraction]:
     """Turned and mirrored by the display matrix: (x, y) is seen at (a x + c y, b x + d y)."""
-    data = next((data for data in frame.side_data if data.type is Type.DISPLAYMATRIX), None)
+    data = next((data for data in _beside(frame) if data.type is Type.DISPLAYMATRIX), None)
     if data is None:
         return pixels, aspect
     rows = np.frombuffer(bytes(data), np.int32).reshape(3, 3)[:2, :2].astype(float)
