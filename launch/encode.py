@@ -150,7 +150,7 @@ def settings(source: Source, parts: Sequence[Part], videos: Sequence[Video], neg
     """Everything the records depend on."""
     size = lambda file: os.path.getsize(file) if os.path.isfile(file) else 0
     listed = [(v.name, v.caption, size(v.file)) for v in videos]
-    told = {
+    told: dict[str, Any] = {
         "kind": "teacher" if TEACHER.value else "videos" if VIDEOS.value else "prompts",
         "sources_sha256": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
         "negative_prompt": negative,
@@ -159,7 +159,7 @@ def settings(source: Source, parts: Sequence[Part], videos: Sequence[Video], neg
     for part in tqdm(parts, desc="checksums of the weights", unit="file", delay=1):
         told[part.file] = "random" if not source.folder else digest(pretrained.part_file(part, source.folder))
     if VIDEOS.value:
-        told["reader"] = READER
+        told |= {"reader": READER}
     if VIDEOS.value or TEACHER.value:
         told |= {"size": SIZE.value, "frames": FRAMES.value, "fps": FPS}
     if TEACHER.value:

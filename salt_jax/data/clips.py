@@ -178,8 +178,8 @@ def _decode(file: str | Path) -> Iterator[Shown]:
                         raise ValueError(f"it is damaged after {count} frames")
                     dts = decoded[count] if count < len(decoded) else None
                     pts = dts if container.format.name in DECODE_TIMES else frame.pts
-                    scaled = (None if ticks is None else ticks * unit for ticks in (pts, dts))
-                    yield Shown(*scaled, frame.duration * unit, frame, tags)
+                    shown, decoding = (None if ticks is None else ticks * unit for ticks in (pts, dts))
+                    yield Shown(shown, decoding, frame.duration * unit, frame, tags)
                     count += 1
     except (FFmpegError, OSError) as error:
         told = getattr(error, "strerror", None) or error
