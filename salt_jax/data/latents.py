@@ -73,7 +73,12 @@ def write_records(
       UserError: the directory holds other settings, or no source became a record.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the directory {directory} ({error.strerror}); choose another"
+        ) from error
     clip = list(shapes["latent"]) if "latent" in shapes else None
     count = -(-len(names) // per_part)
     settings = {**settings, "format": FORMAT, "sources": len(names), "per_part": per_part, "clip": clip}
@@ -181,9 +186,11 @@ def _keep_settings(directory: Path, settings: dict, null_text: np.ndarray, proce
     if before is not None:
         for key in sorted(set(before) | set(settings)):
             if before.get(key) != settings.get(key):
+                remedy = (
+                    "choose another --dst" if key == "reader" else "make them equal, or choose another --dst"
+                )
                 raise UserError(
-                    f"{directory} was begun with {key}={before.get(key)}, this run has {settings.get(key)}; "
-                    "make them equal, or choose another --dst"
+                    f"{directory} was begun with {key}={before.get(key)}, this run has {settings.get(key)}; {remedy}"
                 )
         return
     temporary = directory / f"null_text.{process_index}.npy"  # processes may start at the same time
@@ -280,7 +287,10 @@ def _part_file(directory: Path, part: int) -> Path:
 
 
 def _read_json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is damaged ({error}); delete it, or put a copy back") from error
 
 
 def _write_json(file: Path, value: Any, writer: int) -> None:
