@@ -186,11 +186,9 @@ def _keep_settings(directory: Path, settings: dict, null_text: np.ndarray, proce
     if before is not None:
         for key in sorted(set(before) | set(settings)):
             if before.get(key) != settings.get(key):
-                remedy = (
-                    "choose another --dst" if key == "reader" else "make them equal, or choose another --dst"
-                )
                 raise UserError(
-                    f"{directory} was begun with {key}={before.get(key)}, this run has {settings.get(key)}; {remedy}"
+                    f"{directory} was begun with {key}={before.get(key)}, this run has {settings.get(key)}; "
+                    "make them equal, or choose another --dst"
                 )
         return
     temporary = directory / f"null_text.{process_index}.npy"  # processes may start at the same time
