@@ -117,7 +117,8 @@ def test_hdr_that_the_container_alone_tells_is_rejected(tmp_path, name):
     write(tmp_path / f"plain.{name}", np.full((5, 64, 96, 3), RED, np.uint8), codec="libx265", options=quiet)
     with av.open(str(tmp_path / f"plain.{name}")) as source, av.open(str(tmp_path / name), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
-        stream.codec_context.color_trc, stream.codec_context.color_primaries = 16, 9
+        for tag, value in {"color_trc": 16, "color_primaries": 9, "colorspace": 9, "color_range": 1}.items():
+            setattr(stream.codec_context, tag, value)
         for packet in source.demux(video=0):
             if packet.size:
                 packet.stream = stream
