@@ -161,7 +161,7 @@ def settings(source: Source, parts: Sequence[Part], videos: Sequence[Video], neg
     for part in tqdm(parts, desc="checksums of the weights", unit="file", delay=1):
         told[part.file] = "random" if not source.folder else digest(pretrained.part_file(part, source.folder))
     if VIDEOS.value:
-        told["reader"] = READER
+        told |= {"reader": READER}
     if VIDEOS.value or TEACHER.value:
         told |= {"size": SIZE.value, "frames": FRAMES.value, "fps": FPS}
     if TEACHER.value:

@@ -7,6 +7,7 @@ that clips of 12 x 12 pixels can be seen; `visible_scale` proposes one.
 
 import io
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,21 +49,30 @@ def looks(pixels: np.ndarray) -> dict[str, float]:
 def encode_mp4(frames: np.ndarray, fps: int, scale: int) -> bytes:
     """H.264 in MP4, yuv420p, which every browser plays. Odd sizes repeat the last row or column.
 
+    Colours are BT.709's in limited range and say so, in the stream and in the container; the index stands in front.
+
     Raises RuntimeError when PyAV was built without an H.264 encoder.
     """
     frames = enlarge(_clip(frames), scale)
     height, width = frames.shape[1:3]
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        # CRF 12: a picture of a few flat shapes shows every artefact, and costs few bytes all the same.
-        stream: Any = container.add_stream(_h264_encoder(), rate=fps, options={"crf": "12"})
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    return file.getvalue()
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # to move the index to the front FFmpeg opens the file again
+        file = Path(folder) / "clip.mp4"
+        with av.open(str(file), "w", options={"movflags": "+faststart"}) as container:
+            # CRF 12: a picture of a few flat shapes shows every artefact, and costs few bytes all the same.
+            stream: Any = container.add_stream(_h264_encoder(), rate=fps, options={"crf": "12"})
+            stream.height, stream.width = frames.shape[1:3]
+            stream.pix_fmt = "yuv420p"
+            _tag_bt709(stream.codec_context)
+            for frame in frames:
+                picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+                picture = picture.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+                _tag_bt709(picture)
+                container.mux(stream.encode(picture))
+            container.mux(stream.encode())
+        return file.read_bytes()
 
 
 def encode_gif(frames: np.ndarray, fps: int, scale: int) -> bytes:
@@ -148,6 +158,11 @@ def _clip(frames: np.ndarray) -> np.ndarray:
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
         raise ValueError(f"a clip is uint8 [F, H, W, 3], got {frames.dtype} {list(frames.shape)}")
     return frames
+
+
+def _tag_bt709(told: Any) -> None:
+    """Says of a frame or a codec that it is BT.709 in limited range; 1 is both in ITU-T H.273 and FFmpeg."""
+    told.color_primaries = told.color_trc = told.colorspace = told.color_range = 1
 
 
 def _h264_encoder() -> str:

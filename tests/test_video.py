@@ -49,6 +49,63 @@ def test_mp4_makes_odd_sizes_even(tmp_path):
     assert np.abs(frames[:, 39].astype(int) - frames[:, 38]).mean() < 8  # the last row is repeated, not black
 
 
+def planes(data: bytes) -> list[np.ndarray]:
+    """Y, Cb, Cr of the first frame as stored, without any conversion."""
+    with av.open(io.BytesIO(data)) as container:
+        frame = next(container.decode(video=0))
+        assert frame.format.name == "yuv420p"
+        return [
+            np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
+            for plane in frame.planes
+        ]
+
+
+@pytest.mark.parametrize("colour", [(200, 40, 40), (40, 200, 40), (40, 40, 200), (255, 255, 255), (0, 0, 0)])
+@pytest.mark.parametrize("height, width", [(64, 96), (33, 47), (720, 1280)])
+def test_mp4_is_bt709_in_limited_range(colour, height, width):
+    """ITU-R BT.709-6, 3.2 to 3.4, by hand."""
+    clip = np.broadcast_to(np.array(colour, np.uint8), (2, height, width, 3))
+    r, g, b = np.array(colour) / 255
+    y = 0.2126 * r + 0.7152 * g + 0.0722 * b
+    wanted = [16 + 219 * y, 128 + 224 * (b - y) / 1.8556, 128 + 224 * (r - y) / 1.5748]
+    for plane, value in zip(planes(video.encode_mp4(clip, 16, 1)), wanted, strict=True):
+        assert np.abs(plane[: height // 2, : width // 2].astype(int) - value).max() <= 2
+
+
+def boxes(data: bytes) -> list[bytes]:
+    """Names of the boxes of an mp4 in order, ISO/IEC 14496-12, 4.2."""
+    at, names = 0, []
+    while at < len(data):
+        names.append(data[at + 4 : at + 8])
+        at += int.from_bytes(data[at : at + 4], "big")
+    return names
+
+
+def test_mp4_says_its_colours_and_has_its_index_in_front(tmp_path):
+    video.write_mp4(tmp_path / "a.mp4", stripes(9, 12, 12), scale=4)
+    data = (tmp_path / "a.mp4").read_bytes()
+    names = boxes(data)
+    assert names.index(b"moov") < names.index(b"mdat")
+    colr = data[data.index(b"colr") + 4 :]
+    assert colr[:10] == b"nclx" + bytes([0, 1, 0, 1, 0, 1])  # primaries, transfer, matrix
+    assert colr[10] >> 7 == 0  # limited range
+    bare = tmp_path / "bare.h264"  # what the stream itself says, without the container
+    with av.open(str(tmp_path / "a.mp4")) as source, av.open(str(bare), "w", format="h264") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    with av.open(str(bare)) as container:
+        frame = next(container.decode(video=0))
+    assert (frame.color_primaries, frame.color_trc, frame.colorspace, frame.color_range) == (1, 1, 1, 1)
+
+
+def test_the_same_clip_is_the_same_bytes():
+    clip = np.random.default_rng(0).integers(0, 256, (9, 35, 49, 3), np.uint8)
+    assert video.encode_mp4(clip, 16, 1) == video.encode_mp4(clip, 16, 1)
+
+
 def test_gif_keeps_frames_and_time(tmp_path):
     clip = stripes(9, 12, 12)
     video.write_gif(tmp_path / "clip.gif", clip, scale=2)

@@ -19,7 +19,8 @@ from salt_jax.data.frames import Tags, picture
 # Raised whenever the same file may give other pixels than before.
 READER = 2
 LONGEST_STILL = 10  # seconds: a longer gap is taken for a break in the times, as ffmpeg does
-# These store when a frame is decoded, not when it is shown; what FFmpeg gives as the latter is wrong with B-frames.
+# These store when a frame is decoded, not when it is shown; what FFmpeg gives as the latter is wrong with B-frames. So
+# do files of any kind in which the two never differ: then they tell nothing of frames that are stored out of order.
 DECODE_TIMES = {"avi", "asf"}
 # What PyAV 19 does by itself.
 OPEN: dict[str, Any] = {"metadata_errors": "replace"} if av.__version__.startswith("18.") else {}
@@ -181,16 +182,18 @@ def _decode(file: str | Path) -> Iterator[Shown]:
             stream.thread_type = "AUTO"
             unit, tags = stream.time_base or Fraction(1), _tags(stream)
             decoded: list[int | None] = []  # times of decoding of the packets so far
+            alike = True
             for packet in container.demux(stream):
                 if packet.size and not packet.is_discard:
                     decoded.append(packet.dts)
+                    alike = alike and packet.pts == packet.dts
                 for frame in packet.decode():
                     if frame.is_corrupt:
                         raise ValueError(f"it is damaged after {count} frames")
                     dts = decoded[count] if count < len(decoded) else None
-                    pts = dts if container.format.name in DECODE_TIMES else frame.pts
-                    shown, at = (None if ticks is None else ticks * unit for ticks in (pts, dts))
-                    yield Shown(shown, at, frame.duration * unit, frame, tags)
+                    pts = dts if alike or container.format.name in DECODE_TIMES else frame.pts
+                    shown, decoding = (None if ticks is None else ticks * unit for ticks in (pts, dts))
+                    yield Shown(shown, decoding, frame.duration * unit, frame, tags)
                     count += 1
     except (FFmpegError, OSError) as error:
         told = getattr(error, "strerror", None) or error

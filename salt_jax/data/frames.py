@@ -4,7 +4,6 @@ What a tag asks for and is not done here is a reason to reject the file: never a
 """
 
 import io
-from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -83,9 +82,9 @@ def over_background(rgba: np.ndarray) -> np.ndarray:
     return ((colour * alpha + BACKGROUND * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
-def _beside(frame: VideoFrame) -> Iterable[Any]:
-    """Its side data; PyAV's types say otherwise."""
-    return frame.side_data
+def _side_data(frame: VideoFrame) -> dict[Type, bytes]:
+    data: Any = frame.side_data
+    return {item.type: bytes(item) for item in data}
 
 
 def _first(frame_says: int, stream_says: int) -> int:
@@ -94,7 +93,7 @@ def _first(frame_says: int, stream_says: int) -> int:
 
 def _refuse_colours(frame: VideoFrame, tags: Tags) -> None:
     curve, primaries = _first(frame.color_trc, tags.curve), _first(frame.color_primaries, tags.primaries)
-    beside = {data.type for data in _beside(frame)}
+    beside = set(_side_data(frame))
     hdr = HDR_CURVES.get(curve, "Dolby Vision or HDR10+" if beside & HDR_SIDE_DATA else "")
     if not hdr and curve == UNKNOWN and beside & MASTERED:
         hdr = "mastered for an HDR display"
@@ -130,7 +129,7 @@ def _rgb(frame: VideoFrame, tags: Tags) -> np.ndarray:
     if len(form.components) < 3 and limits == LIMITED and not form.has_palette:
         pixels[..., :3] = _stretched(pixels[..., :3])
     pixels = over_background(pixels) if clear else pixels
-    profile = next((bytes(data) for data in _beside(frame) if data.type is Type.ICC_PROFILE), b"")
+    profile = _side_data(frame).get(Type.ICC_PROFILE)
     return np.asarray(to_srgb(Image.fromarray(pixels), profile)) if profile else pixels
 
 
@@ -141,10 +140,10 @@ def _stretched(grey: np.ndarray) -> np.ndarray:
 
 def _upright(frame: VideoFrame, pixels: np.ndarray, aspect: Fraction) -> tuple[np.ndarray, Fraction]:
     """Turned and mirrored by the display matrix: (x, y) is seen at (a x + c y, b x + d y)."""
-    data = next((data for data in _beside(frame) if data.type is Type.DISPLAYMATRIX), None)
+    data = _side_data(frame).get(Type.DISPLAYMATRIX)
     if data is None:
         return pixels, aspect
-    rows = np.frombuffer(bytes(data), np.int32).reshape(3, 3)[:2, :2].astype(float)
+    rows = np.frombuffer(data, np.int32).reshape(3, 3)[:2, :2].astype(float)
     unit = rows / np.maximum(np.hypot(*rows.T)[:, None], 1)  # it may scale; the size is chosen by others
     turn = unit.round().astype(int)
     if np.abs(unit - turn).max() > 0.02 or (np.abs(turn).sum(0) != 1).any():  # a degree: matrices are rounded

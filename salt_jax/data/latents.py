@@ -73,7 +73,12 @@ def write_records(
       UserError: the directory holds other settings, or no source became a record.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the directory {directory} ({error.strerror}); choose another"
+        ) from error
     clip = list(shapes["latent"]) if "latent" in shapes else None
     count = -(-len(names) // per_part)
     settings = {**settings, "format": FORMAT, "sources": len(names), "per_part": per_part, "clip": clip}
@@ -280,7 +285,10 @@ def _part_file(directory: Path, part: int) -> Path:
 
 
 def _read_json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is damaged ({error}); delete it, or put a copy back") from error
 
 
 def _write_json(file: Path, value: Any, writer: int) -> None:

@@ -200,6 +200,29 @@ def test_equal_times_are_replaced_by_those_of_decoding(tmp_path, monkeypatch):
         assert numbers(read_clip(file, 9, 32, 48, 16)) == list(range(9))
 
 
+@pytest.mark.parametrize("name", ["a.mkv", "a.ts", "a.flv"])
+@pytest.mark.parametrize("frames", [1, 5, 9])
+def test_a_muxer_that_took_one_time_for_the_other_does_no_harm(tmp_path, name, frames):
+    """Times of decoding as those of display, at 8 frames a second: short clips end before a time runs back."""
+    write(tmp_path / "a.mp4", greys(13), 8, options=B_FRAMES)
+    with av.open(str(tmp_path / "a.mp4")) as source, av.open(str(tmp_path / name), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream, packet.pts = stream, packet.dts
+                target.mux(packet)
+    assert numbers(read_clip(tmp_path / name, frames, 32, 48, 16)) == [i // 2 for i in range(frames)]
+
+
+def test_a_bare_stream_without_a_rate_is_rejected(tmp_path):
+    """FFmpeg would take it for 25 frames a second."""
+    file = tmp_path / "a.hevc"
+    quiet = {"x265-params": "vui-timing-info=0:log-level=none:pools=1"}
+    write(file, greys(5, 64, 96), codec="libx265", options=quiet, form="hevc")
+    with pytest.raises(ValueError, match="does not tell its frame rate"):
+        read_clip(file, 5, 64, 96, 16)
+
+
 def test_a_cover_picture_is_no_video(tmp_path):
     """The streams of an mp4 in this order: its cover, its video."""
     file = tmp_path / "a.mp4"

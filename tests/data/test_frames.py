@@ -110,6 +110,23 @@ def test_hdr_and_wide_gamut_are_rejected_with_their_name(tmp_path, name, codec, 
         read_clip(store(tmp_path / name, frame, codec, **tags), 5, 32, 48, 16)
 
 
+@pytest.mark.parametrize("name", ["a.mkv", "a.mp4"])
+def test_hdr_that_the_container_alone_tells_is_rejected(tmp_path, name):
+    """FFmpeg's decoder of HEVC forgets what the container said where the stream says nothing."""
+    quiet = {"x265-params": "log-level=none:pools=1"}
+    write(tmp_path / f"plain.{name}", np.full((5, 64, 96, 3), RED, np.uint8), codec="libx265", options=quiet)
+    with av.open(str(tmp_path / f"plain.{name}")) as source, av.open(str(tmp_path / name), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for tag, value in {"color_trc": 16, "color_primaries": 9, "colorspace": 9, "color_range": 1}.items():
+            setattr(stream.codec_context, tag, value)
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    with pytest.raises(ValueError, match=r"it is HDR .PQ."):
+        read_clip(tmp_path / name, 5, 64, 96, 16)
+
+
 def test_ten_bits_of_sdr_are_read(tmp_path):
     frame = flat("yuv420p10le", to_yuv(RED, WIDE, False, 10))
     path = store(tmp_path / "a.mkv", frame, color_trc=14, color_primaries=1, colorspace=9)

@@ -239,3 +239,19 @@ def test_what_fails_while_loading_or_encoding_is_not_hidden():
         list(latents.in_groups(range(3), fails, list, 2))
     with pytest.raises(RuntimeError, match="out of memory"):
         list(latents.in_groups(range(3), int, fails, 2))
+
+
+def test_what_another_reader_began_is_not_continued(tmp_path):
+    """Records of before would have other frames and colours than those that follow."""
+    write(tmp_path, settings=SETTINGS | {"reader": 1})
+    with pytest.raises(UserError, match=r"begun with reader=1, this run has 2; .*choose another --dst"):
+        write(tmp_path, settings=SETTINGS | {"reader": 2})
+
+
+def test_a_place_that_is_no_directory_and_damaged_settings_are_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot make the directory .*file .File exists.; choose another"):
+        write(tmp_path / "file")
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(UserError, match=r"settings.json is damaged"):
+        write(tmp_path)

@@ -202,6 +202,16 @@ def test_tiny_random_weights_need_no_files(tmp_path):
         (["--preset_size=tiny", "--videos=/nowhere", "--teacher"], "--teacher makes clips of prompts"),
         (["--preset_size=tiny", "--prompts=p", "--size=830x480"], "--size=830x480 is not WIDTHxHEIGHT"),
         (["--preset_size=tiny", "--prompts=p", "--frames=80"], "--frames=80 must be 4k + 1"),
+        (["--preset_size=tiny", "--prompts=p", "--frames=-3"], "--frames=-3"),
+        (["--preset_size=tiny", "--prompts=p", "--size=0x0"], "--size=0x0 has no pixels"),
+        (
+            ["--preset_size=tiny", "--prompts=p", "--teacher", "--guidance=nan"],
+            "--guidance=nan must be a number",
+        ),
+        (
+            ["--preset_size=tiny", "--prompts=p", "--teacher", "--shift=inf"],
+            "--shift=inf must be more than 0",
+        ),
         (["--preset_size=tiny", "--prompts=p", "--process_index=2"], "--process_index=2 must be below"),
     ],
 )
@@ -209,3 +219,27 @@ def test_what_does_not_fit_is_named(tmp_path, args, message):
     done = program(*args, f"--dst={tmp_path / 'data'}")
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.slow
+def test_every_source_is_a_record_or_a_reason(videos, tmp_path):
+    """What the folder holds, counted by hand: see the fixture, and what is put beside it here."""
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for file in videos.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    for name in ("more.ts", "still.webp", "notes.xyz"):
+        (folder / name).write_bytes(b"no video")
+        (folder / name).with_suffix(".txt").write_text("A cat.")
+    (folder / "alone.txt").write_bytes("A cat.".encode("utf-16"))
+    (folder / "a.json").write_text("{}")
+    told = succeed(
+        "--preset_size=tiny", f"--videos={folder}", f"--dst={tmp_path / 'data'}", "--size=48x32", "--frames=9"
+    )
+    assert "9 sources = 2 records + 7 left out\n" in told
+    rejected = [json.loads(line) for line in (tmp_path / "data" / "rejected.jsonl").read_text().splitlines()]
+    assert [line["source"] for line in rejected] == [
+        *("alone.txt", "bare.mp4", "cut.mp4", "more.ts", "notes.xyz", "short.mp4", "still.webp")
+    ]
+    assert all(line["reason"] for line in rejected)
+    assert json.loads((tmp_path / "data" / "settings.json").read_text())["reader"] == 2
