@@ -13,6 +13,7 @@ from salt_jax.models.denoiser import Network
 from salt_jax.models.lora import merge
 from salt_jax.train.checkpoint import checkpoint_digest, restore_step
 from salt_jax.train.recipe import Recipe, to_json
+from salt_jax.train.roles import read_roles, refuse_another_base
 from salt_jax.train.setup import embed, make_network
 from salt_jax.train.sharding import make_mesh
 from salt_jax.train.start import initial_weights, student_start
@@ -41,12 +42,17 @@ def open_workdir(workdir: str, step: int | None = None, average: str = "ema") ->
     recipe, mesh = read_workdir(Path(workdir), step), all_devices()
     step, params = restore_step(workdir, ITEMS[average], mesh, step)
     told = {"step": step, "average": average, "sha256": checkpoint_digest(workdir, step, ITEMS[average])}
+    if (
+        recipe.lora.rank
+    ):  # what it adapts, as it was when the run began: a base that has changed is refused below
+        told["bases"] = {r.name: r.digest for r in read_roles(workdir) if "base" in r.name}
     if recipe.stage == "denoising":
         weights, params = params, params["wan"]
     else:
         latents = recipe.data.kind == "latents"
         weights = {} if latents and not recipe.lora.rank else initial_weights(recipe, mesh)
     if recipe.lora.rank:
+        refuse_another_base(workdir, recipe)
         params = merge(student_start(recipe, weights["wan"], mesh), params, recipe.lora)
     return Trained(
         recipe,

@@ -165,11 +165,9 @@ def metadata(job: Job, digests: dict[Path, Any]) -> dict[str, str]:
     return told | ({"salt_jax": job.record} if job.record else {})
 
 
-def give_back(src: Path, dst: Path, layout: Any) -> None:
+def give_back(src: Path, dst: Path, layout: Any, workdir: bool) -> None:
     """Writes a transformer or a LoRA of ours as others do."""
     ours = src / PARTS["wan"].file if src.is_dir() else src
-    workdir = is_workdir(str(src))
-    refuse_flags("workdir" if workdir else "out", MODES, BELONGS)
     if src.is_dir() and not workdir and not ours.is_file() and not KEEP.value:
         raise UserError(f"{src} is neither a converted folder nor a workdir; convert it without --to first")
     lora = adapter_of(src, workdir)
@@ -222,13 +220,16 @@ def check_apart(src: Path, dst: Path) -> None:
 
 def main(_):
     src, dst = Path(SRC.value or ""), Path(DST.value or "")
-    if TO.value:
-        give_back(src, dst, TO.value)
-        return
-    refuse_flags("in", MODES, BELONGS)
-    refuse_pairs({"keep_lora": ["lora"], "lora_strength": ["lora"]}, {})
+    workdir = is_workdir(str(src))
+    mode = "in" if not TO.value else "workdir" if workdir else "out"
+    refuse_flags(mode, MODES, BELONGS)
+    if mode == "in":
+        refuse_pairs({"keep_lora": ["lora"], "lora_strength": ["lora"]}, {})
     check_apart(src, dst)
-    take_in(src, dst)
+    if TO.value:
+        give_back(src, dst, TO.value, workdir)
+    else:
+        take_in(src, dst)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from launch.cli import run_main
+from launch.cli import refuse_flags, run_main
 from launch.common import all_devices
 from launch.parsing import read_size, refuse_frames
 from salt_jax.choices import TeacherSolver
@@ -80,6 +80,18 @@ SEED = flags.DEFINE_integer("seed", 0, "of the teacher's noise")
 PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "which one this is of several; default JAX's")
 PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "how many share the work; default JAX's")
 
+MODES = {
+    "videos": "videos (--videos)",
+    "prompts": "prompts alone (--prompts)",
+    "teacher": "clips of a teacher (--teacher)",
+}
+BELONGS = {
+    **dict.fromkeys(("videos", "captions", "image"), ("videos",)),
+    "prompts": ("prompts", "teacher"),
+    **dict.fromkeys(("size", "frames"), ("videos", "teacher")),
+    **dict.fromkeys(("teacher", "updates", "guidance", "shift", "solver", "seed"), ("teacher",)),
+}
+
 
 class Loaded(NamedTuple):
     """A source as it goes to the networks."""
@@ -104,14 +116,13 @@ def main(_):
         ),
         (bool(VIDEOS.value) == bool(PROMPTS.value), "give either --videos=DIR or --prompts=FILE"),
         (TEACHER.value and not PROMPTS.value, "--teacher makes clips of prompts; give --prompts=FILE"),
-        (PICTURE.value and not VIDEOS.value, "--image encodes the first frame of videos; give --videos=DIR"),
-        (CAPTIONS.value and not VIDEOS.value, "--captions are those of videos; give --videos=DIR"),
         (not 0 <= index < count, f"--process_index={index} must be below --process_count={count}"),
         (not math.isfinite(GUIDANCE.value), f"--guidance={GUIDANCE.value} must be a number, such as 5"),
         (not 0 < SHIFT.value < math.inf, f"--shift={SHIFT.value} must be more than 0, such as 5"),
     ):
         if wrong:
             raise UserError(message)
+    refuse_flags("teacher" if TEACHER.value else "videos" if VIDEOS.value else "prompts", MODES, BELONGS)
     refuse_frames(FRAMES.value)
     width, height, source = *read_size(SIZE.value), Source(WEIGHTS.value)
     if VIDEOS.value:

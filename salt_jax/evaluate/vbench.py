@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from salt_jax.data.text_lists import read_lines, read_text
 from salt_jax.errors import UserError
 
 
@@ -199,8 +200,7 @@ def _read_entries(path: Path) -> list[tuple[str, Sequence[str]]]:
 
 def _read_lines(path: Path) -> list[str]:
     """Lines without surrounding blanks; an empty one is refused, it would shift those below."""
-    # Not splitlines: language models write line separators that are part of a prompt.
-    lines = [line.strip() for line in _read(path).rstrip().split("\n")]
+    lines = read_lines(path) or [""]
     if "" in lines:
         raise UserError(f"{path}:{lines.index('') + 1} is empty; one prompt a line")
     return lines
@@ -208,13 +208,6 @@ def _read_lines(path: Path) -> list[str]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(_read(path))
-    except json.JSONDecodeError as error:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error

@@ -181,7 +181,7 @@ def test_a_lora_is_merged_or_kept(tmp_path):
     down = matrices["base_model.model.blocks.1.ffn.0.lora_A.weight"]
     np.testing.assert_array_equal(kept["blocks/ffn_in/kernel/lora_a"][1], down.T)
     refused(tmp_path / "x", f"--src={pt}", f"--lora={pt}", told="is no LoRA of this network")
-    refused(tmp_path / "x", f"--src={pt}", "--keep_lora", told="--keep_lora is for --lora")
+    refused(tmp_path / "x", f"--src={pt}", "--keep_lora", told="--keep_lora has no meaning without --lora")
     refused(tmp_path / "x", *arguments, "--to=official", told="--lora is not for --to")
 
 
@@ -353,7 +353,7 @@ def test_a_mistake_is_told_in_a_line_and_leaves_nothing(release, tmp_path):
 MEASURE = """
 import resource, sys
 from launch import convert_wan
-from launch.common import run_main
+from launch.cli import run_main
 try:
     run_main(convert_wan.main)
 except SystemExit as end:

@@ -75,9 +75,10 @@ def test_sampling_writes_clips_that_depend_on_the_seed_alone(workdir):
 def test_what_another_checkpoint_made_is_made_anew(workdir):
     """The averaged weights of the newest checkpoint, those of an earlier one, and those that are not averaged."""
     out = workdir / "chosen"
-    args = ["sample", f"--workdir={workdir}", "--num_updates=2", "--count=2", f"--out={out}"]
-    seen = set()
-    for chosen in ([], ["--step=1"], ["--step=1", "--average=none"], ["--guidance=3"], ["--levels=1000,400"]):
+    args = ["sample", f"--workdir={workdir}", "--count=2", f"--out={out}"]
+    seen, two = set(), "--num_updates=2"
+    choices = ([two], [two, "--step=1"], [two, "--step=1", "--average=none"], [two, "--guidance=3"])
+    for chosen in (*choices, ["--levels=1000,400"]):
         assert succeed(*args, *chosen).startswith("2 videos made")
         assert succeed(*args, *chosen).startswith("0 videos made")
         seen.add((out / "2_001.mp4").read_bytes())

@@ -112,7 +112,8 @@ def test_a_clip_is_continued_under_guidance_and_other_prompts(tmp_path):
     config, params = open_part(VAE, Source(""))
     latents = vae.encode_video(params, jnp.asarray(a[None] / 127.5 - 1, jnp.float32), config, jnp.float32)
     again = to_bytes(vae.decode_video(params, latents, config, jnp.float32))[0]
-    assert np.abs(b[:21] - again).mean() < 3  # of 255: mp4 is lossy
+    write_mp4(tmp_path / "again.mp4", again, 1)  # mp4 is lossy
+    assert np.abs(b[:21] - frames(tmp_path / "again.mp4")[0].astype(int)).mean() < 6
     np.testing.assert_array_equal(b[:33], c[:33])
     assert np.abs(b[33:] - c[33:]).max() > 3 and np.abs(b[21:] - d[21:]).max() > 3
 

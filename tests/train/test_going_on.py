@@ -19,7 +19,8 @@ from salt_jax.models.denoiser import Network
 from salt_jax.models.weights import save_weights
 from salt_jax.train import changes, loop
 from salt_jax.train.checkpoint import open_checkpoints, restore
-from salt_jax.train.recipe import make_optimizer, read_recipe, read_workdir, to_json
+from salt_jax.train.optimizer import make_optimizer
+from salt_jax.train.recipe import read_recipe, read_workdir, to_json
 from salt_jax.train.setup import Setup
 from salt_jax.train.sharding import state_shardings
 from salt_jax.train.state import init_learner, init_state
