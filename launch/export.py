@@ -1,8 +1,8 @@
 """python -m launch.export --workdir=DIR --dst=FILE.safetensors [--step=N] [--average=ema|none]
 
-Writes the network of a workdir, averaged, with its text encoder, as one file: a teacher's is what `config.weights` can name, a
-student's what `config.init_from` can. Stored as float16: half the size, and the
-rounding is far below the network's own error.
+Writes the network of a workdir, averaged, with its text encoder, as one file: `config.weights` can name that of a
+teacher, `config.init_from` that of a student. Stored as float16: half the size, and the rounding is far below the
+network's own error.
 """
 
 from pathlib import Path
