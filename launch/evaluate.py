@@ -88,6 +88,7 @@ def make_task(run: Trained, count: int, seed: int) -> suite.Task:
         min(count, 48),
         recipe.memory if recipe.causal else None,
         recipe.rollout.first_updates if recipe.causal else 0,
+        recipe.schedule.levels,
     )
 
 
@@ -96,7 +97,7 @@ def measure_teacher(run: Trained, task: suite.Task) -> tuple[dict, np.ndarray]:
     guidance = run.recipe.teacher.guidance if GUIDANCE.value is None else GUIDANCE.value
     denoise, wan = run.network.denoise, run.weights["wan"]
     network = run.network._replace(denoise=guided(denoise, jnp.asarray(run.embed([""])), guidance))
-    task = task._replace(policy=None)
+    task = task._replace(policy=None, levels=())
     clips = suite.clips(network, wan, task, TEACHER_UPDATES.value, "euler")
     numbers = {
         "updates": TEACHER_UPDATES.value,
@@ -114,12 +115,12 @@ def measure_teacher(run: Trained, task: suite.Task) -> tuple[dict, np.ndarray]:
 def measure_long(run: Trained, task: suite.Task) -> tuple[dict, dict[str, np.ndarray]]:
     """By memory: how videos of several times the training length hold, and the videos."""
     numbers, made = {}, {}
-    m = run.recipe.memory
+    m, updates = run.recipe.memory, len(task.levels) or LONG_UPDATES
     for told in MEMORY.value or [f"{m.window}:{m.sink}:{m.positions}"]:
         longer = (LONG.value * task.shape[0], *task.shape[1:])
         this = task._replace(policy=read_memory(told, m), shape=longer)
         try:
-            made[told] = suite.clips(run.network, run.params, this, LONG_UPDATES, run.recipe.sample.solver)
+            made[told] = suite.clips(run.network, run.params, this, updates, run.recipe.sample.solver)
         except ValueError as error:
             raise UserError(f"{error}; check --memory and --long") from error
         numbers[told] = suite.drift(made[told], this)

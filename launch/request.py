@@ -98,11 +98,12 @@ def read_request() -> Request:
         raise UserError("--negative_prompt has no meaning at guidance 1, which is none; give --guidance too")
     shift, first = read_shift(recipe), recipe.rollout.first_updates if recipe else 0
     updates, levels = read_schedule(mode, recipe, config, shift)
-    out = read_out()
+    out, jobs = read_out(), list(read_jobs(recipe, updates))
+    refuse_own_input(out, jobs)
     return Request(
         mode, recipe, config, (frames, *place), memory, levels,
         grid(first, shift) if first and memory else None, read_solver(recipe, student), shift, guidance,
-        f.NEGATIVE.value, list(read_jobs(recipe, updates)), read_switches(wan, memory, frames), picture, prefix,
+        f.NEGATIVE.value, jobs, read_switches(wan, memory, frames), picture, prefix,
         out, out.with_name(f"{out.name}.{samples.NAME}") if f.VBENCH.value else out / samples.NAME,
     )  # fmt: skip
 
@@ -242,6 +243,15 @@ def read_out() -> Path:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; name a folder with --out=DIR")
     return out
+
+
+def refuse_own_input(out: Path, jobs: Sequence[Job]) -> None:
+    """Raises UserError where what is read would be written over."""
+    names = {job.name for job in jobs}
+    for flag in (f.PREFIX, f.PICTURE):
+        file = Path(flag.value or "").resolve()
+        if flag.value and file.parent == out.resolve() and file.name in names:
+            raise UserError(f"--{flag.name}={flag.value} would be written over; name another --out")
 
 
 def read_jobs(recipe: Recipe | None, updates: Sequence[int]) -> Iterator[Job]:

@@ -16,7 +16,7 @@ from salt_jax.evaluate.consistency import cross_step_distance
 from salt_jax.evaluate.defect import causal_defect, defect_grid, semigroup_defect
 from salt_jax.evaluate.shapes_score import score
 from salt_jax.flow.prediction import add_noise
-from salt_jax.flow.schedule import grid
+from salt_jax.flow.schedule import student_levels
 from salt_jax.models.closed_form import expected_error
 from salt_jax.models.denoiser import Network
 from salt_jax.models.memory import CachePolicy
@@ -39,13 +39,15 @@ class Task(NamedTuple):
     batch_size: int
     policy: CachePolicy | None  # chunk by chunk; None: whole clips
     first_updates: int  # of the first chunk; 0 is as the others
+    levels: tuple[float, ...] = ()  # that the student was trained at, as timesteps; () is the grid
 
 
 def clips(network: Network, params: Params, task: Task, num_updates: int, solver: Solver) -> np.ndarray:
     """float32 latents [N, F, H, W, C]; clip i has the same noise for every network, solver and number of updates."""
     keys, size = clip_keys(task.seed, len(task.text)), task.batch_size
-    first = grid(task.first_updates, task.shift) if task.first_updates else None
-    sampler = Sampler(grid(num_updates, task.shift), solver, task.policy, first)
+    levels = lambda k: student_levels(k, task.shift, task.levels)
+    first = levels(task.first_updates) if task.first_updates else None
+    sampler = Sampler(levels(num_updates), solver, task.policy, first)
     if task.policy is None:
         args = (task.text, keys, sampler, task.shape, size)
         return np.concatenate(list(sample_clips(network.denoise, params, *args)))

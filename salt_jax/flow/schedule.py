@@ -61,6 +61,13 @@ def explicit(timesteps: Sequence[Any]) -> np.ndarray:
     return sigmas
 
 
+def student_levels(num_updates: int, shift_amount: float, listed: Sequence[Any] = ()) -> np.ndarray:
+    """Levels of a student's updates, float32 [K + 1]: those that are listed, if they are K, else the grid."""
+    if listed and len(levels := explicit(listed)) == num_updates + 1:
+        return levels
+    return grid(num_updates, shift_amount)
+
+
 class Triples(NamedTuple):
     """All triples (sigma_s, sigma_m, sigma_e) of Eq. 9, as indices into the training grid.
 

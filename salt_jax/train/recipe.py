@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from salt_jax.choices import Solver, StopGradient
 from salt_jax.data.shapes import World
 from salt_jax.errors import UserError
-from salt_jax.flow.schedule import explicit, grid
+from salt_jax.flow.schedule import student_levels
 from salt_jax.models.memory import CachePolicy
 from salt_jax.models.presets import PRESETS, TEXT_PRESETS, Compute, TextEncoderConfig, WanConfig
 from salt_jax.train.build import build
@@ -208,9 +208,7 @@ class Recipe:
 
     def levels(self, num_updates: int) -> np.ndarray:
         """Noise levels of a student's updates, float32 [K + 1]: those that are listed if they are K, else the grid."""
-        if self.schedule.levels and len(listed := explicit(self.schedule.levels)) == num_updates + 1:
-            return listed
-        return grid(num_updates, self.schedule.shift)
+        return student_levels(num_updates, self.schedule.shift, self.schedule.levels)
 
     @property
     def compute(self) -> Compute:

@@ -63,6 +63,7 @@ def folder(tmp_path_factory):
         save_file({"x": np.zeros(1, np.float32)}, folder / kind / "wan.safetensors", told)
     Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(folder / "picture.png")
     write_mp4(folder / "clip.mp4", np.zeros((30, 32, 48, 3), np.uint8), 1)
+    write_mp4(folder / "2_000.mp4", np.zeros((30, 32, 48, 3), np.uint8), 1)
     (folder / "prompts.txt").write_text("\ufeffA cat.\r\n\nA dog\u2028runs.\n", encoding="utf-8")
     return folder
 
@@ -142,6 +143,7 @@ CASES = {
         ([*CHUNKS, "--switch=3:A", "--switch=3:B"], "--switch", "twice"),
         ([*CHUNKS, "--switch=three:A"], "--switch", "FRAME:PROMPT"),
         ([*CHUNKS, "--prefix=@clip.mp4", "--frames=30"], "--frames=30", "at least 33"),
+        ([*CHUNKS, "--prefix=@2_000.mp4", "--out=@"], "--prefix", "written over"),
     ],
     "what a model cannot": [
         (I2V, "--image=FILE", "needs"),
