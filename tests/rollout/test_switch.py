@@ -98,3 +98,10 @@ def test_a_switch_to_the_same_prompt_changes_nothing(window, sink, first, at):
     other = video(policy, frames, {0: Cue(TEXT), at: Cue(OTHER)})
     np.testing.assert_array_equal(other[:, :at], plain[:, :at])
     assert np.abs(other[:, at:] - plain[:, at:]).max() > 1e-3
+
+
+def test_a_flush_of_the_smallest_memory_has_nothing_to_forget():
+    policy = CachePolicy(3, 3, 3, 0, "relative")
+    plain = video(policy, 9, {0: Cue(TEXT)})
+    flushed = video(policy, 9, {0: Cue(TEXT), 6: Cue(TEXT, flush=True)})
+    np.testing.assert_allclose(flushed, plain, atol=1e-5 * np.abs(plain).max())

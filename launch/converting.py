@@ -1,0 +1,184 @@
+"""What launch.convert_wan does, one array in memory at a time."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from launch import convert_flags as f
+from launch.common import ITEMS, all_devices, open_workdir, record
+from launch.parsing import read_workdir
+from salt_jax.convert.folder import find_networks, tokenizer_files
+from salt_jax.convert.lora import Lora, describe, find_lora, lora_alpha, lora_outgoing, merge_lora
+from salt_jax.convert.reading import Found, outgoing
+from salt_jax.convert.sizes import PARTS
+from salt_jax.convert.writing import open_wan, write_official
+from salt_jax.convert.writing_lora import open_lora, write_lora
+from salt_jax.errors import UserError
+from salt_jax.models.header import read_metadata
+from salt_jax.models.pretrained import TOKENIZERS
+from salt_jax.models.weights import Outgoing, all_or_nothing, digest, view, write_tensors
+from salt_jax.train.checkpoint import restore_params
+
+
+class Job(NamedTuple):
+    """A file to write."""
+
+    arrays: dict[str, Outgoing]
+    config: dict[str, Any]
+    read: tuple[Path, ...]  # what it is made of
+    told: str  # how
+    student: str = ""  # the key it stood under
+    loras: Sequence[tuple[Lora, float]] = ()  # what was added, and how strongly
+    record: str = ""
+
+
+def plan(networks: dict[str, Found], src: Path) -> dict[str, Job]:
+    """What comes of the networks in `src`, by file name. All that can be checked has been when this returns."""
+    jobs: dict[str, Job] = {}
+    loras = read_loras(networks, src)
+    if f.KEEP.value:
+        if len(loras) > 1:
+            raise UserError("--keep_lora keeps one LoRA; name one with --lora, or merge them")
+        (lora, strength), layers = loras[0], len(networks["wan"].pieces["blocks/modulation"])
+        rank, alpha = lora_alpha(lora)
+        arrays, config = lora_outgoing(lora, layers, f.DTYPE.value), {"rank": rank, "alpha": strength * alpha}
+        jobs["lora.safetensors"] = Job(arrays, config, (lora.path,), "LoRA", "", loras)
+        loras = []
+    for lora, strength in loras:
+        networks["wan"] = merge_lora(networks["wan"], lora, strength)
+    for name, found in networks.items():
+        added = loras if name == "wan" else []
+        told = f"{found.layout} names" + (f", {found.student} of the file" if found.student else "")
+        config = dataclasses.asdict(found.config)
+        read = found.files + tuple(dict.fromkeys(lora.path for lora, _ in added))
+        arrays = outgoing(found, f.DTYPE.value)
+        jobs[PARTS[name].file] = Job(arrays, config, read, told, found.student, added, found.record)
+    return jobs
+
+
+def read_loras(networks: dict[str, Found], src: Path) -> list[tuple[Lora, float]]:
+    """The LoRAs of --lora with their strengths."""
+    paths = [
+        Path(name) for told in f.LORA.value for name in ([told] if Path(told).exists() else told.split(","))
+    ]
+    told = f.STRENGTH.value.split(",")
+    try:
+        strengths = [float(number) for number in told]
+    except ValueError as error:
+        raise UserError(f"--lora_strength={f.STRENGTH.value} is no number; write such as 0.8") from error
+    if len(told) == 1:
+        strengths *= len(paths)
+    if len(strengths) != len(paths) or not all(abs(number) < float("inf") for number in strengths):
+        raise UserError(
+            f"--lora_strength={f.STRENGTH.value} does not give {len(paths)} finite numbers, one for each --lora"
+        )
+    if paths and "wan" not in networks:
+        raise UserError(f"{src} holds no transformer that --lora={paths[0]} could change; check --src")
+    loras = list(
+        zip([find_lora(path, networks["wan"], f.KEY.value) for path in paths], strengths, strict=True)
+    )
+    for lora, strength in loras:
+        print(f"LoRA: {describe(lora)}, strength {strength:g}")
+    return loras
+
+
+def take_in(src: Path, dst: Path) -> None:
+    """Converts everything in `src`, or nothing."""
+    networks = find_networks(src, lambda path: print(f"not used: {path}, no network of Wan 2.1"), f.KEY.value)
+    jobs, tokenizer = plan(networks, src), tokenizer_files(src)
+    read = dict.fromkeys(path for job in jobs.values() for path in job.read)
+    size = sum(array.nbytes for job in jobs.values() for array in job.arrays.values())
+    there = next(folder for folder in (dst, *dst.absolute().parents) if folder.exists())
+    if size > shutil.disk_usage(there).free:
+        raise UserError(f"{dst} has no room for {size / 1e9:.1f} GB; make room or choose another --dst")
+    total = size + sum(path.stat().st_size for path in read)
+    with all_or_nothing(dst) as folder, tqdm(total=total, unit="B", unit_scale=True) as bar:
+        for path in read:
+            read[path] = digest(path, bar.update)
+            tqdm.write(f"{read[path]}  {path}")
+        for name, job in jobs.items():
+            write_tensors(folder / name, job.arrays, metadata(job, read), bar.update)
+        for path in tokenizer:
+            shutil.copyfile(path, folder / path.name)
+        inner = [found.tokenizer for found in networks.values() if found.tokenizer]
+        if inner and not tokenizer and not any((dst / name).exists() for name in TOKENIZERS):
+            (folder / "spiece.model").write_bytes(view(inner[0]).tobytes())
+            tokenizer = [networks["text_encoder"].files[0]]
+    for name, job in jobs.items():
+        sizes = ", ".join(f"{key}={value}" for key, value in job.config.items())
+        print(f"wrote {dst / name} ({sizes}) from {job.read[0]} ({job.told})")
+    for path in tokenizer:
+        print(f"wrote {dst / path.name if path.name in TOKENIZERS else dst / 'spiece.model'} from {path}")
+
+
+def metadata(job: Job, digests: dict[Path, Any]) -> dict[str, str]:
+    """What a file of ours says about itself and about what it is made of."""
+    added = []
+    for lora, strength in job.loras:
+        told = {"file": lora.path.name, "sha256": digests[lora.path], "strength": strength}
+        added.append(told | {"rank": lora.ranks, "alpha": lora.alphas})
+    sha256 = {path.name: digests[path] for path in job.read}
+    source = {"told": job.told, "student": job.student, "sha256": sha256, "lora": added}
+    told = {"format": "salt_jax", "config": json.dumps(job.config), "source": json.dumps(source)}
+    return told | ({"salt_jax": job.record} if job.record else {})
+
+
+def give_back(src: Path, dst: Path, layout: Any, workdir: bool) -> None:
+    """Writes a transformer or a LoRA of ours as others do."""
+    ours = src / PARTS["wan"].file if src.is_dir() else src
+    if src.is_dir() and not workdir and not ours.is_file() and not f.KEEP.value:
+        raise UserError(f"{src} is neither a converted folder nor a workdir; convert it without --to first")
+    lora = adapter_of(src, workdir)
+    if lora:
+        if layout == "official":
+            raise UserError(f"{src} is a LoRA; write it with --to=diffusers or --to=comfyui")
+        with tqdm(unit="B", unit_scale=True) as bar:
+            file = write_lora(*lora, dst, layout, f.DTYPE.value, report=bar.update)
+        print(f"wrote {file} with {layout} names, rank {lora[1]}, alpha {lora[2]:g}")
+        return
+    if layout == "comfyui":
+        raise UserError(f"{src} is a whole transformer, which ComfyUI reads with --to=official; name that")
+    if workdir:
+        run = open_workdir(str(src), f.STEP.value, f.AVERAGE.value)
+        config, params, told = run.recipe.wan, run.params, record(run)["salt_jax"]
+    else:
+        (config, params), told = open_wan(ours), read_metadata(ours).get("salt_jax", "")
+    with tqdm(unit="B", unit_scale=True) as bar:
+        write_official(params, config, dst, layout, f.DTYPE.value, report=bar.update, record=told)
+    print(f"wrote {dst} with {layout} names")
+
+
+def adapter_of(src: Path, workdir: bool) -> tuple[Any, int, float] | None:
+    """Parameters, rank and alpha of a kept LoRA, or with --keep_lora of the adapter of a workdir; None: neither."""
+    if not workdir:
+        lora = open_lora(src / "lora.safetensors" if src.is_dir() and f.KEEP.value else src)
+        if f.KEEP.value and lora is None:
+            raise UserError(f"{src} has no lora.safetensors; leave out --keep_lora")
+        return lora
+    if not f.KEEP.value:
+        return None
+    recipe = read_workdir(src, f.STEP.value)
+    if not recipe.lora.rank:
+        raise UserError(f"{src} has trained no LoRA; leave out --keep_lora")
+    return (
+        restore_params(src, ITEMS[f.AVERAGE.value], all_devices(), f.STEP.value),
+        recipe.lora.rank,
+        recipe.lora.alpha,
+    )
+
+
+def convert(wanted: f.Wanted) -> None:
+    """Writes what is wanted, or nothing.
+
+    Raises:
+      UserError: what is read does not fit, or cannot be written as others have it.
+    """
+    if f.TO.value:
+        give_back(*wanted[:2], f.TO.value, wanted.workdir)
+    else:
+        take_in(*wanted[:2])

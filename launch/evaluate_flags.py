@@ -1,0 +1,100 @@
+"""The flags of launch.evaluate, and which of them belong together. No jax in here: a wrong one is told at once."""
+
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+from absl import flags
+
+from launch.cli import refuse_flags
+from launch.parsing import read_memory, read_workdir, refuse_not_finite
+from salt_jax.choices import Solver
+from salt_jax.errors import UserError
+from salt_jax.models.memory import CachePolicy, refuse_overflow
+from salt_jax.train.recipe import Recipe
+
+WORKDIR = flags.DEFINE_string("workdir", None, "what launch.train wrote")
+STEP = flags.DEFINE_integer("step", None, "of the checkpoint; default the newest", lower_bound=1)
+AVERAGE = flags.DEFINE_enum("average", "ema", ["ema", "none"], "of the student's weights")
+VBENCH = flags.DEFINE_string("vbench_results", None, "a file or a folder of VBench's *_eval_results.json")
+COUNT = flags.DEFINE_integer("count", 96, "clips per number of updates", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "of the noise", lower_bound=0)
+TEACHER_UPDATES = flags.DEFINE_integer(
+    "teacher_updates", 32, "guided Euler updates of the teacher, 0 leaves it out", lower_bound=0
+)
+GUIDANCE = flags.DEFINE_float("guidance", None, "of the teacher; default as in the config")
+LONG = flags.DEFINE_integer(
+    "long",
+    4,
+    "length of the long videos of a student that works chunk by chunk, in clips; 0 leaves them out",
+    lower_bound=0,
+)
+MEMORY = flags.DEFINE_list(
+    "memory", [], "WINDOW:SINK:POSITIONS of long videos, with commas; default as in the config"
+)
+SOLVERS = flags.DEFINE_list("solvers", list(get_args(Solver)), "of the student")
+MODES = {
+    "vbench": "results of VBench",
+    "teacher": "the workdir of a teacher",
+    "clips": "the workdir of a student of whole clips",
+    "chunks": "the workdir of a student that works chunk by chunk",
+}
+WORKDIRS = ("teacher", "clips", "chunks")
+BELONGS = {
+    "vbench_results": ["vbench"],
+    **dict.fromkeys(("workdir", "step", "average", "count", "seed", "teacher_updates", "guidance"), WORKDIRS),
+    "solvers": ["clips", "chunks"],
+    "long": ["chunks"],
+    "memory": ["chunks"],
+}
+
+
+class Wanted(NamedTuple):
+    """What is measured of a workdir."""
+
+    out: Path
+    recipe: Recipe
+    solvers: list[Any]
+    memories: dict[str, CachePolicy]  # of long videos, as told
+
+
+def read_wanted() -> Wanted:
+    """The flags as values that fit together and the workdir.
+
+    Raises:
+      UserError: they do not, or there is none.
+    """
+    out = Path(WORKDIR.value or "")
+    recipe = read_workdir(out, STEP.value)
+    if recipe.data.kind == "latents":
+        raise UserError(
+            f"{out} makes videos of Wan 2.1: sample with --vbench, and score the videos with VBench"
+        )
+    mode = "teacher" if recipe.stage == "denoising" else "chunks" if recipe.causal else "clips"
+    refuse_flags(mode, MODES, BELONGS)
+    refuse_not_finite("guidance", GUIDANCE.value)
+    solvers = read_solvers() if recipe.stage != "denoising" else []
+    return Wanted(out, recipe, solvers, read_memories(recipe) if recipe.causal and LONG.value else {})
+
+
+def read_memories(recipe: Recipe) -> dict[str, CachePolicy]:
+    """--memory, or the recipe's. Raises UserError where the long videos do not fit one."""
+    m = recipe.memory
+    found = {told: read_memory(told, m) for told in MEMORY.value or [f"{m.window}:{m.sink}:{m.positions}"]}
+    frames = LONG.value * recipe.clip_shape[0]
+    for told, policy in found.items():
+        try:
+            policy.sizes(frames)
+            refuse_overflow(policy, policy.capacity(frames), frames)
+        except ValueError as error:
+            raise UserError(f"--long={LONG.value} under --memory={told}: {error}") from error
+    return found
+
+
+def read_solvers() -> list[Any]:
+    """--solvers. Raises UserError for one that does not exist, or for none."""
+    if not SOLVERS.value:
+        raise UserError(f"--solvers is empty; choose from {', '.join(get_args(Solver))}")
+    for name in SOLVERS.value:
+        if name not in get_args(Solver):
+            raise UserError(f"--solvers names {name!r}; choose from {', '.join(get_args(Solver))}")
+    return SOLVERS.value

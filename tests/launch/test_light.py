@@ -1,0 +1,35 @@
+"""A mistake on the command line costs a fraction of a second: it is told before jax is imported."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TINY = ["--preset_size=tiny", "--model=wan2.1-t2v-1.3b", "--prompt=A", "--out=o"]
+ROOT = Path(__file__).parents[2]
+RUN = """
+import runpy, sys
+name, *sys.argv[1:] = sys.argv[1:]
+try:
+    runpy.run_module(f"launch.{name}", run_name="__main__", alter_sys=True)
+finally:
+    assert "jax" not in sys.modules, "jax was imported"
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "told"),
+    [
+        ("sample", [*TINY, "--chunk=3", "--frames=13"], "--frames=13"),
+        ("evaluate", ["--vbench_results=x", "--count=3"], "--count"),
+        ("encode", ["--preset_size=tiny", "--dst=d", "--prompts=x", "--size=64x48"], "--size"),
+        ("encode", ["--preset_size=tiny", "--dst=d", "--prompts=x", "--guidance=3"], "--guidance"),
+        ("convert_wan", ["--src=a", "--dst=b", "--step=3"], "--step"),
+        ("convert_wan", ["--src=a", "--dst=b", "--to=diffusers", "--lora=x"], "--lora"),
+    ],
+)  # fmt: skip
+def test_a_flag_that_means_nothing_is_told_before_jax_is_imported(name, args, told):
+    done = subprocess.run([sys.executable, "-c", RUN, name, *args], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and told in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1
