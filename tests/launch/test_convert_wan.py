@@ -182,7 +182,7 @@ def test_a_lora_is_merged_or_kept(tmp_path):
     np.testing.assert_array_equal(kept["blocks/ffn_in/kernel/lora_a"][1], down.T)
     refused(tmp_path / "x", f"--src={pt}", f"--lora={pt}", told="is no LoRA of this network")
     refused(tmp_path / "x", f"--src={pt}", "--keep_lora", told="--keep_lora has no meaning without --lora")
-    refused(tmp_path / "x", *arguments, "--to=official", told="--lora is not for --to")
+    refused(tmp_path / "x", *arguments, "--to=official", told="--lora is for taking files in")
 
 
 @pytest.mark.slow

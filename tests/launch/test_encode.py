@@ -200,10 +200,10 @@ def test_tiny_random_weights_need_no_files(tmp_path):
         (["--preset_size=tiny", "--videos=/nowhere"], "there is no folder /nowhere"),
         (["--preset_size=tiny", "--prompts=/nowhere"], "cannot read /nowhere"),
         (["--preset_size=tiny", "--videos=/nowhere", "--teacher"], "--teacher makes clips of prompts"),
-        (["--preset_size=tiny", "--prompts=p", "--size=830x480"], "--size=830x480 is not WIDTHxHEIGHT"),
-        (["--preset_size=tiny", "--prompts=p", "--frames=80"], "--frames=80 must be 4k + 1"),
+        (["--preset_size=tiny", "--videos=v", "--size=830x480"], "--size=830x480 is not WIDTHxHEIGHT"),
+        (["--preset_size=tiny", "--videos=v", "--frames=80"], "--frames=80 must be 4k + 1"),
         (["--preset_size=tiny", "--prompts=p", "--frames=-3"], "--frames=-3"),
-        (["--preset_size=tiny", "--prompts=p", "--size=0x0"], "--size=0x0 has no pixels"),
+        (["--preset_size=tiny", "--videos=v", "--size=0x0"], "--size=0x0 is not WIDTHxHEIGHT"),
         (
             ["--preset_size=tiny", "--prompts=p", "--teacher", "--guidance=nan"],
             "--guidance=nan must be a number",
