@@ -73,9 +73,12 @@ def read_wanted() -> Wanted:
       UserError: flags do not go together, or what they name cannot be used.
     """
     tiny = PRESET_SIZE.value == "tiny"
-    index, count = PROCESS_INDEX.value or 0, PROCESS_COUNT.value or math.inf
+    index, count = PROCESS_INDEX.value or 0, PROCESS_COUNT.value or 1
     for wrong, message in (
-        (not 0 <= index < count, f"--process_index={index} must be below --process_count={count}"),
+        (
+            PROCESS_COUNT.value == 0 or not 0 <= index < count,
+            f"--process_index={index} must be below --process_count={count}",
+        ),
         (
             tiny == bool(WEIGHTS.value),
             "name the weights: --weights=DIR of launch.convert_wan, or --preset_size=tiny",
