@@ -73,7 +73,7 @@ def read_wanted() -> Wanted:
       UserError: flags do not go together, or what they name cannot be used.
     """
     tiny = PRESET_SIZE.value == "tiny"
-    index, count = PROCESS_INDEX.value or 0, PROCESS_COUNT.value or 1
+    index, count = PROCESS_INDEX.value or 0, 1 if PROCESS_COUNT.value is None else PROCESS_COUNT.value
     for wrong, message in (
         (
             PROCESS_COUNT.value == 0 or not 0 <= index < count,
