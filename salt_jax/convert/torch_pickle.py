@@ -38,7 +38,9 @@ INERT = {"torch Tensor", "torch.nn.parameter Parameter", "typing Any", *DTYPES} 
 }
 # Objects that stand beside tensors and that nobody reads: what makes one is noted, and neither called nor built.
 DATA = {
-    "numpy.core.multiarray scalar", "numpy._core.multiarray scalar", "numpy dtype", "_codecs encode", "torch device",
+    *(f"{core}.multiarray {name}" for core in ("numpy.core", "numpy._core") for name in ("scalar", "_reconstruct")),
+    "numpy.core.numeric _frombuffer", "numpy._core.numeric _frombuffer", "numpy ndarray", "numpy dtype",
+    "_codecs encode", "torch device",
     "argparse Namespace", "types SimpleNamespace", "pathlib PosixPath", "datetime datetime", "datetime timedelta",
     "collections Counter", "collections deque",
     "omegaconf.dictconfig DictConfig", "omegaconf.listconfig ListConfig", "omegaconf.base ContainerMetadata",
@@ -50,7 +52,7 @@ DATA = {
 }  # fmt: skip
 CONSTANTS = {
     "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE",
-    "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
+    "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
 }  # fmt: skip
 EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list}
 TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
