@@ -258,6 +258,7 @@ def test_the_first_chunk_may_have_a_schedule_of_its_own():
     np.testing.assert_allclose(again, made.x0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_replay_says_what_the_rollout_said_with_position_channels():
     """Both tell each frame its own number, also those past the clip that the network was made for."""
     config = WanConfig(**{**SMALL.__dict__, "in_channels": 4 + POSITION_CHANNELS})

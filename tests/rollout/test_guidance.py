@@ -44,7 +44,7 @@ def make(config, policy, w, cues=None, given=None):
     ("config", "policy"),
     [
         (WAN, CachePolicy(3, 3, 0, 0, "absolute")),
-        (SHAPES, CachePolicy(3, 3, 6, 0, "absolute")),
+        pytest.param(SHAPES, CachePolicy(3, 3, 6, 0, "absolute"), marks=pytest.mark.slow),
         pytest.param(WAN, CachePolicy(2, 1, 5, 1, "relative"), marks=pytest.mark.slow),
     ],
     ids=["wan", "shapes, window", "wan, window, sink"],
@@ -67,6 +67,7 @@ def test_guided_chunks_are_those_of_the_causal_teacher_of_training(config, polic
     assert np.abs(video - make(config, policy, 1.0)[-1]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_a_switch_and_a_given_beginning_keep_both_histories():
     """To the same prompt nothing changes; what is given is read by both branches."""
     policy = CachePolicy(3, 3, 9, 3, "absolute")

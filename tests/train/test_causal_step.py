@@ -161,7 +161,8 @@ def assert_all_moved(before, after):
         assert not np.array_equal(old, new)
 
 
-@pytest.mark.parametrize("choice", [CONSISTENT, pytest.param(ALIGNED, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", [CONSISTENT, ALIGNED])
 def test_a_student_step_moves_student_ema_and_step_and_nothing_else(choice):
     before, (after, metrics) = causal_state(), student_stepped(choice)
     assert bits(after.critic) == bits(before.critic) and after.stream is None
@@ -608,13 +609,18 @@ def test_eight_devices_do_what_one_does(which, choice):
 
 
 FULL_SIZE = [
-    (student_step, PLAIN, 0),
-    (student_step, CONSISTENT, 0),
-    (student_step, ALIGNED, 0),
-    (critic_step, PLAIN, 0),
     (student_step, ALIGNED._replace(sequence="on"), 12),
-    (student_step, CONSISTENT._replace(sequence="switch"), 12),
     (critic_step, ON, 12),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            (student_step, PLAIN, 0),
+            (student_step, CONSISTENT, 0),
+            (student_step, ALIGNED, 0),
+            (critic_step, PLAIN, 0),
+            (student_step, CONSISTENT._replace(sequence="switch"), 12),
+        )
+    ),
 ]
 
 

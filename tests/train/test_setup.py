@@ -231,6 +231,7 @@ def encoded(path, *names, channels=16):
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_student_of_wan_starts_at_its_weights_and_has_the_teacher_that_is_named(tmp_path):
     wan = {"model.preset": "wan2.1-t2v-tiny", "data.dir": encoded(tmp_path / "data", "latent")}
     same = setup(recipe(**ENCODED, **wan), MESH)
