@@ -18,13 +18,14 @@ from salt_jax.flow.prediction import from_velocity
 from salt_jax.models.denoiser import Network
 from salt_jax.models.weights import save_weights
 from salt_jax.train import changes, loop
+from salt_jax.train.begin import begin, draw_noise
 from salt_jax.train.checkpoint import open_checkpoints, restore
 from salt_jax.train.optimizer import make_optimizer
 from salt_jax.train.recipe import read_recipe, read_workdir, to_json
 from salt_jax.train.setup import Setup
 from salt_jax.train.sharding import state_shardings
 from salt_jax.train.state import init_learner, init_state
-from salt_jax.train.step import Networks, begin
+from salt_jax.train.step import Networks
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -219,7 +220,8 @@ def test_listed_levels_are_what_a_run_is_trained_at(recipe):
         assert float(draw.sigma_m) in levels.tolist() and float(draw.sigma_e) in levels.tolist()
     network = Network(net, None, None, None, None)
     batch = {"video": jnp.zeros((64, 9, 12, 12, 3)), "text": jnp.zeros((64, 2, 3))}
-    start = begin(network, {}, batch, jax.random.key(0), None, None, recipe(**listed))
+    noise = draw_noise(jax.random.key(0), batch, recipe(**listed))
+    start = begin(network, {}, batch, noise, None, None, recipe(**listed))
     assert set(np.asarray(start.sigma).ravel().tolist()) == set(levels[:3].tolist())
 
 
