@@ -24,6 +24,7 @@ MAY_CHANGE = {
     "sample",
     "mesh",
     "data.dir",
+    "model.attention",
 }
 MAY_CHANGE |= {"teacher.accept_student"}  # `train.roles` asks it of every start
 MAY_CHANGE |= {
@@ -40,6 +41,7 @@ SINCE = {
     "schedule.levels": (),
     "keep_every": 0,
     "accumulate": 1,
+    "model.attention": "auto",
 }
 
 
