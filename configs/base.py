@@ -35,7 +35,10 @@ def get_config() -> Any:  # a ConfigDict; its attributes are not known to a type
     c.init_from = ""
     c.seed = 0
     c.updates = 60  # student updates in the whole run; peers count critic updates, five times as many
-    c.batch_size = 24  # clips, over all devices
+    c.batch_size = 24  # clips of an update, over all devices
+    c.accumulate = (
+        1  # micro-batches that an update takes its clips in, one after the other: less memory, same result
+    )
 
     c.model = ml_collections.ConfigDict(
         dict(

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from salt_jax.data import shapes
-from salt_jax.errors import UserError
 from salt_jax.models.lora import init_lora
 from salt_jax.models.presets import WanConfig
 from salt_jax.models.text_encoder import init_text_encoder
 from salt_jax.models.wan import init_wan
+from salt_jax.train.contradictions import refuse_uneven
 from salt_jax.train.cost import Pairs, chunk_pairs, going_on, image_tokens
 from salt_jax.train.optimizer import make_optimizer
 from salt_jax.train.recipe import Recipe
@@ -146,17 +146,14 @@ def passing(recipe: Recipe, mesh: Mapping[str, int], flash: bool, kept: Sequence
     """What comes and goes during an update: a model of its peak, given what is kept.
 
     The peak is in the student's update: caches, the inputs of blocks (without `model.remat` all that blocks compute)
-    and gradients live while one block of some network is at work. Clips are spread over data x fsdp; `tensor` cuts
-    heads and the width of the feed-forward, `context` nothing.
+    and gradients live while one block of some network is at work, for the clips of one micro-batch. Clips are spread
+    over data x fsdp; `tensor` cuts heads and the width of the feed-forward, `context` nothing.
 
     Raises:
       UserError: the batch does not spread over the mesh.
     """
     ways, tensor = mesh["data"] * mesh["fsdp"], mesh["tensor"]
-    if recipe.batch_size % ways:
-        raise UserError(
-            f"config.batch_size={recipe.batch_size} must be a multiple of mesh data x fsdp = {ways}"
-        )
+    refuse_uneven(recipe, ways)
     wan, size, frames = recipe.wan, jnp.dtype(recipe.model.dtype).itemsize, recipe.clip_shape[0]
     per_frame = math.prod(recipe.clip_shape[1:3]) // math.prod(wan.patch_size[1:])
     block = lambda c, pairs, gradient: block_bytes(c, pairs, per_frame, size, flash, gradient, tensor)
@@ -167,15 +164,18 @@ def passing(recipe: Recipe, mesh: Mapping[str, int], flash: bool, kept: Sequence
     inputs = wan.num_layers * (inputs if recipe.model.remat else block(wan, student, True))
     cache = cache_bytes(wan, _slots(recipe), recipe.clip_shape[1:3], size)
     caches, passes = max(_programs(recipe), key=lambda p: p[0] * cache + p[1] * inputs)
+    at_once, batch = recipe.batch_size // recipe.accumulate, recipe.batch_size * _batch_bytes(recipe)
     rows = (
-        ("batch", _batch_bytes(recipe)),
-        ("caches", caches * cache),
-        ("inputs of blocks", int(passes * inputs)),
-        ("one block at work", work),
+        ("batch", batch),
+        ("caches", at_once * caches * cache),
+        ("inputs of blocks", int(at_once * passes * inputs)),
+        ("one block at work", at_once * work),
     )
-    spread = [Held(name, 0, n * recipe.batch_size, n * recipe.batch_size // ways) for name, n in rows if n]
+    spread = [Held(name, 0, n, n // ways) for name, n in rows if n]
     networks = {row.name: row for row in kept}
     held = [networks["student"]._replace(name="gradients"), *spread]
+    if recipe.accumulate > 1:  # beside those of the micro-batch at work
+        held.append(networks["student"]._replace(name="gradients summed"))
     if recipe.lora.rank:  # student and critic with their adapters merged, and the gradient of one of them
         base = networks["base"]
         held.append(Held("merged networks", 3 * base.count, 3 * base.whole, 3 * base.device))

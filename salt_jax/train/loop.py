@@ -24,6 +24,7 @@ from salt_jax.models.image_condition import condition_latents
 from salt_jax.rollout.plan import Choice, Draw, draw_rollout, place_in_sequence
 from salt_jax.train import checkpoint, sharding
 from salt_jax.train.changes import record_changes, refuse_another_run
+from salt_jax.train.contradictions import refuse_uneven
 from salt_jax.train.preview import make_preview, show
 from salt_jax.train.recipe import Recipe, to_json
 from salt_jax.train.roles import (
@@ -68,11 +69,7 @@ def train(recipe: Recipe, workdir: str | Path) -> TrainState:
         in a row were not finite (the term is named).
     """
     mesh = sharding.make_mesh(dataclasses.asdict(recipe.mesh))
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if recipe.batch_size % ways:
-        raise UserError(
-            f"config.batch_size={recipe.batch_size} must be a multiple of mesh data x fsdp = {ways}"
-        )
+    refuse_uneven(recipe, mesh.shape["data"] * mesh.shape["fsdp"])
     parts = setup(recipe, mesh)
     with tqdm(desc="checksums", unit="B", unit_scale=True, delay=2, leave=False) as bar:
         now = roles(recipe, bar.update)

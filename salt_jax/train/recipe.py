@@ -159,6 +159,7 @@ class Recipe:
     seed: int
     updates: int
     batch_size: int
+    accumulate: int
     model: Model
     text_encoder: str
     weights: str

@@ -47,6 +47,11 @@ from tests.train.test_step import (
 WIDE = 64  # width of the tiny text encoder
 
 
+def loss_of(loss, params, ema, frozen, batch, key, nets, recipe):
+    """With what is drawn from this key."""
+    return loss(params, ema, frozen, batch, stages.draw_stage(key, batch, recipe), nets, recipe)
+
+
 # Stage denoising: a teacher-to-be and its text encoder.
 
 
@@ -98,7 +103,9 @@ def test_the_closed_form_of_one_clip_a_caption_is_that_clip():
     def losses(p):
         cases = ("closed_form", 0.0), ("data", 0.0), ("closed_form", 1.0), ("data", 1.0)
         frozen = {"teacher": teacher}
-        return [stages.denoising_loss(p, p, frozen, batch, key, nets, denoising(*case)) for case in cases]
+        return [
+            loss_of(stages.denoising_loss, p, p, frozen, batch, key, nets, denoising(*case)) for case in cases
+        ]
 
     exact, data, exact_empty, data_empty = jax.jit(losses)(params)
     np.testing.assert_allclose(exact, data, rtol=1e-4)
@@ -114,7 +121,7 @@ def test_a_dropped_caption_is_the_empty_caption():
         batches = [batch_of(0) | {"text": text} for text in (tokens(8), empty, tokens(8))]
         args = zip(batches, (1.0, 0.0, 0.0), strict=True)
         return [
-            stages.denoising_loss(p, p, {}, b, jax.random.key(5), nets, denoising("data", drop))
+            loss_of(stages.denoising_loss, p, p, {}, b, jax.random.key(5), nets, denoising("data", drop))
             for b, drop in args
         ]
 
@@ -233,7 +240,8 @@ def test_a_stage_follows_the_gradient_of_its_loss_and_moves_every_parameter_and_
 def test_teacher_forcing_says_nothing_about_pure_noise():
     """Where all levels are 1 the weight is 0."""
     recipe = replace(CAUSAL, stage="teacher_forcing", view=replace(CAUSAL.view, lowest=1.0, highest=1.0))
-    loss = jax.jit(lambda p: stages.teacher_forcing_loss(p, EMA, FROZEN, stage_batch(), KEY, NETS, recipe))
+    args = (EMA, FROZEN, stage_batch(), KEY, NETS, recipe)
+    loss = jax.jit(lambda p: loss_of(stages.teacher_forcing_loss, p, *args))
     assert abs(loss(STUDENT)) < 1e-6
 
 
@@ -243,7 +251,7 @@ def test_teacher_forcing_says_nothing_about_pure_noise():
 def consistency(params, ema, guidance):
     ode = replace(CAUSAL.ode, updates=1, guidance=guidance)
     recipe = replace(CAUSAL, stage="consistency", ode=ode, schedule=replace(CAUSAL.schedule, train_updates=1))
-    return stages.consistency_loss(params, ema, FROZEN, stage_batch(), KEY, NETS, recipe)
+    return loss_of(stages.consistency_loss, params, ema, FROZEN, stage_batch(), KEY, NETS, recipe)
 
 
 @pytest.mark.slow

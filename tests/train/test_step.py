@@ -20,6 +20,7 @@ from salt_jax.models.presets import PRESETS, Compute
 from salt_jax.models.wan import init_wan
 from salt_jax.rollout.plan import Choice, draw_plan
 from salt_jax.train import sharding, step
+from salt_jax.train.begin import draw_noise
 from salt_jax.train.loop import Run, iterate, stop_if_stuck, summarize
 from salt_jax.train.optimizer import make_optimizer
 from salt_jax.train.recipe import read_recipe
@@ -210,7 +211,8 @@ def papers_student_loss(params, critic, teacher, batch, key, recipe, weight, sto
 def test_the_students_gradient_is_the_papers(stop):
     recipe = replace(RECIPE, loss=replace(RECIPE.loss, self_consistency=100.0, stop_gradient=stop))
     params, critic, batch, key = toy_params(0), toy_params(1), batch_of(0), jax.random.key(11)
-    ours = lambda p: step.student_loss(p, critic, FROZEN, batch, key, None, None, TOY, recipe, BOTH)
+    noise = draw_noise(key, batch, recipe)
+    ours = lambda p: step.student_loss(p, critic, FROZEN, batch, noise, None, None, TOY, recipe, BOTH)
     papers = lambda p: papers_student_loss(p, critic, TEACHER, batch, key, recipe, 100.0, stop)
     found, (metrics, _) = jax.jit(jax.grad(ours, has_aux=True))(params)
     wanted, eq_8 = jax.jit(jax.grad(papers, has_aux=True))(params)
@@ -238,7 +240,8 @@ def test_without_its_weight_self_consistency_is_neither_computed_nor_reported():
         return toy(*args)
 
     nets = networks(counted)
-    ours = lambda p: step.student_loss(p, critic, FROZEN, batch, key, None, None, nets, recipe, DMD)
+    noise = draw_noise(key, batch, recipe)
+    ours = lambda p: step.student_loss(p, critic, FROZEN, batch, noise, None, None, nets, recipe, DMD)
     found, (metrics, _) = jax.jit(jax.grad(ours, has_aux=True))(params)
     papers = lambda p: papers_student_loss(p, critic, TEACHER, batch, key, recipe, 0.0, "none")[0]
     close(found, jax.jit(jax.grad(papers))(params))
@@ -255,7 +258,8 @@ def test_the_critics_gradient_is_flow_matching_on_the_students_video():
         x_t = (1 - t) * x0 + t * fresh
         return ((velocity(p, x_t, t, batch["text"]) - (fresh - x0)) ** 2).mean()
 
-    ours = lambda p: step.critic_loss(p, student, batch, key, None, None, TOY, RECIPE)[0]
+    noise = draw_noise(key, batch, RECIPE)
+    ours = lambda p: step.critic_loss(p, student, batch, noise, None, None, TOY, RECIPE)[0]
     wanted = jax.jit(jax.value_and_grad(papers))(params)
     close(jax.jit(jax.value_and_grad(ours))(params), wanted)
 
@@ -284,7 +288,8 @@ def test_one_bad_example_skips_the_update_bit_for_bit_and_a_good_batch_goes_on(w
 def test_the_gap_is_the_mean_distance_of_critic_and_teacher():
     """What DMD is about, in the clips' own units: it falls as the student gets better, unlike the loss."""
     params, critic, batch, key = toy_params(0), toy_params(1), batch_of(0), jax.random.key(11)
-    _, (metrics, _) = step.student_loss(params, critic, FROZEN, batch, key, None, None, TOY, RECIPE, BOTH)
+    given = draw_noise(key, batch, RECIPE)
+    _, (metrics, _) = step.student_loss(params, critic, FROZEN, batch, given, None, None, TOY, RECIPE, BOTH)
     (s, _, _, noise), (t, fresh) = draws(key, batch, RECIPE)
     x_s = (1 - s) * batch["video"] + s * noise
     x0 = x_s - s * velocity(params, x_s, s, batch["text"])
