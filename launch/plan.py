@@ -33,9 +33,6 @@ MFU = flags.DEFINE_float(
 FLASH = flags.DEFINE_bool(
     "flash", None, "attention keeps no scores; default: where models.attention runs cuDNN on a GPU"
 )
-TEACHER_DTYPE = flags.DEFINE_enum(
-    "teacher_dtype", "float32", ("float32", "bfloat16"), "as a teacher of its own weights is stored"
-)
 JSON = flags.DEFINE_string("json", None, "a file to write the same numbers to")
 
 
@@ -63,10 +60,9 @@ def make_plan(
     flops: float,
     mfu: float,
     flash: bool,
-    teacher_dtype: str,
 ) -> dict[str, Any]:
     """Everything the table says, as values for JSON."""
-    rows = kept(recipe, mesh, teacher_dtype)
+    rows = kept(recipe, mesh)
     rows += passing(recipe, mesh, flash, rows)
     mix = mean_mix(recipe)
     updates = {"student": student_flops(recipe, mix, flash), "critic": critic_flops(recipe, mix, flash)}
@@ -124,7 +120,7 @@ def main(_):
     recipe = read_recipe(read_config(CONFIG))
     on_gpu = is_flash(attention_kernel(recipe, recipe.wan, "gpu"))
     flash = on_gpu if FLASH.value is None else FLASH.value
-    numbers = (MEMORY.value * 1e9, FLOPS.value, MFU.value, flash, TEACHER_DTYPE.value)
+    numbers = (MEMORY.value * 1e9, FLOPS.value, MFU.value, flash)
     plan = make_plan(recipe, read_mesh(MESH.value), *numbers)
     print(show(plan))
     if JSON.value:

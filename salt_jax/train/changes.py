@@ -41,6 +41,7 @@ SINCE = {
     "schedule.levels": (),
     "keep_every": 0,
     "accumulate": 1,
+    "teacher.dtype": "stored",
     "model.attention": "auto",
 }
 

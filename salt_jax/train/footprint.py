@@ -23,6 +23,7 @@ from salt_jax.train.optimizer import make_optimizer
 from salt_jax.train.recipe import Recipe
 from salt_jax.train.setup import empty_stream, make_network
 from salt_jax.train.sharding import partition_spec
+from salt_jax.train.start import in_dtype
 from salt_jax.train.state import TrainState, init_learner, init_state
 
 F32 = 4  # bytes
@@ -37,10 +38,10 @@ class Held(NamedTuple):
     device: int  # bytes on each device
 
 
-def fresh_state(recipe: Recipe, teacher_dtype: str) -> tuple[TrainState, dict[str, Any]]:
+def fresh_state(recipe: Recipe) -> tuple[TrainState, dict[str, Any]]:
     """The state and what is frozen, from random weights: in form what `train.setup.setup` reads and makes.
 
-    A teacher that is another network than the student stays as it is stored, in `teacher_dtype`.
+    A teacher of its own weights that stays as it is stored is taken to be float32.
     """
     k_base, k_other = jax.random.split(jax.random.key(recipe.seed))
     null_text = jnp.zeros((1, recipe.wan.text_length, recipe.wan.text_dim))
@@ -53,14 +54,13 @@ def fresh_state(recipe: Recipe, teacher_dtype: str) -> tuple[TrainState, dict[st
         return init_state(init_learner(weights, student_tx), None), frozen
     if recipe.stage != "distil":
         state = init_state(init_learner(base, student_tx), None)
-        return state, {"teacher": base, "null_text": null_text}
+        return state, {"teacher": in_dtype(base, t.dtype), "null_text": null_text}
     if t.kind == "closed_form":
         teacher = _closed_form(recipe, recipe.wan.text_dim)
     elif t.weights or recipe.teacher_wan != recipe.wan:
-        stored = lambda x: x.astype(teacher_dtype)
-        teacher = jax.tree.map(stored, init_wan(k_other, recipe.teacher_wan))
+        teacher = in_dtype(init_wan(k_other, recipe.teacher_wan), t.dtype)
     else:
-        teacher = base
+        teacher = in_dtype(base, t.dtype)
     frozen = {"teacher": teacher}
     if (recipe.align.weight and recipe.align.network == "base") or recipe.lora.rank:
         frozen["base"] = base
@@ -102,12 +102,10 @@ KINDS = (
 FROZEN = (("teacher", "teacher"), ("base", "base"), ("student's base", "student"), ("null text", "null_text"))
 
 
-def kept(recipe: Recipe, mesh: Mapping[str, int], teacher_dtype: str) -> list[Held]:
+def kept(recipe: Recipe, mesh: Mapping[str, int]) -> list[Held]:
     """What stays in memory for the whole run. Counters, some bytes, are left out."""
     rows = []
-    for tree, kinds in zip(
-        jax.eval_shape(lambda: fresh_state(recipe, teacher_dtype)), (KINDS, FROZEN), strict=True
-    ):
+    for tree, kinds in zip(jax.eval_shape(lambda: fresh_state(recipe)), (KINDS, FROZEN), strict=True):
         leaves = tree_bytes(tree, mesh)
         for name, prefix in kinds:
             mine = [leaf for path, leaf in leaves.items() if f"{path}/".startswith(f"{prefix}/")]

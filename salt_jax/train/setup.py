@@ -24,7 +24,7 @@ from salt_jax.models.tokenizer import byte_tokenize
 from salt_jax.train.optimizer import make_optimizer
 from salt_jax.train.recipe import Recipe
 from salt_jax.train.roles import refuse_roles
-from salt_jax.train.start import initial_weights, student_start, teacher_weights
+from salt_jax.train.start import in_dtype, initial_weights, student_start, teacher_weights
 from salt_jax.train.state import Stream, TrainState, init_learner, init_state
 from salt_jax.train.step import Networks
 from salt_jax.types import Params
@@ -130,7 +130,7 @@ def setup(recipe: Recipe, mesh: Mesh) -> Setup:
     start = student_start(recipe, base, mesh)
     if recipe.stage != "distil":
         state = init_state(init_learner(start, student_tx), None)
-        frozen = {"teacher": start, "null_text": null_text}
+        frozen = {"teacher": in_dtype(start, recipe.teacher.dtype), "null_text": null_text}
         nets = Networks(network, network.denoise, network.denoise)
         return Setup(state, frozen, nets, table.__getitem__, records)
 

@@ -68,13 +68,19 @@ def open_wan(recipe: Recipe, where: str, mesh: Mesh, dtype: Any) -> Params:
 
 
 def teacher_weights(recipe: Recipe, base: Params, mesh: Mesh) -> Params:
-    """The network that is distilled: the weights, or another one's as they are stored."""
+    """The network that is distilled: the weights, or another one's; in `config.teacher.dtype`."""
     t = recipe.teacher
     if not t.weights and recipe.teacher_wan == recipe.wan:
-        return base
+        return in_dtype(base, t.dtype)
     model = replace(recipe.model, preset=t.preset or recipe.model.preset)
     another = replace(recipe, weights=t.weights, model=model, seed=recipe.seed + 1)
-    return initial_weights(another, mesh, None)["wan"]
+    read_as = None if t.dtype == "stored" else jnp.dtype(t.dtype)
+    return in_dtype(initial_weights(another, mesh, read_as)["wan"], t.dtype)
+
+
+def in_dtype(params: Params, dtype: str) -> Params:
+    """The same parameters, not copied where they are of this dtype already or `dtype` is "stored"."""
+    return params if dtype == "stored" else jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 def student_start(recipe: Recipe, base: Params, mesh: Mesh) -> Params:

@@ -31,6 +31,7 @@ TIED = {
     "text_encoder",
     "data.kind",
     "teacher.kind",
+    "teacher.dtype",
     "teacher.preset",
     "memory.positions",
     "rollout.solver",
@@ -46,7 +47,7 @@ LISTED = {"schedule.levels": (1000, 757, 522), "schedule.train_updates": 3, "sch
 LISTED |= {"sample.num_updates": (3,)}
 TOGETHER |= {"rollout.updates": (12, 3), "rollout.probabilities": (0.25, 0.75), "align.weight": 0.7}
 TOGETHER |= {"memory.window": 9, "memory.sink": 3, "stream.max_frames": 50, "teacher.preset": "tiny"}
-TOGETHER |= {"accumulate": 3}
+TOGETHER |= {"accumulate": 3, "teacher.dtype": "bfloat16"}
 DECAYS = {"student_optimizer.decay": True, "critic_optimizer.decay": True}
 
 
@@ -124,6 +125,7 @@ def test_an_unknown_and_a_missing_key_are_refused_by_name():
         ("model.dtype", "float32, bfloat16"),
         ("text_encoder", "tiny, umt5-xxl"),
         ("teacher.kind", "data, network, closed_form"),
+        ("teacher.dtype", "stored, float32, bfloat16"),
         ("loss.stop_gradient", "none, composed, direct, midpoint"),
         ("sample.solver", "euler, cm"),
     ],
@@ -433,6 +435,6 @@ def test_a_run_from_before_a_key_came_goes_on():
     recipe = read_recipe(base.get_config())
     before = json.loads(to_json(recipe))
     del before["teacher"]["weights"], before["teacher"]["accept_student"], before["schedule"]["levels"]
-    del before["keep_every"], before["accumulate"]
+    del before["keep_every"], before["accumulate"], before["teacher"]["dtype"]
     assert from_json(json.dumps(before)) == recipe
     changes.refuse_another_run(json.dumps(before), recipe)

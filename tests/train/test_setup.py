@@ -188,6 +188,16 @@ def test_distillation_starts_three_networks_at_the_weights():
         same(tree, parts.frozen["teacher"])
 
 
+@pytest.mark.parametrize("changes", [{}, {"stage": "consistency"}, {"video": "rollout", "align.weight": 0.5}])
+def test_a_teacher_is_kept_in_the_type_that_the_config_names(changes):
+    """It is cast; what learns, and what the student's features are compared in, stays float32."""
+    parts = started(**{"teacher.dtype": "bfloat16"} | changes)
+    learnt = parts.state.student.params
+    assert {x.dtype for x in jax.tree.leaves(parts.frozen["teacher"])} == {np.dtype(jnp.bfloat16)}
+    same(parts.frozen["teacher"], jax.tree.map(lambda x: x.astype(jnp.bfloat16), learnt))
+    assert {x.dtype for x in jax.tree.leaves((learnt, parts.frozen.get("base", {})))} == {np.dtype("float32")}
+
+
 def test_an_alignment_that_looks_with_the_weights_keeps_a_copy_of_them():
     aligned = started(**{"video": "rollout", "align.weight": 0.5})
     same(aligned.frozen["base"], aligned.frozen["teacher"])
@@ -244,6 +254,11 @@ def test_a_student_of_wan_starts_at_its_weights_and_has_the_teacher_that_is_name
     other = setup(recipe(**ENCODED, **wan, **{"teacher.weights": str(tmp_path)}), MESH)
     assert same_tree(other.state.student.params, same.state.student.params)
     assert {w.dtype for w in jax.tree.leaves(other.frozen["teacher"])} == {np.dtype(jnp.bfloat16)}
+    wide = setup(
+        recipe(**ENCODED, **wan, **{"teacher.weights": str(tmp_path), "teacher.dtype": "float32"}), MESH
+    )
+    assert same_tree(wide.frozen["teacher"], other.frozen["teacher"])
+    assert {w.dtype for w in jax.tree.leaves(wide.frozen["teacher"])} == {np.dtype(np.float32)}
     started = setup(recipe(**ENCODED | {"weights": str(tmp_path)}, **wan), MESH)
     assert same_tree(started.state.student.params, other.frozen["teacher"])
     assert {w.dtype for w in jax.tree.leaves(started.state.student.params)} == {np.dtype(np.float32)}
