@@ -41,6 +41,8 @@ def get_config() -> Any:  # a ConfigDict; its attributes are not known to a type
         dict(
             preset="tiny",  # student, critic and teacher: a name in salt_jax/models/presets.py
             dtype="float32",  # of matrix products: float32, bfloat16; parameters and losses are always float32
+            # kernel of attention, see salt_jax/models/attention.py; auto: the fastest of the devices it is for
+            attention="auto",
             remat=True,  # recompute each block in the backward pass: less memory, and faster on a CPU
         )
     )

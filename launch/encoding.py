@@ -20,11 +20,12 @@ from salt_jax.data.latents import Report, in_groups, write_records
 from salt_jax.data.video_folder import Video
 from salt_jax.errors import UserError
 from salt_jax.models import pretrained
+from salt_jax.models.attention import compute_here
 from salt_jax.models.denoiser import guided, wan_network
 from salt_jax.models.image_condition import squash_for_clip
 from salt_jax.models.image_encoder import encode_image
 from salt_jax.models.latent_size import FPS, SPACE, TIME
-from salt_jax.models.presets import PRESETS, Compute
+from salt_jax.models.presets import PRESETS
 from salt_jax.models.pretrained import IMAGE, TEXT, VAE, WAN, Part, Source
 from salt_jax.models.prompts import negative_prompt
 from salt_jax.models.text_encoder import encode_prompts
@@ -201,7 +202,7 @@ def teacher_encoder(source: Source, embed, null_text: np.ndarray, latent: tuple[
     config = pretrained.stored_config(WAN, source.folder) if source.folder else TINY
     if config.image_dim:
         raise UserError(f"--weights={f.WEIGHTS.value} needs pictures; --teacher makes clips of text alone")
-    network = wan_network(config, Compute(jnp.dtype(f.DTYPE.value)), latent[0], latent[0])
+    network = wan_network(config, compute_here(config, jnp.dtype(f.DTYPE.value)), latent[0], latent[0])
     pad = lambda text: np.pad(text, ((0, config.text_length - len(text)), (0, 0)))
     denoise = guided(network.denoise, jnp.asarray(pad(null_text))[None], f.GUIDANCE.value)
     params = pretrained.open_part(WAN, source, config, shardings=partial(state_shardings, all_devices()))[1]

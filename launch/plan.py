@@ -14,10 +14,11 @@ from ml_collections import config_flags
 
 from launch.cli import read_config, run_main
 from salt_jax.errors import UserError
-from salt_jax.models.attention import flash_takes
+from salt_jax.models.attention import is_flash
 from salt_jax.train.cost import critic_flops, mean_mix, student_flops
 from salt_jax.train.footprint import kept, passing
 from salt_jax.train.recipe import Recipe, read_recipe
+from salt_jax.train.setup import attention_kernel
 from salt_jax.train.sharding import AXES
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "which run; see configs/", lock_config=True)
@@ -121,7 +122,7 @@ def show(plan: dict[str, Any]) -> str:
 
 def main(_):
     recipe = read_recipe(read_config(CONFIG))
-    on_gpu = flash_takes(recipe.model.dtype, recipe.wan.dim // recipe.wan.num_heads)
+    on_gpu = is_flash(attention_kernel(recipe, recipe.wan, "gpu"))
     flash = on_gpu if FLASH.value is None else FLASH.value
     numbers = (MEMORY.value * 1e9, FLOPS.value, MFU.value, flash, TEACHER_DTYPE.value)
     plan = make_plan(recipe, read_mesh(MESH.value), *numbers)

@@ -17,11 +17,11 @@ from launch.request import Request
 from salt_jax.data import shapes
 from salt_jax.errors import UserError
 from salt_jax.models import pretrained
+from salt_jax.models.attention import compute_here
 from salt_jax.models.denoiser import Network, wan_network
 from salt_jax.models.image_condition import condition_latents, crop_for_clip, image_clip, squash_for_clip
 from salt_jax.models.image_encoder import encode_image
 from salt_jax.models.latent_size import FPS, SPACE, pixel_frames
-from salt_jax.models.presets import Compute
 from salt_jax.models.pretrained import IMAGE, TEXT, VAE, WAN, Source, part_file, stored_config
 from salt_jax.models.prompts import negative_prompt
 from salt_jax.models.vae import encode_video
@@ -126,13 +126,15 @@ def wan_world(request: Request) -> World:
         pixels = stream_pixels(vae_params, sizes, chunks, jnp.float32, f.TILE.value)
         return np.concatenate([frames[0] for frames in pixels])
 
+    chunk = policy.chunk if policy else request.shape[0]
+    network_here = wan_network(config, compute_here(config, dtype), request.shape[0], chunk)
     return World(
         name,
         {"network": network, "weights": told, "dtype": f.DTYPE.value, "tile": f.TILE.value},
         negative_prompt(request.negative, bool(config.image_dim)),
         read_texts,
         partial(read_given, request, source),
-        wan_network(config, Compute(dtype), request.shape[0], policy.chunk if policy else request.shape[0]),
+        network_here,
         params,
         decode,
         ("mp4",),

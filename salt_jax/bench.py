@@ -16,8 +16,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from salt_jax.flow.schedule import grid
-from salt_jax.models.attention import flash_takes
+from salt_jax.models.attention import is_flash
 from salt_jax.models.latent_size import SPACE, TIME
+from salt_jax.models.layout import platform_of
 from salt_jax.models.text_encoder import encode_text, init_text_encoder
 from salt_jax.models.vae import VAEConfig, decode_video, encode_video, init_vae
 from salt_jax.models.wan import init_wan
@@ -27,7 +28,7 @@ from salt_jax.train import cost, sharding
 from salt_jax.train.footprint import fresh_state
 from salt_jax.train.loop import decide
 from salt_jax.train.recipe import Recipe
-from salt_jax.train.setup import make_network, make_networks
+from salt_jax.train.setup import attention_kernel, make_network, make_networks
 from salt_jax.train.step import compile_step, critic_step, student_step
 from salt_jax.types import ImageText, Params, Told
 
@@ -177,8 +178,7 @@ def step_name(who: str, choice: Choice) -> str:
 
 def runs_flash(recipe: Recipe) -> bool:
     """Whether attention runs the flash kernel on this machine."""
-    width = recipe.wan.dim // recipe.wan.num_heads
-    return jax.default_backend() == "gpu" and flash_takes(recipe.model.dtype, width)
+    return is_flash(attention_kernel(recipe, recipe.wan, platform_of(None)))
 
 
 def text_encoder(recipe: Recipe, dtype: Any, runs: int) -> tuple[Result, jax.Array]:

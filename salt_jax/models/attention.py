@@ -1,31 +1,118 @@
-"""The one attention. Everything that attends goes through `attention`, so a faster kernel has one place to live."""
+"""The one attention. Everything that attends goes through `attention`, so a faster kernel has one place to live.
 
+| kernel | where       | scores that are kept                                            |
+|--------|-------------|-----------------------------------------------------------------|
+| cudnn  | GPU         | none; half precision, heads of at most 128                      |
+| splash | TPU         | none; heads of a multiple of 128                                |
+| blocks | anywhere    | of some queries at a time; a gradient written by hand           |
+| plain  | anywhere    | all of them; the only one that has a JVP                        |
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from salt_jax.models.attention_blocks import attend_by_blocks
+from salt_jax.models.attention_splash import attend_splash
+from salt_jax.models.layout import BATCH, fitting, platform_of
+from salt_jax.models.presets import Compute, Kernel, WanConfig
 
-def flash_takes(dtype: Any, width: int) -> bool:
-    """Whether a GPU's flash kernel runs heads of this dtype and width; it makes its scores again for a gradient."""
-    return jnp.dtype(dtype).itemsize == 2 and width % 8 == 0 and width <= 128
+
+def choose_kernel(platform: str, dtype: Any, width: int) -> Kernel:
+    """The fastest kernel for heads of this width on "gpu", "tpu" or another platform."""
+    if platform == "gpu" and jnp.dtype(dtype).itemsize == 2 and width % 8 == 0 and width <= 128:
+        return "cudnn"
+    return "splash" if platform == "tpu" and width % 128 == 0 else "blocks"
+
+
+def compute_here(config: WanConfig, dtype: Any) -> Compute:
+    """How to run a network on the first device of this machine."""
+    return Compute(dtype, kernel=choose_kernel(platform_of(None), dtype, config.head_width))
+
+
+def is_flash(kernel: Kernel) -> bool:
+    """Whether a kernel keeps no scores, and so makes them again for a gradient."""
+    return kernel != "plain"
 
 
 def attention(
-    q: Float[Array, "b l a d"],
-    k: Float[Array, "b m a d"],
-    v: Float[Array, "b m a d"],
+    q: Float[Array, "b *l a d"],
+    k: Float[Array, "b *m a d"],
+    v: Float[Array, "b *m a d"],
     length: Int[Array, ""] | None = None,
-) -> Float[Array, "b l a d"]:
+    kernel: Kernel = "blocks",
+    mesh: Mesh | None = None,
+) -> Float[Array, "b *l a d"]:
     """Softmax attention without a mask: every query sees every key. Logits in float32, scale 1 / sqrt(d).
 
     Visibility is never a mask here: callers pass the keys that may be seen (chunks are contiguous). The one
     exception is a cache that fills over time: of its keys only the first `length` count.
-    On GPU, half precision runs cuDNN's flash kernel; elsewhere XLA's.
+
+    Args:
+      q: tokens in any axes; [B, F, S, A, d] in a clip, where a mesh's context axis cuts S.
+      k, v: as q, or [B, T, A, d] of a text, which every device along context has whole.
+      length: of the keys that count; at least 1. None: all.
+      kernel: see `choose_kernel`.
+      mesh: where the program runs on many devices, each attends for its share of the batch, heads and tokens. A
+        kernel is a black box to the compiler, which would otherwise copy everything everywhere.
     """
-    flash = jax.default_backend() == "gpu" and flash_takes(q.dtype, q.shape[-1])
-    lengths = None if length is None else jnp.full(q.shape[0], length, jnp.int32)
-    return jax.nn.dot_product_attention(
-        q, k, v, key_value_seq_lengths=lengths, implementation="cudnn" if flash else "xla"
+
+    def attend(q, k, v, *length):
+        flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[-2:])
+        return KERNELS[kernel](flat(q), flat(k), flat(v), *(length or (None,))).reshape(q.shape)
+
+    lengths = () if length is None else (length,)
+    if mesh is None or mesh.size == 1:
+        return attend(q, k, v, *lengths)
+    queries, keys = attention_layout(mesh, q.shape, k.shape)
+    specs = (queries, keys, keys, *(P() for _ in lengths))
+    return jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=queries, check_vma=False)(
+        q, k, v, *lengths
     )
+
+
+def attention_layout(mesh: Mesh, queries: tuple[int, ...], keys: tuple[int, ...]) -> tuple[P, P]:
+    """How queries and keys are cut while they attend: the batch over data and fsdp, heads over tensor.
+
+    Along context the tokens of a clip are exchanged for heads, so that each device has all tokens of some heads.
+    Where the heads do not divide, and for a text, which is short, queries stay cut and the keys are whole.
+    """
+    batch, heads = fitting(mesh, queries[0], BATCH), queries[-2]
+    exchanged = fitting(mesh, heads, ("tensor", "context"))
+    if len(keys) == 5 and exchanged:
+        both = P(batch, None, None, exchanged)
+        return both, both
+    across = (None,) * (len(queries) - 4)
+    tensor, context = fitting(mesh, heads, ("tensor",)), fitting(mesh, queries[-3], ("context",))
+    return P(batch, *across, context, tensor), P(batch, *(None,) * (len(keys) - 3), tensor)
+
+
+def _plain(q, k, v, length):
+    lengths = None if length is None else jnp.full(q.shape[0], length, jnp.int32)
+    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="xla")
+
+
+def _cudnn(q, k, v, length):
+    """cuDNN has no gradient for an odd number of queries or keys: one more of each that does not count."""
+    queries, keys = q.shape[1], k.shape[1]
+    even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
+    if length is None and keys % 2:
+        length = keys
+    lengths = None if length is None else jnp.full(q.shape[0], length, jnp.int32)
+    out = jax.nn.dot_product_attention(
+        even(q), even(k), even(v), key_value_seq_lengths=lengths, implementation="cudnn"
+    )
+    return out[:, :queries]
+
+
+KERNELS: dict[str, Callable] = {
+    "plain": _plain,
+    "blocks": attend_by_blocks,
+    "cudnn": _cudnn,
+    "splash": attend_splash,
+}

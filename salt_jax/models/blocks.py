@@ -2,13 +2,13 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from einops import rearrange
 from flax import linen as nn
 
 from salt_jax.models.attention import attention
 from salt_jax.models.kv_cache import View
-from salt_jax.models.presets import WanConfig
+from salt_jax.models.presets import Compute, WanConfig
 from salt_jax.models.rope import rotate
 from salt_jax.types import Params
 
@@ -21,8 +21,13 @@ def apply(module: nn.Module, params: Params, *args: Any) -> Any:
     return module.apply({"params": params}, *args)
 
 
-def rows(layer, x):
-    """Applies a layer to `x` as a matrix of rows: XLA's CPU backend halves the backward pass of products that way."""
+def rows(layer, x, compute: Compute):
+    """Applies a layer to `x` as a matrix of rows: XLA's CPU backend halves the backward pass of products that way.
+
+    Tokens that are cut stay in their axes: a matrix of them could not be cut alike.
+    """
+    if compute.mesh is not None and compute.mesh.shape["context"] > 1:
+        return layer(x)
     return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
@@ -51,45 +56,50 @@ class Attention(nn.Module):
     """The projections around attention; RMS over the full width before the heads are split."""
 
     config: WanConfig
-    dtype: Any
+    compute: Compute
     image: bool = (
         False  # cross attention of image-to-video models: also over the image, with the same queries
     )
 
     def setup(self):
         c = self.config
-        self.q, self.k, self.v, self.o = (dense(c.dim, self.dtype, None) for _ in range(4))
-        self.norm_q, self.norm_k = (nn.RMSNorm(epsilon=c.eps, dtype=self.dtype) for _ in range(2))
+        dtype = self.compute.dtype
+        self.q, self.k, self.v, self.o = (dense(c.dim, dtype, None) for _ in range(4))
+        self.norm_q, self.norm_k = (nn.RMSNorm(epsilon=c.eps, dtype=dtype) for _ in range(2))
         if self.image:
-            self.k_img, self.v_img = (dense(c.dim, self.dtype, None) for _ in range(2))
-            self.norm_k_img = nn.RMSNorm(epsilon=c.eps, dtype=self.dtype)
+            self.k_img, self.v_img = (dense(c.dim, dtype, None) for _ in range(2))
+            self.norm_k_img = nn.RMSNorm(epsilon=c.eps, dtype=dtype)
 
     def _heads(self, z):
         return z.reshape(*z.shape[:-1], self.config.num_heads, -1)
 
+    def _rows(self, layer, x):
+        return rows(layer, x, self.compute)
+
     def queries(self, x):
-        return self._heads(self.norm_q(rows(self.q, x)))
+        return self._heads(self.norm_q(self._rows(self.q, x)))
 
     def keys_values(self, context):
-        return self._heads(self.norm_k(rows(self.k, context))), self._heads(rows(self.v, context))
+        return self._heads(self.norm_k(self._rows(self.k, context))), self._heads(self._rows(self.v, context))
 
     def read(self, context: Context) -> TextKV:
         if not self.image:
             return TextKV(*self.keys_values(context.text))
-        k, v = self.norm_k_img(rows(self.k_img, context.image)), rows(self.v_img, context.image)
+        k, v = self.norm_k_img(self._rows(self.k_img, context.image)), self._rows(self.v_img, context.image)
         return TextKV(*self.keys_values(context.text), self._heads(k), self._heads(v))
 
     def cross(self, x, seen: TextKV):
         """Two softmaxes, summed before the one projection out."""
-        q = self.queries(x)
-        z = attention(q, seen.k, seen.v)
-        return self.output(z + attention(q, seen.k_image, seen.v_image) if self.image else z)
+        q, c = self.queries(x), self.compute
+        look = lambda k, v: attention(q, k, v, None, c.kernel, c.mesh)
+        z = look(seen.k, seen.v)
+        return self.output(z + look(seen.k_image, seen.v_image) if self.image else z)
 
     def output(self, z):
-        return rows(self.o, z.reshape(*z.shape[:-2], -1))
+        return self._rows(self.o, z.reshape(*z.shape[:-2], -1))
 
 
-def look_around(q, k, v, memory, views: tuple[tuple[View, Any, Any], ...]):
+def look_around(q, k, v, memory, views: tuple[tuple[View, Any, Any], ...], compute: Compute):
     """Self attention of new frames, [B, F, S, A, d] each, with `memory` (keys, values) [B, M, S, A, d] or None.
 
     One dense call for each view, given with the angles of its queries and of its keys.
@@ -102,9 +112,8 @@ def look_around(q, k, v, memory, views: tuple[tuple[View, Any, Any], ...]):
         keys, values = (seen(new, old) for new, old in zip((k, v), memory or (None, None), strict=True))
         mine, per_frame = q[:, view.queries], q.shape[2]
         length = None if view.length is None else view.length * per_frame
-        flat = lambda z: z.reshape(z.shape[0], -1, *z.shape[3:])
-        out = attention(flat(rotate(mine, here)), flat(rotate(keys, there)), flat(values), length)
-        outputs.append(out.reshape(mine.shape))
+        turned = rotate(mine, here), rotate(keys, there)
+        outputs.append(attention(*turned, values, length, compute.kernel, compute.mesh))
     return jnp.concatenate(outputs, axis=1)
 
 
@@ -115,29 +124,32 @@ class Block(nn.Module):
     """
 
     config: WanConfig
-    dtype: Any
+    compute: Compute
 
     @nn.compact
     def __call__(self, x, e0, text, views, memory=None):
-        c = self.config
-        flat = lambda z: rearrange(z, "b f s d -> b (f s) d")
-        tokens = lambda z: z.reshape(x.shape).astype(jnp.float32)
+        c, compute = self.config, self.compute
         modulation = self.param("modulation", nn.initializers.normal(c.dim**-0.5), (6, c.dim))
         m = jnp.split((e0 + modulation[None, None])[:, :, None], 6, axis=3)  # six of [B, 1 or F, 1, 1, D]
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (z[:, :, :, 0] for z in m)
+        # Fused into the product behind it, a scale per frame makes the TPU compiler abort.
+        modulated = lambda z, scale, shift: jax.lax.optimization_barrier(
+            (layer_norm(z, c.eps) * (1 + scale) + shift).astype(compute.dtype)
+        )
+        wide = lambda z: z.astype(jnp.float32)
 
-        h = layer_norm(x, c.eps) * (1 + scale_sa) + shift_sa
-        to_self = Attention(c, self.dtype, name="self_attn")
+        h = modulated(x, scale_sa, shift_sa)
+        to_self = Attention(c, compute, name="self_attn")
         q, (k, v) = to_self.queries(h), to_self.keys_values(h)
-        x = x + gate_sa * tokens(to_self.output(look_around(q, k, v, memory, views)))
+        x = x + gate_sa * wide(to_self.output(look_around(q, k, v, memory, views, compute)))
 
-        h = flat(nn.LayerNorm(epsilon=c.eps, use_fast_variance=False, name="norm_cross")(x))
-        to_text = Attention(c, self.dtype, bool(c.image_dim), name="cross_attn")
-        x = x + tokens(to_text.cross(h, text if isinstance(text, TextKV) else to_text.read(text)))
+        h = nn.LayerNorm(epsilon=c.eps, use_fast_variance=False, name="norm_cross")(x)
+        to_text = Attention(c, compute, bool(c.image_dim), name="cross_attn")
+        x = x + wide(to_text.cross(h, text if isinstance(text, TextKV) else to_text.read(text)))
 
-        h = flat(layer_norm(x, c.eps) * (1 + scale_ff) + shift_ff)
-        h = nn.gelu(rows(dense(c.ffn_dim, self.dtype, "ffn_in"), h), approximate=True)
-        return x + gate_ff * tokens(rows(dense(c.dim, self.dtype, "ffn_out"), h)), (k, v)
+        h = modulated(x, scale_ff, shift_ff)
+        h = nn.gelu(rows(dense(c.ffn_dim, compute.dtype, "ffn_in"), h, compute), approximate=True)
+        return x + gate_ff * wide(rows(dense(c.dim, compute.dtype, "ffn_out"), h, compute)), (k, v)
 
 
 class TextMLP(nn.Module):

@@ -11,6 +11,7 @@ from salt_jax.flow.prediction import from_velocity, guide
 from salt_jax.models import wan
 from salt_jax.models.blocks import TextKV
 from salt_jax.models.kv_cache import KVCache, Sight
+from salt_jax.models.layout import lay_cache
 from salt_jax.models.presets import Compute, WanConfig
 from salt_jax.types import Denoiser, ImageText, Latent, Params, Prediction, Sigma, TextEmb, Told
 
@@ -94,8 +95,10 @@ def wan_network(config: WanConfig, compute: Compute, clip_frames: int, chunk: in
     def empty_cache(like: Latent, slots: int) -> KVCache:
         b, _, h, w, channels = like.shape
         tokens = (h // config.patch_size[1]) * (w // config.patch_size[2])
-        heads = (config.num_heads, config.dim // config.num_heads)
-        zeros = jnp.zeros((config.num_layers, b, slots, tokens, *heads), compute.dtype)
+        heads = (config.num_heads, config.head_width)
+        zeros = lay_cache(
+            jnp.zeros((config.num_layers, b, slots, tokens, *heads), compute.dtype), compute.mesh
+        )
         x0 = jnp.zeros((b, slots, h, w, channels))
         none = jnp.zeros((), jnp.int32)
         return KVCache(zeros, zeros, x0, jnp.zeros(slots, jnp.int32), none, none)

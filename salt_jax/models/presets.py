@@ -1,7 +1,7 @@
 """The sizes of transformer and text encoder, and how to run them. No jax in here, as in `choices`."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,6 +24,10 @@ class WanConfig:
     freq_dim: int  # width of the sinusoidal time embedding
     image_dim: int  # features of the image encoder that image-to-video models read; 0: text to video
     eps: float
+
+    @property
+    def head_width(self) -> int:
+        return self.dim // self.num_heads
 
     @property
     def condition_channels(self) -> int:
@@ -95,12 +99,17 @@ def tiny_preset(model: str) -> str:
     return name
 
 
+Kernel = Literal["plain", "blocks", "cudnn", "splash"]  # see models.attention
+KernelChoice = Literal["auto", "plain", "blocks", "cudnn", "splash"]
+
+
 @dataclass(frozen=True)
 class Compute:
     """How to run the network, which changes speed and rounding but not the function."""
 
     dtype: Any = np.float32  # of matrix products
     remat: bool = False  # recompute each block in the backward pass
-    # How tokens [B, F, S, D] are laid out, a NamedSharding that cuts the batch. None leaves it to the compiler:
+    kernel: Kernel = "blocks"  # of attention
+    # The devices of the program. Tokens and attention are then laid out on purpose; None leaves it to the compiler:
     # where an axis cuts parameters and batch, it may keep that of the parameters and run the whole batch everywhere.
-    tokens: Any = None
+    mesh: Any = None

@@ -4,6 +4,8 @@ A head of d features has c = d / 2 complex pairs, shared between the axes as c -
 c // 3 each for rows and columns. Pairs are interleaved: features (2j, 2j + 1) turn by position * theta^(-2j / d_axis).
 """
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,10 +16,19 @@ from salt_jax.models.memory import MAX_FRAMES
 THETA = 10_000.0
 
 
-def rope_angles(
-    frames: Int[np.ndarray | Array, "f"], height: int, width: int, head_dim: int
-) -> Float[np.ndarray | Array, "f s p"]:
-    """Angles of all tokens of some frames, float32 [F, height * width, head_dim / 2], computed in float64.
+class Angles(NamedTuple):
+    """Of the tokens of some frames, axis by axis: float32 [F, c_f], [H, c], [W, c].
+
+    A program combines them when it turns something. A table of all tokens would be a constant in it, of megabytes.
+    """
+
+    frames: Any
+    rows: np.ndarray
+    columns: np.ndarray
+
+
+def rope_angles(frames: Int[np.ndarray | Array, "f"], height: int, width: int, head_dim: int) -> Angles:
+    """Angles of all tokens of some frames, computed in float64.
 
     `frames` are the positions in time. Given as a traced array they are looked up in a table; those at or past
     `MAX_FRAMES` would then read its last row, so callers that count that far refuse first.
@@ -25,25 +36,28 @@ def rope_angles(
     pairs = head_dim // 2
     side = pairs // 3
     axis = lambda places, n: np.outer(places, THETA ** (-np.arange(n) / n)).astype(np.float32)
-    grid = (len(frames), height, width)
     if isinstance(frames, jax.Array):
-        time, xp = jnp.asarray(axis(np.arange(MAX_FRAMES), pairs - 2 * side))[frames], jnp
+        time = jnp.asarray(axis(np.arange(MAX_FRAMES), pairs - 2 * side))[frames]
     else:
-        time, xp = axis(frames, pairs - 2 * side), np
-    parts = (
-        xp.broadcast_to(time[:, None, None], (*grid, pairs - 2 * side)),
-        np.broadcast_to(axis(np.arange(height), side)[None, :, None], (*grid, side)),
-        np.broadcast_to(axis(np.arange(width), side)[None, None, :], (*grid, side)),
-    )
-    return xp.concatenate(parts, -1).reshape(len(frames), height * width, pairs)
+        time = axis(frames, pairs - 2 * side)
+    return Angles(time, axis(np.arange(height), side), axis(np.arange(width), side))
 
 
-def rotate(
-    x: Float[Array, "b f s a d"], angles: Float[np.ndarray | Array, "f s p"]
-) -> Float[Array, "b f s a d"]:
+def by_token(angles: Angles) -> Float[Array, "f s p"]:
+    """All pairs of all tokens, [F, H W, c]."""
+    # Behind the barrier the compiler does not know the angles, so it cannot fold them into a table again.
+    time, rows, columns = jax.lax.optimization_barrier(jax.tree.map(jnp.asarray, angles))
+    grid = (len(time), len(rows), len(columns))
+    spread = lambda x: jnp.broadcast_to(x, (*grid, x.shape[-1]))
+    parts = (spread(time[:, None, None]), spread(rows[None, :, None]), spread(columns[None, None]))
+    return jnp.concatenate(parts, -1).reshape(grid[0], grid[1] * grid[2], -1)
+
+
+def rotate(x: Float[Array, "b f s a d"], angles: Angles) -> Float[Array, "b f s a d"]:
     """Turns the pairs of queries or keys by their angles, in float32; returns the dtype of `x`."""
-    even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
-    angles = jnp.asarray(angles)[None, :, :, None, :]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)
+    twice = by_token(jax.tree.map(lambda a: jnp.repeat(a, 2, axis=-1), angles))[None, :, :, None, :]
+    even = jnp.arange(x.shape[-1]) % 2 == 0
+    wide = x.astype(jnp.float32)
+    # Each one's partner. Taking every second element instead costs TPUs two buffers of odd width (docs/scaling.md).
+    other = jnp.where(even[None, None, None, None], -jnp.roll(wide, -1, -1), jnp.roll(wide, 1, -1))
+    return (wide * jnp.cos(twice) + other * jnp.sin(twice)).astype(x.dtype)

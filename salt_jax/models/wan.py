@@ -18,7 +18,6 @@ and brings the keys and values of frames that were finished before. `apply_wan` 
 keeps; `text_keys_values` does the text's part once for all calls under one prompt.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -39,6 +38,7 @@ from salt_jax.models.blocks import (
     dense,
 )
 from salt_jax.models.kv_cache import Sight, whole_clip
+from salt_jax.models.layout import BATCH, TOKENS, lay, lay_cache
 from salt_jax.models.presets import Compute, WanConfig
 from salt_jax.models.rope import rope_angles
 from salt_jax.types import ImageText, Latent, Params, PRNGKey, Sigma, Told
@@ -53,7 +53,7 @@ def init_wan(key: PRNGKey, config: WanConfig) -> Params:
     x, row = jnp.zeros((1, 1, 1, c.dim)), jnp.zeros((1, 1, c.dim))
     context = Context(row, row if c.image_dim else None)
     e0, views = jnp.zeros((1, 1, 6, c.dim)), _with_angles(whole_clip(1), 1, 1, c)
-    block = lambda key: Block(c, f32).init(key, x, e0, context, views)["params"]
+    block = lambda key: Block(c, Compute()).init(key, x, e0, context, views)["params"]
     patch = jnp.zeros((1, pt * ph * pw * c.in_channels))
     image = ImageMLP(c, f32).init(k_image, jnp.zeros((1, 1, c.image_dim))) if c.image_dim else None
     return ({"image_embedding": image["params"]} if image else {}) | {
@@ -106,7 +106,7 @@ def keys_values(
 ) -> tuple[Float[Array, "n b f s heads each"], Float[Array, "n b f s heads each"]]:
     """The raw keys and values of the frames of `x` in every layer. Arguments as in `apply_wan`."""
     k, v = _run_blocks(params, x, timestep, text, config, compute, sight, config.num_layers, keep=True)[2]
-    return k, v
+    return lay_cache(k, compute.mesh), lay_cache(v, compute.mesh)
 
 
 def features(
@@ -125,7 +125,7 @@ def features(
 def text_keys_values(params: Params, text: Told, config: WanConfig, compute: Compute) -> TextKV:
     """The keys and values, in every layer, of what the network is told."""
     context = _context(params, text, config, compute)
-    to_text = Attention(config, compute.dtype, bool(config.image_dim))
+    to_text = Attention(config, compute, bool(config.image_dim))
     layer = lambda block: to_text.apply({"params": block["cross_attn"]}, context, method="read")
     return jax.lax.map(layer, params["blocks"])
 
@@ -139,7 +139,7 @@ def _context(params, told, config, compute):
             f"text has {text.shape[1]} rows, the model reads at most text_length={config.text_length}"
         )
     text = jnp.pad(text, ((0, 0), (0, config.text_length - text.shape[1]), (0, 0)))
-    text = apply(TextMLP(config, compute.dtype), params["text_embedding"], text)
+    text = lay(apply(TextMLP(config, compute.dtype), params["text_embedding"], text), compute.mesh, BATCH)
     return Context(
         text,
         None if image is None else apply(ImageMLP(config, compute.dtype), params["image_embedding"], image),
@@ -147,15 +147,8 @@ def _context(params, told, config, compute):
 
 
 def _with_angles(sight: Sight, height: int, width: int, config: WanConfig):
-    angles = lambda positions: rope_angles(positions, height, width, config.dim // config.num_heads)
+    angles = lambda positions: rope_angles(positions, height, width, config.head_width)
     return tuple((view, angles(view.query_positions), angles(view.key_positions)) for view in sight.views)
-
-
-def _lay(tokens, layout):
-    """The batch spread as `Compute.tokens` says, where it divides."""
-    if layout is None or len(tokens) % math.prod(layout.mesh.shape[axis] for axis in layout.spec[0]):
-        return tokens
-    return jax.lax.with_sharding_constraint(tokens, layout)
 
 
 def _run_blocks(
@@ -179,9 +172,9 @@ def _run_blocks(
     def layer(tokens, each):
         block, text_kv, memory = each
         seen = context if text_kv is None else text_kv
-        tokens = _lay(tokens, compute.tokens)
-        tokens, kv = apply(Block(c, dtype), block, tokens, e0, seen, views, memory)
-        return _lay(tokens, compute.tokens), kv if keep else None
+        tokens = lay(tokens, compute.mesh, *TOKENS)
+        tokens, kv = apply(Block(c, compute), block, tokens, e0, seen, views, memory)
+        return lay(tokens, compute.mesh, *TOKENS), kv if keep else None
 
     if compute.remat:
         layer = jax.checkpoint(layer, prevent_cse=False)

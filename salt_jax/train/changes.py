@@ -23,6 +23,7 @@ MAY_CHANGE = {
     "sample",
     "mesh",
     "data.dir",
+    "model.attention",
 }
 MAY_CHANGE |= {"teacher.accept_student"}  # `train.roles` asks it of every start
 MAY_CHANGE |= {
@@ -38,6 +39,7 @@ SINCE = {
     "teacher.accept_student": False,
     "schedule.levels": (),
     "keep_every": 0,
+    "model.attention": "auto",
 }
 
 

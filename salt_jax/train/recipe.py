@@ -18,7 +18,7 @@ from salt_jax.data.shapes import World
 from salt_jax.errors import UserError
 from salt_jax.flow.schedule import student_levels
 from salt_jax.models.memory import CachePolicy
-from salt_jax.models.presets import PRESETS, TEXT_PRESETS, Compute, TextEncoderConfig, WanConfig
+from salt_jax.models.presets import PRESETS, TEXT_PRESETS, Compute, KernelChoice, TextEncoderConfig, WanConfig
 from salt_jax.train.build import build
 from salt_jax.train.changes import as_of_today
 from salt_jax.train.contradictions import refuse_contradictions
@@ -36,6 +36,7 @@ class Model:
     preset: str
     dtype: typing.Literal["float32", "bfloat16"]
     remat: bool
+    attention: KernelChoice
 
 
 @dataclass(frozen=True)

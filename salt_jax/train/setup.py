@@ -13,16 +13,17 @@ from jax.sharding import Mesh
 from salt_jax.data import shapes
 from salt_jax.data.latents import open_records
 from salt_jax.errors import UserError
+from salt_jax.models.attention import choose_kernel
 from salt_jax.models.closed_form import closed_form_denoiser, closed_form_params
 from salt_jax.models.denoiser import Network, guided, wan_network
+from salt_jax.models.layout import platform_of
 from salt_jax.models.lora import init_lora
-from salt_jax.models.presets import WanConfig
+from salt_jax.models.presets import Kernel, WanConfig
 from salt_jax.models.text_encoder import encode_text
 from salt_jax.models.tokenizer import byte_tokenize
 from salt_jax.train.optimizer import make_optimizer
 from salt_jax.train.recipe import Recipe
 from salt_jax.train.roles import refuse_roles
-from salt_jax.train.sharding import batch_sharding
 from salt_jax.train.start import initial_weights, student_start, teacher_weights
 from salt_jax.train.state import Stream, TrainState, init_learner, init_state
 from salt_jax.train.step import Networks
@@ -159,10 +160,18 @@ def setup(recipe: Recipe, mesh: Mesh) -> Setup:
 def make_network(recipe: Recipe, mesh: Mesh | None, config: WanConfig | None = None) -> Network:
     """The functions of student and critic, or of a network of another size.
 
-    On a mesh every device keeps to its share of a batch that divides.
+    On a mesh every device keeps to its share of a batch that divides. Without one it runs on the first device here.
     """
-    compute = replace(recipe.compute, tokens=batch_sharding(mesh) if mesh else None)
-    return wan_network(config or recipe.wan, compute, recipe.clip_shape[0], recipe.memory.chunk)
+    c = config or recipe.wan
+    compute = replace(recipe.compute, kernel=attention_kernel(recipe, c, platform_of(mesh)), mesh=mesh)
+    return wan_network(c, compute, recipe.clip_shape[0], recipe.memory.chunk)
+
+
+def attention_kernel(recipe: Recipe, config: WanConfig, platform: str) -> Kernel:
+    """What a network's attention runs on devices of a platform."""
+    asked = recipe.model.attention
+    best = choose_kernel(platform, recipe.compute.dtype, config.head_width)
+    return best if asked == "auto" else asked
 
 
 def make_networks(recipe: Recipe, null_text: jax.Array, mesh: Mesh | None) -> Networks:

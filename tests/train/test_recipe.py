@@ -27,6 +27,7 @@ TIED = {
     "video",
     "model.preset",
     "model.dtype",
+    "model.attention",
     "text_encoder",
     "data.kind",
     "teacher.kind",

@@ -1,0 +1,109 @@
+"""Attention in plain jax whose scores never stand in memory all at once, with a gradient written by hand.
+
+Queries are worked off some at a time, each against all keys, so a softmax needs no second pass. The backward pass
+makes the scores again from the row sums (Dao et al., arXiv:2205.14135, section 3.1 and appendix B.2); with
+
+    P = exp(S - lse),  dP = dO V^T,  dS = P (dP - sum_d dO O)
+
+it also is fewer passes over the scores than what jax derives from a softmax.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+MOST_SCORES = (
+    2**26
+)  # of one block, over batch and heads: 256 MiB in float32, a few times in the backward pass
+
+
+def attend_by_blocks(
+    q: Float[Array, "b l a d"], k: Float[Array, "b m a d"], v: Float[Array, "b m a d"], length: Any
+) -> Float[Array, "b l a d"]:
+    """As `models.attention.attention`. It has no JVP."""
+    heads_first = lambda x: jnp.swapaxes(x, 1, 2)
+    scaled = (q * (1 / math.sqrt(q.shape[-1]))).astype(q.dtype)
+    return heads_first(_attend(heads_first(scaled), heads_first(k), heads_first(v), length))
+
+
+@jax.custom_vjp
+def _attend(q, k, v, length):
+    return _forward(q, k, v, length)[0]
+
+
+def _forward(q, k, v, length):
+    def block(q):
+        scores = _scores(q, k, length)
+        top = scores.max(-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        total = weights.sum(-1, keepdims=True)
+        out = jnp.einsum("balm,bamd->bald", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return (out / total).astype(q.dtype), (top + jnp.log(total))[..., 0]
+
+    blocks, join = _split(q, k.shape[2])
+    return jax.tree.map(join, jax.lax.map(block, blocks) if len(blocks) > 1 else _one(block, blocks))
+
+
+def _attend_forward(q, k, v, length):
+    out, lse = _forward(q, k, v, length)
+    return out, (q, k, v, length, out, lse)
+
+
+def _attend_backward(saved, d_out):
+    q, k, v, length, out, lse = saved
+    f32 = dict(preferred_element_type=jnp.float32)
+    inner = jnp.einsum("bald,bald->bal", d_out, out, **f32)
+
+    def block(sums, given):
+        q, d_out, lse, inner = given
+        weights = jnp.exp(_scores(q, k, length) - lse[..., None])
+        d_weights = jnp.einsum("bald,bamd->balm", d_out, v, **f32)
+        d_scores = (weights * (d_weights - inner[..., None])).astype(q.dtype)
+        d_q = jnp.einsum("balm,bamd->bald", d_scores, k, **f32)
+        d_k = jnp.einsum("balm,bald->bamd", d_scores, q, **f32)
+        d_v = jnp.einsum("balm,bald->bamd", weights.astype(q.dtype), d_out, **f32)
+        return (sums[0] + d_k, sums[1] + d_v), d_q.astype(q.dtype)
+
+    parts = [_split(x, k.shape[2], q.shape) for x in (q, d_out, lse, inner)]
+    blocks, join = tuple(p[0] for p in parts), parts[0][1]
+    zeros = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
+    if len(blocks[0]) > 1:
+        (d_k, d_v), d_q = jax.lax.scan(block, zeros, blocks)
+    else:
+        (d_k, d_v), d_q = block(zeros, jax.tree.map(lambda x: x[0], blocks))
+        d_q = d_q[None]
+    return join(d_q), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _scores(q, k, length):
+    scores = jnp.einsum("bald,bamd->balm", q, k, preferred_element_type=jnp.float32)
+    if length is None:
+        return scores
+    counts = jnp.arange(k.shape[2]) < length
+    return jnp.where(counts[None, None, None], scores, -jnp.inf)
+
+
+def _one(block, blocks):
+    return jax.tree.map(lambda x: x[None], block(blocks[0]))
+
+
+def _split(x, keys: int, queries: tuple[int, ...] | None = None):
+    """[B, A, L, ...] as [n, B, A, l, ...], padded with zeros, and the way back.
+
+    A query of zeros whose cotangent is zero adds nothing to any gradient.
+    """
+    b, a, rows = (queries or x.shape)[:3]
+    n = -(-rows // max(MOST_SCORES // (b * a * keys), 1))
+    each = -(-rows // n)
+
+    def join(y):
+        return jnp.moveaxis(y, 0, 2).reshape(b, a, n * each, *y.shape[4:])[:, :, :rows]
+
+    padded = jnp.pad(x, ((0, 0), (0, 0), (0, n * each - rows)) + ((0, 0),) * (x.ndim - 3))
+    return jnp.moveaxis(padded.reshape(b, a, n, each, *x.shape[3:]), 2, 0), join

@@ -1,0 +1,52 @@
+"""Attention by JAX's splash kernel for TPU (Pallas): scores stay on the chip, forward and backward."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jaxtyping import Array, Float
+
+LANES, BLOCK = 128, 512  # tokens are padded to whole lanes, and long ones to whole blocks
+
+
+def attend_splash(
+    q: Float[Array, "b l a d"],
+    k: Float[Array, "b m a d"],
+    v: Float[Array, "b m a d"],
+    length: Any,
+    interpret: bool = False,
+) -> Float[Array, "b l a d"]:
+    """As `models.attention.attention`. `interpret` runs it anywhere, slowly."""
+    queries, heads, width, keys = *q.shape[1:], k.shape[1]
+    (rows, block_q), (columns, block_k) = _padded(queries), _padded(keys)
+    scaled = (q * (1 / math.sqrt(width))).astype(q.dtype)
+    ready = lambda x, n: jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, n - x.shape[1]), (0, 0)))
+    sizes = splash.BlockSizes(
+        block_q=block_q,
+        block_kv=block_k,
+        block_q_dkv=block_q,
+        block_kv_dkv=block_k,
+        block_kv_dkv_compute=block_k,
+        block_q_dq=block_q,
+        block_kv_dq=block_k,
+    )
+    run = splash.make_splash_mha_single_device(
+        masks.MultiHeadMask([masks.FullMask((rows, columns))] * heads), block_sizes=sizes, interpret=interpret
+    )
+    segments = None
+    if length is not None or columns > keys:  # keys of the other segment do not count
+        other = jnp.arange(columns) >= (keys if length is None else length)
+        segments = splash.SegmentIds(jnp.zeros(rows, jnp.int32), other.astype(jnp.int32))
+    over_batch: Any = jax.vmap(run, in_axes=(0, 0, 0, None))
+    out = over_batch(ready(scaled, rows), ready(k, columns), ready(v, columns), segments)
+    return jnp.swapaxes(out[:, :, :queries], 1, 2)
+
+
+def _padded(tokens: int) -> tuple[int, int]:
+    """How many tokens a kernel is given for so many, and in blocks of how many."""
+    unit = LANES if tokens <= BLOCK else BLOCK
+    whole = -(-tokens // unit) * unit
+    return whole, min(whole, BLOCK)
