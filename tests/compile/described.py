@@ -38,7 +38,13 @@ def lowered(devices: list[Any]) -> Iterator[dict[str, Any]]:
                 except Exception as error:  # it is the test that judges it
                     told = f"{type(error).__name__}: {one_line(error)}"
                 seconds = time.perf_counter() - start
-                yield {"config": path.stem, "variant": [*variant], "program": name, "problem": told, "s": seconds}
+                yield {
+                    "config": path.stem,
+                    "variant": [*variant],
+                    "program": name,
+                    "problem": told,
+                    "s": seconds,
+                }
 
 
 def compiled(devices: list[Any], memory: int, folder: Path) -> Iterator[dict[str, Any]]:
@@ -59,6 +65,10 @@ if __name__ == "__main__":
     what, told, *rest = sys.argv[1:]
     target = read_target(told)
     devices = devices_of(target)
-    rows = lowered(devices) if what == "lower" else compiled(devices, memory_of(target, devices[0]), Path(rest[0]))
+    rows = (
+        lowered(devices)
+        if what == "lower"
+        else compiled(devices, memory_of(target, devices[0]), Path(rest[0]))
+    )
     for row in rows:
         print(json.dumps(row), flush=True)
