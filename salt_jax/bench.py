@@ -154,10 +154,8 @@ def updates(recipe: Recipe, who: str, mesh: Mesh, runs: int) -> Iterator[Result]
         state = random_params(shapes[0], None, recipe.seed, shardings[0])  # the one before is donated
         mix = cost.mix_of(recipe, choice, draw)
         flops = sum(count(recipe, mix, flash).values())
-        terms = [name for name in ("self_consistency", "alignment") if getattr(choice, name)]
-        name = " + ".join([f"{who} step", *terms, *[choice.sequence] * (choice.sequence != "new")])
         more = {"clips": recipe.batch_size, "evaluations_per_chunk": mix.rest}
-        yield measure(name, jitted, (state, frozen, batch, *rest), flops, runs, **more)
+        yield measure(step_name(who, choice), jitted, (state, frozen, batch, *rest), flops, runs, **more)
 
 
 def programs(recipe: Recipe, who: str) -> dict[Choice, Any]:
@@ -167,6 +165,12 @@ def programs(recipe: Recipe, who: str) -> dict[Choice, Any]:
         choice, draw = decide(recipe, recipe.updates, call)
         found.setdefault(choice if who == "student" else Choice(sequence=choice.sequence), draw)
     return found
+
+
+def step_name(who: str, choice: Choice) -> str:
+    """What a program of `programs` is called."""
+    terms = [name for name in ("self_consistency", "alignment") if getattr(choice, name)]
+    return " + ".join([f"{who} step", *terms, *[choice.sequence] * (choice.sequence != "new")])
 
 
 def runs_flash(recipe: Recipe) -> bool:

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "sample": BOTTOM | {"flow", "models", "rollout", "data"},
     "evaluate": BOTTOM | {"flow", "models", "rollout", "data", "sample", "video"},
     "bench": BOTTOM | {"flow", "models", "rollout", "train", "sample"},
+    "compile": BOTTOM | {"flow", "models", "rollout", "train", "sample", "bench"},
 }
 READS_CONFIG = {"configs", "launch"}  # rooms; in salt_jax only train/recipe.py
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -63,7 +64,13 @@ def make_mesh(sizes: Mapping[str, Any], devices: Sequence[Any] | None = None) ->
             "set one of them to -1 to take the devices that are left, or change the others"
         )
     shape = tuple(rest if asked[axis] == -1 else asked[axis] for axis in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # on a TPU: 8 x 8 on a torus of 4 x 4 x 4 cuts one of its axes in two
+        there = jax.devices() if devices is None else devices
+        grid = mesh_utils.create_device_mesh(shape, there, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=types)
 
 
 def partition_spec(path: str, shape: tuple[int, ...], axis_sizes: Mapping[str, int]) -> P:

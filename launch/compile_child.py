@@ -1,0 +1,41 @@
+"""One program of launch.compile, in the process that it starts for it: the same flags, and which program."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from launch.cli import read_config, run_main
+from launch.compile_flags import CONFIG, read_flags
+from salt_jax.compile.measure import compile_program, devices_of, memory_of
+from salt_jax.compile.programs import programs
+from salt_jax.errors import UserError
+from salt_jax.train.recipe import read_recipe
+from salt_jax.train.sharding import make_mesh
+
+PROGRAM = flags.DEFINE_string("program", None, "its name", required=True)
+RESULT = flags.DEFINE_string("result", None, "the file for what is found", required=True)
+DUMP = flags.DEFINE_string("dump", None, "the folder that XLA was told to write to", required=True)
+
+
+def main(_):
+    jax.config.update("jax_enable_compilation_cache", False)  # its programs would have taken no time
+    (target, (part,)), recipe = read_flags(), read_recipe(read_config(CONFIG))
+    devices = devices_of(target)
+    mesh = make_mesh(dataclasses.asdict(recipe.mesh), devices)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if part in ("student", "critic", "teacher") and recipe.batch_size % ways:
+        raise UserError(
+            f"config.batch_size={recipe.batch_size} must be a multiple of mesh data x fsdp = {ways}"
+        )
+    program = programs(recipe, part)[PROGRAM.value](mesh)
+    memory = memory_of(target, devices[0])
+    row = compile_program(program, devices[0].platform, memory, Path(DUMP.value))
+    row |= {"mesh": dict(mesh.shape), "batch_size": recipe.batch_size, "device": devices[0].device_kind}
+    Path(RESULT.value).write_text(json.dumps(row))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,1 @@
+"""Whole programs through the compilers of TPU and GPU, with the device or without: does it compile, does it fit."""

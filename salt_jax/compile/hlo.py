@@ -1,0 +1,184 @@
+"""What the text of a compiled program says: what its devices send each other, and which attention kernels it has.
+
+The text is that of one device. Bytes are those that one device sends where n of them pass their parts around a ring,
+the least that a large array takes: gather and scatter (n - 1) / n of the whole, a sum of all twice that.
+"""
+
+import math
+import re
+from collections import Counter
+from typing import NamedTuple
+
+BITS = {
+    "pred": 8,
+    "bf16": 16,
+    "c64": 64,
+    "c128": 128,
+}  # of a number; others say it in their name: f32, u8, f8e4m3fn
+# Bytes sent, in those of the result: f(n), n devices take part
+SENT = {
+    "all-gather": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: n - 1,
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n,
+    "ragged-all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1,
+    "collective-broadcast": lambda n: 1,
+}
+COLLECTIVE = re.compile(rf"({'|'.join(SENT)})(-start)?$")
+CALLED = re.compile(r"\b(calls|to_apply|body|condition|\w+_computations?)=\{?(%[^ ]+(?:, %[^ ]+)*)")
+# cuDNN's, and Pallas kernels for TPU (Mosaic) and GPU (Triton, Mosaic)
+KERNEL = re.compile(
+    r'custom_call_target="(__cudnn\$fmha\w*|tpu_custom_call|__gpu\$xla\.gpu\.triton|mosaic_gpu\w*)"'
+)
+
+
+class Moved(NamedTuple):
+    """One kind of collective."""
+
+    calls: int  # places in the program
+    runs: int  # of all of them in one run of the program, loops counted
+    bytes: int  # that one device sends in a run
+
+
+class Read(NamedTuple):
+    """What was found in a program's text."""
+
+    collectives: dict[str, Moved]
+    kernels: dict[str, int]  # name -> calls in the program
+    open_loops: int  # loops whose length the text does not tell: their bodies count once
+
+
+class Instruction(NamedTuple):
+    name: str
+    type: str
+    opcode: str
+    rest: str  # operands and attributes
+
+
+def read(text: str) -> Read:
+    """Everything above, of `compiled.as_text()`."""
+    computations, everyone = _computations(text), _everyone(text)
+    lengths = {name: _length(instructions) for name, instructions in computations.items()}
+    times: Counter[str] = Counter()
+    found: dict[str, Moved] = {}
+    kernels: Counter[str] = Counter()
+    open_loops = 0
+    for name in reversed(computations):  # callers stand behind what they call; the entry is the last
+        runs = times[name] or (name == next(reversed(computations)))
+        for i in computations[name]:
+            loop, length = i.opcode == "while", 1
+            if loop:
+                length = _told_length(i) or lengths.get(_callees(i, "condition")[0])
+                open_loops += not length
+            if not i.opcode.endswith(("-done", "-update")):  # they name again what their start has called
+                for callee in _callees(i):
+                    times[callee] += runs * ((length or 1) if loop else 1)
+            if match := COLLECTIVE.match(i.opcode):
+                size = round(_bytes(_result(i)) * SENT[match[1]](_group(i.rest, everyone)))
+                was = found.get(match[1], Moved(0, 0, 0))
+                found[match[1]] = Moved(was.calls + 1, was.runs + runs, was.bytes + runs * size)
+            if i.opcode == "custom-call" and (kernel := KERNEL.search(i.rest)):
+                kernels[_kernel(i, kernel[1])] += 1
+    return Read(dict(sorted(found.items())), dict(sorted(kernels.items())), open_loops)
+
+
+def _computations(text: str) -> dict[str, list[Instruction]]:
+    """The instructions of each computation that matter here."""
+    found: dict[str, list[Instruction]] = {}
+    current: list[Instruction] = []
+    for line in text.splitlines():
+        if line.endswith("{") and not line.startswith(" ") and not line.startswith("HloModule"):
+            name = line.removeprefix("ENTRY ").split(" ", 1)[0]
+            current = found[name if name.startswith("%") else f"%{name}"] = []
+        elif line.startswith("  ") and " = " in line:
+            name, rest = line.strip().removeprefix("ROOT ").split(" = ", 1)
+            end = _type_end(rest)
+            opcode, _, operands = rest[end + 1 :].partition("(")
+            current.append(Instruction(name, rest[:end], opcode, operands))
+    return found
+
+
+def _type_end(rest: str) -> int:
+    """Where the type ends that an instruction begins with: at the first space outside of all brackets."""
+    if not rest.startswith("("):
+        return rest.index(" ")
+    depth = 0
+    for match in re.finditer(r"[()]", rest):
+        depth += 1 if match[0] == "(" else -1
+        if not depth:
+            return match.end()
+    raise ValueError(f"no type in {rest[:100]}")
+
+
+def _everyone(text: str) -> int:
+    """Devices that run the program."""
+    head = text.split("\n", 1)[0]
+    return math.prod(int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", head))
+
+
+def _callees(i: Instruction, attribute: str = "") -> list[str]:
+    told = CALLED.findall(i.rest)
+    return [n.strip("{},") for kind, names in told if attribute in ("", kind) for n in names.split(", ")]
+
+
+def _told_length(i: Instruction) -> int | None:
+    match = re.search(r'"known_trip_count":\{"n":"(\d+)"', i.rest)
+    return int(match[1]) if match else None
+
+
+def _length(condition: list[Instruction]) -> int | None:
+    """Of the loop with this condition, where it is `counter < constant`: jax counts from 0 by 1."""
+    constants = {i.name: int(i.rest[:-1].split(")")[0]) for i in condition if _is_whole(i)}
+    for i in condition:
+        if i.opcode == "compare" and "direction=LT" in i.rest:
+            return constants.get(i.rest.split(")")[0].split(", ")[-1].split(" ")[-1])
+    return None
+
+
+def _is_whole(i: Instruction) -> bool:
+    return i.opcode == "constant" and re.match(r"\d+\)", i.rest) is not None and i.type.startswith("s32[]")
+
+
+def _result(i: Instruction) -> str:
+    """The type of what a collective leaves. Starts have what they read in front of it: (read, left, ...)."""
+    if not i.opcode.endswith("-start") or not i.type.startswith("("):
+        return i.type
+    parts, depth, start = [], 0, 1
+    for at, sign in enumerate(i.type[1:-1], 1):
+        depth += (sign in "([{") - (sign in ")]}")
+        if sign == "," and not depth:
+            parts.append(i.type[start:at])
+            start = at + 1
+    parts.append(i.type[start:-1])
+    # An all-reduce may also be started in place: all of its tuple is left.
+    whole = i.opcode == "all-reduce-start" and not parts[0].startswith("(")
+    return i.type if whole else parts[1]
+
+
+def _bytes(shapes: str) -> float:
+    total = 0.0
+    for kind, sizes in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", shapes):
+        bits = BITS.get(kind) or next(iter(re.findall(r"^[fsu](\d+)", kind)), 0)
+        total += int(bits) / 8 * math.prod(int(n) for n in sizes.split(",") if n)
+    return total
+
+
+def _group(attributes: str, everyone: int) -> int:
+    """How many devices take part in one collective."""
+    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
+        return match[1].count(",") + 1
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
+        return int(match[1])
+    # mesh['data'=2,'fsdp'=4] {'fsdp'}, or a part of an axis: {'fsdp':(1)2}
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", match[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    return everyone
+
+
+def _kernel(i: Instruction, target: str) -> str:
+    """A name for people: Pallas kernels have theirs in the name of the instruction."""
+    name = re.sub(r"[.\d]+$", "", i.name.lstrip("%"))
+    return target if target.startswith("__cudnn") else f"{name} ({target})"

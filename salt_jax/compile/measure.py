@@ -1,0 +1,115 @@
+"""One program through a compiler: its memory on a device, its collectives and kernels, or why there is none."""
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from salt_jax.compile.buffers import largest
+from salt_jax.compile.gpu_description import describe
+from salt_jax.compile.hlo import read
+from salt_jax.compile.programs import Program
+from salt_jax.compile.surroundings import version
+from salt_jax.compile.target import GIB, GPU_SHARE, GPUS, Target
+from salt_jax.errors import UserError
+
+SHOWN = 4  # largest buffers of a program
+
+
+def devices_of(target: Target) -> list[Any]:
+    """Devices to make a mesh of: described ones, which run nothing, or those that are here.
+
+    Raises:
+      UserError: there is no such machine.
+    """
+    if target.platform == "here":
+        return jax.devices()
+    grid = "x".join(map(str, target.grid))
+    if target.platform == "gpu":
+        gpu = GPUS[target.chip]
+        told = describe(gpu, version("nvidia-cudnn-cu13"), version("jax"))
+        more = {"target_config": told, "topology": f"1x{grid}"}
+        return topologies.get_topology_desc(target.chip, platform="cuda", **more).devices
+    try:
+        return topologies.get_topology_desc(f"{target.chip}:{grid}", platform="tpu").devices
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"--target=tpu:{target.chip}:{grid} cannot be built: {one_line(error)}") from error
+
+
+def memory_of(target: Target, device: Any) -> int | None:
+    """Bytes of a device, None where it does not say, as a CPU."""
+    return target.memory or (device.memory_stats() or {}).get("bytes_limit")
+
+
+def compile_program(program: Program, platform: str, memory: int | None, dump: Path) -> dict[str, Any]:
+    """Everything that is told of a program, as values for JSON. `problem` is a sentence's end, or None.
+
+    Args:
+      platform: of the devices: "cpu", "gpu" or "tpu".
+      memory: bytes of a device.
+      dump: where XLA was told to write (`buffers.dump_flags`).
+    """
+    start = time.perf_counter()
+    row: dict[str, Any] = {"problem": None, "memory_bytes": memory}
+    try:
+        lowered = program.jitted.lower(*program.args)
+        row["trace_seconds"], start = time.perf_counter() - start, time.perf_counter()
+        compiled = lowered.compile()
+    except Exception as error:  # whatever it is, the program does not compile, and that is what is asked
+        return row | refusal(error, dump)
+    row["compile_seconds"] = time.perf_counter() - start
+    row |= memory_row(compiled.memory_analysis(), platform)
+    found = read(compiled.as_text())
+    row["collectives"] = {kind: moved._asdict() for kind, moved in found.collectives.items()}
+    row |= {"kernels": found.kernels, "open_loops": found.open_loops}
+    row["largest"] = [buffer._asdict() for buffer in largest(dump, SHOWN)]
+    row["share"] = memory and row["peak_bytes"] / memory
+    limit = memory and (GPU_SHARE if platform == "gpu" else 1.0) * memory
+    if limit and row["peak_bytes"] > limit:
+        row["problem"] = f"does not fit: {gib(row['peak_bytes'])} at its peak, {gib(limit)} are there"
+    return row
+
+
+def memory_row(m: Any, platform: str) -> dict[str, Any]:
+    """What XLA plans for one device. Its own peak is what a TPU's compiler refuses by, and the sum elsewhere.
+
+    For TPU (libtpu 0.0.42 and 0.0.50) temporaries have the arguments in them, and other memories than HBM, so a sum
+    says nothing there.
+    """
+    parts = {"argument": m.argument_size_in_bytes, "output": m.output_size_in_bytes}
+    parts |= {"temporary": m.temp_size_in_bytes, "alias": m.alias_size_in_bytes}
+    peak = getattr(m, "total_allocation_bytes", 0) or (m.peak_memory_in_bytes if platform == "tpu" else 0)
+    row = {f"{name}_bytes": size for name, size in parts.items()}
+    row["peak_bytes"] = peak or sum(parts.values()) - 2 * parts["alias"]
+    row["peak_is"] = "the compiler's own" if peak else "arguments + outputs + temporaries - aliases"
+    return row | {"code_bytes": m.generated_code_size_in_bytes}
+
+
+def refusal(error: Exception, dump: Path) -> dict[str, Any]:
+    """Why there is no program: too large for a TPU, or else what the error begins with."""
+    told = one_line(error)
+    match = re.search(r"\(?([\d.]+)G\)? exceeds available HBM \(([\d.]+)G\)", told)
+    match = match or re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", told)
+    if not match:
+        return {"problem": f"does not compile: {type(error).__name__}: {told[:500]}"}
+    needed, there = (float(n) * GIB for n in match.groups())
+    buffers = [buffer._asdict() for buffer in largest(dump, SHOWN)]
+    row = {
+        "peak_bytes": round(needed),
+        "peak_is": "the compiler's",
+        "share": needed / there,
+        "largest": buffers,
+    }
+    return row | {"problem": f"does not fit: {gib(needed)} at its peak, {gib(there)} are there"}
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error that says something."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"
