@@ -46,7 +46,11 @@ def get_config() -> Any:  # a ConfigDict; its attributes are not known to a type
             dtype="float32",  # of matrix products: float32, bfloat16; parameters and losses are always float32
             # kernel of attention, see salt_jax/models/attention.py; auto: the fastest of the devices it is for
             attention="auto",
-            remat=True,  # recompute each block in the backward pass: less memory, and faster on a CPU
+            # What a block's backward pass finds, the rest is computed again: "none" recomputes nothing; "all", all but
+            # the block's input; "save_attention", all but that and what attention made; "dots", "dots_no_batch", all
+            # but matrix products, or those with weights; "offload" is "all" with the inputs in the host's memory
+            remat="all",
+            residual="float32",  # tokens between blocks; "bfloat16" halves what "all" keeps, and rounds them there
         )
     )
     c.text_encoder = "tiny"  # a name in salt_jax/models/text_encoder.py

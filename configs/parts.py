@@ -22,7 +22,7 @@ def shapes() -> Any:
 def wan() -> Any:
     """Wan 2.1 1.3B under a 14B teacher at 480p: 21 latent frames of 60 x 104, 7 chunks of 3."""
     c = shapes()
-    c.model.update(preset="wan2.1-t2v-1.3b", dtype="bfloat16", remat=True)
+    c.model.update(preset="wan2.1-t2v-1.3b", dtype="bfloat16", remat="all")
     c.text_encoder = "umt5-xxl"
     c.weights = "weights/wan2.1-t2v-1.3b"
     c.data.update(kind="latents", clip=(21, 60, 104), dir="data/wan_t2v")

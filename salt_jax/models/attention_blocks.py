@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 MOST_SCORES = (
@@ -48,7 +49,7 @@ def _forward(q, k, v, length):
 
 
 def _attend_forward(q, k, v, length):
-    out, lse = _forward(q, k, v, length)
+    out, lse = checkpoint_name(_forward(q, k, v, length), "attention")  # what models.remat may keep
     return out, (q, k, v, length, out, lse)
 
 

@@ -34,7 +34,10 @@ def attend_splash(
         block_kv_dq=block_k,
     )
     run = splash.make_splash_mha_single_device(
-        masks.MultiHeadMask([masks.FullMask((rows, columns))] * heads), block_sizes=sizes, interpret=interpret
+        masks.MultiHeadMask([masks.FullMask((rows, columns))] * heads),
+        block_sizes=sizes,
+        residual_checkpoint_name="attention",  # what models.remat may keep
+        interpret=interpret,
     )
     segments = None
     if length is not None or columns > keys:  # keys of the other segment do not count

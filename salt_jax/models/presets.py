@@ -99,6 +99,9 @@ def tiny_preset(model: str) -> str:
     return name
 
 
+# What a block's backward pass finds: everything; its input alone; that and what attention made; that and all matrix
+# products, or those with weights; its input in the host's memory.
+Remat = Literal["none", "all", "save_attention", "dots", "dots_no_batch", "offload"]
 Kernel = Literal["plain", "blocks", "cudnn", "splash"]  # see models.attention
 KernelChoice = Literal["auto", "plain", "blocks", "cudnn", "splash"]
 
@@ -108,7 +111,8 @@ class Compute:
     """How to run the network, which changes speed and rounding but not the function."""
 
     dtype: Any = np.float32  # of matrix products
-    remat: bool = False  # recompute each block in the backward pass
+    remat: Remat = "none"  # what of a block is kept for the backward pass, see models.remat
+    residual: Any = np.float32  # of the tokens between two blocks, whose inputs are what "all" keeps
     kernel: Kernel = "blocks"  # of attention
     # The devices of the program. Tokens and attention are then laid out on purpose; None leaves it to the compiler:
     # where an axis cuts parameters and batch, it may keep that of the parameters and run the whole batch everywhere.

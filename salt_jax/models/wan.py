@@ -40,6 +40,7 @@ from salt_jax.models.blocks import (
 from salt_jax.models.kv_cache import Sight, whole_clip
 from salt_jax.models.layout import BATCH, TOKENS, lay, lay_cache
 from salt_jax.models.presets import Compute, WanConfig
+from salt_jax.models.remat import recomputed
 from salt_jax.models.rope import rope_angles
 from salt_jax.types import ImageText, Latent, Params, PRNGKey, Sigma, Told
 
@@ -173,14 +174,13 @@ def _run_blocks(
     def layer(tokens, each):
         block, text_kv, memory = each
         seen = context if text_kv is None else text_kv
-        tokens = lay(tokens, compute.mesh, *TOKENS)
+        tokens = lay(tokens.astype(jnp.float32), compute.mesh, *TOKENS)
         tokens, kv = apply(Block(c, compute), block, tokens, e0, seen, views, memory)
-        return lay(tokens, compute.mesh, *TOKENS), kv if keep else None
+        return lay(tokens, compute.mesh, *TOKENS).astype(compute.residual), kv if keep else None
 
-    if compute.remat:
-        layer = jax.checkpoint(layer, prevent_cse=False)
+    layer = recomputed(layer, compute.remat)
     each = (params["blocks"], text if cached else None, sight.memory)
     if layers < c.num_layers:
         each = jax.tree.map(lambda leaf: leaf[:layers], each)
-    tokens, kv = jax.lax.scan(layer, tokens.astype(jnp.float32), each)
-    return tokens, e, kv
+    tokens, kv = jax.lax.scan(layer, tokens.astype(compute.residual), each)
+    return tokens.astype(jnp.float32), e, kv

@@ -25,6 +25,7 @@ MAY_CHANGE = {
     "mesh",
     "data.dir",
     "model.attention",
+    "model.remat",
 }
 MAY_CHANGE |= {"teacher.accept_student"}  # `train.roles` asks it of every start
 MAY_CHANGE |= {
@@ -42,6 +43,7 @@ SINCE = {
     "keep_every": 0,
     "accumulate": 1,
     "teacher.dtype": "stored",
+    "model.residual": "float32",
     "model.attention": "auto",
 }
 
@@ -62,6 +64,8 @@ def as_of_today(told: dict[str, Any]) -> dict[str, Any]:
         place = told.get(section) if section else told
         if isinstance(place, dict):
             place.setdefault(key, value)
+    if isinstance(model := told.get("model"), dict) and isinstance(model.get("remat"), bool):
+        model["remat"] = "all" if model["remat"] else "none"  # it was a switch
     return told
 
 

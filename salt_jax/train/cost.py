@@ -6,7 +6,7 @@ out. Of a cache that is still filling only the filled part counts, as a kernel t
     forward of n layers   tokens (12 D^2 + 4 D F) n + 4 queries keys D n  + cross attention + patches and head
     backward              2 x the products with weights (1 x where the weights get no gradient), 2.5 x attention where
                           a flash kernel makes its scores again, else 2 x
-    recompute             one more forward, where `model.remat`
+    recompute             one more forward, less what `model.remat` keeps
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from jax.extend.core import jaxprs_in_params
 from salt_jax.flow.schedule import triples
 from salt_jax.models.image_encoder import PRESETS as IMAGE_PRESETS
 from salt_jax.models.kv_cache import CachePolicy
-from salt_jax.models.presets import WanConfig
+from salt_jax.models.presets import Remat, WanConfig
 from salt_jax.rollout.plan import Choice, Draw, as_reference
 from salt_jax.train.recipe import Recipe
 
@@ -144,6 +144,15 @@ def gradient_flops(work: Work, flash: bool, weights: bool = True) -> float:
     return (1 + weights) * (work.linear + work.context) + (2.5 if flash else 2.0) * work.attention
 
 
+def remade(how: Remat, work: Work, flash: bool) -> float:
+    """What of a forward the backward pass makes once more. Policies know attention by its flash kernels' results."""
+    if how in ("none", "dots"):
+        return 0.0
+    if how == "dots_no_batch":
+        return 0.0 if flash else work.attention
+    return work.total - (work.attention if how == "save_attention" and flash else 0.0)
+
+
 def student_flops(recipe: Recipe, mix: Mix, flash: bool) -> dict[str, float]:
     """FLOPs of one student update over the whole batch, as "network: part"."""
     if recipe.stage != "distil":
@@ -161,12 +170,12 @@ def student_flops(recipe: Recipe, mix: Mix, flash: bool) -> dict[str, float]:
         "student: self-consistency, forward": mix.self_consistency * video.total,
         "student: self-consistency, backward": mix.self_consistency * gradient_flops(video, flash),
         "student: reference rollout": _rollout(recipe, mix, mix.reference_first, mix.reference_rest),
-        "student: recompute": recipe.model.remat * learnt * video.total,
+        "student: recompute": learnt * remade(recipe.model.remat, video, flash),
         "critic: score": whole(wan),
         "teacher: score": teachers * whole(recipe.teacher_wan),
         "features: forward": 2 * mix.alignment * looked.total,
         "features: backward": mix.alignment * gradient_flops(looked, flash, weights=False),
-        "features: recompute": recipe.model.remat * mix.alignment * looked.total,
+        "features: recompute": mix.alignment * remade(recipe.model.remat, looked, flash),
     }
     return {name: recipe.batch_size * flops for name, flops in parts.items() if flops}
 
@@ -183,7 +192,7 @@ def critic_flops(recipe: Recipe, mix: Mix, flash: bool) -> dict[str, float]:
         "student: one update": 0 if rollout else _video(recipe, mix).total,
         "critic: forward": work.total,
         "critic: backward": gradient_flops(work, flash),
-        "critic: recompute": recipe.model.remat * work.total,
+        "critic: recompute": remade(recipe.model.remat, work, flash),
     }
     return {name: recipe.batch_size * flops for name, flops in parts.items() if flops}
 
@@ -199,7 +208,7 @@ def stage_flops(recipe: Recipe, flash: bool) -> dict[str, float]:
     parts = {
         "student: forward": work.total,
         "student: backward": gradient_flops(work, flash),
-        "student: recompute": recipe.model.remat * work.total,
+        "student: recompute": remade(recipe.model.remat, work, flash),
         "ema: forward": consistency * work.total,
         "teacher: forward": consistency * 2 * work.total,
     }

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from salt_jax.data import shapes
 from salt_jax.models.lora import init_lora
-from salt_jax.models.presets import WanConfig
+from salt_jax.models.presets import Compute, WanConfig
 from salt_jax.models.text_encoder import init_text_encoder
 from salt_jax.models.wan import init_wan
 from salt_jax.train.contradictions import refuse_uneven
@@ -140,10 +141,33 @@ def block_bytes(
     return tokens * stream * c.dim * F32 + inner // tensor
 
 
+def kept_bytes(
+    c: WanConfig, pairs: Pairs, per_frame: int, itemsize: int, flash: bool, compute: Compute, tensor: int
+) -> int:
+    """What one block leaves for its backward pass, for one clip: its input, and more as `Compute.remat` says.
+
+    By token: D of the input; of attention, over itself and the text, 2 D and two row sums a head; of products with
+    weights 7 D and F. Exactly what jax keeps, but for the text's keys and values: see tests/train/test_footprint.py.
+    """
+    how, tokens = compute.remat, per_frame * sum(q for q, _ in pairs)
+    if how == "none":
+        return block_bytes(c, pairs, per_frame, itemsize, flash, True, tensor)
+    start = 0 if how == "offload" else tokens * c.dim * np.dtype(compute.residual).itemsize
+    attention = tokens * (2 * c.dim * itemsize + 2 * c.num_heads * F32)
+    scores = c.num_heads * per_frame**2 * sum(q * k for q, k in pairs) * F32 + attention
+    products = tokens * (7 * c.dim + c.ffn_dim) * itemsize
+    more = {
+        "save_attention": attention if flash else 0,
+        "dots_no_batch": products + (attention if flash else 0),
+        "dots": products + (attention if flash else scores),
+    }
+    return start + more.get(how, 0) // tensor
+
+
 def passing(recipe: Recipe, mesh: Mapping[str, int], flash: bool, kept: Sequence[Held]) -> list[Held]:
     """What comes and goes during an update: a model of its peak, given what is kept.
 
-    The peak is in the student's update: caches, the inputs of blocks (without `model.remat` all that blocks compute)
+    The peak is in the student's update: caches, what blocks keep (their inputs, and what `model.remat` says)
     and gradients live while one block of some network is at work, for the clips of one micro-batch. Clips are spread
     over data x fsdp; `tensor` cuts heads and the width of the feed-forward, `context` nothing.
 
@@ -158,8 +182,7 @@ def passing(recipe: Recipe, mesh: Mapping[str, int], flash: bool, kept: Sequence
     student, whole = _student_pairs(recipe), [(frames, frames)]
     judged = whole if recipe.stage in ("distil", "denoising") else student
     work = max(block(wan, student, True), block(wan, judged, True), block(recipe.teacher_wan, whole, False))
-    inputs = sum(q for q, _ in student) * per_frame * wan.dim * F32
-    inputs = wan.num_layers * (inputs if recipe.model.remat else block(wan, student, True))
+    inputs = wan.num_layers * kept_bytes(wan, student, per_frame, size, flash, recipe.compute, tensor)
     cache = cache_bytes(wan, _slots(recipe), recipe.clip_shape[1:3], size)
     caches, passes = max(_programs(recipe), key=lambda p: p[0] * cache + p[1] * inputs)
     at_once, batch = recipe.batch_size // recipe.accumulate, recipe.batch_size * _batch_bytes(recipe)

@@ -18,7 +18,15 @@ from salt_jax.data.shapes import World
 from salt_jax.errors import UserError
 from salt_jax.flow.schedule import student_levels
 from salt_jax.models.memory import CachePolicy
-from salt_jax.models.presets import PRESETS, TEXT_PRESETS, Compute, KernelChoice, TextEncoderConfig, WanConfig
+from salt_jax.models.presets import (
+    PRESETS,
+    TEXT_PRESETS,
+    Compute,
+    KernelChoice,
+    Remat,
+    TextEncoderConfig,
+    WanConfig,
+)
 from salt_jax.train.build import build
 from salt_jax.train.changes import as_of_today
 from salt_jax.train.contradictions import refuse_contradictions
@@ -35,7 +43,8 @@ def works_causally(stage: str, video: str) -> bool:
 class Model:
     preset: str
     dtype: typing.Literal["float32", "bfloat16"]
-    remat: bool
+    remat: Remat
+    residual: typing.Literal["float32", "bfloat16"]
     attention: KernelChoice
 
 
@@ -215,10 +224,8 @@ class Recipe:
 
     @property
     def compute(self) -> Compute:
-        return Compute(
-            np.dtype({"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[self.model.dtype]),
-            self.model.remat,
-        )
+        types = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+        return Compute(types[self.model.dtype], self.model.remat, types[self.model.residual])
 
     @property
     def text(self) -> TextEncoderConfig:

@@ -15,7 +15,7 @@ from salt_jax.models.wan import init_wan
 from salt_jax.rollout.causal import commit, generate_chunk, replay, rollout
 
 CONFIG = WanConfig(192, 4, 6, 768, 16, 16, (1, 2, 2), 32, 16, 64, 0, 1e-6)
-NETWORK = wan_network(CONFIG, Compute(remat=True), 21, 3)
+NETWORK = wan_network(CONFIG, Compute(remat="all"), 21, 3)
 POLICY = CachePolicy(3, 3, 0, 0, "absolute")
 SHAPE, CLIPS = (21, 16, 16, 16), 2
 LEVELS = jnp.asarray(grid(4, 5.0))

@@ -1,6 +1,7 @@
 """Bytes against the trees that a run has, against arrays on a mesh, and against XLA's account of compiled updates."""
 
 import math
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,19 @@ from configs import (
 )
 from salt_jax.errors import UserError
 from salt_jax.models.denoiser import wan_network
-from salt_jax.models.presets import PRESETS, Compute
+from salt_jax.models.presets import PRESETS, Compute, Remat, WanConfig
+from salt_jax.models.wan import apply_wan, init_wan
 from salt_jax.rollout.plan import Choice
 from salt_jax.train import sharding
-from salt_jax.train.footprint import block_bytes, cache_bytes, fresh_state, kept, passing, tree_bytes
+from salt_jax.train.footprint import (
+    block_bytes,
+    cache_bytes,
+    fresh_state,
+    kept,
+    kept_bytes,
+    passing,
+    tree_bytes,
+)
 from salt_jax.train.loop import decide
 from salt_jax.train.recipe import read_recipe
 from salt_jax.train.setup import make_networks, setup
@@ -148,6 +158,27 @@ def test_in_portions_activations_are_those_of_one_and_gradients_are_summed():
         UserError, match=r"batch_size=64 must be a multiple of .* = 8, times config\.accumulate=16"
     ):
         make(16)
+
+
+@pytest.mark.parametrize("kernel", ["blocks", "plain"])
+@pytest.mark.parametrize("remat", get_args(Remat))
+def test_what_a_policy_keeps_is_what_jax_keeps(remat, kernel):
+    """What has as many rows as there are tokens in what a forward hands to its backward pass; beside parameters."""
+    c = WanConfig(256, 4, 6, 1024, 16, 16, (1, 2, 2), 32, 4, 64, 0, 1e-6)
+    compute = Compute(jnp.bfloat16, remat, kernel=kernel)
+    params = jax.eval_shape(lambda: init_wan(jax.random.key(0), c))
+    told = S((1, 2, 64, 64, 16), jnp.float32), S((1,), jnp.float32), S((1, 4, 32), jnp.float32)
+    back = lambda p, *args: jax.vjp(lambda p: apply_wan(p, *args, c, compute), p)[1]
+    weights = {x.shape for x in jax.tree.leaves(params)}
+    left = [x for x in jax.tree.leaves(jax.eval_shape(back, params, *told)) if x.shape not in weights]
+    found = sum(x.size * x.dtype.itemsize for x in left if x.shape[:1] == (6,) and x.size >= 6 * 2048 * 4)
+    counted = 6 * kept_bytes(c, [(2, 2)], 1024, 2, kernel != "plain", compute, 1)
+    if remat == "offload":
+        assert counted == 0 and found == 6 * 2048 * 256 * 4  # on the host
+    elif remat == "none" or (remat, kernel) == ("dots", "plain"):
+        assert 0.5 < counted / found < 2
+    else:
+        assert counted == found
 
 
 def small_run(mesh_sizes, **changes):

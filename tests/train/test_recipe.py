@@ -27,6 +27,8 @@ TIED = {
     "video",
     "model.preset",
     "model.dtype",
+    "model.remat",
+    "model.residual",
     "model.attention",
     "text_encoder",
     "data.kind",
@@ -47,7 +49,12 @@ LISTED = {"schedule.levels": (1000, 757, 522), "schedule.train_updates": 3, "sch
 LISTED |= {"sample.num_updates": (3,)}
 TOGETHER |= {"rollout.updates": (12, 3), "rollout.probabilities": (0.25, 0.75), "align.weight": 0.7}
 TOGETHER |= {"memory.window": 9, "memory.sink": 3, "stream.max_frames": 50, "teacher.preset": "tiny"}
-TOGETHER |= {"accumulate": 3, "teacher.dtype": "bfloat16"}
+TOGETHER |= {
+    "accumulate": 3,
+    "teacher.dtype": "bfloat16",
+    "model.remat": "none",
+    "model.residual": "bfloat16",
+}
 DECAYS = {"student_optimizer.decay": True, "critic_optimizer.decay": True}
 
 
@@ -123,6 +130,8 @@ def test_an_unknown_and_a_missing_key_are_refused_by_name():
         ("align.network", "base, critic, student"),
         ("model.preset", "tiny, small, wan2.1-t2v-1.3b"),
         ("model.dtype", "float32, bfloat16"),
+        ("model.remat", "none, all, save_attention, dots, dots_no_batch, offload"),
+        ("model.residual", "float32, bfloat16"),
         ("text_encoder", "tiny, umt5-xxl"),
         ("teacher.kind", "data, network, closed_form"),
         ("teacher.dtype", "stored, float32, bfloat16"),
@@ -140,7 +149,7 @@ def test_a_value_of_another_kind_is_refused_by_name(tmp_path):
         ("rollout.updates", ("2",), r"config\.rollout\.updates is \('2',\); it has to be several int"),
         ("updates", "sixty", r"config\.updates is 'sixty'; it has to be one int"),
         ("sample.num_updates", 4, r"config\.sample\.num_updates is 4; it has to be several int"),
-        ("model.remat", 1, r"config\.model\.remat is 1; it has to be one bool"),
+        ("teacher.accept_student", 1, r"config\.teacher\.accept_student is 1; it has to be one bool"),
         ("teacher", "network", r"config\.teacher is 'network', not a section"),
     ):
         told_config = json.loads(to_json(read_recipe(base.get_config())))
@@ -435,6 +444,7 @@ def test_a_run_from_before_a_key_came_goes_on():
     recipe = read_recipe(base.get_config())
     before = json.loads(to_json(recipe))
     del before["teacher"]["weights"], before["teacher"]["accept_student"], before["schedule"]["levels"]
-    del before["keep_every"], before["accumulate"], before["teacher"]["dtype"]
+    del before["keep_every"], before["accumulate"], before["teacher"]["dtype"], before["model"]["residual"]
+    before["model"]["remat"] = True
     assert from_json(json.dumps(before)) == recipe
     changes.refuse_another_run(json.dumps(before), recipe)
