@@ -79,8 +79,9 @@ def teacher_weights(recipe: Recipe, base: Params, mesh: Mesh) -> Params:
 
 
 def in_dtype(params: Params, dtype: str) -> Params:
-    """The same parameters, not copied where they are of this dtype already or `dtype` is "stored"."""
-    return params if dtype == "stored" else jax.tree.map(lambda x: x.astype(dtype), params)
+    """The same parameters; those of this dtype are the same arrays, and all are if `dtype` is "stored"."""
+    cast = lambda x: x if x.dtype == jnp.dtype(dtype) else x.astype(dtype)
+    return params if dtype == "stored" else jax.tree.map(cast, params)
 
 
 def student_start(recipe: Recipe, base: Params, mesh: Mesh) -> Params:
@@ -123,11 +124,9 @@ def student_start(recipe: Recipe, base: Params, mesh: Mesh) -> Params:
     same += [] if same_file(before.weights, recipe.weights) else ["weights"]
     _refuse_difference(key, flat(asdict(before)), recipe, same)
     if exported:
-        like = {
-            "wan": base,
-            "text_encoder": jax.eval_shape(lambda: init_text_encoder(jax.random.key(0), recipe.text)),
-        }
-        return load_weights(file, like)["wan"]
+        text = jax.eval_shape(lambda: init_text_encoder(jax.random.key(0), recipe.text))
+        like = {"wan": base, "text_encoder": text}
+        return load_weights(file, like, shardings=state_shardings(mesh, like))["wan"]
     average = restore_params(where, "ema", mesh, newest_step(where))
     if not before.lora.rank:
         return average

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from salt_jax.rollout.plan import Choice
-from salt_jax.train import sharding, stages
+from salt_jax.train import stages
 from salt_jax.train.accumulate import mean_gradient
 from salt_jax.train.step import compile_step, critic_step, student_step
+from tests.placing import place
 from tests.train import test_causal_step as causal
 from tests.train import test_stages
 from tests.train import test_step as toys
@@ -26,9 +27,9 @@ def run(which, nets, recipe, state, frozen, batch, draw=None, sizes=(), **static
     shardings = layout(state, frozen, dict(sizes))
     step = compile_step(which, nets, recipe, shardings, **static)
     given = zip((state, frozen, batch), shardings, strict=False)
-    everywhere = [sharding.place(x, shardings[3]) for x in (jax.random.key(7), np.int32(0))]
-    args = [sharding.place(*pair) for pair in given] + everywhere
-    args.append(jax.tree.map(lambda z: sharding.place(z, shardings[3]), draw))
+    everywhere = [place(x, shardings[3]) for x in (jax.random.key(7), np.int32(0))]
+    args = [place(*pair) for pair in given] + everywhere
+    args.append(jax.tree.map(lambda z: place(z, shardings[3]), draw))
     text = step.lower(*args).compile().as_text() if sizes else ""
     return host(step(*args)), text
 

@@ -25,6 +25,7 @@ from salt_jax.train.loop import decide
 from salt_jax.train.recipe import read_recipe
 from salt_jax.train.setup import make_networks, setup
 from salt_jax.train.step import compile_step, critic_step, student_step
+from tests.placing import place
 
 S = jax.ShapeDtypeStruct
 ONE = dict.fromkeys(sharding.AXES, 1)
@@ -62,7 +63,7 @@ def test_what_is_counted_is_what_a_run_starts_from(start):
     parts = setup(r, sharding.make_mesh(ONE, jax.devices()[:1]))
     form = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     state, frozen = jax.eval_shape(lambda: fresh_state(r))
-    assert form(state) == form(parts.state)
+    assert form(state) == form(parts.fresh()) == form(parts.state)
     assert form(frozen) == form(parts.frozen)
 
 
@@ -71,7 +72,7 @@ def test_a_device_holds_what_it_is_given(sizes):
     r = recipe(shapes_self_forcing, weights="", batch_size=8)
     state, _ = jax.eval_shape(lambda: fresh_state(r))
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)), jax.devices()[: math.prod(sizes)])
-    placed = sharding.place(
+    placed = place(
         jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state), sharding.state_shardings(mesh, state)
     )
     mine = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(placed))

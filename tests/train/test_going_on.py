@@ -22,8 +22,8 @@ from salt_jax.train.begin import begin, draw_noise
 from salt_jax.train.checkpoint import open_checkpoints, restore
 from salt_jax.train.optimizer import make_optimizer
 from salt_jax.train.recipe import read_recipe, read_workdir, to_json
-from salt_jax.train.setup import Setup
-from salt_jax.train.sharding import state_shardings
+from salt_jax.train.setup import Setup, first_state
+from salt_jax.train.sharding import make_mesh
 from salt_jax.train.state import init_learner, init_state
 from salt_jax.train.step import Networks
 
@@ -36,10 +36,11 @@ def net(params, x, sigma, text, sight=None):
 
 def setup(recipe, mesh):
     params = lambda seed: {"head": {"kernel": 0.1 * jax.random.normal(jax.random.key(seed), (3, 3))}}
-    learner = lambda seed, o: init_learner(params(seed), make_optimizer(o, recipe.updates))
-    state = init_state(learner(0, recipe.student_optimizer), learner(1, recipe.critic_optimizer))
+    learner = lambda p, o: init_learner(p, make_optimizer(o, recipe.updates))
+    make = lambda p, q: init_state(learner(p, recipe.student_optimizer), learner(q, recipe.critic_optimizer))
+    first = first_state(make, (params(0), params(1)), {}, mesh)
     nets = Networks(Network(net, None, None, None, None), net, net)
-    return Setup(state, {"teacher": params(2)}, nets, lambda caption: np.zeros((2, 3), np.float32))
+    return Setup(*first, {"teacher": params(2)}, nets, lambda caption: np.zeros((2, 3), np.float32))
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +70,8 @@ def recipe(data, tmp_path, monkeypatch):
 
 def states(workdir, recipe, *steps):
     """The whole states of these steps."""
-    state = setup(recipe, None).state
-    one = jax.make_mesh((1,) * 4, ("data", "fsdp", "context", "tensor"), devices=jax.devices()[:1])
-    like = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)
-    wanted, found = jax.tree.map(like, state, state_shardings(one, state)), []
+    one = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])
+    wanted, found = setup(recipe, one).state, []
     for step in steps:
         with open_checkpoints(workdir, 99) as manager:
             for later in [s for s in manager.all_steps() if s > step]:

@@ -16,8 +16,9 @@ from salt_jax.models.closed_form import closed_form_denoiser, closed_form_params
 from salt_jax.models.denoiser import Network
 from salt_jax.models.text_encoder import init_text_encoder
 from salt_jax.rollout.causal import teacher_forcing
-from salt_jax.train import sharding, stages
+from salt_jax.train import stages
 from salt_jax.train.step import Networks, compile_step
+from tests.placing import place
 from tests.train import test_causal_step as causal
 from tests.train.test_causal_step import (
     BATCH,
@@ -79,7 +80,7 @@ def test_a_teacher_to_be_learns_and_so_does_its_text_encoder():
     batch = batch_of(0) | {"text": tokens(8)}
     make = lambda: learners(recipe, denoising_params(), None)
     shardings = layout(make(), {}, {})
-    state, before = sharding.place(make(), shardings[0]), host(make().student.params)
+    state, before = place(make(), shardings[0]), host(make().student.params)
     jitted = compile_step(stages.stage_step, networks(toy, teacher=closed_form_denoiser), recipe, shardings)
     losses = []
     for _ in range(20):
@@ -207,7 +208,7 @@ def stepped(stage, batch, recipe=CAUSAL):
     """One update of a stage on one device."""
     recipe = replace(recipe, stage=stage)
     shardings = layout(stage_state(), FROZEN, {})
-    state = sharding.place(stage_state(), shardings[0])
+    state = place(stage_state(), shardings[0])
     return compile_step(stages.stage_step, NETS, recipe, shardings)(
         state, FROZEN, batch, jax.random.key(7), jnp.int32(0), None
     )

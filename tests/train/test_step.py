@@ -26,6 +26,7 @@ from salt_jax.train.optimizer import make_optimizer
 from salt_jax.train.recipe import read_recipe
 from salt_jax.train.state import apply_gradients, init_learner, init_state
 from salt_jax.train.step import Networks, compile_step, critic_step, student_step
+from tests.placing import place
 
 RECIPE = read_recipe(base.get_config())
 # eps: a gradient of almost zero would turn the rounding of a sharded sum into a whole step of Adam.
@@ -307,13 +308,13 @@ def test_nothing_recompiles_and_nothing_is_transferred_unasked_over_iterations()
     )
     run = Run(
         RECIPE,
-        sharding.place(FROZEN, shardings[1]),
+        place(FROZEN, shardings[1]),
         steps,
         RECIPE.critic_updates,
         jax.device_put(jax.random.key(1), shardings[3]),
-        iter([sharding.place(batch_of(i), shardings[2]) for i in range(12)]),
+        iter([place(batch_of(i), shardings[2]) for i in range(12)]),
     )
-    state = sharding.place(toy_state(), shardings[0])
+    state = place(toy_state(), shardings[0])
     for i in range(4):
         with jax.transfer_guard("disallow"):
             state, metrics = iterate(state, run, i)
@@ -363,12 +364,10 @@ def on_mesh(which, nets, make, frozen, batch, sizes):
     shardings = layout(make(), frozen, sizes)
     fresh = lambda: compile_step(which, nets, RECIPE, shardings, choice=choice_of(which))
     jitted = compiled(which) if nets is TOY and not sizes else fresh()
-    state, placed = sharding.place(make(), shardings[0]), sharding.place(batch, shardings[2])
-    frozen, key = sharding.place(frozen, shardings[1]), sharding.place(jax.random.key(7), shardings[3])
+    state, placed = place(make(), shardings[0]), place(batch, shardings[2])
+    frozen, key = place(frozen, shardings[1]), place(jax.random.key(7), shardings[3])
     for index in range(2):
-        state, metrics = jitted(
-            state, frozen, placed, key, sharding.place(np.int32(index), shardings[3]), None
-        )
+        state, metrics = jitted(state, frozen, placed, key, place(np.int32(index), shardings[3]), None)
     for x, where in zip(jax.tree.leaves(state), jax.tree.leaves(shardings[0]), strict=True):
         assert x.sharding.is_equivalent_to(where, x.ndim)
     local = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
