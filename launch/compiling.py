@@ -13,7 +13,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from launch.cli import fail
 from salt_jax.compile.buffers import Buffer, dump_flags
 from salt_jax.compile.programs import programs
 from salt_jax.compile.surroundings import last_line
@@ -32,21 +31,26 @@ def compile_all(config: Any, what: list[str], environment: Mapping[str, str]) ->
       environment: of the processes that compile.
 
     Raises:
-      UserError: the config has none of the parts.
+      UserError: the config has none of the parts, or does not fit the devices.
     """
     recipe = read_recipe(config)
     names = [(part, name) for part in what for name in programs(recipe, part)]
     if not names:
         raise UserError(f"this config has no {' or '.join(what)}; see config.stage, .video and .teacher.kind")
     rows = []
-    for part, name in (bar := tqdm(names, unit="program")):
-        bar.set_description(name)
-        rows.append({"part": part, "program": name} | compile_one(part, name, environment, bar))
+    with tqdm(names, unit="program") as bar:  # closed before an error is told
+        for part, name in bar:
+            bar.set_description(name)
+            rows.append({"part": part, "program": name} | compile_one(part, name, environment, bar))
     return rows
 
 
 def compile_one(part: str, name: str, environment: Mapping[str, str], bar: tqdm) -> dict[str, Any]:
-    """What a child process says of one program; a child that dies has said it with the end of its log."""
+    """What a child process says of one program; a child that dies has said it with the end of its log.
+
+    Raises:
+      UserError: the child refused what it was told.
+    """
     with tempfile.TemporaryDirectory() as folder:
         dump, result, log = (Path(folder) / name for name in ("dump", "result.json", "log"))
         options = [f"--what={part}", f"--program={name}", f"--result={result}", f"--dump={dump}"]
@@ -67,7 +71,7 @@ def compile_one(part: str, name: str, environment: Mapping[str, str], bar: tqdm)
                 child.kill()  # a compiler does not hear an interrupt
         told = log.read_text(errors="replace")
         if child.returncode == 2 and last_line(told).startswith("error: "):
-            fail(last_line(told).removeprefix("error: "))
+            raise UserError(last_line(told).removeprefix("error: "))
         if child.returncode or not result.exists():
             code = child.returncode
             how = f"signal {-code}" if code < 0 else f"exit code {code}"

@@ -6,6 +6,7 @@ Needs no accelerator. Means are over the run's draws, once cache alignment has b
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,10 @@ def make_plan(
     rows += passing(recipe, mesh, flash, rows)
     mix = mean_mix(recipe)
     updates = {"student": student_flops(recipe, mix, flash), "critic": critic_flops(recipe, mix, flash)}
-    workers = mesh["data"] * mesh["fsdp"] * mesh["tensor"]  # `context` cuts no work yet
-    seconds = {who: sum(parts.values()) / (workers * flops * mfu) for who, parts in updates.items()}
+    devices = math.prod(mesh.values())
+    seconds = {who: sum(parts.values()) / (devices * flops * mfu) for who, parts in updates.items()}
     iteration = seconds["student"] + seconds["critic"] * recipe.critic_updates
     needed = sum(row.device for row in rows)
-    devices = workers * mesh["context"]
     return {
         "mesh": mesh,
         "devices": devices,

@@ -18,7 +18,8 @@ class Buffer(NamedTuple):
     source: str  # what of the program made it, or the argument that it is
 
     def __str__(self):
-        return f"{self.shape} {self.bytes / 2**30:.2f} GiB ({self.source})"
+        where = "/".join(self.source.split("/")[-4:])
+        return f"{self.shape} {self.bytes / 2**30:.2f} GiB ({where})"
 
 
 def dump_flags(folder: Path) -> str:

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from salt_jax import bench, sample
+from salt_jax.models.closed_form import closed_form_denoiser
 from salt_jax.models.text_encoder import encode_text, init_text_encoder
 from salt_jax.models.vae import PRESETS as VAE_PRESETS
 from salt_jax.models.vae import init_vae
@@ -92,12 +92,13 @@ def _step(recipe: Recipe, mesh: Mesh, step: Callable, draw: Any, **static: Choic
     shapes = jax.eval_shape(lambda: fresh_state(recipe))
     shardings = [sharding.state_shardings(mesh, tree) for tree in shapes]
     over_batch, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    null_text = np.zeros((1, recipe.wan.text_length, recipe.wan.text_dim), np.float32)
+    null_text = jnp.zeros((1, recipe.wan.text_length, recipe.wan.text_dim))
     if recipe.stage == "distil":
-        nets = make_networks(recipe, null_text, mesh)  # pyright: ignore[reportArgumentType]
+        nets = make_networks(recipe, null_text, mesh)
     else:
         network = make_network(recipe, mesh)
-        nets = Networks(network, network.denoise, network.denoise)
+        judge = closed_form_denoiser if recipe.stage == "denoising" else network.denoise
+        nets = Networks(network, network.denoise, judge)
     jitted = compile_step(step, nets, recipe, (*shardings, over_batch, everywhere), **static)
     rest = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0), jax.tree.map(jnp.asarray, draw)))
     batch = place(jax.eval_shape(lambda: _batch(recipe)), over_batch)

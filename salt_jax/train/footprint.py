@@ -169,12 +169,12 @@ def passing(recipe: Recipe, mesh: Mapping[str, int], flash: bool, kept: Sequence
 
     The peak is in the student's update: caches, what blocks keep (their inputs, and what `model.remat` says)
     and gradients live while one block of some network is at work, for the clips of one micro-batch. Clips are spread
-    over data x fsdp; `tensor` cuts heads and the width of the feed-forward, `context` nothing.
+    over data x fsdp; `tensor` cuts heads and the width of the feed-forward, `context` tokens, and heads in a cache.
 
     Raises:
       UserError: the batch does not spread over the mesh.
     """
-    ways, tensor = mesh["data"] * mesh["fsdp"], mesh["tensor"]
+    ways, tensor, context = mesh["data"] * mesh["fsdp"], mesh["tensor"], mesh["context"]
     refuse_uneven(recipe, ways)
     wan, size, frames = recipe.wan, jnp.dtype(recipe.model.dtype).itemsize, recipe.clip_shape[0]
     per_frame = math.prod(recipe.clip_shape[1:3]) // math.prod(wan.patch_size[1:])
@@ -186,13 +186,14 @@ def passing(recipe: Recipe, mesh: Mapping[str, int], flash: bool, kept: Sequence
     cache = cache_bytes(wan, _slots(recipe), recipe.clip_shape[1:3], size)
     caches, passes = max(_programs(recipe), key=lambda p: p[0] * cache + p[1] * inputs)
     at_once, batch = recipe.batch_size // recipe.accumulate, recipe.batch_size * _batch_bytes(recipe)
+    heads = tensor * context if wan.num_heads % (tensor * context) == 0 else tensor
     rows = (
-        ("batch", batch),
-        ("caches", at_once * caches * cache),
-        ("inputs of blocks", int(at_once * passes * inputs)),
-        ("one block at work", at_once * work),
+        ("batch", batch, 1),
+        ("caches", at_once * caches * cache, heads),
+        ("inputs of blocks", int(at_once * passes * inputs), context),
+        ("one block at work", at_once * work, context),
     )
-    spread = [Held(name, 0, n, n // ways) for name, n in rows if n]
+    spread = [Held(name, 0, n, n // (ways * cut)) for name, n, cut in rows if n]
     networks = {row.name: row for row in kept}
     held = [networks["student"]._replace(name="gradients"), *spread]
     if recipe.accumulate > 1:  # beside those of the micro-batch at work

@@ -4,7 +4,7 @@
 |---------|-------------------------------------|-------------------------------------------|
 | data    | the batch                           | parameters are copied along it            |
 | fsdp    | the batch, parameters and moments   | gathered layer by layer, when they are used |
-| context | the tokens of a clip                | parameters are copied along it            |
+| context | the tokens of a clip                | exchanged for heads to attend; no parameters |
 | tensor  | the width of the matrix products    |                                           |
 
 A single device is a mesh of one: axes of size 1 stay, so no spec ever changes. The compiler propagates (Auto axes);

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 TINY = ["--preset_size=tiny", "--model=wan2.1-t2v-1.3b", "--prompt=A", "--out=o"]
+WAN = "--config=configs/wan_t2v.py"
 ROOT = Path(__file__).parents[2]
 RUN = """
 import runpy, sys
@@ -26,6 +27,9 @@ finally:
         ("encode", ["--preset_size=tiny", "--dst=d", "--prompts=x", "--size=64x48"], "--size"),
         ("encode", ["--preset_size=tiny", "--dst=d", "--prompts=x", "--guidance=3"], "--guidance"),
         ("convert_wan", ["--src=a", "--dst=b", "--step=3"], "--step"),
+        ("compile", [WAN, "--target=tpu:v9:2x2"], "--target=tpu:v9:2x2 is no machine"),
+        ("compile", [WAN, "--what=student,disc"], "--what=student,disc must name some of"),
+        ("compile", ["--config=configs/none.py"], "configs/none.py"),
         ("convert_wan", ["--src=a", "--dst=b", "--to=diffusers", "--lora=x"], "--lora"),
     ],
 )  # fmt: skip

@@ -1,0 +1,167 @@
+"""What is read off a compiled program: texts in the form of each compiler, and a program whose traffic is known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from salt_jax.compile.buffers import largest
+from salt_jax.compile.hlo import Moved, read
+
+# As libtpu writes: layouts with tiles, groups by mesh axes, no word of a loop's length but in its condition.
+TPU = """HloModule jit_f, is_scheduled=true, num_partitions=8
+
+%cond.1 (p.1: (s32[], f32[8,4])) -> pred[] {
+  %seven = s32[]{:T(128)} constant(7)
+  %p.1 = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p.1), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %seven), direction=LT
+}
+
+%body.1 (p.2: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %p.2 = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) parameter(0)
+  %ag = bf16[8,4]{1,0:T(8,128)(2,1)} all-gather(%x), replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}, dimensions={0}
+  %aa = f32[8,4]{1,0:T(8,128)} all-to-all(%y), replica_groups=mesh['data'=2,'fsdp'=4] {'data','fsdp':(1)2}
+  ROOT %t = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) tuple(%n, %aa)
+}
+
+%open (p.3: (s32[], s32[])) -> pred[] {
+  %p.3 = (s32[], s32[]) parameter(0)
+  %a = s32[] get-tuple-element(%p.3), index=0
+  %b = s32[] get-tuple-element(%p.3), index=1
+  ROOT %lt.2 = pred[] compare(%a, %b), direction=LT
+}
+
+%once (p.4: (s32[], s32[])) -> (s32[], s32[]) {
+  %p.4 = (s32[], s32[]) parameter(0)
+  ROOT %ar = f32[16]{0} all-reduce(%p.4), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
+}
+
+ENTRY %main (p: f32[8,4]) -> f32[8,4] {
+  %cp = (f32[1,48]{1,0:T(1,128)S(1)}, f32[1,48]{1,0:T(1,128)}, u32[]{:S(2)}) collective-permute-start(%p), \
+source_target_pairs={{0,1},{1,0}}
+  %w.1 = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) while(%t.1), condition=%cond.1, body=%body.1
+  %w.2 = (s32[], /*index=1*/s32[]) while(%t.2), condition=%open, body=%once
+  %splash_fwd.12 = bf16[8,4]{1,0} custom-call(%p), custom_call_target="tpu_custom_call", backend_config={}
+  ROOT %alloc = f32[8,4] custom-call(), custom_call_target="AllocateBuffer"
+}
+"""
+
+
+def test_the_text_of_a_tpu():
+    assert read(TPU) == (
+        {
+            "all-gather": Moved(1, 7, 7 * 64 * 3 // 4),  # 64 bytes among 4 devices
+            "all-reduce": Moved(1, 1, 64),  # 2 (n - 1) / n = 1 of 64 bytes between 2
+            "all-to-all": Moved(1, 7, 7 * 128 * 3 // 4),  # half of fsdp, and data: 4
+            "collective-permute": Moved(1, 1, 192),
+        },
+        {"splash_fwd (tpu_custom_call)": 1},
+        1,
+    )
+
+
+# As XLA for GPU writes: starts with all operands, known trip counts, done that names the computation again.
+GPU = """HloModule jit_f, num_partitions=4, replica_count=2
+
+%wrapped (p.1: f32[16]) -> f32[8,4] {
+  ROOT %rs = f32[8,4]{1,0} reduce-scatter(%p.1), replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%add
+}
+
+%body (p.2: (s32[])) -> (s32[]) {
+  %s = ((f32[32,4]{1,0}), f32[8,4]{1,0}) async-start(%q), calls=%wrapped
+  %d = f32[8,4]{1,0} async-done(%s), calls=%wrapped
+  ROOT %ar = (f32[16]{0}, bf16[8]{0}) all-reduce-start(%x, %y), replica_groups={}, to_apply=%add
+}
+
+ENTRY %main (p: f32[8,4]) -> f32[8,4] {
+  %ag = ((bf16[6,48]{1,0}, f32[6]{0}), (bf16[48,48]{1,0}, f32[48]{0})) all-gather-start(%a, %b), \
+replica_groups=[1,8]<=[8], dimensions={0}
+  %ag.done = (bf16[48,48]{1,0}, f32[48]{0}) all-gather-done(%ag)
+  %w = (s32[]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %fmha = (bf16[8], u8[0]) custom-call(%p), custom_call_target="__cudnn$fmhaSoftmaxBackward"
+}
+"""
+
+
+def test_the_text_of_a_gpu():
+    assert read(GPU) == (
+        {
+            "all-gather": Moved(1, 1, (48 * 48 * 2 + 48 * 4) * 7 // 8),
+            "all-reduce": Moved(1, 5, 5 * 2 * (64 + 16) * 7 // 8),
+            "reduce-scatter": Moved(1, 5, 5 * 128 * 3),  # 128 bytes are left of 4 times as many
+        },
+        {"__cudnn$fmhaSoftmaxBackward": 1},
+        0,
+    )
+
+
+@pytest.mark.optimized
+def test_a_program_sends_what_it_was_written_to_send(tmp_path):
+    """Over 8 devices, five times each: what the program says is known from how it is written."""
+    mesh = Mesh(np.array(jax.devices()), ("x",))
+
+    def each(x):  # float32 [16, 4] a device
+
+        def body(x, _):
+            whole = jax.lax.all_gather(x, "x", tiled=True)  # [128, 4]
+            x = jax.lax.psum_scatter(jnp.sin(whole), "x", tiled=True)  # [16, 4]
+            x = jax.lax.ppermute(x, "x", [(i, (i + 1) % 8) for i in range(8)])
+            x = jax.lax.all_to_all(jnp.cos(x), "x", 0, 0, tiled=True)
+            return x + jax.lax.psum(x.sum(0), "x"), None  # [4]
+
+        return jax.lax.scan(body, x, None, length=5)[0]
+
+    spread = jax.shard_map(each, mesh=mesh, in_specs=P("x"), out_specs=P("x"), check_vma=False)
+    with jax.numpy_rank_promotion("allow"):
+        compiled = jax.jit(spread).lower(jax.ShapeDtypeStruct((128, 4), jnp.float32)).compile()
+    share = 16 * 4 * 4  # bytes of x on a device
+    found = read(compiled.as_text())
+    assert found.kernels == {} and found.open_loops == 0
+    assert {kind: moved.runs for kind, moved in found.collectives.items()} == dict.fromkeys(
+        found.collectives, 5
+    )
+    sent = {kind: moved.bytes for kind, moved in found.collectives.items()}
+    assert sent == {
+        "all-gather": 5 * 7 * share,  # to each of 7 others its part, or the same around a ring
+        "all-reduce": 5 * 2 * 7 * 16 // 8,  # of 16 bytes
+        "all-to-all": 5 * share * 7 // 8,  # an eighth stays
+        "collective-permute": 5 * share,
+        "reduce-scatter": 5 * 7 * share,
+    }
+
+
+RANGES = """HloLiveRange (max 9):
+    fusion.1{1}:0-9
+  Live ranges at 4 (peak):
+    fusion.1{1}: 4096 bytes (cumulative: 4096 bytes)
+    copy.2{}: 512 bytes (cumulative: 4608 bytes)
+    param.3{}: 4 bytes (cumulative: 4612 bytes)
+  Stack trace breakdown for peak usage: 4 612 bytes
+    main (100.0%, total: 9999 bytes)
+"""
+VALUES = """BufferAssignment:
+allocation 0: size 9, preallocated-temp:
+ value: <1 fusion.1{0} @0> (size=8,offset=0): f32[2]{0}
+ value: <2 fusion.1{1} @0> (size=4096,offset=8): bf16[4,512]{1,0:T(8,128)(2,1)}
+ value: <3 copy.2 (phi) @0> (size=512,offset=0): f32[128]{0}
+"""
+MODULE = """ENTRY %main {
+  %fusion.1 = (f32[2], bf16[4,512]) fusion(%p), metadata={op_name="jit(run)/a/b/Block/ffn/dot" stack_frame_id=1}
+  ROOT %copy.2 = f32[128] copy(%batch), metadata={op_name="batch[\\'text\\']"}
+}
+"""
+
+
+def test_the_largest_buffers_are_named(tmp_path):
+    small = "m.small-live-range.txt"
+    (tmp_path / small).write_text("HloLiveRange")
+    for end, text in (("-live-range", RANGES), ("-buffer-assignment", VALUES), ("", MODULE)):
+        (tmp_path / f"m.after_optimizations{end}.txt").write_text(text)
+    first, second = largest(tmp_path, 2)
+    assert first == ("bf16[4,512]", 4096, "jit(run)/a/b/Block/ffn/dot")
+    assert second == ("f32[128]", 512, "batch['text']")
+    assert str(first) == "bf16[4,512] 0.00 GiB (b/Block/ffn/dot)"
+    assert largest(tmp_path / "empty", 2) == []
