@@ -35,7 +35,10 @@ def get_config() -> Any:  # a ConfigDict; its attributes are not known to a type
     c.init_from = ""
     c.seed = 0
     c.updates = 60  # student updates in the whole run; peers count critic updates, five times as many
-    c.batch_size = 24  # clips, over all devices
+    c.batch_size = 24  # clips of an update, over all devices
+    c.accumulate = (
+        1  # micro-batches that an update takes its clips in, one after the other: less memory, same result
+    )
 
     c.model = ml_collections.ConfigDict(
         dict(
@@ -80,6 +83,7 @@ def get_config() -> Any:  # a ConfigDict; its attributes are not known to a type
             # "data" (stage denoising only): no teacher, the clips themselves
             preset="",  # of the teacher's network; "" is the student's
             weights="",  # of a teacher that is another network; "" is the weights above
+            dtype="stored",  # what its weights are kept in: "stored" is as they are read; or float32, bfloat16
             accept_student=False,  # whether a file that says it is a student, causal or of few updates, may teach
             guidance=2.0,  # w of u + w (c - u), 1 is none; the peers' guidance_scale g is w = 1 + g
         )

@@ -27,6 +27,7 @@ def wan() -> Any:
     c.weights = "weights/wan2.1-t2v-1.3b"
     c.data.update(kind="latents", clip=(21, 60, 104), dir="data/wan_t2v")
     c.teacher.update(preset="wan2.1-t2v-14b", weights="weights/wan2.1-t2v-14b")
+    c.teacher.dtype = "bfloat16"  # it never learns, and products read it so
     c.teacher.guidance = 4.0  # SF's guidance_scale 3
     c.batch_size = 64  # SF: 64 GPUs of 1
     c.student_optimizer.learning_rate = 2e-6  # SF, Salt App. B

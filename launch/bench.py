@@ -45,7 +45,7 @@ WEIGHTS_DTYPE = flags.DEFINE_enum(
     "weights_dtype",
     "bfloat16",
     ("float32", "bfloat16"),
-    "of weights that do not learn: a teacher, a student that generates",
+    "of a teacher timed alone, and of a student that generates; in updates config.teacher.dtype counts",
 )
 MATMUL = flags.DEFINE_integer("matmul", None, "side of the product that rates are held against; default 8192, "
                               "on a CPU 1024", lower_bound=1)  # fmt: skip
@@ -88,8 +88,8 @@ def parts_of(recipe: Recipe, what: list[str]) -> dict[str, Callable[[], Iterable
     if recipe.teacher.kind == "network":
         parts["teacher_forward"] = lambda: [bench.teacher_forward(recipe, jnp.dtype(frozen), runs)]
     if recipe.stage == "distil":
-        parts["student_step"] = lambda: bench.updates(recipe, "student", mesh, frozen, runs)
-        parts["critic_step"] = lambda: bench.updates(recipe, "critic", mesh, frozen, runs)
+        parts["student_step"] = lambda: bench.updates(recipe, "student", mesh, runs)
+        parts["critic_step"] = lambda: bench.updates(recipe, "critic", mesh, runs)
     if recipe.causal:
         parts["streaming"] = lambda: bench.streaming(recipe, vae, UPDATES.value, jnp.dtype(frozen), runs)
     if vae:

@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import flags
 
 from launch.cli import read_config, run_main
-from launch.compile_flags import CONFIG, JSON, TARGET, TEACHER_DTYPE, read_flags
+from launch.compile_flags import CONFIG, JSON, TARGET, read_flags
 from salt_jax.compile.surroundings import surroundings
 
 
@@ -23,7 +23,7 @@ def main(_):
     os.environ["JAX_PLATFORMS"] = "cpu"  # this process compiles nothing and must hold no device
     from launch import compiling  # jax comes here, after all that can be refused without it
 
-    rows = compiling.compile_all(config, what, TEACHER_DTYPE.value, environment)
+    rows = compiling.compile_all(config, what, environment)
     sys.exit(compiling.tell(rows, TARGET.value, JSON.value))
 
 

@@ -9,7 +9,7 @@ from absl import flags
 from jax.sharding import Mesh
 
 from launch.cli import read_config, run_main
-from launch.compile_flags import CONFIG, TEACHER_DTYPE, read_flags
+from launch.compile_flags import CONFIG, read_flags
 from salt_jax.compile.measure import compile_program, devices_of, memory_of
 from salt_jax.compile.programs import programs
 from salt_jax.errors import UserError
@@ -34,7 +34,7 @@ def main(_):
         raise UserError(
             f"config.batch_size={recipe.batch_size} must be a multiple of mesh data x fsdp = {ways}"
         )
-    program = programs(recipe, part, TEACHER_DTYPE.value)[PROGRAM.value](mesh)
+    program = programs(recipe, part)[PROGRAM.value](mesh)
     memory = memory_of(target, devices[0])
     row = compile_program(program, devices[0].platform, memory, Path(DUMP.value))
     if part == "student":

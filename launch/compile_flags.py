@@ -12,9 +12,6 @@ TARGET = flags.DEFINE_string(
     "target", "here", "tpu:v5p:2x2x4, gpu:h100:8, gpu:h100:2x8 (hosts x devices); here: the devices found"
 )
 WHAT = flags.DEFINE_list("what", ["all"], f"of {', '.join(PARTS)}, or all")
-TEACHER_DTYPE = flags.DEFINE_enum(
-    "teacher_dtype", "bfloat16", ("float32", "bfloat16"), "as a teacher of its own weights is stored"
-)
 JSON = flags.DEFINE_string("json", None, "a file to write all figures to")
 
 

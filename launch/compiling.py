@@ -24,9 +24,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin", "nv
 COLUMNS = ("argument", "temporary", "output", "alias", "peak")  # GiB of a device
 
 
-def compile_all(
-    config: Any, what: list[str], teacher_dtype: str, environment: Mapping[str, str]
-) -> list[dict[str, Any]]:
+def compile_all(config: Any, what: list[str], environment: Mapping[str, str]) -> list[dict[str, Any]]:
     """One row for each program of the named parts.
 
     Args:
@@ -36,7 +34,7 @@ def compile_all(
       UserError: the config has none of the parts, or does not fit the devices.
     """
     recipe = read_recipe(config)
-    names = [(part, name) for part in what for name in programs(recipe, part, teacher_dtype)]
+    names = [(part, name) for part in what for name in programs(recipe, part)]
     if not names:
         raise UserError(f"this config has no {' or '.join(what)}; see config.stage, .video and .teacher.kind")
     rows = []

@@ -6,6 +6,7 @@ Needs no accelerator. Means are over the run's draws, once cache alignment has b
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,6 @@ MFU = flags.DEFINE_float(
 )
 FLASH = flags.DEFINE_bool(
     "flash", None, "attention keeps no scores; default: where models.attention runs cuDNN on a GPU"
-)
-TEACHER_DTYPE = flags.DEFINE_enum(
-    "teacher_dtype", "float32", ("float32", "bfloat16"), "as a teacher of its own weights is stored"
 )
 JSON = flags.DEFINE_string("json", None, "a file to write the same numbers to")
 
@@ -63,18 +61,16 @@ def make_plan(
     flops: float,
     mfu: float,
     flash: bool,
-    teacher_dtype: str,
 ) -> dict[str, Any]:
     """Everything the table says, as values for JSON."""
-    rows = kept(recipe, mesh, teacher_dtype)
+    rows = kept(recipe, mesh)
     rows += passing(recipe, mesh, flash, rows)
     mix = mean_mix(recipe)
     updates = {"student": student_flops(recipe, mix, flash), "critic": critic_flops(recipe, mix, flash)}
-    workers = mesh["data"] * mesh["fsdp"] * mesh["tensor"]  # `context` cuts no work yet
-    seconds = {who: sum(parts.values()) / (workers * flops * mfu) for who, parts in updates.items()}
+    devices = math.prod(mesh.values())
+    seconds = {who: sum(parts.values()) / (devices * flops * mfu) for who, parts in updates.items()}
     iteration = seconds["student"] + seconds["critic"] * recipe.critic_updates
     needed = sum(row.device for row in rows)
-    devices = workers * mesh["context"]
     return {
         "mesh": mesh,
         "devices": devices,
@@ -124,7 +120,7 @@ def main(_):
     recipe = read_recipe(read_config(CONFIG))
     on_gpu = is_flash(attention_kernel(recipe, recipe.wan, "gpu"))
     flash = on_gpu if FLASH.value is None else FLASH.value
-    numbers = (MEMORY.value * 1e9, FLOPS.value, MFU.value, flash, TEACHER_DTYPE.value)
+    numbers = (MEMORY.value * 1e9, FLOPS.value, MFU.value, flash)
     plan = make_plan(recipe, read_mesh(MESH.value), *numbers)
     print(show(plan))
     if JSON.value:

@@ -136,12 +136,9 @@ def teacher_forward(recipe: Recipe, dtype: Any, runs: int) -> Result:
     return measure("teacher forward", forward, args, flops, runs)
 
 
-def updates(recipe: Recipe, who: str, mesh: Mesh, dtype: str, runs: int) -> Iterator[Result]:
-    """The student's or the critic's update, one result for each program of it, on the first draw that asks for it.
-
-    `dtype`: of a teacher that is another network.
-    """
-    shapes = jax.eval_shape(lambda: fresh_state(recipe, dtype))
+def updates(recipe: Recipe, who: str, mesh: Mesh, runs: int) -> Iterator[Result]:
+    """The student's or the critic's update, one result for each program of it, on the first draw that asks for it."""
+    shapes = jax.eval_shape(lambda: fresh_state(recipe))
     shardings = [sharding.state_shardings(mesh, tree) for tree in shapes]
     over_batch, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     frozen = random_params(shapes[1], None, recipe.seed, shardings[1])

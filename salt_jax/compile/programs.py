@@ -33,18 +33,17 @@ class Program(NamedTuple):
     args: tuple[Any, ...]
 
 
-def programs(recipe: Recipe, what: str, teacher_dtype: str) -> dict[str, Callable[[Mesh], Program]]:
+def programs(recipe: Recipe, what: str) -> dict[str, Callable[[Mesh], Program]]:
     """Of one part of a run: name -> the program on a mesh. None where the recipe has no such part.
 
     Args:
       what: a name of `compile.parts.WHAT`.
-      teacher_dtype: of the weights of a teacher that is another network than the student.
     """
-    updates = partial(_updates, recipe, teacher_dtype=teacher_dtype)
+    updates = partial(_updates, recipe)
     return {
         "student": lambda: updates("student"),
         "critic": lambda: updates("critic") if recipe.stage == "distil" else {},
-        "teacher": lambda: _teacher(recipe, teacher_dtype),
+        "teacher": lambda: _teacher(recipe),
         "stream": lambda: _streaming(recipe) if recipe.causal else {},
         "vae": lambda: _vae(recipe),
         "text": lambda: {"text encoder": partial(_text_encoder, recipe)},
@@ -74,13 +73,13 @@ def _batch(recipe: Recipe) -> dict[str, Any]:
     return batch
 
 
-def _updates(recipe: Recipe, who: str, teacher_dtype: str) -> dict[str, Callable[[Mesh], Program]]:
+def _updates(recipe: Recipe, who: str) -> dict[str, Callable[[Mesh], Program]]:
     if recipe.stage != "distil":
-        return {f"{recipe.stage} step": lambda mesh: _step(recipe, mesh, stage_step, teacher_dtype, None)}
+        return {f"{recipe.stage} step": lambda mesh: _step(recipe, mesh, stage_step, None)}
     step = student_step if who == "student" else critic_step
     return {
         bench.step_name(who, choice): partial(
-            lambda mesh, choice, draw: _step(recipe, mesh, step, teacher_dtype, draw, choice=choice),
+            lambda mesh, choice, draw: _step(recipe, mesh, step, draw, choice=choice),
             choice=choice,
             draw=draw,
         )
@@ -88,11 +87,9 @@ def _updates(recipe: Recipe, who: str, teacher_dtype: str) -> dict[str, Callable
     }
 
 
-def _step(
-    recipe: Recipe, mesh: Mesh, step: Callable, teacher_dtype: str, draw: Any, **static: Choice
-) -> Program:
+def _step(recipe: Recipe, mesh: Mesh, step: Callable, draw: Any, **static: Choice) -> Program:
     """One update. `draw` has values, of which only shapes matter."""
-    shapes = jax.eval_shape(lambda: fresh_state(recipe, teacher_dtype))
+    shapes = jax.eval_shape(lambda: fresh_state(recipe))
     shardings = [sharding.state_shardings(mesh, tree) for tree in shapes]
     over_batch, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     null_text = jnp.zeros((1, recipe.wan.text_length, recipe.wan.text_dim))
@@ -108,7 +105,7 @@ def _step(
     return Program(jitted, (*map(place, shapes, shardings), batch, *place(rest, everywhere)))
 
 
-def _teacher(recipe: Recipe, dtype: str) -> dict[str, Callable[[Mesh], Program]]:
+def _teacher(recipe: Recipe) -> dict[str, Callable[[Mesh], Program]]:
     """One evaluation of the teacher's network on a batch, without guidance and without gradient."""
     if recipe.teacher.kind != "network":
         return {}
@@ -118,7 +115,8 @@ def _teacher(recipe: Recipe, dtype: str) -> dict[str, Callable[[Mesh], Program]]
         batch = place(jax.eval_shape(lambda: _batch(recipe)), sharding.batch_sharding(mesh))
         sigma = place(jax.eval_shape(lambda: jnp.zeros(recipe.batch_size)), sharding.batch_sharding(mesh))
         jitted = jax.jit(lambda p, x, sigma, told: network.denoise(p, x, sigma, told).velocity)
-        params = _weights(init_wan, recipe.teacher_wan, dtype, mesh)
+        kept = "float32" if recipe.teacher.dtype == "stored" else recipe.teacher.dtype
+        params = _weights(init_wan, recipe.teacher_wan, kept, mesh)
         return Program(jitted, (params, batch["video"], sigma, batch["text"]))
 
     return {"teacher forward": forward}

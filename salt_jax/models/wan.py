@@ -140,10 +140,10 @@ def _context(params, told, config, compute):
         )
     text = jnp.pad(text, ((0, 0), (0, config.text_length - text.shape[1]), (0, 0)))
     text = lay(apply(TextMLP(config, compute.dtype), params["text_embedding"], text), compute.mesh, BATCH)
-    return Context(
-        text,
-        None if image is None else apply(ImageMLP(config, compute.dtype), params["image_embedding"], image),
-    )
+    if image is not None:
+        image = apply(ImageMLP(config, compute.dtype), params["image_embedding"], image)
+        image = lay(image, compute.mesh, BATCH)
+    return Context(text, image)
 
 
 def _with_angles(sight: Sight, height: int, width: int, config: WanConfig):
@@ -166,6 +166,7 @@ def _run_blocks(
     patches = rearrange(x, "b (f pt) (h ph) (w pw) c -> b f (h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
     tokens = apply(dense(c.dim, dtype, None), params["patch_embedding"], patches)
     e, e0 = apply(TimeMLP(c), params["time_embedding"], timestep.reshape(b, -1).astype(jnp.float32))
+    e, e0 = (lay(z, compute.mesh, BATCH) for z in (e, e0))  # or it is cut as the kernel that it comes from
     sight = sight or whole_clip(f)
     views = _with_angles(sight, h, w, c)
 

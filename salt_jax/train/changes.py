@@ -11,10 +11,11 @@ from salt_jax.errors import UserError
 if TYPE_CHECKING:
     from salt_jax.train.recipe import Recipe
 
-# Keys, or whole sections, that may differ: how long, how often and where, and numbers of the optimizers that their
-# moments do not depend on.
+# Keys, or whole sections, that may differ: how long, how often, where and in which portions, and numbers of the
+# optimizers that their moments do not depend on.
 MAY_CHANGE = {
     "updates",
+    "accumulate",
     "log_every",
     "save_every",
     "keep",
@@ -39,6 +40,8 @@ SINCE = {
     "teacher.accept_student": False,
     "schedule.levels": (),
     "keep_every": 0,
+    "accumulate": 1,
+    "teacher.dtype": "stored",
     "model.attention": "auto",
 }
 

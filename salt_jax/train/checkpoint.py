@@ -3,7 +3,7 @@
 | item                    | holds                                                                            |
 |-------------------------|----------------------------------------------------------------------------------|
 | student, ema, critic    | parameters as nested dicts; each loads without the others                        |
-| student_opt, critic_opt | moments and the counts of skipped updates                                        |
+| student_opt, critic_opt | moments, and the counts of skipped updates                                       |
 | stream                  | in streaming long tuning: caches and prompts of the videos under way             |
 | data                    | {"step": int}, the data position: a batch is a function of (seed, step)          |
 | meta                    | {"config": str, "mesh": {axis: size}}, for the reader; nothing in it is restored |
@@ -76,7 +76,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, meta: dict[str, Any]
     step = int(jax.device_get(state.step))
     if step in manager.all_steps():
         return
-    items = {name: ocp.args.StandardSave(tree) for name, tree in to_items(state).items()}
+    items = {name: ocp.args.PyTreeSave(tree) for name, tree in to_items(state).items()}
     items |= {"data": ocp.args.JsonSave({"step": step}), "meta": ocp.args.JsonSave(meta)}
     with jax.transfer_guard("allow"):
         manager.save(step, args=ocp.args.Composite(**items))
@@ -100,7 +100,7 @@ def restore(
 
     def read(step: int) -> tuple[TrainState, dict[str, Any]]:
         _refuse_mismatch(manager, step, expected)
-        items = {name: ocp.args.StandardRestore(tree) for name, tree in expected.items()}
+        items = {name: _told(tree) for name, tree in expected.items()}
         items |= {name: ocp.args.JsonRestore() for name in JSONS}
         found = dict(manager.restore(step, args=ocp.args.Composite(**items)).items())
         if found["data"] != {"step": step}:
@@ -130,8 +130,7 @@ def restore_step(workdir: str | Path, what: str, mesh: Mesh, step: int | None = 
         stored = nested(_stored(manager, step)[what])
         target = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         abstract = jax.tree.map(target, stored, state_shardings(mesh, stored))
-        args = ocp.args.Composite(**{what: ocp.args.StandardRestore(abstract)})
-        return step, manager.restore(step, args=args)[what]
+        return step, manager.restore(step, args=ocp.args.Composite(**{what: _told(abstract)}))[what]
 
     found, directory = None, _directory(workdir)
     if directory.is_dir():
@@ -267,12 +266,20 @@ def _stored(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     return {name: metadata[name].tree for name in trees}
 
 
+def _told(abstract: dict[str, Any]) -> ocp.args.PyTreeRestore:
+    """To read these arrays, laid out as they say, and to leave what else is there: see `_refuse_mismatch`."""
+    how = ocp.checkpoint_utils.construct_restore_args(abstract)
+    return ocp.args.PyTreeRestore(abstract, restore_args=how, partial_restore=True)
+
+
 def _refuse_mismatch(manager: ocp.CheckpointManager, step: int, expected: dict[str, Any]) -> None:
+    """A first moment that is not kept (b1 = 0) may be there: earlier versions wrote it, and it is not read."""
     here, there = (
         {path: f"{x.dtype}{list(x.shape)}" for path, x in by_path(tree).items()}
         for tree in (expected, _stored(manager, step))
     )
-    for path in here | there:
+    left = {path for path in there if "/mu/" in path and path.replace("/mu/", "/nu/") in here} - set(here)
+    for path in [path for path in here | there if path not in left]:
         if here.get(path) != there.get(path):
             raise UserError(
                 f"checkpoint step {step} in {manager.directory} was written for another model preset or optimizer: "
@@ -286,6 +293,6 @@ def _directory(workdir: str | Path) -> Path:
 
 
 def _manager(directory: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
-    handlers = {name: ocp.StandardCheckpointHandler() for name in TREES + WITH_CRITIC + STREAM}
+    handlers = {name: ocp.PyTreeCheckpointHandler() for name in TREES + WITH_CRITIC + STREAM}
     handlers |= {name: ocp.JsonCheckpointHandler() for name in JSONS}
     return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)

@@ -47,8 +47,26 @@ def refuse_contradictions(r: "Recipe") -> None:
             raise UserError(told)
 
 
+def refuse_uneven(r: "Recipe", ways: int) -> None:
+    """Raises UserError where the batch does not spread over `ways` devices (mesh data x fsdp) in equal parts."""
+    if r.batch_size % (ways * r.accumulate):
+        raise UserError(
+            f"config.batch_size={r.batch_size} must be a multiple of mesh data x fsdp = {ways}, times "
+            f"config.accumulate={r.accumulate}; change one of them"
+        )
+
+
 def _counts(r: "Recipe") -> Iterator[str]:
-    names = ("updates", "batch_size", "critic_updates", "log_every", "save_every", "keep", "max_skipped")
+    names = (
+        "updates",
+        "batch_size",
+        "accumulate",
+        "critic_updates",
+        "log_every",
+        "save_every",
+        "keep",
+        "max_skipped",
+    )
     least_one = {name: getattr(r, name) for name in names}
     least_one |= {
         f"schedule.{name}": getattr(r.schedule, name) for name in ("train_updates", "anchor_updates")
@@ -58,6 +76,8 @@ def _counts(r: "Recipe") -> Iterator[str]:
     for name, value in least_one.items():
         if value < 1:
             yield f"config.{name}={value} must be at least 1"
+    if r.accumulate > 0 and r.batch_size % r.accumulate:
+        yield f"config.batch_size={r.batch_size} must be a multiple of config.accumulate={r.accumulate}"
 
 
 def _ranges(r: "Recipe") -> Iterator[str]:

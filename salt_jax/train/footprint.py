@@ -13,16 +13,17 @@ import jax
 import jax.numpy as jnp
 
 from salt_jax.data import shapes
-from salt_jax.errors import UserError
 from salt_jax.models.lora import init_lora
 from salt_jax.models.presets import WanConfig
 from salt_jax.models.text_encoder import init_text_encoder
 from salt_jax.models.wan import init_wan
+from salt_jax.train.contradictions import refuse_uneven
 from salt_jax.train.cost import Pairs, chunk_pairs, going_on, image_tokens
 from salt_jax.train.optimizer import make_optimizer
 from salt_jax.train.recipe import Recipe
 from salt_jax.train.setup import empty_stream, make_network
 from salt_jax.train.sharding import partition_spec
+from salt_jax.train.start import in_dtype
 from salt_jax.train.state import TrainState, init_learner, init_state
 
 F32 = 4  # bytes
@@ -37,10 +38,10 @@ class Held(NamedTuple):
     device: int  # bytes on each device
 
 
-def fresh_state(recipe: Recipe, teacher_dtype: str) -> tuple[TrainState, dict[str, Any]]:
+def fresh_state(recipe: Recipe) -> tuple[TrainState, dict[str, Any]]:
     """The state and what is frozen, from random weights: in form what `train.setup.setup` reads and makes.
 
-    A teacher that is another network than the student stays as it is stored, in `teacher_dtype`.
+    A teacher of its own weights that stays as it is stored is taken to be float32.
     """
     k_base, k_other = jax.random.split(jax.random.key(recipe.seed))
     null_text = jnp.zeros((1, recipe.wan.text_length, recipe.wan.text_dim))
@@ -53,14 +54,13 @@ def fresh_state(recipe: Recipe, teacher_dtype: str) -> tuple[TrainState, dict[st
         return init_state(init_learner(weights, student_tx), None), frozen
     if recipe.stage != "distil":
         state = init_state(init_learner(base, student_tx), None)
-        return state, {"teacher": base, "null_text": null_text}
+        return state, {"teacher": in_dtype(base, t.dtype), "null_text": null_text}
     if t.kind == "closed_form":
         teacher = _closed_form(recipe, recipe.wan.text_dim)
     elif t.weights or recipe.teacher_wan != recipe.wan:
-        stored = lambda x: x.astype(teacher_dtype)
-        teacher = jax.tree.map(stored, init_wan(k_other, recipe.teacher_wan))
+        teacher = in_dtype(init_wan(k_other, recipe.teacher_wan), t.dtype)
     else:
-        teacher = base
+        teacher = in_dtype(base, t.dtype)
     frozen = {"teacher": teacher}
     if (recipe.align.weight and recipe.align.network == "base") or recipe.lora.rank:
         frozen["base"] = base
@@ -102,12 +102,10 @@ KINDS = (
 FROZEN = (("teacher", "teacher"), ("base", "base"), ("student's base", "student"), ("null text", "null_text"))
 
 
-def kept(recipe: Recipe, mesh: Mapping[str, int], teacher_dtype: str) -> list[Held]:
+def kept(recipe: Recipe, mesh: Mapping[str, int]) -> list[Held]:
     """What stays in memory for the whole run. Counters, some bytes, are left out."""
     rows = []
-    for tree, kinds in zip(
-        jax.eval_shape(lambda: fresh_state(recipe, teacher_dtype)), (KINDS, FROZEN), strict=True
-    ):
+    for tree, kinds in zip(jax.eval_shape(lambda: fresh_state(recipe)), (KINDS, FROZEN), strict=True):
         leaves = tree_bytes(tree, mesh)
         for name, prefix in kinds:
             mine = [leaf for path, leaf in leaves.items() if f"{path}/".startswith(f"{prefix}/")]
@@ -146,17 +144,14 @@ def passing(recipe: Recipe, mesh: Mapping[str, int], flash: bool, kept: Sequence
     """What comes and goes during an update: a model of its peak, given what is kept.
 
     The peak is in the student's update: caches, the inputs of blocks (without `model.remat` all that blocks compute)
-    and gradients live while one block of some network is at work. Clips are spread over data x fsdp; `tensor` cuts
-    heads and the width of the feed-forward, `context` nothing.
+    and gradients live while one block of some network is at work, for the clips of one micro-batch. Clips are spread
+    over data x fsdp; `tensor` cuts heads and the width of the feed-forward, `context` tokens, and heads in a cache.
 
     Raises:
       UserError: the batch does not spread over the mesh.
     """
-    ways, tensor = mesh["data"] * mesh["fsdp"], mesh["tensor"]
-    if recipe.batch_size % ways:
-        raise UserError(
-            f"config.batch_size={recipe.batch_size} must be a multiple of mesh data x fsdp = {ways}"
-        )
+    ways, tensor, context = mesh["data"] * mesh["fsdp"], mesh["tensor"], mesh["context"]
+    refuse_uneven(recipe, ways)
     wan, size, frames = recipe.wan, jnp.dtype(recipe.model.dtype).itemsize, recipe.clip_shape[0]
     per_frame = math.prod(recipe.clip_shape[1:3]) // math.prod(wan.patch_size[1:])
     block = lambda c, pairs, gradient: block_bytes(c, pairs, per_frame, size, flash, gradient, tensor)
@@ -167,15 +162,19 @@ def passing(recipe: Recipe, mesh: Mapping[str, int], flash: bool, kept: Sequence
     inputs = wan.num_layers * (inputs if recipe.model.remat else block(wan, student, True))
     cache = cache_bytes(wan, _slots(recipe), recipe.clip_shape[1:3], size)
     caches, passes = max(_programs(recipe), key=lambda p: p[0] * cache + p[1] * inputs)
+    at_once, batch = recipe.batch_size // recipe.accumulate, recipe.batch_size * _batch_bytes(recipe)
+    heads = tensor * context if wan.num_heads % (tensor * context) == 0 else tensor
     rows = (
-        ("batch", _batch_bytes(recipe)),
-        ("caches", caches * cache),
-        ("inputs of blocks", int(passes * inputs)),
-        ("one block at work", work),
+        ("batch", batch, 1),
+        ("caches", at_once * caches * cache, heads),
+        ("inputs of blocks", int(at_once * passes * inputs), context),
+        ("one block at work", at_once * work, context),
     )
-    spread = [Held(name, 0, n * recipe.batch_size, n * recipe.batch_size // ways) for name, n in rows if n]
+    spread = [Held(name, 0, n, n // (ways * cut)) for name, n, cut in rows if n]
     networks = {row.name: row for row in kept}
     held = [networks["student"]._replace(name="gradients"), *spread]
+    if recipe.accumulate > 1:  # beside those of the micro-batch at work
+        held.append(networks["student"]._replace(name="gradients summed"))
     if recipe.lora.rank:  # student and critic with their adapters merged, and the gradient of one of them
         base = networks["base"]
         held.append(Held("merged networks", 3 * base.count, 3 * base.whole, 3 * base.device))

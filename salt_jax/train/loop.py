@@ -24,6 +24,7 @@ from salt_jax.models.image_condition import condition_latents
 from salt_jax.rollout.plan import Choice, Draw, draw_rollout, place_in_sequence
 from salt_jax.train import checkpoint, sharding
 from salt_jax.train.changes import record_changes, refuse_another_run
+from salt_jax.train.contradictions import refuse_uneven
 from salt_jax.train.preview import make_preview, show
 from salt_jax.train.recipe import Recipe, to_json
 from salt_jax.train.roles import (
@@ -68,18 +69,17 @@ def train(recipe: Recipe, workdir: str | Path) -> TrainState:
         in a row were not finite (the term is named).
     """
     mesh = sharding.make_mesh(dataclasses.asdict(recipe.mesh))
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if recipe.batch_size % ways:
-        raise UserError(
-            f"config.batch_size={recipe.batch_size} must be a multiple of mesh data x fsdp = {ways}"
-        )
+    refuse_uneven(recipe, mesh.shape["data"] * mesh.shape["fsdp"])
     parts = setup(recipe, mesh)
+    where = sharding.state_shardings(mesh, parts.frozen)
+    parts = parts._replace(frozen=jax.device_put(parts.frozen, where))  # what is in its place is not copied
     with tqdm(desc="checksums", unit="B", unit_scale=True, delay=2, leave=False) as bar:
         now = roles(recipe, bar.update)
     with checkpoint.open_checkpoints(workdir, recipe.keep, recipe.keep_every) as manager:
         was = read_roles(workdir)
-        state = resume(manager, parts.state, mesh, recipe, files_may_move=bool(was))
-        parts = parts._replace(state=jax.eval_shape(lambda: parts.state))  # the placed copy is enough
+        fresh = None if manager.all_steps() else parts.fresh
+        parts = parts._replace(fresh=None)  # and what it starts from: there is one state at a time
+        state = fresh() if fresh else resume(manager, parts.state, recipe, files_may_move=bool(was))
         cast(was, now, recipe, workdir, int(state.step))
         run = make_run(recipe, parts, mesh, int(state.step), workdir, files_may_move=bool(was))
         preview = make_preview(recipe, parts, sharding.replicated(mesh))  # None of kind latents
@@ -131,19 +131,14 @@ def keep_config(workdir: str | Path, recipe: Recipe, step: int) -> None:
         replace_text(path, to_json(recipe))
 
 
-def resume(
-    manager: Any, state: TrainState, mesh: Mesh, recipe: Recipe, files_may_move: bool = False
-) -> TrainState:
-    """The newest checkpoint, or `state` where there is none, laid out on the mesh.
+def resume(manager: Any, state: TrainState, recipe: Recipe, files_may_move: bool = False) -> TrainState:
+    """The newest checkpoint, laid out as `state`, which is its form, says.
 
     Raises:
-      UserError: the checkpoint is of a run with another config.
+      UserError: there is none that can be read, or it is of a run with another config.
     """
-    shardings = sharding.state_shardings(mesh, state)
-    wanted = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
-    restored = checkpoint.restore(manager, wanted)
-    if not restored:
-        return sharding.place(state, shardings)
+    restored = checkpoint.restore(manager, state)
+    assert restored is not None, "there is no checkpoint to go on from"
     refuse_another_run(restored[1]["config"], recipe, files_may_move)
     return restored[0]
 
@@ -151,12 +146,12 @@ def resume(
 def make_run(
     recipe: Recipe, parts: Setup, mesh: Mesh, start: int, workdir: str | Path, files_may_move: bool = False
 ) -> Run:
-    """Places what is frozen, readies the steps, and opens the data where iteration `start` needs it.
+    """Readies the steps, and opens the data where iteration `start` needs it.
 
     Raises:
       UserError: the data set cannot be made or read.
     """
-    states, frozen = (sharding.state_shardings(mesh, tree) for tree in (parts.state, parts.frozen))
+    states, frozen = (jax.tree.map(lambda x: x.sharding, tree) for tree in (parts.state, parts.frozen))
     everywhere, over_batch = sharding.replicated(mesh), sharding.batch_sharding(mesh)
 
     @functools.cache
@@ -187,9 +182,7 @@ def make_run(
     place = functools.partial(jax.make_array_from_process_local_data, over_batch)
     return Run(
         recipe,
-        jax.device_put(
-            parts.frozen, frozen
-        ),  # never donated, so what is in its place already need not be copied
+        parts.frozen,
         step,
         critic_updates,
         jax.device_put(jax.random.key(recipe.seed + 1), everywhere),

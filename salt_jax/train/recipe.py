@@ -54,6 +54,7 @@ class Teacher:
     kind: typing.Literal["data", "network", "closed_form"]
     preset: str
     weights: str
+    dtype: typing.Literal["stored", "float32", "bfloat16"]
     accept_student: bool
     guidance: float
 
@@ -159,6 +160,7 @@ class Recipe:
     seed: int
     updates: int
     batch_size: int
+    accumulate: int
     model: Model
     text_encoder: str
     weights: str

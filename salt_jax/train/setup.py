@@ -24,7 +24,8 @@ from salt_jax.models.tokenizer import byte_tokenize
 from salt_jax.train.optimizer import make_optimizer
 from salt_jax.train.recipe import Recipe
 from salt_jax.train.roles import refuse_roles
-from salt_jax.train.start import initial_weights, student_start, teacher_weights
+from salt_jax.train.sharding import state_shardings
+from salt_jax.train.start import in_dtype, initial_weights, student_start, teacher_weights
 from salt_jax.train.state import Stream, TrainState, init_learner, init_state
 from salt_jax.train.step import Networks
 from salt_jax.types import Params
@@ -35,7 +36,8 @@ _encode = jax.jit(encode_text, static_argnums=2)
 class Setup(NamedTuple):
     """What a run starts from."""
 
-    state: TrainState
+    state: TrainState  # its form and layout, jax.ShapeDtypeStruct each
+    fresh: Callable[[], TrainState] | None  # makes the first one, once; None after that
     frozen: dict[str, Params]
     networks: Networks
     encode_caption: Callable[
@@ -122,17 +124,17 @@ def setup(recipe: Recipe, mesh: Mesh) -> Setup:
     if recipe.stage == "denoising":
         as_text = lambda captions: np.stack([tokens(c) for c in captions])[..., None].astype(np.float32)
         frozen = {} if kind == "data" else {"teacher": closed_form(recipe, as_text)}
-        state = init_state(init_learner(weights, student_tx), None)
-        return Setup(state, frozen, Networks(network, network.denoise, closed_form_denoiser), tokens)
+        first = first_state(lambda p: init_state(init_learner(p, student_tx), None), (weights,), frozen, mesh)
+        return Setup(*first, frozen, Networks(network, network.denoise, closed_form_denoiser), tokens)
 
     table, null_text, records = read_texts(recipe, weights)
     base = weights["wan"]
     start = student_start(recipe, base, mesh)
     if recipe.stage != "distil":
-        state = init_state(init_learner(start, student_tx), None)
-        frozen = {"teacher": start, "null_text": null_text}
+        frozen = {"teacher": in_dtype(start, recipe.teacher.dtype), "null_text": null_text}
+        first = first_state(lambda p: init_state(init_learner(p, student_tx), None), (start,), frozen, mesh)
         nets = Networks(network, network.denoise, network.denoise)
-        return Setup(state, frozen, nets, table.__getitem__, records)
+        return Setup(*first, frozen, nets, table.__getitem__, records)
 
     if kind == "closed_form":
         encode = functools.partial(embed, recipe, weights["text_encoder"])
@@ -141,20 +143,41 @@ def setup(recipe: Recipe, mesh: Mesh) -> Setup:
         frozen = {"teacher": teacher_weights(recipe, base, mesh)}
     if (recipe.align.weight and recipe.align.network == "base") or recipe.lora.rank:
         frozen["base"] = base
-    student, critic = start, base
-    if recipe.lora.rank:
-        k_student, k_critic = jax.random.split(jax.random.key(recipe.seed))
-        frozen["student"] = start
-        student, critic = (
-            init_lora(k, p, recipe.lora.rank) for k, p in ((k_student, start), (k_critic, base))
-        )
     critic_tx = make_optimizer(recipe.critic_optimizer, recipe.updates * recipe.critic_updates)
-    state = init_state(
-        init_learner(student, student_tx),
-        init_learner(critic, critic_tx),
-        empty_stream(recipe, network, null_text),
-    )
-    return Setup(state, frozen, make_networks(recipe, null_text, mesh), table.__getitem__, records)
+
+    def make(*starts: Params) -> TrainState:
+        student, critic = (
+            init_learner(p, tx) for p, tx in ((starts[0], student_tx), (starts[-1], critic_tx))
+        )
+        return init_state(student, critic, empty_stream(recipe, network, null_text))
+
+    starts = (start,) if start is base else (start, base)
+    if recipe.lora.rank:
+        frozen["student"] = start
+        keys = jax.random.split(jax.random.key(recipe.seed))
+        starts = tuple(init_lora(k, p, recipe.lora.rank) for k, p in zip(keys, (start, base), strict=True))
+    first = first_state(make, starts, frozen, mesh)
+    return Setup(*first, frozen, make_networks(recipe, null_text, mesh), table.__getitem__, records)
+
+
+def first_state(
+    make: Callable[..., TrainState], starts: tuple[Params, ...], frozen: dict[str, Params], mesh: Mesh
+) -> tuple[TrainState, Callable[[], TrainState]]:
+    """The form of the state before the first iteration, and what makes it on the mesh.
+
+    That works once: parameters that it starts from and that are not frozen are given up for it, so that there are
+    never two copies of them.
+
+    Args:
+      make: `starts` -> state.
+    """
+    like = jax.eval_shape(make, *starts)
+    shardings = state_shardings(mesh, like)
+    stay = {id(x) for x in jax.tree.leaves(frozen)}
+    free = [i for i, start in enumerate(starts) if stay.isdisjoint(map(id, jax.tree.leaves(start)))]
+    fresh = jax.jit(make, out_shardings=shardings, donate_argnums=free)
+    form = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    return jax.tree.map(form, like, shardings), functools.partial(fresh, *starts)
 
 
 def make_network(recipe: Recipe, mesh: Mesh | None, config: WanConfig | None = None) -> Network:

@@ -4,7 +4,7 @@
 |---------|-------------------------------------|-------------------------------------------|
 | data    | the batch                           | parameters are copied along it            |
 | fsdp    | the batch, parameters and moments   | gathered layer by layer, when they are used |
-| context | the tokens of a clip                | parameters are copied along it            |
+| context | the tokens of a clip                | exchanged for heads to attend; no parameters |
 | tensor  | the width of the matrix products    |                                           |
 
 A single device is a mesh of one: axes of size 1 stay, so no spec ever changes. The compiler propagates (Auto axes);
@@ -109,16 +109,3 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """A copy on every device."""
     return NamedSharding(mesh, P())
-
-
-def place(tree: Any, shardings: Any) -> Any:
-    """Copies of all arrays, laid out as told. Always copies: donating one never frees what it was made from.
-
-    In a run of several processes every process passes the same, whole values.
-    """
-
-    def put(x: Any, sharding: Any) -> jax.Array:
-        # An array that is copied to several devices is itself taken as one of the copies, whatever may_alias says.
-        return jax.device_put(x.copy() if isinstance(x, jax.Array) else x, sharding, may_alias=False)
-
-    return jax.tree.map(put, tree, jax.tree.broadcast(shardings, tree))

@@ -24,9 +24,10 @@ from salt_jax.losses.denoising import flow_matching_loss, midlevel_weight
 from salt_jax.models.denoiser import Network
 from salt_jax.models.text_encoder import encode_text
 from salt_jax.rollout.causal import teacher_forcing
+from salt_jax.train.begin import Batch, draw_view
 from salt_jax.train.recipe import Recipe
 from salt_jax.train.state import TrainState
-from salt_jax.train.step import Batch, Frozen, Metrics, Networks, move_student, noised_view
+from salt_jax.train.step import Frozen, Metrics, Networks, move_student
 from salt_jax.types import Params, PRNGKey
 
 
@@ -47,57 +48,72 @@ def stage_step(
         "consistency": consistency_loss,
     }[recipe.stage]
 
-    def named(params):
-        value = loss(params, state.ema, frozen, batch, key, nets, recipe)
+    def named(params, batch, noise, stream):
+        value = loss(params, state.ema, frozen, batch, noise, nets, recipe)
         return value, ({recipe.stage: value}, None)
 
-    return move_student(state, named, recipe)[:2]
+    return move_student(state, named, batch, draw_stage(key, batch, recipe), recipe)
+
+
+def draw_stage(key: PRNGKey, batch: Batch, recipe: Recipe) -> dict[str, jax.Array]:
+    """What is random in an update, of the whole batch: what its stage's loss reads as `noise`."""
+    x0, view = batch["video"], recipe.view
+    if recipe.stage == "denoising":
+        k_drop, k_view = jax.random.split(key)
+        drop = jax.random.bernoulli(k_drop, recipe.caption_dropout, (len(x0), 1))
+        return {"drop": drop} | dict(
+            zip(("noise", "sigma"), draw_view(k_view, x0.shape, recipe), strict=True)
+        )
+    if recipe.stage == "ode_regression":
+        return {"level": jax.random.randint(key, (len(x0),), 0, recipe.schedule.train_updates)}
+    if recipe.stage == "consistency":
+        k_level, k_noise = jax.random.split(key)
+        level = jax.random.randint(k_level, (len(x0),), 0, len(ode_levels(recipe)) - 1)
+        return {"level": level, "noise": jax.random.normal(k_noise, x0.shape)}
+    k_drop, k_sigma, k_noise = jax.random.split(key, 3)
+    sizes = recipe.memory.sizes(recipe.clip_shape[0])
+    drop = jax.random.bernoulli(k_drop, recipe.caption_dropout, (len(x0), 1, 1))
+    levels = draw_view_sigma(k_sigma, len(x0) * len(sizes), view.shift, view.lowest, view.highest)
+    sigma = jnp.repeat(levels.reshape(len(x0), -1), np.array(sizes), axis=1, total_repeat_length=sum(sizes))
+    return {"drop": drop, "sigma": sigma, "noise": jax.random.normal(k_noise, x0.shape)}
 
 
 def denoising_loss(
-    params: Params, ema: Params, frozen: Frozen, batch: Batch, key: PRNGKey, nets: Networks, recipe: Recipe
+    params: Params, ema: Params, frozen: Frozen, batch: Batch, noise: dict, nets: Networks, recipe: Recipe
 ) -> jax.Array:
     """Flow matching for a teacher-to-be and its text encoder together; some examples see the empty caption.
 
     The target is the data's velocity, or, where there is a teacher already, its velocity: for the closed form that is
     the conditional mean of the former, so the minimiser is the same and the gradient has less variance.
     """
-    k_drop, k_view = jax.random.split(key)
-    x0, tokens = batch["video"], batch["text"]
+    x0, tokens, fresh, sigma = batch["video"], batch["text"], noise["noise"], noise["sigma"]
     null = jnp.zeros_like(tokens).at[:, 0].set(1)  # the empty caption: only the end token
-    drop = jax.random.bernoulli(k_drop, recipe.caption_dropout, (x0.shape[0], 1))
-    tokens = jnp.where(drop, null, tokens)
+    tokens = jnp.where(noise["drop"], null, tokens)
     text = encode_text(params["text_encoder"], tokens, recipe.text)
-    x, noise, sigma = noised_view(x0, k_view, recipe)
+    x = add_noise(x0, fresh, sigma)
     velocity = nets.student.denoise(params["wan"], x, sigma, text).velocity
     if recipe.teacher.kind != "data":
         target = nets.teacher(frozen["teacher"], x, sigma, tokens[..., None].astype(jnp.float32)).velocity
-        x0 = noise - target
-    return flow_matching_loss(velocity, x0, noise).mean()
+        x0 = fresh - target
+    return flow_matching_loss(velocity, x0, fresh).mean()
 
 
 def teacher_forcing_loss(
-    params: Params, ema: Params, frozen: Frozen, batch: Batch, key: PRNGKey, nets: Networks, recipe: Recipe
+    params: Params, ema: Params, frozen: Frozen, batch: Batch, noise: dict, nets: Networks, recipe: Recipe
 ) -> jax.Array:
     """Flow matching with a level for each chunk, every chunk seeing the clean ones before it."""
-    k_drop, k_sigma, k_noise = jax.random.split(key, 3)
-    x0, view, sizes = batch["video"], recipe.view, recipe.memory.sizes(recipe.clip_shape[0])
-    drop = jax.random.bernoulli(k_drop, recipe.caption_dropout, (x0.shape[0], 1, 1))
-    text = jnp.where(drop, frozen["null_text"], batch["text"])
-    levels = draw_view_sigma(k_sigma, x0.shape[0] * len(sizes), view.shift, view.lowest, view.highest)
-    sigma = jnp.repeat(levels.reshape(len(x0), -1), np.array(sizes), axis=1, total_repeat_length=sum(sizes))
-    noise = jax.random.normal(k_noise, x0.shape)
+    x0, sigma, fresh = batch["video"], noise["sigma"], noise["noise"]
+    text = jnp.where(noise["drop"], frozen["null_text"], batch["text"])
     sight = teacher_forcing(nets.student, params, x0, text, recipe.memory)
-    velocity = nets.student.denoise(params, add_noise(x0, noise, sigma), sigma, text, sight).velocity
-    return flow_matching_loss(velocity, x0, noise, midlevel_weight(sigma, view.shift)).mean()
+    velocity = nets.student.denoise(params, add_noise(x0, fresh, sigma), sigma, text, sight).velocity
+    return flow_matching_loss(velocity, x0, fresh, midlevel_weight(sigma, recipe.view.shift)).mean()
 
 
 def ode_regression_loss(
-    params: Params, ema: Params, frozen: Frozen, batch: Batch, key: PRNGKey, nets: Networks, recipe: Recipe
+    params: Params, ema: Params, frozen: Frozen, batch: Batch, noise: dict, nets: Networks, recipe: Recipe
 ) -> jax.Array:
     """From a stored state at one of the student's levels to the end of its trajectory, which is not the data's clip."""
-    levels = recipe.levels(recipe.schedule.train_updates)[:-1]
-    level = jax.random.randint(key, (len(batch["video"]),), 0, len(levels))
+    levels, level = recipe.levels(recipe.schedule.train_updates)[:-1], noise["level"]
     x = jnp.take_along_axis(batch["states"], level.reshape(-1, 1, 1, 1, 1, 1), axis=1)[:, 0]
     sight = teacher_forcing(nets.student, params, batch["video"], batch["text"], recipe.memory)
     x0 = nets.student.denoise(params, x, jnp.asarray(levels)[level], batch["text"], sight).x0
@@ -105,17 +121,15 @@ def ode_regression_loss(
 
 
 def consistency_loss(
-    params: Params, ema: Params, frozen: Frozen, batch: Batch, key: PRNGKey, nets: Networks, recipe: Recipe
+    params: Params, ema: Params, frozen: Frozen, batch: Batch, noise: dict, nets: Networks, recipe: Recipe
 ) -> jax.Array:
     """The student at one level against its average at the next, which one guided update of the teacher leads to.
 
     The grid is exact, in float32, and ends at 0, where the average's estimate is the state itself: the boundary.
     """
-    k_level, k_noise = jax.random.split(key)
     x0, text, levels = batch["video"], batch["text"], jnp.asarray(ode_levels(recipe))
-    n = jax.random.randint(k_level, (len(x0),), 0, len(levels) - 1)
-    sigma, after = levels[n], levels[n + 1]
-    x = add_noise(x0, jax.random.normal(k_noise, x0.shape), sigma)
+    sigma, after = levels[noise["level"]], levels[noise["level"] + 1]
+    x = add_noise(x0, noise["noise"], sigma)
     step = forced_velocity(nets.student, frozen["teacher"], x0, text, frozen["null_text"], recipe)
     x_after = euler(x, step(x, sigma), sigma, after)
     at = lambda p, x, sigma: (

@@ -68,13 +68,20 @@ def open_wan(recipe: Recipe, where: str, mesh: Mesh, dtype: Any) -> Params:
 
 
 def teacher_weights(recipe: Recipe, base: Params, mesh: Mesh) -> Params:
-    """The network that is distilled: the weights, or another one's as they are stored."""
+    """The network that is distilled: the weights, or another one's; in `config.teacher.dtype`."""
     t = recipe.teacher
     if not t.weights and recipe.teacher_wan == recipe.wan:
-        return base
+        return in_dtype(base, t.dtype)
     model = replace(recipe.model, preset=t.preset or recipe.model.preset)
     another = replace(recipe, weights=t.weights, model=model, seed=recipe.seed + 1)
-    return initial_weights(another, mesh, None)["wan"]
+    read_as = None if t.dtype == "stored" else jnp.dtype(t.dtype)
+    return in_dtype(initial_weights(another, mesh, read_as)["wan"], t.dtype)
+
+
+def in_dtype(params: Params, dtype: str) -> Params:
+    """The same parameters; those of this dtype are the same arrays, and all are if `dtype` is "stored"."""
+    cast = lambda x: x if x.dtype == jnp.dtype(dtype) else x.astype(dtype)
+    return params if dtype == "stored" else jax.tree.map(cast, params)
 
 
 def student_start(recipe: Recipe, base: Params, mesh: Mesh) -> Params:
@@ -117,11 +124,9 @@ def student_start(recipe: Recipe, base: Params, mesh: Mesh) -> Params:
     same += [] if same_file(before.weights, recipe.weights) else ["weights"]
     _refuse_difference(key, flat(asdict(before)), recipe, same)
     if exported:
-        like = {
-            "wan": base,
-            "text_encoder": jax.eval_shape(lambda: init_text_encoder(jax.random.key(0), recipe.text)),
-        }
-        return load_weights(file, like)["wan"]
+        text = jax.eval_shape(lambda: init_text_encoder(jax.random.key(0), recipe.text))
+        like = {"wan": base, "text_encoder": text}
+        return load_weights(file, like, shardings=state_shardings(mesh, like))["wan"]
     average = restore_params(where, "ema", mesh, newest_step(where))
     if not before.lora.rank:
         return average

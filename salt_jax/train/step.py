@@ -7,13 +7,12 @@ video it is making, and nothing else; `critic_step` the critic and that video.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from salt_jax.flow.draws import draw_view_sigma
 from salt_jax.flow.prediction import add_noise
 from salt_jax.losses.cache_alignment import cache_alignment_loss
 from salt_jax.losses.denoising import flow_matching_loss
@@ -22,16 +21,16 @@ from salt_jax.losses.self_consistency import self_consistency_loss
 from salt_jax.models.denoiser import Network
 from salt_jax.models.kv_cache import KVCache, forget
 from salt_jax.models.lora import merge
-from salt_jax.rollout.causal import Trajectory, diffusion_forcing, recache, rollout, sight_of
+from salt_jax.rollout.causal import Trajectory, recache
 from salt_jax.rollout.parallel import midpoint
-from salt_jax.rollout.plan import Choice, Draw, as_reference, draw_chunk_plan, draw_plan
+from salt_jax.rollout.plan import Choice, Draw, as_reference
+from salt_jax.train.accumulate import mean_gradient
+from salt_jax.train.begin import Batch, Noise, begin, draw_noise
 from salt_jax.train.optimizer import make_optimizer
 from salt_jax.train.recipe import Recipe
 from salt_jax.train.state import Stream, TrainState, apply_gradients, update_ema
-from salt_jax.types import Denoiser, Latent, Params, PRNGKey, Sigma
+from salt_jax.types import Denoiser, Params, PRNGKey
 
-# video: Latent [B, F, H, W, C]; text: Told, or TokenIds [B, T] in stage denoising
-Batch = dict[str, Any]
 Metrics = dict[str, jax.Array]
 Frozen = dict[str, Params]  # "teacher", and what a recipe asks for: "base", "null_text", ...
 
@@ -45,80 +44,12 @@ class Networks:
     teacher: Denoiser  # guided
 
 
-class Start(NamedTuple):
-    """Where the update begins that the student is blamed for. Nothing in it carries a gradient."""
-
-    x: Latent
-    sigma: Sigma
-    sigma_m: Sigma  # the triple of Eq. 9; equal levels where there is none
-    sigma_e: Sigma
-    sight: Any  # how the student looks around; None: at everything
-    before: Latent  # [B, F', H, W, C] frames of the same video that the teacher sees too; F' is mostly 0
-    trajectory: Any  # the Trajectory of a rollout, or None
-
-
-def begin(
-    network: Network,
-    params: Params,
-    batch: Batch,
-    key: PRNGKey,
-    draw: Draw | None,
-    cache: KVCache | None,
-    recipe: Recipe,
-) -> Start:
-    """The student's state before an update, made as `config.video` says. Both optimisers see the same mixture.
-
-    From a noised real clip (backward simulation off, Salt App. B), with one level or one for each chunk; or by the
-    student's own rollout on its own, imperfect, cache.
-    """
-    s, policy, params = recipe.schedule, recipe.memory, jax.lax.stop_gradient(params)
-    if recipe.video == "rollout":
-        assert draw is not None
-        keys, shape = jax.random.split(key, len(batch["text"])), recipe.clip_shape
-        overlap = recipe.stream.overlap if cache is not None else 0
-        trajectory = rollout(
-            network,
-            params,
-            batch["text"],
-            draw.levels,
-            draw.exit_update,
-            recipe.rollout.solver,
-            keys,
-            (shape[0] - overlap, *shape[1:]),
-            policy,
-            cache,
-            (draw.first_levels, draw.first_exit) if recipe.rollout.first_updates else None,
-        )
-        x, sigma = trajectory.x, trajectory.sigma
-        before = cache.x0[:, cache.slots - overlap :] if cache is not None else x[:, :0]
-        level = lambda value: jnp.full(x.shape[:2], value)
-        sight = sight_of(trajectory, policy)
-        return Start(x, sigma, level(draw.sigma_m), level(draw.sigma_e), sight, before, trajectory)
-    k_plan, k_noise = jax.random.split(key)
-    x0, levels = batch["video"], recipe.levels(s.train_updates)
-    if recipe.video == "noised_chunks":
-        sizes, sight = policy.sizes(x0.shape[1]), diffusion_forcing(x0.shape[1], policy)
-        plan = draw_chunk_plan(k_plan, x0.shape[0], sizes, levels, s.anchor_updates)
-    else:
-        plan, sight = draw_plan(k_plan, x0.shape[0], levels, s.anchor_updates), None
-    x = add_noise(x0, jax.random.normal(k_noise, x0.shape), plan.sigma_s)
-    return Start(x, plan.sigma_s, plan.sigma_m, plan.sigma_e, sight, x0[:, :0], None)
-
-
-def noised_view(x0: Latent, key: PRNGKey, recipe: Recipe) -> tuple[Latent, Latent, Sigma]:
-    """A noised copy of a video, with its noise and level, for teacher and critic to look at. No gradient into x0."""
-    k_sigma, k_noise = jax.random.split(key)
-    sigma = draw_view_sigma(k_sigma, x0.shape[0], recipe.view.shift, recipe.view.lowest, recipe.view.highest)
-    noise = jax.random.normal(k_noise, x0.shape)
-    return add_noise(jax.lax.stop_gradient(x0), noise, sigma), noise, sigma
-
-
 def student_loss(
     params: Params,
     critic: Params,
     frozen: Frozen,
     batch: Batch,
-    key: PRNGKey,
+    noise: Noise,
     draw: Any,
     cache: KVCache | None,
     nets: Networks,
@@ -126,17 +57,16 @@ def student_loss(
     choice: Choice,
 ) -> tuple[jax.Array, tuple[Metrics, Trajectory | None]]:
     """What the student is blamed for, Salt Eq. 13. `choice` is static: its ifs are gone after tracing."""
-    k_video, k_view = jax.random.split(key)
     text, stop = batch["text"], recipe.loss.stop_gradient
     # 1. The student begins a video on its own, then makes the update that it is blamed for, of all chunks at once.
-    start = begin(nets.student, params, batch, k_video, draw, cache, recipe)
+    start = begin(nets.student, params, batch, noise, draw, cache, recipe)
     video = nets.student.denoise(params, start.x, start.sigma, text, start.sight)
     # 2. Teacher and critic judge the same noised copy of it.
     whole = lambda x0: jnp.concatenate([start.before, x0], axis=1)
     new = slice(start.before.shape[1], None)
-    x, noise, sigma = noised_view(whole(video.x0), k_view, recipe)
-    x0_teacher = nets.teacher(frozen["teacher"], x, sigma, text).x0[:, new]
-    x0_critic = nets.critic(critic, x, sigma, text).x0[:, new]
+    x = add_noise(jax.lax.stop_gradient(whole(video.x0)), noise.view, noise.sigma)
+    x0_teacher = nets.teacher(frozen["teacher"], x, noise.sigma, text).x0[:, new]
+    x0_critic = nets.critic(critic, x, noise.sigma, text).x0[:, new]
     # 3. The equations.
     terms = {"dmd": dmd_loss(video.x0, x0_critic, x0_teacher)}
     more = {"dmd_gap": jnp.abs(x0_critic - x0_teacher).mean()}
@@ -147,19 +77,13 @@ def student_loss(
             video.velocity, v_m, start.sigma, start.sigma_m, start.sigma_e, stop
         )
     if choice.alignment:
-        reference = begin(
-            nets.student,
-            params,
-            batch,
-            k_video,
-            as_reference(draw, recipe.rollout.first_updates),
-            cache,
-            recipe,
-        )
+        best = as_reference(draw, recipe.rollout.first_updates)
+        reference = begin(nets.student, params, batch, noise, best, cache, recipe)
         judge = {"base": frozen.get("base"), "critic": critic, "student": params}[recipe.align.network]
-        look = lambda x0: nets.student.features(
-            jax.lax.stop_gradient(judge), add_noise(whole(x0), noise, sigma), sigma, text, recipe.align.layers
-        )[:, new]
+        judge, seen = jax.lax.stop_gradient(judge), lambda x0: add_noise(whole(x0), noise.view, noise.sigma)
+        look = lambda x0: nets.student.features(judge, seen(x0), noise.sigma, text, recipe.align.layers)[
+            :, new
+        ]
         terms["alignment"], active = cache_alignment_loss(
             look(video.x0), look(reference.trajectory.x0), recipe.align.margin
         )
@@ -174,24 +98,23 @@ def critic_loss(
     params: Params,
     student: Params,
     batch: Batch,
-    key: PRNGKey,
+    noise: Noise,
     draw: Draw | None,
     cache: KVCache | None,
     nets: Networks,
     recipe: Recipe,
 ) -> tuple[jax.Array, tuple[Metrics, Trajectory | None]]:
     """The critic learns to denoise the student's videos, so that Eq. 4 has the student's score."""
-    k_video, k_view = jax.random.split(key)
     student, text = jax.lax.stop_gradient(student), batch["text"]
-    start = begin(nets.student, student, batch, k_video, draw, cache, recipe)
+    start = begin(nets.student, student, batch, noise, draw, cache, recipe)
     if start.trajectory:
         x0 = start.trajectory.x0
     else:
         x0 = nets.student.denoise(student, start.x, start.sigma, text, start.sight).x0
-    x, noise, sigma = noised_view(jnp.concatenate([start.before, x0], axis=1), k_view, recipe)
-    new = slice(start.before.shape[1], None)
-    velocity = nets.critic(params, x, sigma, text).velocity[:, new]
-    loss = flow_matching_loss(velocity, x0, noise[:, new]).mean()
+    whole = jax.lax.stop_gradient(jnp.concatenate([start.before, x0], axis=1))
+    x, new = add_noise(whole, noise.view, noise.sigma), slice(start.before.shape[1], None)
+    velocity = nets.critic(params, x, noise.sigma, text).velocity[:, new]
+    loss = flow_matching_loss(velocity, x0, noise.view[:, new]).mean()
     return loss, ({"critic": loss}, start.trajectory)
 
 
@@ -208,10 +131,15 @@ def student_step(
     """One update of the student and its EMA."""
     lora, critic = recipe.lora, merge(frozen.get("base"), state.critic.params, recipe.lora)
     whole = lambda p: merge(frozen.get("student"), p, lora)
-    batch, cache = go_on(whole(state.student.params), state.stream, batch, nets, recipe, choice)
-    loss = lambda p: student_loss(whole(p), critic, frozen, batch, key, draw, cache, nets, recipe, choice)
-    state, metrics, made = move_student(state, loss, recipe)
-    return replace(state, stream=carry(made, batch, recipe)), metrics
+    now, noise = whole(state.student.params), draw_noise(key, batch, recipe)
+
+    def loss(params, batch, noise, stream):
+        batch, cache = go_on(now, stream, batch, nets, recipe, choice)
+        args = (critic, frozen, batch, noise, draw, cache, nets, recipe, choice)
+        value, (metrics, made) = student_loss(whole(params), *args)
+        return value, (metrics, carry(made, batch, recipe))
+
+    return move_student(state, loss, batch, noise, recipe)
 
 
 def critic_step(
@@ -226,15 +154,20 @@ def critic_step(
 ) -> tuple[TrainState, Metrics]:
     """One update of the critic."""
     student = merge(frozen.get("student"), state.student.params, recipe.lora)
-    batch, cache = go_on(student, state.stream, batch, nets, recipe, choice)
     whole = lambda p: merge(frozen.get("base"), p, recipe.lora)
-    loss = lambda p: critic_loss(whole(p), student, batch, key, draw, cache, nets, recipe)
-    grads, (metrics, made) = jax.grad(loss, has_aux=True)(state.critic.params)
+
+    def loss(params, batch, noise, stream):
+        batch, cache = go_on(student, stream, batch, nets, recipe, choice)
+        value, (metrics, made) = critic_loss(whole(params), student, batch, noise, draw, cache, nets, recipe)
+        return value, (metrics, carry(made, batch, recipe))
+
+    parts = batch, draw_noise(key, batch, recipe), state.stream
+    (_, (metrics, stream)), grads = mean_gradient(loss, state.critic.params, *parts, recipe.accumulate)
     tx = make_optimizer(recipe.critic_optimizer, recipe.updates * recipe.critic_updates)
     critic = apply_gradients(state.critic, grads, metrics["critic"], tx)
     metrics |= {"critic_grad_norm": optax.tree.norm(grads), "critic_skipped": critic.skipped}
     metrics |= {"critic_skipped_in_a_row": critic.skipped_in_a_row}
-    return replace(state, critic=critic, stream=carry(made, batch, recipe)), metrics
+    return replace(state, critic=critic, stream=stream), metrics
 
 
 def go_on(
@@ -258,15 +191,18 @@ def carry(made: Trajectory | None, batch: Batch, recipe: Recipe) -> Stream | Non
     return Stream(forget(made.cache, recipe.memory), batch["text"])
 
 
-def move_student(state: TrainState, loss: Callable, recipe: Recipe) -> tuple[TrainState, Metrics, Any]:
-    """One update of the student's parameters and their average. `loss` returns (value, (metrics, anything))."""
-    (value, (metrics, more)), grads = jax.value_and_grad(loss, has_aux=True)(state.student.params)
+def move_student(
+    state: TrainState, loss: Callable, batch: Batch, noise: Any, recipe: Recipe
+) -> tuple[TrainState, Metrics]:
+    """One update of the student's parameters and their average; `loss` as in `train.accumulate.mean_gradient`."""
+    parts = batch, noise, state.stream
+    (value, (metrics, stream)), grads = mean_gradient(loss, state.student.params, *parts, recipe.accumulate)
     tx = make_optimizer(recipe.student_optimizer, recipe.updates)
     student = apply_gradients(state.student, grads, value, tx)
     ema = update_ema(state.ema, student.params, recipe.ema.decay, state.step, recipe.ema.start)
     metrics |= {"student_grad_norm": optax.tree.norm(grads), "student_skipped": student.skipped}
     metrics |= {"student_skipped_in_a_row": student.skipped_in_a_row}
-    return replace(state, step=state.step + 1, student=student, ema=ema), metrics, more
+    return replace(state, step=state.step + 1, student=student, ema=ema, stream=stream), metrics
 
 
 def compile_step(step: Callable, nets: Networks, recipe: Recipe, shardings: Any, **static: Any) -> Callable:

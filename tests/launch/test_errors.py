@@ -21,7 +21,7 @@ from salt_jax.models.denoiser import Network
 from salt_jax.models.weights import save_weights
 from salt_jax.train import loop
 from salt_jax.train.optimizer import make_optimizer
-from salt_jax.train.setup import Setup
+from salt_jax.train.setup import Setup, first_state
 from salt_jax.train.state import init_learner, init_state
 from salt_jax.train.step import Networks
 
@@ -66,10 +66,13 @@ def small(monkeypatch, tmp_path_factory, request):
 
     def setup(recipe, mesh):
         params = lambda seed: {"head": {"kernel": 0.1 * jax.random.normal(jax.random.key(seed), (3, 3))}}
-        learner = lambda seed, o: init_learner(params(seed), make_optimizer(o, 100))
-        state = init_state(learner(0, recipe.student_optimizer), learner(1, recipe.critic_optimizer))
+        learner = lambda p, o: init_learner(p, make_optimizer(o, 100))
+        make = lambda p, q: init_state(
+            learner(p, recipe.student_optimizer), learner(q, recipe.critic_optimizer)
+        )
+        first = first_state(make, (params(0), params(1)), {}, mesh)
         nets = Networks(Network(net, None, None, None, None), net, net)
-        return Setup(state, {"teacher": params(2)}, nets, lambda caption: np.zeros((2, 3), np.float32))
+        return Setup(*first, {"teacher": params(2)}, nets, lambda caption: np.zeros((2, 3), np.float32))
 
     monkeypatch.setattr(loop, "setup", setup)
     data = tmp_path_factory.getbasetemp() / "shapes"

@@ -20,7 +20,7 @@ def plan(*args):
 def numbers(tmp_path_factory):
     """The plan of Salt on 64 devices, as printed and as JSON."""
     file = tmp_path_factory.mktemp("plan") / "plan.json"
-    done = plan(SALT, "--mesh=data:8,fsdp:8", "--teacher_dtype=bfloat16", f"--json={file}")
+    done = plan(SALT, "--mesh=data:8,fsdp:8", f"--json={file}")
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout, json.loads(file.read_text())
 
@@ -53,7 +53,7 @@ def test_the_table_says_the_same(numbers):
 def test_what_is_told_decides_whether_it_fits(numbers, tmp_path):
     _, told = numbers
     for gigabytes in (told["bytes_per_device"] / 1e9 + 0.001, told["bytes_per_device"] / 1e9 - 0.001):
-        args = ("--mesh=data:8,fsdp:8", "--teacher_dtype=bfloat16", f"--memory_gb={gigabytes:.6f}")
+        args = ("--mesh=data:8,fsdp:8", f"--memory_gb={gigabytes:.6f}")
         done = plan(SALT, *args, f"--json={tmp_path / 'plan.json'}")
         fits = gigabytes * 1e9 > told["bytes_per_device"]
         assert json.loads((tmp_path / "plan.json").read_text())["fits"] == fits

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from salt_jax.models.denoiser import POSITION_CHANNELS, guided, position_channels, wan_network
+from salt_jax.models.memory import CachePolicy
 from salt_jax.models.presets import PRESETS, Compute, WanConfig
 from salt_jax.models.wan import apply_wan, init_wan
+from salt_jax.rollout.causal import teacher_forcing
+from salt_jax.train.sharding import make_mesh
 from salt_jax.types import ImageText
 
 SMALL = WanConfig(48, 2, 2, 96, 16, 16, (1, 2, 2), 32, 12, 64, 0, 1e-6)
@@ -278,3 +281,29 @@ def test_position_channels_tell_every_place_apart():
     np.testing.assert_allclose(got.velocity, direct, atol=1e-6)
     with pytest.raises(ValueError, match="3 additional input channels"):
         wan_network(WanConfig(**{**SMALL.__dict__, "in_channels": 19}), Compute(), 3, 3)
+
+
+@pytest.mark.parametrize("axes", [{"data": 2, "context": 4}, {"fsdp": 2, "context": 2, "tensor": 2}])
+def test_tokens_cut_along_context_change_nothing(axes):
+    """Loss and gradient of chunks that see a cache, and the keys and values that are kept, as on one device."""
+    config = WanConfig(**{**SMALL.__dict__, "dim": 48, "num_heads": 4, "patch_size": (1, 2, 2)})
+    mesh = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1} | axes, jax.devices())
+    params = randomised(init_wan(jax.random.key(0), config), 1)
+    keys = jax.random.split(jax.random.key(2), 3)
+    x = jax.random.normal(keys[0], (4, 4, 4, 8, config.in_channels))
+    clean = jax.random.normal(keys[1], x.shape)
+    text = jax.random.normal(keys[2], (4, 3, config.text_dim))
+    sigma = jnp.linspace(0.2, 0.9, 16).reshape(4, 4)
+    policy = CachePolicy(chunk=2, first=2, window=0, sink=0, positions="absolute")
+
+    def run(mesh):
+        network = wan_network(config, Compute(remat=True, mesh=mesh), 4, 2)
+
+        def loss(params):
+            sight = teacher_forcing(network, params, clean, text, policy)
+            return (network.denoise(params, x, sigma, text, sight).velocity ** 2).mean(), sight.memory
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    for ours, alone in zip(jax.tree.leaves(run(mesh)), jax.tree.leaves(run(None)), strict=True):
+        np.testing.assert_allclose(ours, alone, rtol=2e-4, atol=2e-5)

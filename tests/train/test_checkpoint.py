@@ -29,6 +29,8 @@ from salt_jax.train.checkpoint import (
     restore_params,
     save,
 )
+from salt_jax.train.optimizer import make_optimizer
+from salt_jax.train.recipe import Optimizer
 from salt_jax.train.sharding import make_mesh, state_shardings
 from salt_jax.train.state import Stream, apply_gradients, init_learner, init_state
 
@@ -289,6 +291,24 @@ def test_another_preset_or_optimizer_is_refused_by_name_and_nothing_is_touched(c
         restore(manager, abstract(mesh_of(1), **how))
     assert "checkpoint step 2" in str(error.value) and "--workdir" in str(error.value)
     assert "\n" not in str(error.value) and sorted(copy.rglob("*")) == before
+
+
+def test_a_first_moment_of_earlier_versions_is_left_where_it_is(tmp_path):
+    """They kept it also where b1 is 0, where it is of no use."""
+    how = dict(learning_rate=1e-2, warmup=0, decay=False, b2=0.999, eps=1e-8, weight_decay=0.1, clip=1.0)
+    before = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, 0.0, weight_decay=0.1))
+    now = make_optimizer(Optimizer(b1=0.0, **how), 10)
+    with open_checkpoints(tmp_path, keep=1) as manager:
+        save(manager, on(mesh_of(8), step=2, tx=before), meta_of(2))
+        manager.wait_until_finished()
+        for mu in (tmp_path / "checkpoints" / "2").rglob("*mu*"):
+            shutil.rmtree(mu)  # not read, so not missed
+        state, _ = restore(manager, abstract(mesh_of(4), step=2, tx=now))
+        assert_same_bits(state, make(step=2, tx=now))
+        with pytest.raises(UserError, match=r"opt_state/1/0/mu/\S+ is absent there and float32"):
+            save(manager, on(mesh_of(8), step=3, tx=now), meta_of(3))
+            manager.wait_until_finished()
+            restore(manager, abstract(mesh_of(4), step=3, tx=before))
 
 
 @pytest.mark.parametrize("what", ["ema", "student"])

@@ -238,7 +238,7 @@ def short(config, variant="plain", **changes):
 
 
 def trace(r, step, choice, draw, loops):
-    state, frozen = jax.eval_shape(lambda: fresh_state(r, "float32"))
+    state, frozen = jax.eval_shape(lambda: fresh_state(r))
     null = jnp.zeros((1, r.wan.text_length, r.wan.text_dim))
     network = make_network(r, None)
     nets = (

@@ -18,13 +18,14 @@ from salt_jax.flow.prediction import from_velocity
 from salt_jax.models.denoiser import Network
 from salt_jax.models.weights import save_weights
 from salt_jax.train import changes, loop
+from salt_jax.train.begin import begin, draw_noise
 from salt_jax.train.checkpoint import open_checkpoints, restore
 from salt_jax.train.optimizer import make_optimizer
 from salt_jax.train.recipe import read_recipe, read_workdir, to_json
-from salt_jax.train.setup import Setup
-from salt_jax.train.sharding import state_shardings
+from salt_jax.train.setup import Setup, first_state
+from salt_jax.train.sharding import make_mesh
 from salt_jax.train.state import init_learner, init_state
-from salt_jax.train.step import Networks, begin
+from salt_jax.train.step import Networks
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -35,10 +36,11 @@ def net(params, x, sigma, text, sight=None):
 
 def setup(recipe, mesh):
     params = lambda seed: {"head": {"kernel": 0.1 * jax.random.normal(jax.random.key(seed), (3, 3))}}
-    learner = lambda seed, o: init_learner(params(seed), make_optimizer(o, recipe.updates))
-    state = init_state(learner(0, recipe.student_optimizer), learner(1, recipe.critic_optimizer))
+    learner = lambda p, o: init_learner(p, make_optimizer(o, recipe.updates))
+    make = lambda p, q: init_state(learner(p, recipe.student_optimizer), learner(q, recipe.critic_optimizer))
+    first = first_state(make, (params(0), params(1)), {}, mesh)
     nets = Networks(Network(net, None, None, None, None), net, net)
-    return Setup(state, {"teacher": params(2)}, nets, lambda caption: np.zeros((2, 3), np.float32))
+    return Setup(*first, {"teacher": params(2)}, nets, lambda caption: np.zeros((2, 3), np.float32))
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +70,8 @@ def recipe(data, tmp_path, monkeypatch):
 
 def states(workdir, recipe, *steps):
     """The whole states of these steps."""
-    state = setup(recipe, None).state
-    one = jax.make_mesh((1,) * 4, ("data", "fsdp", "context", "tensor"), devices=jax.devices()[:1])
-    like = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)
-    wanted, found = jax.tree.map(like, state, state_shardings(one, state)), []
+    one = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])
+    wanted, found = setup(recipe, one).state, []
     for step in steps:
         with open_checkpoints(workdir, 99) as manager:
             for later in [s for s in manager.all_steps() if s > step]:
@@ -86,20 +86,20 @@ def lines(workdir):
 
 
 def test_another_rate_acts_from_the_first_update_on_and_nothing_else_changes(recipe, tmp_path, capsys):
-    """The gradient is read off the first moment, which is the clipped gradient where b1 is 0; optax does the rest."""
-    run = tmp_path / "run"
-    loop.train(recipe(), run)
+    """The gradient is read off the first moment, which is the clipped gradient for such a b1; optax does the rest."""
+    run, kept = tmp_path / "run", {"student_optimizer.b1": 1e-30, "critic_optimizer.b1": 1e-30}
+    loop.train(recipe(**kept), run)
     capsys.readouterr()
     slower = {"student_optimizer.learning_rate": 1e-5, "critic_optimizer.learning_rate": 3e-2}
     slower |= {"critic_optimizer.weight_decay": 0.5}
-    now = recipe(updates=3, **slower)
+    now = recipe(updates=3, **slower, **kept)
     loop.train(now, run)
     told = capsys.readouterr().out
     after, before = states(run, now, 3, 2)
     for who, rate, decay in (("student", 1e-5, 0.01), ("critic", 3e-2, 0.5)):
         was, new = getattr(before, who), getattr(after, who)
         gradient = new.opt_state[1][0].mu
-        adamw = optax.adamw(rate, 0.0, 0.999, 1e-8, weight_decay=decay)
+        adamw = optax.adamw(rate, 1e-30, 0.999, 1e-8, weight_decay=decay)
         step = jax.jit(lambda g, s, p, adamw=adamw: optax.apply_updates(p, adamw.update(g, s, p)[0]))
         wanted = step(gradient, was.opt_state[1], was.params)
         np.testing.assert_array_equal(new.params["head"]["kernel"], wanted["head"]["kernel"])
@@ -219,7 +219,8 @@ def test_listed_levels_are_what_a_run_is_trained_at(recipe):
         assert float(draw.sigma_m) in levels.tolist() and float(draw.sigma_e) in levels.tolist()
     network = Network(net, None, None, None, None)
     batch = {"video": jnp.zeros((64, 9, 12, 12, 3)), "text": jnp.zeros((64, 2, 3))}
-    start = begin(network, {}, batch, jax.random.key(0), None, None, recipe(**listed))
+    noise = draw_noise(jax.random.key(0), batch, recipe(**listed))
+    start = begin(network, {}, batch, noise, None, None, recipe(**listed))
     assert set(np.asarray(start.sigma).ravel().tolist()) == set(levels[:3].tolist())
 
 

@@ -31,6 +31,7 @@ TIED = {
     "text_encoder",
     "data.kind",
     "teacher.kind",
+    "teacher.dtype",
     "teacher.preset",
     "memory.positions",
     "rollout.solver",
@@ -39,13 +40,14 @@ TIED = {
     "sample.solver",
 }
 TIED |= {"world.size", "schedule.train_updates", "schedule.anchor_updates", "schedule.levels"}
-TIED |= {"memory.window", "align.weight", "stream.max_frames"}
+TIED |= {"memory.window", "align.weight", "stream.max_frames", "accumulate"}
 # Values that one key alone would contradict; these stand together.
 TOGETHER = {"video": "rollout", "schedule.train_updates": 12, "schedule.anchor_updates": 6}
 LISTED = {"schedule.levels": (1000, 757, 522), "schedule.train_updates": 3, "schedule.anchor_updates": 3}
 LISTED |= {"sample.num_updates": (3,)}
 TOGETHER |= {"rollout.updates": (12, 3), "rollout.probabilities": (0.25, 0.75), "align.weight": 0.7}
 TOGETHER |= {"memory.window": 9, "memory.sink": 3, "stream.max_frames": 50, "teacher.preset": "tiny"}
+TOGETHER |= {"accumulate": 3, "teacher.dtype": "bfloat16"}
 DECAYS = {"student_optimizer.decay": True, "critic_optimizer.decay": True}
 
 
@@ -123,6 +125,7 @@ def test_an_unknown_and_a_missing_key_are_refused_by_name():
         ("model.dtype", "float32, bfloat16"),
         ("text_encoder", "tiny, umt5-xxl"),
         ("teacher.kind", "data, network, closed_form"),
+        ("teacher.dtype", "stored, float32, bfloat16"),
         ("loss.stop_gradient", "none, composed, direct, midpoint"),
         ("sample.solver", "euler, cm"),
     ],
@@ -166,6 +169,7 @@ CONTRADICTIONS = {
         for name, value in (
             ("updates", 0),
             ("batch_size", -1),
+            ("accumulate", 0),
             ("critic_updates", 0),
             ("log_every", 0),
             ("save_every", 0),
@@ -176,7 +180,8 @@ CONTRADICTIONS = {
             ("ode.updates", 0),
             ("ode.trajectories", 0),
         )
-    ],
+    ]
+    + [(r"config\.batch_size=24 must be a multiple of config\.accumulate=5", {"accumulate": 5})],
     "ranges": [
         (rf"config\.{name}={re.escape(str(value))} must be {told}", changes | {name: value})
         for told, name, value, changes in (
@@ -430,6 +435,6 @@ def test_a_run_from_before_a_key_came_goes_on():
     recipe = read_recipe(base.get_config())
     before = json.loads(to_json(recipe))
     del before["teacher"]["weights"], before["teacher"]["accept_student"], before["schedule"]["levels"]
-    del before["keep_every"]
+    del before["keep_every"], before["accumulate"], before["teacher"]["dtype"]
     assert from_json(json.dumps(before)) == recipe
     changes.refuse_another_run(json.dumps(before), recipe)

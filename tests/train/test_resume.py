@@ -22,7 +22,6 @@ from salt_jax.train.checkpoint import open_checkpoints, save
 from salt_jax.train.loop import resume
 from salt_jax.train.optimizer import make_optimizer
 from salt_jax.train.recipe import read_recipe, to_json
-from salt_jax.train.sharding import make_mesh
 from salt_jax.train.state import init_learner, init_state
 
 ROOT = Path(__file__).parents[2]
@@ -191,29 +190,26 @@ def test_a_run_whose_learning_rate_decays_keeps_its_length(tmp_path):
     """Every update's learning rate depends on how many there are."""
     recipe = read_recipe(base.get_config())
     recipe = replace(recipe, critic_optimizer=replace(recipe.critic_optimizer, decay=True))
-    mesh = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])
     learner = init_learner({"w": jnp.arange(3.0)}, make_optimizer(recipe.student_optimizer, 10))
     state = init_state(learner, learner)
     with open_checkpoints(tmp_path, 2) as manager:
         save(manager, state, {"config": to_json(recipe), "mesh": {}})
         manager.wait_until_finished()
-        resume(manager, state, mesh, replace(recipe, log_every=3))
+        resume(manager, state, replace(recipe, log_every=3))
         with pytest.raises(UserError, match=r"config\.updates = 60, not 200"):
-            resume(manager, state, mesh, replace(recipe, updates=200))
+            resume(manager, state, replace(recipe, updates=200))
 
 
 def test_a_workdir_goes_on_with_the_same_config_only_but_may_be_longer_or_elsewhere(tmp_path):
     recipe = read_recipe(base.get_config())
-    mesh = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])
     learner = init_learner({"w": jnp.arange(3.0)}, make_optimizer(recipe.student_optimizer, 10))
     state = replace(init_state(learner, learner), step=jnp.int32(7))
     with open_checkpoints(tmp_path, 2) as manager:
-        assert int(resume(manager, state, mesh, recipe).step) == 7
         save(manager, state, {"config": to_json(recipe), "mesh": {}})
         manager.wait_until_finished()
         fresh = replace(state, step=jnp.int32(0))
         same = replace(recipe, updates=200, log_every=3, data=replace(recipe.data, dir="elsewhere"))
-        assert int(resume(manager, fresh, mesh, same).step) == 7
+        assert int(resume(manager, fresh, same).step) == 7
         for changed in (
             replace(recipe, batch_size=16),
             replace(recipe, data=replace(recipe.data, seed=1)),
@@ -222,4 +218,4 @@ def test_a_workdir_goes_on_with_the_same_config_only_but_may_be_longer_or_elsewh
             with pytest.raises(
                 UserError, match=r"config\.(batch_size|data\.seed|loss\.self_consistency) = .*--workdir"
             ):
-                resume(manager, fresh, mesh, changed)
+                resume(manager, fresh, changed)

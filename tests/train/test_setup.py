@@ -1,10 +1,10 @@
 """What a run starts from, for every stage, and which stages may follow each other."""
 
 import dataclasses
-import functools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,11 @@ from salt_jax.models.text_encoder import init_text_encoder
 from salt_jax.models.weights import save_weights
 from salt_jax.train.checkpoint import open_checkpoints, save
 from salt_jax.train.recipe import read_recipe, to_json
-from salt_jax.train.setup import setup
-from salt_jax.train.sharding import make_mesh
+from salt_jax.train.setup import first_state, setup
+from salt_jax.train.sharding import make_mesh, state_shardings
 from salt_jax.train.start import student_start
 from salt_jax.train.state import init_learner, init_state
+from tests.placing import place
 
 MESH = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])
 BASE = {"head": {"kernel": jnp.zeros((4, 3))}}  # stands for a network's parameters
@@ -162,9 +163,20 @@ def test_weights_that_were_moved_are_the_same_weights(tmp_path):
 # What each stage starts from, with the weights in assets/.
 
 
-@functools.cache
+class Started(NamedTuple):
+    """What a run starts from, its first state made."""
+
+    state: Any
+    frozen: Any
+    encode_caption: Any
+    records: Any
+
+
 def started(**changes):
-    return setup(recipe(**changes), MESH)
+    parts = setup(recipe(**changes), MESH)
+    state = parts.fresh()
+    assert form(state) == form(parts.state)
+    return Started(state, parts.frozen, parts.encode_caption, parts.records)
 
 
 def form(tree):
@@ -186,6 +198,16 @@ def test_distillation_starts_three_networks_at_the_weights():
     assert set(parts.frozen) == {"teacher"}
     for tree in (parts.state.student.params, parts.state.critic.params, parts.state.ema):
         same(tree, parts.frozen["teacher"])
+
+
+@pytest.mark.parametrize("changes", [{}, {"stage": "consistency"}, {"video": "rollout", "align.weight": 0.5}])
+def test_a_teacher_is_kept_in_the_type_that_the_config_names(changes):
+    """It is cast; what learns, and what the student's features are compared in, stays float32."""
+    parts = started(**{"teacher.dtype": "bfloat16"} | changes)
+    learnt = parts.state.student.params
+    assert {x.dtype for x in jax.tree.leaves(parts.frozen["teacher"])} == {np.dtype(jnp.bfloat16)}
+    same(parts.frozen["teacher"], jax.tree.map(lambda x: x.astype(jnp.bfloat16), learnt))
+    assert {x.dtype for x in jax.tree.leaves((learnt, parts.frozen.get("base", {})))} == {np.dtype("float32")}
 
 
 def test_an_alignment_that_looks_with_the_weights_keeps_a_copy_of_them():
@@ -213,6 +235,23 @@ def test_a_stream_starts_empty_in_the_form_that_it_keeps():
     assert stream.cache.x0.shape == (24, 6, 12, 12, 3)
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+def test_what_is_frozen_outlives_the_state_and_what_is_not_is_given_up_to_it(devices):
+    """Also where what a student starts from is frozen too."""
+    mesh = make_mesh({"data": 1, "fsdp": devices, "context": 1, "tensor": 1}, jax.devices()[:devices])
+    starts = [place(EMA, state_shardings(mesh, EMA)) for _ in range(2)]
+    learner = lambda p: init_learner(p, optax.adam(0.1))
+    make = lambda p, q: init_state(learner(p), learner(q))
+    form, fresh = first_state(make, tuple(starts), {"teacher": starts[0]}, mesh)
+    state = fresh()
+    assert starts[1]["head"]["kernel"].is_deleted()
+    for x, like in zip(jax.tree.leaves(state), jax.tree.leaves(form), strict=True):
+        assert (x.shape, x.dtype, x.sharding) == (like.shape, like.dtype, like.sharding)
+    jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)(state)
+    assert state.ema["head"]["kernel"].is_deleted()
+    same(starts[0], EMA)
+
+
 # Encoded data at Wan's shapes, with the small presets and random weights.
 
 ENCODED = {"data.kind": "latents", "data.clip": (3, 4, 6), "text_encoder": "wan-tiny", "weights": ""}
@@ -234,21 +273,26 @@ def encoded(path, *names, channels=16):
 @pytest.mark.slow
 def test_a_student_of_wan_starts_at_its_weights_and_has_the_teacher_that_is_named(tmp_path):
     wan = {"model.preset": "wan2.1-t2v-tiny", "data.dir": encoded(tmp_path / "data", "latent")}
-    same = setup(recipe(**ENCODED, **wan), MESH)
+    same = started(**ENCODED, **wan)
     same_tree = lambda a, b: all(map(np.array_equal, *map(jax.tree.leaves, (a, b))))
     assert same_tree(same.frozen["teacher"], same.state.student.params)
     assert len(same.records) == 2 and same.records[1]["caption"] == "clip 1"
     file = tmp_path / "wan.safetensors"
     told = {"config": json.dumps(dataclasses.asdict(PRESETS["wan2.1-t2v-tiny"]))}
     save_weights(file, jax.tree.map(lambda w: w + 1, same.frozen["teacher"]), "bfloat16", told)
-    other = setup(recipe(**ENCODED, **wan, **{"teacher.weights": str(tmp_path)}), MESH)
+    other = started(**ENCODED, **wan, **{"teacher.weights": str(tmp_path)})
     assert same_tree(other.state.student.params, same.state.student.params)
     assert {w.dtype for w in jax.tree.leaves(other.frozen["teacher"])} == {np.dtype(jnp.bfloat16)}
-    started = setup(recipe(**ENCODED | {"weights": str(tmp_path)}, **wan), MESH)
-    assert same_tree(started.state.student.params, other.frozen["teacher"])
-    assert {w.dtype for w in jax.tree.leaves(started.state.student.params)} == {np.dtype(np.float32)}
+    wide = setup(
+        recipe(**ENCODED, **wan, **{"teacher.weights": str(tmp_path), "teacher.dtype": "float32"}), MESH
+    )
+    assert same_tree(wide.frozen["teacher"], other.frozen["teacher"])
+    assert {w.dtype for w in jax.tree.leaves(wide.frozen["teacher"])} == {np.dtype(np.float32)}
+    again = started(**ENCODED | {"weights": str(tmp_path)}, **wan)
+    assert same_tree(again.state.student.params, other.frozen["teacher"])
+    assert {w.dtype for w in jax.tree.leaves(again.state.student.params)} == {np.dtype(np.float32)}
     causal = {"teacher.weights": "", "init_from": str(tmp_path), "stage": "teacher_forcing"}
-    begun = setup(recipe(**ENCODED, **wan | causal), MESH)
+    begun = started(**ENCODED, **wan | causal)
     assert same_tree(begun.state.student.params, other.frozen["teacher"])
     with pytest.raises(
         UserError, match=r"the weights in .* are WanConfig.*presets and weights of config\.model"
@@ -272,5 +316,5 @@ def test_encoded_data_that_do_not_fit_are_refused(tmp_path, preset, names, chang
 
 def test_prompts_are_enough_for_rollouts(tmp_path):
     changes = {"model.preset": "wan2.1-t2v-tiny", "data.dir": encoded(tmp_path), "video": "rollout"}
-    parts = setup(recipe(**ENCODED, **changes), MESH)
+    parts = started(**ENCODED, **changes)
     assert set(parts.records[0]) == {"caption", "text"} and parts.records[0]["text"].shape == (512, 32)

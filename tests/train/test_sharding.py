@@ -15,11 +15,11 @@ from salt_jax.train.sharding import (
     batch_sharding,
     make_mesh,
     partition_spec,
-    place,
     replicated,
     state_shardings,
 )
 from salt_jax.train.state import apply_gradients, init_learner, init_state, update_ema
+from tests.placing import place
 
 # eps is large: a gradient of almost zero would turn the rounding of a sharded sum into a whole step of Adam.
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, eps=1e-3))
@@ -192,17 +192,3 @@ def test_a_batch_is_spread_over_data_and_fsdp_and_examples_are_whole():
     placed = place({"video": video}, batch_sharding(mesh))["video"]
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3, 2, 2, 1)}
     np.testing.assert_array_equal(placed, video)
-
-
-@pytest.mark.parametrize("devices", [1, 8])
-@pytest.mark.parametrize("shape", [(), (16, 4)])
-def test_place_copies_so_that_donating_the_student_leaves_the_teacher(devices, shape):
-    """Whether they were on one device before, as weights just read are, or on the whole mesh."""
-    before = make_mesh(sizes(fsdp=devices), jax.devices()[:devices])
-    mesh = make_mesh(sizes(fsdp=8), jax.devices()[:8])
-    teacher = place({"head": {"kernel": np.ones(shape, np.float32)}}, replicated(before))
-    frozen, student = place(teacher, replicated(mesh)), place(teacher, replicated(mesh))
-    jax.jit(lambda t: jax.tree.map(lambda x: x * 2, t), donate_argnums=0)(student)
-    assert student["head"]["kernel"].is_deleted()
-    for left in (teacher, frozen):
-        np.testing.assert_array_equal(left["head"]["kernel"], np.ones(shape))

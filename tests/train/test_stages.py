@@ -16,8 +16,9 @@ from salt_jax.models.closed_form import closed_form_denoiser, closed_form_params
 from salt_jax.models.denoiser import Network
 from salt_jax.models.text_encoder import init_text_encoder
 from salt_jax.rollout.causal import teacher_forcing
-from salt_jax.train import sharding, stages
+from salt_jax.train import stages
 from salt_jax.train.step import Networks, compile_step
+from tests.placing import place
 from tests.train import test_causal_step as causal
 from tests.train.test_causal_step import (
     BATCH,
@@ -47,6 +48,11 @@ from tests.train.test_step import (
 WIDE = 64  # width of the tiny text encoder
 
 
+def loss_of(loss, params, ema, frozen, batch, key, nets, recipe):
+    """With what is drawn from this key."""
+    return loss(params, ema, frozen, batch, stages.draw_stage(key, batch, recipe), nets, recipe)
+
+
 # Stage denoising: a teacher-to-be and its text encoder.
 
 
@@ -74,7 +80,7 @@ def test_a_teacher_to_be_learns_and_so_does_its_text_encoder():
     batch = batch_of(0) | {"text": tokens(8)}
     make = lambda: learners(recipe, denoising_params(), None)
     shardings = layout(make(), {}, {})
-    state, before = sharding.place(make(), shardings[0]), host(make().student.params)
+    state, before = place(make(), shardings[0]), host(make().student.params)
     jitted = compile_step(stages.stage_step, networks(toy, teacher=closed_form_denoiser), recipe, shardings)
     losses = []
     for _ in range(20):
@@ -98,7 +104,9 @@ def test_the_closed_form_of_one_clip_a_caption_is_that_clip():
     def losses(p):
         cases = ("closed_form", 0.0), ("data", 0.0), ("closed_form", 1.0), ("data", 1.0)
         frozen = {"teacher": teacher}
-        return [stages.denoising_loss(p, p, frozen, batch, key, nets, denoising(*case)) for case in cases]
+        return [
+            loss_of(stages.denoising_loss, p, p, frozen, batch, key, nets, denoising(*case)) for case in cases
+        ]
 
     exact, data, exact_empty, data_empty = jax.jit(losses)(params)
     np.testing.assert_allclose(exact, data, rtol=1e-4)
@@ -114,7 +122,7 @@ def test_a_dropped_caption_is_the_empty_caption():
         batches = [batch_of(0) | {"text": text} for text in (tokens(8), empty, tokens(8))]
         args = zip(batches, (1.0, 0.0, 0.0), strict=True)
         return [
-            stages.denoising_loss(p, p, {}, b, jax.random.key(5), nets, denoising("data", drop))
+            loss_of(stages.denoising_loss, p, p, {}, b, jax.random.key(5), nets, denoising("data", drop))
             for b, drop in args
         ]
 
@@ -200,7 +208,7 @@ def stepped(stage, batch, recipe=CAUSAL):
     """One update of a stage on one device."""
     recipe = replace(recipe, stage=stage)
     shardings = layout(stage_state(), FROZEN, {})
-    state = sharding.place(stage_state(), shardings[0])
+    state = place(stage_state(), shardings[0])
     return compile_step(stages.stage_step, NETS, recipe, shardings)(
         state, FROZEN, batch, jax.random.key(7), jnp.int32(0), None
     )
@@ -233,7 +241,8 @@ def test_a_stage_follows_the_gradient_of_its_loss_and_moves_every_parameter_and_
 def test_teacher_forcing_says_nothing_about_pure_noise():
     """Where all levels are 1 the weight is 0."""
     recipe = replace(CAUSAL, stage="teacher_forcing", view=replace(CAUSAL.view, lowest=1.0, highest=1.0))
-    loss = jax.jit(lambda p: stages.teacher_forcing_loss(p, EMA, FROZEN, stage_batch(), KEY, NETS, recipe))
+    args = (EMA, FROZEN, stage_batch(), KEY, NETS, recipe)
+    loss = jax.jit(lambda p: loss_of(stages.teacher_forcing_loss, p, *args))
     assert abs(loss(STUDENT)) < 1e-6
 
 
@@ -243,7 +252,7 @@ def test_teacher_forcing_says_nothing_about_pure_noise():
 def consistency(params, ema, guidance):
     ode = replace(CAUSAL.ode, updates=1, guidance=guidance)
     recipe = replace(CAUSAL, stage="consistency", ode=ode, schedule=replace(CAUSAL.schedule, train_updates=1))
-    return stages.consistency_loss(params, ema, FROZEN, stage_batch(), KEY, NETS, recipe)
+    return loss_of(stages.consistency_loss, params, ema, FROZEN, stage_batch(), KEY, NETS, recipe)
 
 
 @pytest.mark.slow

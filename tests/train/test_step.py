@@ -20,11 +20,13 @@ from salt_jax.models.presets import PRESETS, Compute
 from salt_jax.models.wan import init_wan
 from salt_jax.rollout.plan import Choice, draw_plan
 from salt_jax.train import sharding, step
+from salt_jax.train.begin import draw_noise
 from salt_jax.train.loop import Run, iterate, stop_if_stuck, summarize
 from salt_jax.train.optimizer import make_optimizer
 from salt_jax.train.recipe import read_recipe
 from salt_jax.train.state import apply_gradients, init_learner, init_state
 from salt_jax.train.step import Networks, compile_step, critic_step, student_step
+from tests.placing import place
 
 RECIPE = read_recipe(base.get_config())
 # eps: a gradient of almost zero would turn the rounding of a sharded sum into a whole step of Adam.
@@ -210,7 +212,8 @@ def papers_student_loss(params, critic, teacher, batch, key, recipe, weight, sto
 def test_the_students_gradient_is_the_papers(stop):
     recipe = replace(RECIPE, loss=replace(RECIPE.loss, self_consistency=100.0, stop_gradient=stop))
     params, critic, batch, key = toy_params(0), toy_params(1), batch_of(0), jax.random.key(11)
-    ours = lambda p: step.student_loss(p, critic, FROZEN, batch, key, None, None, TOY, recipe, BOTH)
+    noise = draw_noise(key, batch, recipe)
+    ours = lambda p: step.student_loss(p, critic, FROZEN, batch, noise, None, None, TOY, recipe, BOTH)
     papers = lambda p: papers_student_loss(p, critic, TEACHER, batch, key, recipe, 100.0, stop)
     found, (metrics, _) = jax.jit(jax.grad(ours, has_aux=True))(params)
     wanted, eq_8 = jax.jit(jax.grad(papers, has_aux=True))(params)
@@ -238,7 +241,8 @@ def test_without_its_weight_self_consistency_is_neither_computed_nor_reported():
         return toy(*args)
 
     nets = networks(counted)
-    ours = lambda p: step.student_loss(p, critic, FROZEN, batch, key, None, None, nets, recipe, DMD)
+    noise = draw_noise(key, batch, recipe)
+    ours = lambda p: step.student_loss(p, critic, FROZEN, batch, noise, None, None, nets, recipe, DMD)
     found, (metrics, _) = jax.jit(jax.grad(ours, has_aux=True))(params)
     papers = lambda p: papers_student_loss(p, critic, TEACHER, batch, key, recipe, 0.0, "none")[0]
     close(found, jax.jit(jax.grad(papers))(params))
@@ -255,7 +259,8 @@ def test_the_critics_gradient_is_flow_matching_on_the_students_video():
         x_t = (1 - t) * x0 + t * fresh
         return ((velocity(p, x_t, t, batch["text"]) - (fresh - x0)) ** 2).mean()
 
-    ours = lambda p: step.critic_loss(p, student, batch, key, None, None, TOY, RECIPE)[0]
+    noise = draw_noise(key, batch, RECIPE)
+    ours = lambda p: step.critic_loss(p, student, batch, noise, None, None, TOY, RECIPE)[0]
     wanted = jax.jit(jax.value_and_grad(papers))(params)
     close(jax.jit(jax.value_and_grad(ours))(params), wanted)
 
@@ -284,7 +289,8 @@ def test_one_bad_example_skips_the_update_bit_for_bit_and_a_good_batch_goes_on(w
 def test_the_gap_is_the_mean_distance_of_critic_and_teacher():
     """What DMD is about, in the clips' own units: it falls as the student gets better, unlike the loss."""
     params, critic, batch, key = toy_params(0), toy_params(1), batch_of(0), jax.random.key(11)
-    _, (metrics, _) = step.student_loss(params, critic, FROZEN, batch, key, None, None, TOY, RECIPE, BOTH)
+    given = draw_noise(key, batch, RECIPE)
+    _, (metrics, _) = step.student_loss(params, critic, FROZEN, batch, given, None, None, TOY, RECIPE, BOTH)
     (s, _, _, noise), (t, fresh) = draws(key, batch, RECIPE)
     x_s = (1 - s) * batch["video"] + s * noise
     x0 = x_s - s * velocity(params, x_s, s, batch["text"])
@@ -302,13 +308,13 @@ def test_nothing_recompiles_and_nothing_is_transferred_unasked_over_iterations()
     )
     run = Run(
         RECIPE,
-        sharding.place(FROZEN, shardings[1]),
+        place(FROZEN, shardings[1]),
         steps,
         RECIPE.critic_updates,
         jax.device_put(jax.random.key(1), shardings[3]),
-        iter([sharding.place(batch_of(i), shardings[2]) for i in range(12)]),
+        iter([place(batch_of(i), shardings[2]) for i in range(12)]),
     )
-    state = sharding.place(toy_state(), shardings[0])
+    state = place(toy_state(), shardings[0])
     for i in range(4):
         with jax.transfer_guard("disallow"):
             state, metrics = iterate(state, run, i)
@@ -358,12 +364,10 @@ def on_mesh(which, nets, make, frozen, batch, sizes):
     shardings = layout(make(), frozen, sizes)
     fresh = lambda: compile_step(which, nets, RECIPE, shardings, choice=choice_of(which))
     jitted = compiled(which) if nets is TOY and not sizes else fresh()
-    state, placed = sharding.place(make(), shardings[0]), sharding.place(batch, shardings[2])
-    frozen, key = sharding.place(frozen, shardings[1]), sharding.place(jax.random.key(7), shardings[3])
+    state, placed = place(make(), shardings[0]), place(batch, shardings[2])
+    frozen, key = place(frozen, shardings[1]), place(jax.random.key(7), shardings[3])
     for index in range(2):
-        state, metrics = jitted(
-            state, frozen, placed, key, sharding.place(np.int32(index), shardings[3]), None
-        )
+        state, metrics = jitted(state, frozen, placed, key, place(np.int32(index), shardings[3]), None)
     for x, where in zip(jax.tree.leaves(state), jax.tree.leaves(shardings[0]), strict=True):
         assert x.sharding.is_equivalent_to(where, x.ndim)
     local = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
