@@ -55,7 +55,7 @@ def lowered(devices: list[Any]) -> Iterator[dict[str, Any]]:
         recipe = read_recipe(config)
         mesh = make_mesh(dataclasses.asdict(recipe.mesh), devices)
         for part in ("student", "critic"):
-            made = programs(recipe, part, "bfloat16")
+            made = programs(recipe, part)
             for name in covering(made):
                 told = None
                 try:
@@ -80,7 +80,7 @@ def compiled(devices: list[Any], memory: int | None) -> Iterator[dict[str, Any]]
     recipe = shallow(len(devices))
     mesh = make_mesh(dataclasses.asdict(recipe.mesh), devices)
     for part in ("critic", "teacher"):
-        for name, make in programs(recipe, part, "bfloat16").items():
+        for name, make in programs(recipe, part).items():
             row = compile_program(make(mesh), devices[0].platform, memory, Path())
             yield {"program": name, **row}
 
@@ -131,7 +131,7 @@ def check_compiled(rows: list[dict[str, Any]], devices: int, kernel: str) -> Non
     assert (critic["program"], teacher["program"]) == ("critic step", "teacher forward")
     with mock.patch.dict(PRESETS):
         recipe = shallow(devices)
-        rows_kept = kept(recipe, dict(data=1, fsdp=devices, context=1, tensor=1), "bfloat16")
+        rows_kept = kept(recipe, dict(data=1, fsdp=devices, context=1, tensor=1))
     state = sum(row.device for row in rows_kept if row.name not in ("teacher", "base"))
     clip = 4 * (math.prod(recipe.clip_shape) + recipe.wan.text_length * recipe.wan.text_dim)
     assert critic["argument_bytes"] == pytest.approx(state + clip, rel=0.03)  # a TPU pads small arrays

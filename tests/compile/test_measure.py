@@ -79,7 +79,7 @@ def test_what_a_tpu_refuses_is_one_sentence(told, tmp_path):
 
 
 def names(config, part):
-    return set(programs(read_recipe(config), part, "bfloat16"))
+    return set(programs(read_recipe(config), part))
 
 
 def test_a_recipe_has_the_programs_that_its_run_needs():
@@ -104,6 +104,6 @@ def test_programs_of_small_runs_lower(config):
     recipe = read_recipe(config.get_config())
     mesh = make_mesh(dict(data=2, fsdp=4, context=1, tensor=1))
     for part in PARTS:
-        for make in programs(recipe, part, "float32").values():
+        for make in programs(recipe, part).values():
             program = make(mesh)
             assert program.jitted.lower(*program.args).as_text()
