@@ -1,5 +1,7 @@
 """The flags of launch.compile. No jax in here: a wrong one is told at once."""
 
+from pathlib import Path
+
 from absl import flags
 from ml_collections import config_flags
 
@@ -19,10 +21,12 @@ def read_flags() -> tuple[Target, list[str]]:
     """The target, and the parts of a run to compile.
 
     Raises:
-      UserError: there is no such machine or part.
+      UserError: there is no such machine or part, or no folder for the file.
     """
     what = WHAT.value
     if not what or set(what) - {*PARTS, "all"}:
         raise UserError(f"--what={','.join(what)} must name some of {', '.join(PARTS)}, or all")
+    if JSON.value and not Path(JSON.value).absolute().parent.is_dir():
+        raise UserError(f"--json={JSON.value}: there is no folder {Path(JSON.value).parent}; make it")
     target = read_target(TARGET.value)
     return target, [part for part in PARTS if part in what or "all" in what]

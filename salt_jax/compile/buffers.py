@@ -1,17 +1,22 @@
-"""What fills a device when a program needs the most, from the files that XLA writes with --xla_dump_to.
+"""What fills a device, from the files that XLA writes with --xla_dump_to.
 
-They are there too when a TPU's compiler has refused the program. Workspaces of libraries are not among them.
+They are there too when a TPU's compiler has refused the program.
 """
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-SIZE = r"\{([\d,]*)\}: (\d+) bytes"
+ALLOCATION = re.compile(r"allocation (\d+): size \d+(, color [1-9])?")
+VALUE = re.compile(
+    r" value: <\d+ ([^\s{]+)\S*(?: \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (\(?\w+\[[\d,]*\])"
+)
+SOURCE = re.compile(r' +(?:ROOT )?%?(\S+) = .*?op_name="([^"]*)"')
 
 
 class Buffer(NamedTuple):
-    """One array at the peak."""
+    """One array in the memory of a device."""
 
     shape: str  # "bf16[30,21,1560,1536]"
     bytes: int
@@ -28,32 +33,51 @@ def dump_flags(folder: Path) -> str:
 
 
 def largest(folder: Path, count: int) -> list[Buffer]:
-    """The largest arrays that live at the peak of the largest program in the folder, largest first; maybe none."""
-    ranges = max(folder.glob("*live-range.txt"), key=lambda file: file.stat().st_size, default=None)
-    if ranges is None:
+    """The largest arrays of the largest program in the folder, largest first; maybe none.
+
+    Arrays take turns in one place: of those that overlap the largest stands for all.
+    """
+    files = folder.glob("*buffer-assignment.txt")
+    file = max(files, key=lambda file: file.stat().st_size, default=None)
+    if file is None:
         return []
-    peak = ranges.read_text().partition("(peak):\n")[2].partition("Stack trace")[0]
-    found: list[tuple[str, str, str]] = re.findall(rf"^ +(\S+?){SIZE}", peak, re.MULTILINE)[:count]
-    stem = ranges.name.removesuffix("-live-range.txt")
-    shapes = _shapes(folder / f"{stem}-buffer-assignment.txt")
-    sources = _sources(folder / f"{stem}.txt", {name for name, _, _ in found})
-    key = lambda name, index: f"{name}{{{index}}}" if index else name
+    found: dict[tuple[int, int, int], dict[str, str]] = {}
+    for where, name, shape in _values(file):
+        found.setdefault(where, {})[name] = shape
+    chosen: list[tuple[int, int, int]] = []
+    for size, place, offset in sorted(found, reverse=True):
+        if not any(place == p and offset < o + s and o < offset + size for s, p, o in chosen):
+            chosen.append((size, place, offset))
+        if len(chosen) == count:
+            break
+    names = {name for where in chosen for name in found[where]}
+    sources = _sources(file.with_name(file.name.replace("-buffer-assignment", "")), names)
+    # Loops hand arrays on under names that say nothing.
+    telling = [next((n for n in found[where] if n in sources), next(iter(found[where]))) for where in chosen]
     return [
-        Buffer(shapes.get(key(name, index), "?"), int(size), sources.get(name, name))
-        for name, index, size in found
+        Buffer(found[where][name], where[0], sources.get(name, name))
+        for where, name in zip(chosen, telling, strict=True)
     ]
 
 
-def _shapes(file: Path) -> dict[str, str]:
-    """Of all values, such as {"fusion.3{1}": "f32[8,4]"}."""
-    return dict(re.findall(r"value: <\d+ (\S+)(?: \(phi\))? @\d+> \([^)]*\): (\w+\[[\d,]*\])", _text(file)))
+def _values(file: Path) -> Iterator[tuple[tuple[int, int, int], str, str]]:
+    """(Size, allocation, offset in it), instruction and shape of every array in the device's main memory."""
+    place = None  # an allocation; None in another memory, which a TPU has on the chip
+    with file.open() as lines:
+        for line in lines:
+            if match := ALLOCATION.match(line):
+                place = None if match[2] else int(match[1])
+            elif place is not None and (match := VALUE.match(line)):
+                yield (int(match[2]), place, int(match[3])), match[1], match[4].lstrip("(")
 
 
 def _sources(file: Path, names: set[str]) -> dict[str, str]:
     """What the named instructions come from: paths in the program that was traced, or arguments."""
-    rows = re.findall(r'^ +(?:ROOT )?%?(\S+) = .*?op_name="([^"]*)"', _text(file), re.MULTILINE)
-    return {name: source.replace("\\'", "'") for name, source in rows if name in names}
-
-
-def _text(file: Path) -> str:
-    return file.read_text() if file.exists() else ""
+    found = {}
+    if file.exists():
+        with file.open() as lines:
+            for line in lines:
+                match = SOURCE.match(line)
+                if match and match[1] in names:
+                    found[match[1]] = match[2].replace("\\'", "'")
+    return found

@@ -69,7 +69,7 @@ def compile_program(program: Program, platform: str, memory: int | None, dump: P
     row["share"] = memory and row["peak_bytes"] / memory
     limit = memory and (GPU_SHARE if platform == "gpu" else 1.0) * memory
     if limit and row["peak_bytes"] > limit:
-        row["problem"] = f"does not fit: {gib(row['peak_bytes'])} at its peak, {gib(limit)} are there"
+        row["problem"] = f"does not fit: {gib(row['peak_bytes'])} at its peak, {gib(limit)} may be filled"
     return row
 
 
@@ -103,7 +103,7 @@ def refusal(error: Exception, dump: Path) -> dict[str, Any]:
         "share": needed / there,
         "largest": buffers,
     }
-    return row | {"problem": f"does not fit: {gib(needed)} at its peak, {gib(there)} are there"}
+    return row | {"problem": f"does not fit: {gib(needed)} at its peak, {gib(there)} may be filled"}
 
 
 def one_line(error: Exception) -> str:

@@ -133,20 +133,16 @@ def test_a_program_sends_what_it_was_written_to_send(tmp_path):
     }
 
 
-RANGES = """HloLiveRange (max 9):
-    fusion.1{1}:0-9
-  Live ranges at 4 (peak):
-    fusion.1{1}: 4096 bytes (cumulative: 4096 bytes)
-    copy.2{}: 512 bytes (cumulative: 4608 bytes)
-    param.3{}: 4 bytes (cumulative: 4612 bytes)
-  Stack trace breakdown for peak usage: 4 612 bytes
-    main (100.0%, total: 9999 bytes)
-"""
 VALUES = """BufferAssignment:
-allocation 0: size 9, preallocated-temp:
- value: <1 fusion.1{0} @0> (size=8,offset=0): f32[2]{0}
- value: <2 fusion.1{1} @0> (size=4096,offset=8): bf16[4,512]{1,0:T(8,128)(2,1)}
- value: <3 copy.2 (phi) @0> (size=512,offset=0): f32[128]{0}
+allocation 0: size 4200, page 0, preallocated-temp:
+ value: <0 wide.param.3{1} @0> (size=8,offset=4096): f32[2]{0}
+ value: <1 fusion.1{0} @0> (size=8,offset=4096): f32[2]{0}
+ value: <2 fusion.1{1} @0> (size=4096,offset=0): bf16[4,512]{1,0:T(8,128)(2,1)}
+ value: <3 while.3{1} (phi) @0> (size=2048,offset=0): f32[512]{0}
+allocation 1: size 512, page 0, parameter 3, shape |f32[128]| at ShapeIndex {}:
+ value: <4 copy.2 (phi) @0> (size=512,offset=0): f32[128]{0}
+allocation 2: size 8192, color 1, page 0, preallocated-temp:
+ value: <5 vector @0> (size=8192,offset=0): f32[2048]{0}
 """
 MODULE = """ENTRY %main {
   %fusion.1 = (f32[2], bf16[4,512]) fusion(%p), metadata={op_name="jit(run)/a/b/Block/ffn/dot" stack_frame_id=1}
@@ -156,12 +152,13 @@ MODULE = """ENTRY %main {
 
 
 def test_the_largest_buffers_are_named(tmp_path):
-    small = "m.small-live-range.txt"
-    (tmp_path / small).write_text("HloLiveRange")
-    for end, text in (("-live-range", RANGES), ("-buffer-assignment", VALUES), ("", MODULE)):
+    """What lies in the place of a larger one is not told, nor what lies in another memory."""
+    (tmp_path / "m.small-buffer-assignment.txt").write_text("BufferAssignment:")
+    for end, text in (("-buffer-assignment", VALUES), ("", MODULE)):
         (tmp_path / f"m.after_optimizations{end}.txt").write_text(text)
-    first, second = largest(tmp_path, 2)
+    first, second, third = largest(tmp_path, 4)
     assert first == ("bf16[4,512]", 4096, "jit(run)/a/b/Block/ffn/dot")
     assert second == ("f32[128]", 512, "batch['text']")
+    assert third == ("f32[2]", 8, "jit(run)/a/b/Block/ffn/dot")
     assert str(first) == "bf16[4,512] 0.00 GiB (b/Block/ffn/dot)"
     assert largest(tmp_path / "empty", 2) == []

@@ -54,7 +54,7 @@ def test_a_small_program_is_measured_and_a_device_may_be_too_small(tmp_path):
     )  # 0.9 of a GPU, all of a TPU
     assert fits("tpu", 1 << 40)
     told = compile_program(program, "gpu", 2**12, tmp_path)["problem"]
-    assert told == "does not fit: 0.00 GiB at its peak, 0.00 GiB are there"
+    assert told == "does not fit: 0.00 GiB at its peak, 0.00 GiB may be filled"
 
 
 def test_what_does_not_trace_is_told(tmp_path):
@@ -74,7 +74,7 @@ def test_what_does_not_trace_is_told(tmp_path):
 )
 def test_what_a_tpu_refuses_is_one_sentence(told, tmp_path):
     row = refusal(RuntimeError(told), tmp_path)
-    assert row["problem"] == "does not fit: 98.06 GiB at its peak, 95.73 GiB are there"
+    assert row["problem"] == "does not fit: 98.06 GiB at its peak, 95.73 GiB may be filled"
     assert row["peak_bytes"] == round(98.06 * 2**30) and row["share"] == pytest.approx(98.06 / 95.73)
 
 

@@ -111,12 +111,12 @@ def test_the_table_holds_what_was_found(capsys, tmp_path):
 
 def test_what_does_not_fit_is_named_with_what_stands_in_the_way(capsys):
     wrong = {"program": "student step", "peak_bytes": 98 * 2**30, "share": 1.02, "largest": ROW["largest"]}
-    wrong["problem"] = "does not fit: 98.00 GiB at its peak, 95.73 GiB are there"
+    wrong["problem"] = "does not fit: 98.00 GiB at its peak, 95.73 GiB may be filled"
     crash = {"program": "critic step", "problem": "does not compile: its process ended with signal 6: F12 no"}
     assert compiling.tell([wrong, ROW, crash], "tpu:v5p:2x2x4", None) == 1
     told = capsys.readouterr()
     assert told.err.splitlines() == [
-        "error: student step for tpu:v5p:2x2x4 does not fit: 98.00 GiB at its peak, 95.73 GiB are there; "
+        "error: student step for tpu:v5p:2x2x4 does not fit: 98.00 GiB at its peak, 95.73 GiB may be filled; "
         "largest: bf16[30,4] 5.00 GiB (x/y/z/dot)",
         "error: critic step for tpu:v5p:2x2x4 does not compile: its process ended with signal 6: F12 no",
     ]

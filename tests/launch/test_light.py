@@ -29,6 +29,7 @@ finally:
         ("convert_wan", ["--src=a", "--dst=b", "--step=3"], "--step"),
         ("compile", [WAN, "--target=tpu:v9:2x2"], "--target=tpu:v9:2x2 is no machine"),
         ("compile", [WAN, "--what=student,disc"], "--what=student,disc must name some of"),
+        ("compile", [WAN, "--json=/no/such/told.json"], "there is no folder /no/such"),
         ("compile", ["--config=configs/none.py"], "configs/none.py"),
         ("convert_wan", ["--src=a", "--dst=b", "--to=diffusers", "--lora=x"], "--lora"),
     ],
