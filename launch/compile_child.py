@@ -6,13 +6,17 @@ from pathlib import Path
 
 import jax
 from absl import flags
+from jax.sharding import Mesh
 
 from launch.cli import read_config, run_main
 from launch.compile_flags import CONFIG, read_flags
 from salt_jax.compile.measure import compile_program, devices_of, memory_of
 from salt_jax.compile.programs import programs
-from salt_jax.errors import UserError
-from salt_jax.train.recipe import read_recipe
+from salt_jax.models.attention import is_flash
+from salt_jax.train.contradictions import refuse_uneven
+from salt_jax.train.footprint import kept, passing
+from salt_jax.train.recipe import Recipe, read_recipe
+from salt_jax.train.setup import attention_kernel
 from salt_jax.train.sharding import make_mesh
 
 PROGRAM = flags.DEFINE_string("program", None, "its name", required=True)
@@ -25,16 +29,22 @@ def main(_):
     (target, (part,)), recipe = read_flags(), read_recipe(read_config(CONFIG))
     devices = devices_of(target)
     mesh = make_mesh(dataclasses.asdict(recipe.mesh), devices)
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if part in ("student", "critic", "teacher") and recipe.batch_size % ways:
-        raise UserError(
-            f"config.batch_size={recipe.batch_size} must be a multiple of mesh data x fsdp = {ways}"
-        )
+    if part in ("student", "critic", "teacher"):
+        refuse_uneven(recipe, mesh.shape["data"] * mesh.shape["fsdp"])
     program = programs(recipe, part)[PROGRAM.value](mesh)
     memory = memory_of(target, devices[0])
     row = compile_program(program, devices[0].platform, memory, Path(DUMP.value))
+    if part == "student":
+        row["plan_bytes"] = planned(recipe, mesh)
     row |= {"mesh": dict(mesh.shape), "batch_size": recipe.batch_size, "device": devices[0].device_kind}
     Path(RESULT.value).write_text(json.dumps(row))
+
+
+def planned(recipe: Recipe, mesh: Mesh) -> int:
+    """Bytes of a device by the model of launch.plan, to be held against those of the compiler."""
+    kernel = attention_kernel(recipe, recipe.wan, mesh.devices.flat[0].platform)
+    rows = kept(recipe, mesh.shape)
+    return sum(row.device for row in rows + passing(recipe, mesh.shape, is_flash(kernel), rows))
 
 
 if __name__ == "__main__":

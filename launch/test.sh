@@ -6,7 +6,8 @@
 #
 # The parity tests need torch, which salt_jax itself never imports. Its CPU build is installed where pip finds
 # one. Where pip finds only the build with several GB of CUDA, PARITY=1 asks for that; without it the parity
-# tests skip and say so. PYTHON=python3.12 chooses the interpreter that .venv is made with.
+# tests skip and say so. PYTHON=python3.12 chooses the interpreter that .venv is made with. COMPILE=1 fetches the
+# compilers for TPU (0.7 GB) and GPU (2.8 GB) where pip finds them; tests marked `compile` skip without.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/venv.sh
@@ -29,6 +30,15 @@ if ! up_to_date "$name" requirements.txt requirements-dev.txt; then
         python -m pip install -r requirements.txt -r <(grep -Ev '^(-r|torch==|peft==)' requirements-dev.txt)
     fi
     mark_installed "$name" requirements.txt requirements-dev.txt
+fi
+
+if [ -n "${COMPILE:-}" ] && ! up_to_date compile requirements-tpu.txt requirements-gpu-compile.txt; then
+    echo "== Installing the compilers for TPU and GPU (3.5 GB)"
+    if python -m pip install --no-deps -r requirements-tpu.txt -r requirements-gpu-compile.txt; then
+        mark_installed compile requirements-tpu.txt requirements-gpu-compile.txt
+    else
+        echo "== They cannot be had here: tests of programs for TPU and GPU will skip"
+    fi
 fi
 
 echo "== Lint"

@@ -12,7 +12,9 @@ import pytest
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "salt_jax" / "jax_tests"
 
-jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
+# Also of the programs that tests start: with the compilers for TPU installed, jax would look for one and say so.
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"
+jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")

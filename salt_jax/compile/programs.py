@@ -36,8 +36,7 @@ class Program(NamedTuple):
 def programs(recipe: Recipe, what: str) -> dict[str, Callable[[Mesh], Program]]:
     """Of one part of a run: name -> the program on a mesh. None where the recipe has no such part.
 
-    Args:
-      what: a name of `compile.parts.WHAT`.
+    `what`: "student", "critic", "teacher", "stream", "vae" or "text".
     """
     updates = partial(_updates, recipe)
     return {

@@ -2,6 +2,7 @@
 
     python -m tests.compile.described lower TARGET      student and critic programs of every Wan config
     python -m tests.compile.described compile TARGET    two programs of few layers
+    python -m tests.compile.described fill TARGET       one that just fits a v5p, and one that just does not
 
 Each line of stdout is a program: JSON with its name and what was found. Files of XLA go where XLA_FLAGS say.
 """
@@ -13,19 +14,23 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from configs import wan_t2v
 from salt_jax.compile.measure import compile_program, devices_of, one_line
-from salt_jax.compile.programs import programs
+from salt_jax.compile.programs import Program, programs
 from salt_jax.compile.surroundings import surroundings
 from salt_jax.compile.target import read_target
 from salt_jax.errors import UserError
 from salt_jax.models.presets import PRESETS
+from salt_jax.train import sharding
 from salt_jax.train.footprint import kept
 from salt_jax.train.recipe import Recipe, read_recipe
 from salt_jax.train.sharding import make_mesh
@@ -80,6 +85,28 @@ def compiled(devices: list[Any], memory: int | None) -> Iterator[dict[str, Any]]
             yield {"program": name, **row}
 
 
+def filling(devices: list[Any], memory: int | None) -> Iterator[dict[str, Any]]:
+    """A loop that keeps 8 bfloat16 arrays, four float32 ones beside: 7 GiB for each 2**18 rows a device."""
+    mesh = make_mesh(dict(data=1, fsdp=-1, context=1, tensor=1), devices)
+    spread = sharding.NamedSharding(mesh, sharding.P("fsdp"))
+
+    def loss(x, w):
+        body = jax.checkpoint(lambda h, w: (jnp.sin(h @ w) + h, None))
+        h = jax.lax.scan(body, x, w)[0]
+        return (h @ h.T).sum()
+
+    for times in (13, 14):
+        rows = len(devices) * times * 2**18
+        args = (
+            jax.ShapeDtypeStruct(shape, jnp.float32, sharding=spread)
+            for shape in ((rows, 1024), (8, 1024, 1024))
+        )
+        yield {
+            "times": times,
+            **compile_program(Program(jax.jit(jax.grad(loss, 1)), (*args,)), "tpu", memory, Path()),
+        }
+
+
 def run(what: str, target: str, cache: Path) -> list[dict[str, Any]]:
     """What a process of its own says. Skips where a part of the target's compiler is absent."""
     try:
@@ -118,5 +145,7 @@ def check_compiled(rows: list[dict[str, Any]], devices: int, kernel: str) -> Non
 if __name__ == "__main__":
     what, target = sys.argv[1], read_target(sys.argv[2])
     devices = devices_of(target)
-    for row in lowered(devices) if what == "lower" else compiled(devices, target.memory):
+    modes = {"lower": lowered, "compile": partial(compiled, memory=target.memory)}
+    modes["fill"] = partial(filling, memory=target.memory)
+    for row in modes[what](devices):
         print(json.dumps(row), flush=True)

@@ -150,7 +150,7 @@ def test_the_requirement_files_hold_what_is_asked_for():
     for packages, file in ((s.GPU_PACKAGES, "gpu-compile"), (s.TPU_PACKAGES, "tpu")):
         lines = (ROOT / f"requirements-{file}.txt").read_text().splitlines()
         named = {line.split("==")[0] for line in lines if line and not line.startswith("#")}
-        assert named == set(packages)
+        assert named - {"jax", "jaxlib"} == set(packages)
 
 
 def test_a_log_ends_with_its_reason():

@@ -192,3 +192,15 @@ def test_a_batch_is_spread_over_data_and_fsdp_and_examples_are_whole():
     placed = place({"video": video}, batch_sharding(mesh))["video"]
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3, 2, 2, 1)}
     np.testing.assert_array_equal(placed, video)
+
+
+def test_a_mesh_may_cut_an_axis_of_a_torus(monkeypatch):
+    """jax.make_mesh refuses 8 x 8 on a torus of 4 x 4 x 4."""
+
+    def refuse(*args, **kwargs):
+        raise NotImplementedError
+
+    monkeypatch.setattr(jax, "make_mesh", refuse)
+    mesh = make_mesh({"data": 2, "fsdp": -1, "context": 1, "tensor": 1})
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "context": 1, "tensor": 1}
+    assert mesh.devices.size == len(set(mesh.devices.flat)) == 8

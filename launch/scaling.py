@@ -1,0 +1,187 @@
+"""python -m launch.scaling [--dir=docs/scaling] [--only=TEXT]
+
+Compiles what docs/scaling.md has in its tables and is not in DIR yet, one file of launch.compile each, and writes the
+tables from the files. A row whose file is gone is made again. See launch/scaling.sh.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from launch.cli import run_main
+from salt_jax.compile.target import GIB, GPU_SHARE
+from salt_jax.errors import UserError
+
+DIR = flags.DEFINE_string("dir", "docs/scaling", "the files that the tables are made of")
+ONLY = flags.DEFINE_string("only", "", "compile rows with this in their name alone")
+DOCUMENT = Path("docs/scaling.md")
+MARK = "<!-- rows: launch/scaling.sh writes them -->"
+
+
+class Row(NamedTuple):
+    """One call of launch.compile."""
+
+    name: str  # of its file
+    config: str
+    target: str
+    clips: int | None  # in a batch; None: as the config says
+    most: float | None  # GiB that no program's peak may exceed; None: that it fits
+    options: tuple[str, ...] = ()
+
+    @property
+    def command(self) -> list[str]:
+        """Without its file."""
+        batch = [f"--config.batch_size={self.clips}"] if self.clips else []
+        config = f"--config=configs/{self.config}"
+        return ["python", "-m", "launch.compile", config, f"--target={self.target}", *batch, *self.options]
+
+
+STEPS = "--what=student,critic"
+# The mesh of the configs is for several hosts; here all devices share one copy of the parameters.
+SHARED = (STEPS, "--config.mesh.data=1", "--config.mesh.fsdp=-1")
+SALT = {
+    "self_forcing": "wan_causal_self_forcing.py:salt",
+    "causal_forcing": "wan_causal_forcing.py:salt",
+    "longlive": "wan_causal_longlive.py:salt",
+    "causvid": "wan_causal_causvid.py:salt",
+}
+STAGES = {
+    "teacher_forcing": "wan_causal_teacher_forcing.py:chunk",
+    "ode": "wan_causal_ode.py:chunk",
+    "consistency": "wan_causal_consistency.py:chunk",
+    "longlive_init": "wan_causal_longlive_init.py:salt",
+}
+MACHINES = {"8h100": ("gpu:h100:8", 8), "v5p_16": ("tpu:v5p:2x2x4", 16)}
+FIRST = {"h200": ("gpu:h200:1", 1), **MACHINES, "v6e_32": ("tpu:v6e:4x8", 32)}
+MOST = {"h200": 125.0, "8h100": 36.0}
+STREAM = ("--what=stream,vae", "--config.mesh.data=1", "--config.mesh.fsdp=-1")
+CHUNKS = "wan_causal_self_forcing.py:salt"
+CUT = (
+    STEPS,
+    "--config.mesh.data=1",
+    "--config.mesh.fsdp=16",
+    "--config.mesh.context=4",
+)  # 16 clips on 64 chips
+I2V = "wan_i2v.py:sc_dmd"
+ROWS = (
+    *(
+        Row(f"{name}_{machine}", SALT[name], target, devices, MOST.get(machine), SHARED)
+        for name in ("self_forcing", "causal_forcing")
+        for machine, (target, devices) in FIRST.items()
+    ),
+    *(
+        Row(f"{name}_{machine}", config, target, devices, None, SHARED)
+        for name, config in {"longlive": SALT["longlive"], "causvid": SALT["causvid"], **STAGES}.items()
+        for machine, (target, devices) in MACHINES.items()
+    ),
+    Row("t2v_h200", "wan_t2v.py:sc_dmd", "gpu:h200:1", 1, None, SHARED),
+    Row("t2v_8h100", "wan_t2v.py:sc_dmd", "gpu:h100:8", 8, None, SHARED),
+    Row("i2v_16h200", I2V, "gpu:h200:2x8", 16, None, SHARED),
+    Row("i2v_v5p_64", I2V, "tpu:v5p:4x4x4", 16, None, CUT),
+    Row("stream_h100", CHUNKS, "gpu:h100:1", None, 20.0, STREAM),
+    Row("stream_v6e", CHUNKS, "tpu:v6e:1x1", None, 20.0, STREAM),
+)  # fmt: skip
+
+
+def compile_row(row: Row, file: Path) -> None:
+    """Writes the row's file, also where programs do not fit.
+
+    Raises:
+      UserError: launch.compile could not begin.
+    """
+    print(f"== {row.name}", file=sys.stderr)
+    command = [sys.executable, *row.command[1:], f"--json={file}"]
+    done = subprocess.run(command)
+    if done.returncode not in (0, 1) or not file.exists():
+        raise UserError(f"{' '.join(command)} ended with {done.returncode}; see above")
+
+
+def lines(row: Row, told: dict[str, Any]) -> list[str]:
+    """One line of a table for each program."""
+    return [
+        f"| {row.config.removeprefix('wan_')} | {row.target} | {cells(row, program)} |"
+        for program in told["programs"]
+    ]
+
+
+def cells(row: Row, p: dict[str, Any]) -> str:
+    """What was found of a program, between bars."""
+    if "peak_bytes" not in p:
+        return f"{p['program']} | **{p['problem']}**" + " | " * 8
+    gib = lambda name: "-" if p.get(name) is None else f"{p[name] / GIB:.2f}"
+    limit = row.most or p["memory_bytes"] / GIB * (GPU_SHARE if row.target.startswith("gpu") else 1)
+    peak, most = p["peak_bytes"] / GIB, f"{limit:.1f}"
+    verdict = "yes" if peak <= limit and not p["problem"] else f"**no, by {peak - limit:.1f}**"
+    sent = sum(moved["bytes"] for moved in p.get("collectives", {}).values()) / GIB
+    seconds = f"{p['compile_seconds']:.0f}" if "compile_seconds" in p else "-"
+    numbers = [gib(f"{name}_bytes") for name in ("argument", "temporary", "peak")]
+    return " | ".join(
+        [
+            p["program"],
+            *numbers,
+            f"{p['share']:.0%}",
+            most,
+            verdict,
+            gib("plan_bytes"),
+            f"{sent:.2f}",
+            seconds,
+        ]
+    )
+
+
+HEAD = (
+    *("recipe", "target", "program", "arguments", "temporaries", "peak", "of device", "must"),
+    *("fits", "launch.plan", "sent", "compile s"),
+)
+
+
+def document(found: dict[Row, dict[str, Any]]) -> str:
+    """The tables, and under them how each row is made and what stands in the way of those that do not fit."""
+    table = [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
+    table += [line for row, told in found.items() for line in lines(row, told)]
+    absent = [row.name for row in ROWS if row not in found]
+    table += [f"\nNot compiled yet: {', '.join(absent)}."] if absent else []
+    table += ["\n| file | commit | command |", "|---|---|---|"]
+    table += [
+        f"| [{row.name}](scaling/{row.name}.json) | {told['commit']} | `{' '.join(row.command)}` |"
+        for row, told in found.items()
+    ]
+    for row, told in found.items():
+        for p in told["programs"]:
+            over = row.most and p.get("peak_bytes", 0) / GIB > row.most
+            if p["problem"] or over:
+                buffers = [
+                    f"{b['shape']} {b['bytes'] / GIB:.2f} GiB (`{b['source']}`)" for b in p.get("largest", ())
+                ]
+                table.append(
+                    f"\n- {row.name}, {p['program']}: {p['problem'] or 'over'}. {'; '.join(buffers)}"
+                )
+    return "\n".join(table)
+
+
+def main(_):
+    folder, found = Path(DIR.value), {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in ROWS:
+        file = folder / f"{row.name}.json"
+        if not file.exists() and ONLY.value in row.name:
+            compile_row(row, file)
+        if file.exists():
+            found[row] = json.loads(file.read_text())
+            DOCUMENT.write_text(with_tables(DOCUMENT.read_text(), document(found)))  # a row may take an hour
+
+
+def with_tables(text: str, tables: str) -> str:
+    """The document with other tables between its two marks. Raises UserError where it has not two."""
+    parts = text.split(MARK)
+    if len(parts) != 3:
+        raise UserError(f"{DOCUMENT} must have two lines {MARK}, between which the tables stand")
+    return f"{parts[0]}{MARK}\n{tables}\n{MARK}{parts[2]}"
+
+
+if __name__ == "__main__":
+    run_main(main)

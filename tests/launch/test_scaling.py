@@ -1,0 +1,61 @@
+"""The tables of docs/scaling.md from files of launch.compile."""
+
+import json
+
+import pytest
+
+from launch import scaling
+from salt_jax.compile.target import read_target
+from salt_jax.errors import UserError
+from tests.launch.test_compile import ROW
+from tests.test_configs import ROOT
+
+TOLD = {"commit": "abc1234", "programs": [ROW | {"memory_bytes": 94 * 2**30, "plan_bytes": 40 * 2**30}]}
+
+
+def test_rows_have_names_of_their_own_and_machines_that_exist():
+    assert len({row.name for row in scaling.ROWS}) == len(scaling.ROWS)
+    for row in scaling.ROWS:
+        assert (
+            read_target(row.target).devices >= 1 and (ROOT / "configs" / row.config.split(":")[0]).is_file()
+        )
+
+
+def test_a_program_is_a_line_that_says_whether_it_is_what_must_be():
+    row = next(row for row in scaling.ROWS if row.name == "self_forcing_8h100")
+    (line,) = scaling.lines(row, TOLD)
+    told = [cell.strip() for cell in line.strip("|").split("|")]
+    assert len(told) == len(scaling.HEAD)
+    assert told[2:] == [
+        *("student step", "4.00", "42.00", "47.00", "50%", "36.0", "**no, by 11.0**", "40.00", "3.00", "12"),
+    ]
+    tables = scaling.document({row: TOLD})
+    assert "- self_forcing_8h100, student step: over. bf16[30,4] 5.00 GiB (`jit(run)/x/y/z/dot`)" in tables
+    command = " ".join(row.command)
+    assert f"| [self_forcing_8h100](scaling/self_forcing_8h100.json) | abc1234 | `{command}` |" in tables
+    assert (
+        "--config=configs/wan_causal_self_forcing.py:salt --target=gpu:h100:8 --config.batch_size=8"
+        in command
+    )
+
+
+def test_what_did_not_compile_has_a_line_too():
+    broken = {"commit": "a", "programs": [{"program": "critic step", "problem": "does not compile: x"}]}
+    (line,) = scaling.lines(scaling.ROWS[0], broken)
+    assert line.count("|") == len(scaling.HEAD) + 1 and "**does not compile: x**" in line
+
+
+def test_tables_go_between_the_marks():
+    text = f"a\n{scaling.MARK}\nold\n{scaling.MARK}\nb\n"
+    once = scaling.with_tables(text, "| new |")
+    assert once == f"a\n{scaling.MARK}\n| new |\n{scaling.MARK}\nb\n" == scaling.with_tables(once, "| new |")
+    with pytest.raises(UserError, match="two lines"):
+        scaling.with_tables("a", "b")
+
+
+def test_the_document_says_what_its_files_say():
+    found = {row: ROOT / "docs" / "scaling" / f"{row.name}.json" for row in scaling.ROWS}
+    found = {row: json.loads(file.read_text()) for row, file in found.items() if file.exists()}
+    text = (ROOT / "docs" / "scaling.md").read_text()
+    assert text.count(scaling.MARK) == 2
+    assert not found or scaling.with_tables(text, scaling.document(found)) == text
