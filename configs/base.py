@@ -165,6 +165,8 @@ def get_config() -> Any:  # a ConfigDict; its attributes are not known to a type
     c.mesh = ml_collections.ConfigDict(
         dict(data=1, fsdp=-1, context=1, tensor=1)  # devices per axis; one -1 takes the rest
     )
+    # Whether moments and the averaged student wait in the host's memory, and come to the devices for their update alone
+    c.host_state = False
     c.log_every = 10  # student updates
     c.save_every = 20
     c.keep = 2  # checkpoints, the newest

@@ -139,7 +139,7 @@ def teacher_forward(recipe: Recipe, dtype: Any, runs: int) -> Result:
 def updates(recipe: Recipe, who: str, mesh: Mesh, runs: int) -> Iterator[Result]:
     """The student's or the critic's update, one result for each program of it, on the first draw that asks for it."""
     shapes = jax.eval_shape(lambda: fresh_state(recipe))
-    shardings = [sharding.state_shardings(mesh, tree) for tree in shapes]
+    shardings = [sharding.state_shardings(mesh, tree, recipe.host_state) for tree in shapes]
     over_batch, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     frozen = random_params(shapes[1], None, recipe.seed, shardings[1])
     null_text = jnp.zeros((1, recipe.wan.text_length, recipe.wan.text_dim))

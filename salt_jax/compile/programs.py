@@ -89,7 +89,7 @@ def _updates(recipe: Recipe, who: str) -> dict[str, Callable[[Mesh], Program]]:
 def _step(recipe: Recipe, mesh: Mesh, step: Callable, draw: Any, **static: Choice) -> Program:
     """One update. `draw` has values, of which only shapes matter."""
     shapes = jax.eval_shape(lambda: fresh_state(recipe))
-    shardings = [sharding.state_shardings(mesh, tree) for tree in shapes]
+    shardings = [sharding.state_shardings(mesh, tree, recipe.host_state) for tree in shapes]
     over_batch, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     null_text = jnp.zeros((1, recipe.wan.text_length, recipe.wan.text_dim))
     if recipe.stage == "distil":

@@ -26,6 +26,7 @@ MAY_CHANGE = {
     "data.dir",
     "model.attention",
     "model.remat",
+    "host_state",
 }
 MAY_CHANGE |= {"teacher.accept_student"}  # `train.roles` asks it of every start
 MAY_CHANGE |= {
@@ -44,6 +45,7 @@ SINCE = {
     "accumulate": 1,
     "teacher.dtype": "stored",
     "model.residual": "float32",
+    "host_state": False,
     "model.attention": "auto",
 }
 

@@ -6,6 +6,7 @@ own account of compiled updates is held against both in tests/train/test_footpri
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from salt_jax.train.cost import Pairs, chunk_pairs, going_on, image_tokens
 from salt_jax.train.optimizer import make_optimizer
 from salt_jax.train.recipe import Recipe
 from salt_jax.train.setup import empty_stream, make_network
-from salt_jax.train.sharding import partition_spec
+from salt_jax.train.sharding import WAITING, partition_spec
 from salt_jax.train.start import in_dtype
 from salt_jax.train.state import TrainState, init_learner, init_state
 
@@ -104,14 +105,16 @@ FROZEN = (("teacher", "teacher"), ("base", "base"), ("student's base", "student"
 
 
 def kept(recipe: Recipe, mesh: Mapping[str, int]) -> list[Held]:
-    """What stays in memory for the whole run. Counters, some bytes, are left out."""
+    """What stays in memory for the whole run. Of what waits with the host a device has none. Counters are left out."""
     rows = []
     for tree, kinds in zip(jax.eval_shape(lambda: fresh_state(recipe)), (KINDS, FROZEN), strict=True):
         leaves = tree_bytes(tree, mesh)
         for name, prefix in kinds:
             mine = [leaf for path, leaf in leaves.items() if f"{path}/".startswith(f"{prefix}/")]
             if mine:
-                rows.append(Held(name, *(sum(column) for column in list(zip(*mine, strict=True))[1:])))
+                held = Held(name, *(sum(column) for column in list(zip(*mine, strict=True))[1:]))
+                waits = recipe.host_state and re.search(WAITING, f"{prefix}/")
+                rows.append(held._replace(device=0) if waits else held)
     return rows
 
 
@@ -198,6 +201,9 @@ def passing(recipe: Recipe, mesh: Mapping[str, int], flash: bool, kept: Sequence
     held = [networks["student"]._replace(name="gradients"), *spread]
     if recipe.accumulate > 1:  # beside those of the micro-batch at work
         held.append(networks["student"]._replace(name="gradients summed"))
+    if recipe.host_state:  # fetched when activations are gone, in whose place they are
+        fetched = 2 * networks["student"].device - sum(row.device for row in spread)
+        held.append(Held("moments fetched", 0, max(0, fetched), max(0, fetched)))
     if recipe.lora.rank:  # student and critic with their adapters merged, and the gradient of one of them
         base = networks["base"]
         held.append(Held("merged networks", 3 * base.count, 3 * base.whole, 3 * base.device))

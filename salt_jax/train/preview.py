@@ -18,6 +18,7 @@ from salt_jax.rollout.causal import rollout
 from salt_jax.rollout.parallel import sample
 from salt_jax.train.recipe import Recipe
 from salt_jax.train.setup import Setup
+from salt_jax.train.state import fetched
 from salt_jax.types import Params
 from salt_jax.video import encode_gif, looks, visible_scale
 
@@ -45,6 +46,7 @@ def make_preview(
 
     @functools.partial(jax.jit, out_shardings=everywhere)
     def clips(ema, base):
+        ema = fetched(ema, recipe.host_state)
         if recipe.stage == "denoising":
             text = encode_text(ema["text_encoder"], given, recipe.text)
             return sample(network.denoise, ema["wan"], text, sigmas, solver, keys, shape)

@@ -191,6 +191,7 @@ class Recipe:
     critic_updates: int
     ema: Ema
     mesh: Mesh
+    host_state: bool
     log_every: int
     save_every: int
     keep: int

@@ -120,21 +120,22 @@ def setup(recipe: Recipe, mesh: Mesh) -> Setup:
     tokens = functools.partial(tokenize, recipe)
     network = make_network(recipe, mesh)
     student_tx = make_optimizer(recipe.student_optimizer, recipe.updates)
+    alone = lambda p: init_state(init_learner(p, student_tx), None)
+    first = functools.partial(first_state, mesh=mesh, host=recipe.host_state)
     kind = recipe.teacher.kind
     if recipe.stage == "denoising":
         as_text = lambda captions: np.stack([tokens(c) for c in captions])[..., None].astype(np.float32)
         frozen = {} if kind == "data" else {"teacher": closed_form(recipe, as_text)}
-        first = first_state(lambda p: init_state(init_learner(p, student_tx), None), (weights,), frozen, mesh)
-        return Setup(*first, frozen, Networks(network, network.denoise, closed_form_denoiser), tokens)
+        nets = Networks(network, network.denoise, closed_form_denoiser)
+        return Setup(*first(alone, (weights,), frozen), frozen, nets, tokens)
 
     table, null_text, records = read_texts(recipe, weights)
     base = weights["wan"]
     start = student_start(recipe, base, mesh)
     if recipe.stage != "distil":
         frozen = {"teacher": in_dtype(start, recipe.teacher.dtype), "null_text": null_text}
-        first = first_state(lambda p: init_state(init_learner(p, student_tx), None), (start,), frozen, mesh)
         nets = Networks(network, network.denoise, network.denoise)
-        return Setup(*first, frozen, nets, table.__getitem__, records)
+        return Setup(*first(alone, (start,), frozen), frozen, nets, table.__getitem__, records)
 
     if kind == "closed_form":
         encode = functools.partial(embed, recipe, weights["text_encoder"])
@@ -156,12 +157,16 @@ def setup(recipe: Recipe, mesh: Mesh) -> Setup:
         frozen["student"] = start
         keys = jax.random.split(jax.random.key(recipe.seed))
         starts = tuple(init_lora(k, p, recipe.lora.rank) for k, p in zip(keys, (start, base), strict=True))
-    first = first_state(make, starts, frozen, mesh)
-    return Setup(*first, frozen, make_networks(recipe, null_text, mesh), table.__getitem__, records)
+    nets = make_networks(recipe, null_text, mesh)
+    return Setup(*first(make, starts, frozen), frozen, nets, table.__getitem__, records)
 
 
 def first_state(
-    make: Callable[..., TrainState], starts: tuple[Params, ...], frozen: dict[str, Params], mesh: Mesh
+    make: Callable[..., TrainState],
+    starts: tuple[Params, ...],
+    frozen: dict[str, Params],
+    mesh: Mesh,
+    host: bool = False,
 ) -> tuple[TrainState, Callable[[], TrainState]]:
     """The form of the state before the first iteration, and what makes it on the mesh.
 
@@ -170,9 +175,10 @@ def first_state(
 
     Args:
       make: `starts` -> state.
+      host: as in `train.sharding.state_shardings`.
     """
     like = jax.eval_shape(make, *starts)
-    shardings = state_shardings(mesh, like)
+    shardings = state_shardings(mesh, like, host)
     stay = {id(x) for x in jax.tree.leaves(frozen)}
     free = [i for i, start in enumerate(starts) if stay.isdisjoint(map(id, jax.tree.leaves(start)))]
     fresh = jax.jit(make, out_shardings=shardings, donate_argnums=free)

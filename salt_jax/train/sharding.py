@@ -34,6 +34,8 @@ RULES = (
 # Videos under way are spread as the batch is; a KV cache has its layers in front.
 VIDEOS = ((r"(^|/)stream/cache/[kv]$", 1), (r"(^|/)stream/(cache/x0|text)$", 0))
 LARGE = r"(^|/)(kernel|embedding)$"  # any other matrix: its largest axis that divides, over fsdp
+WAITING = r"(^|/)(opt_state|ema)/"  # what only its own update reads
+HOST = "pinned_host"
 STACKED = r"(^|/)blocks/"  # axis 0 counts layers; a scan slices it, so it is never cut
 
 
@@ -91,12 +93,16 @@ def partition_spec(path: str, shape: tuple[int, ...], axis_sizes: Mapping[str, i
     return P(*(None,) * largest, "fsdp")
 
 
-def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:
-    """A sharding for every array of a tree: parameters, EMA, moments, or a whole TrainState (see `jax.eval_shape`)."""
+def state_shardings(mesh: Mesh, abstract_state: Any, host: bool = False) -> Any:
+    """A sharding for every array of a tree: parameters, EMA, moments, or a whole TrainState (see `jax.eval_shape`).
+
+    `host`: moments and EMA of a TrainState lie in the host's memory, cut alike; counters stay.
+    """
 
     def sharding(path: tuple, leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(mesh, partition_spec(name, leaf.shape, mesh.shape))
+        where = NamedSharding(mesh, partition_spec(name, leaf.shape, mesh.shape))
+        return where.with_memory_kind(HOST) if host and leaf.ndim and re.search(WAITING, name) else where
 
     return jax.tree_util.tree_map_with_path(sharding, abstract_state)
 

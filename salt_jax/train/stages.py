@@ -26,7 +26,7 @@ from salt_jax.models.text_encoder import encode_text
 from salt_jax.rollout.causal import teacher_forcing
 from salt_jax.train.begin import Batch, draw_view
 from salt_jax.train.recipe import Recipe
-from salt_jax.train.state import TrainState
+from salt_jax.train.state import TrainState, fetched
 from salt_jax.train.step import Frozen, Metrics, Networks, move_student
 from salt_jax.types import Params, PRNGKey
 
@@ -48,8 +48,10 @@ def stage_step(
         "consistency": consistency_loss,
     }[recipe.stage]
 
+    ema = fetched(state.ema, recipe.host_state)
+
     def named(params, batch, noise, stream):
-        value = loss(params, state.ema, frozen, batch, noise, nets, recipe)
+        value = loss(params, ema, frozen, batch, noise, nets, recipe)
         return value, ({recipe.stage: value}, None)
 
     return move_student(state, named, batch, draw_stage(key, batch, recipe), recipe)

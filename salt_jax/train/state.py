@@ -77,6 +77,17 @@ def apply_gradients(
     return Learner(params, opt_state, learner.skipped + missed, (learner.skipped_in_a_row + 1) * missed)
 
 
+def fetched(tree: Any, host: bool) -> Any:
+    """What waits in the host's memory, brought to the devices; `host` False: as it is."""
+    return jax.device_put(tree, jax.memory.Space.Device) if host else tree
+
+
+def put_back(tree: Any, host: bool) -> Any:
+    """The inverse; counters, which have no axes, stay."""
+    away = lambda x: jax.device_put(x, jax.memory.Space.Host) if x.ndim else x
+    return jax.tree.map(away, tree) if host else tree
+
+
 def update_ema(
     ema: Params, params: Params, decay: float | Float[Array, ""], step: int | Int[Array, ""], start: int
 ) -> Params:

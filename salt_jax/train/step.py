@@ -28,7 +28,7 @@ from salt_jax.train.accumulate import mean_gradient
 from salt_jax.train.begin import Batch, Noise, begin, draw_noise
 from salt_jax.train.optimizer import make_optimizer
 from salt_jax.train.recipe import Recipe
-from salt_jax.train.state import Stream, TrainState, apply_gradients, update_ema
+from salt_jax.train.state import Learner, Stream, TrainState, apply_gradients, fetched, put_back, update_ema
 from salt_jax.types import Denoiser, Params, PRNGKey
 
 Metrics = dict[str, jax.Array]
@@ -164,10 +164,17 @@ def critic_step(
     parts = batch, draw_noise(key, batch, recipe), state.stream
     (_, (metrics, stream)), grads = mean_gradient(loss, state.critic.params, *parts, recipe.accumulate)
     tx = make_optimizer(recipe.critic_optimizer, recipe.updates * recipe.critic_updates)
-    critic = apply_gradients(state.critic, grads, metrics["critic"], tx)
+    critic = apply_at(state.critic, grads, metrics["critic"], tx, recipe)
     metrics |= {"critic_grad_norm": optax.tree.norm(grads), "critic_skipped": critic.skipped}
     metrics |= {"critic_skipped_in_a_row": critic.skipped_in_a_row}
     return replace(state, critic=critic, stream=stream), metrics
+
+
+def apply_at(learner: Learner, grads: Params, loss: jax.Array, tx: Any, recipe: Recipe) -> Learner:
+    """`apply_gradients` with moments that may wait in the host's memory."""
+    learner = replace(learner, opt_state=fetched(learner.opt_state, recipe.host_state))
+    learner = apply_gradients(learner, grads, loss, tx)
+    return replace(learner, opt_state=put_back(learner.opt_state, recipe.host_state))
 
 
 def go_on(
@@ -198,8 +205,10 @@ def move_student(
     parts = batch, noise, state.stream
     (value, (metrics, stream)), grads = mean_gradient(loss, state.student.params, *parts, recipe.accumulate)
     tx = make_optimizer(recipe.student_optimizer, recipe.updates)
-    student = apply_gradients(state.student, grads, value, tx)
-    ema = update_ema(state.ema, student.params, recipe.ema.decay, state.step, recipe.ema.start)
+    student = apply_at(state.student, grads, value, tx, recipe)
+    ema = fetched(state.ema, recipe.host_state)
+    ema = update_ema(ema, student.params, recipe.ema.decay, state.step, recipe.ema.start)
+    ema = put_back(ema, recipe.host_state)
     metrics |= {"student_grad_norm": optax.tree.norm(grads), "student_skipped": student.skipped}
     metrics |= {"student_skipped_in_a_row": student.skipped_in_a_row}
     return replace(state, step=state.step + 1, student=student, ema=ema, stream=stream), metrics

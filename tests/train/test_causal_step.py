@@ -26,7 +26,6 @@ from salt_jax.models.presets import PRESETS, Compute, WanConfig
 from salt_jax.models.wan import init_wan
 from salt_jax.rollout.causal import diffusion_forcing, recache, replay, rollout, sight_of
 from salt_jax.rollout.plan import Choice, draw_chunk_plan, draw_rollout
-from salt_jax.train import sharding
 from salt_jax.train.loop import Run, decide, iterate
 from salt_jax.train.recipe import Lora, read_recipe
 from salt_jax.train.setup import empty_stream
@@ -394,7 +393,6 @@ def test_every_choice_is_one_program_that_serves_all_numbers_of_updates_and_all_
     choices = {("student", choice) for choice in (PLAIN, CONSISTENT, ALIGNED)} | {("critic", PLAIN)}
     programs = {(who, choice): compiled(which[who], choice) for who, choice in choices}
     states, frozen, over_batch, everywhere = layout(causal_state(), FROZEN, {})
-    place = sharding.place
     feed = iter([place(batch_of(i % 3), over_batch) for i in range(100)])
     run = Run(RECIPE, place(FROZEN, frozen), watched, 2, place(jax.random.key(7), everywhere), feed)
     state = place(causal_state(), states)
@@ -641,7 +639,7 @@ def test_full_size_rollouts_trace(which, choice, window):
         align=replace(RECIPE.align, layers=18),
         stream=replace(RECIPE.stream, max_frames=240 if window else 0, overlap=3),
     )
-    network, null = wan_network(config, Compute(jnp.bfloat16, True), 21, 3), jnp.zeros((1, 512, 4096))
+    network, null = wan_network(config, Compute(jnp.bfloat16, "all"), 21, 3), jnp.zeros((1, 512, 4096))
     nets = Networks(network, network.denoise, guided(network.denoise, null, 4.0))
     params = jax.eval_shape(lambda: init_wan(jax.random.key(0), config))
     make = lambda p: replace(learners(recipe, p, p), stream=empty_stream(recipe, network, null))

@@ -147,6 +147,16 @@ def test_a_batch_that_does_not_spread_is_refused():
         rows(recipe(wan_causal_self_forcing), ONE | {"data": 3})
 
 
+def test_what_waits_with_the_host_is_on_no_device():
+    make = lambda host: rows(recipe(wan_causal_self_forcing, host_state=host), ONE | {"fsdp": 8})
+    here, there = make(False), make(True)
+    for name in ("student optimizer", "critic optimizer", "average of the student"):
+        assert there[name].device == 0 < here[name].device and there[name].whole == here[name].whole
+    assert (
+        there["student"] == here["student"] and there["moments fetched"].device == 0
+    )  # activations are more
+
+
 def test_in_portions_activations_are_those_of_one_and_gradients_are_summed():
     make = lambda count: rows(recipe(wan_causal_self_forcing, accumulate=count), ONE | {"fsdp": 8})
     whole, eighth = make(1), make(8)

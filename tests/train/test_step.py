@@ -418,7 +418,7 @@ def test_eight_devices_do_what_one_does_with_wan(which):
 def test_full_size_steps_trace(which, preset):
     """480p for five seconds, bfloat16 with recomputation: shapes and types agree and masters stay float32."""
     config = PRESETS[preset]
-    net = wan_network(config, Compute(jnp.bfloat16, True), 21, 3)
+    net = wan_network(config, Compute(jnp.bfloat16, "all"), 21, 3)
     nets = Networks(net, net.denoise, guided(net.denoise, jnp.zeros((1, 512, 4096)), 4.0))
     params = jax.eval_shape(lambda: init_wan(jax.random.key(0), config))
     state = jax.eval_shape(lambda p: learners(RECIPE, p, p), params)
