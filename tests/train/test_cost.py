@@ -11,6 +11,7 @@ import pytest
 
 from configs import wan_causal_longlive, wan_causal_self_forcing, wan_t2v
 from salt_jax.models import vae
+from salt_jax.models.attention import choose_kernel, is_flash
 from salt_jax.models.kv_cache import CachePolicy
 from salt_jax.models.presets import PRESETS, Compute, Remat
 from salt_jax.models.wan import apply_wan, init_wan
@@ -233,7 +234,10 @@ def test_the_mean_is_that_of_many_draws(config, variant):
 
 
 # Whole updates against their traces. A trace shows what XLA's attention multiplies: in a rollout all slots of the
-# cache, filled or not. So the count of the rollouts is replaced by that, and nothing else.
+# cache, filled or not. So the count of the rollouts is replaced by that, and nothing else. The attention of a CPU makes
+# its scores again for a gradient, as flash kernels do.
+
+FLASH = is_flash(choose_kernel("cpu", jnp.bfloat16, 128))
 
 
 def short(config, variant="plain", **changes):
@@ -279,7 +283,7 @@ def test_updates_with_rollouts_cost_what_their_traces_multiply(who, kind):
     draws = (decide(r, r.updates, call) for call in range(300))
     draw = next(d for c, d in draws if c == choice)
     mix = mix_of(r, choice, draw)
-    parts = count(r, mix, False)
+    parts = count(r, mix, FLASH)
     rollouts = sum(f for name, f in parts.items() if name.endswith("rollout"))
     # One number stands for all loops of a trace: here both rollouts go round as often as the first one.
     expected = sum(parts.values()) - rollouts + (1 + choice.alignment) * dense(r, mix.rest)
@@ -293,8 +297,8 @@ def test_updates_with_rollouts_cost_what_their_traces_multiply(who, kind):
 @pytest.mark.parametrize("stage", ["teacher_forcing", "ode_regression", "consistency"])
 def test_stages_cost_what_their_traces_multiply(stage):
     r = short(wan_causal_self_forcing, stage=stage)
-    expected = sum(student_flops(r, mean_mix(r), False).values())
-    assert critic_flops(r, mean_mix(r), False) == {}
+    expected = sum(student_flops(r, mean_mix(r), FLASH).values())
+    assert critic_flops(r, mean_mix(r), FLASH) == {}
     assert trace(r, stage_step, None, None, 1) == pytest.approx(expected, rel=NEAR)
 
 
@@ -303,5 +307,5 @@ def test_stages_cost_what_their_traces_multiply(stage):
 def test_updates_on_noised_clips_cost_what_their_traces_multiply(variant):
     r, choice = short(wan_t2v, variant), Choice(variant == "sc_dmd")
     for step, count in ((student_step, student_flops), (critic_step, critic_flops)):
-        expected = sum(count(r, mean_mix(r), False).values())
+        expected = sum(count(r, mean_mix(r), FLASH).values())
         assert trace(r, step, choice, None, 1) == pytest.approx(expected, rel=NEAR)
