@@ -6,11 +6,7 @@ Student, critic and teacher are the config's, or all of --preset. On a CPU in a 
     python -m launch.bench --preset=wan2.1-t2v-tiny --frames=6 --height=4 --width=4 --vae=tiny --runs=2
 """
 
-import importlib.metadata
 import json
-import platform
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -21,7 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from launch.cli import read_config, run_main
+from launch.cli import made_with, read_config, run_main
 from launch.common import all_devices
 from salt_jax import bench
 from salt_jax.errors import UserError
@@ -100,16 +96,10 @@ def parts_of(recipe: Recipe, what: list[str]) -> dict[str, Callable[[], Iterable
 def surroundings() -> dict[str, Any]:
     """Hardware, versions and command."""
     device = jax.devices()[0]
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
     stats = device.memory_stats() or {}
-    return {
-        "command": ["python", "-m", "launch.bench", *sys.argv[1:]],
-        "commit": git.stdout.strip() or None,
+    return made_with("launch.bench", ("jax", "jaxlib", "flax", "optax")) | {
         "device": device.device_kind,
         "devices": jax.device_count(),
-        "host": f"{platform.machine()} {platform.system()}",
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
         # of the whole process, on one device; None: the backend does not say, see xla_bytes
         "peak_bytes": stats.get("peak_bytes_in_use"),
     }

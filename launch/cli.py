@@ -1,8 +1,11 @@
 """What all programs do with their command line. No jax in here: what is wrong with it is told at once."""
 
+import importlib.metadata
 import logging as std_logging
 import os
+import platform
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -23,6 +26,18 @@ def read_config(flag: flags.FlagHolder) -> Any:
         name = config_flags.get_config_filename(flags.FLAGS[flag.name])
         raise UserError(f"cannot load the config file {name}; check --{flag.name}") from error
     return config
+
+
+def made_with(module: str, packages: Collection[str]) -> dict[str, Any]:
+    """What a file of figures says of itself: command, commit, host, and versions of the packages that are installed."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    there = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
+    return {
+        "command": ["python", "-m", module, *sys.argv[1:]],
+        "commit": git.stdout.strip() or None,
+        "host": f"{platform.machine()} {platform.system()}",
+        "versions": {"python": platform.python_version()} | {p: there[p] for p in packages if p in there},
+    }
 
 
 def refuse_flags(mode: str, modes: Mapping[str, str], belongs: Mapping[str, Collection[str]]) -> None:

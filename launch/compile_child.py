@@ -12,11 +12,11 @@ from launch.cli import read_config, run_main
 from launch.compile_flags import CONFIG, read_flags
 from salt_jax.compile.measure import compile_program, devices_of, memory_of
 from salt_jax.compile.programs import programs
-from salt_jax.models.attention import is_flash
+from salt_jax.models.layout import platform_of
 from salt_jax.train.contradictions import refuse_uneven
 from salt_jax.train.footprint import kept, passing
 from salt_jax.train.recipe import Recipe, read_recipe
-from salt_jax.train.setup import attention_kernel
+from salt_jax.train.setup import runs_flash
 from salt_jax.train.sharding import make_mesh
 
 PROGRAM = flags.DEFINE_string("program", None, "its name", required=True)
@@ -42,9 +42,10 @@ def main(_):
 
 def planned(recipe: Recipe, mesh: Mesh) -> int:
     """Bytes of a device by the model of launch.plan, to be held against those of the compiler."""
-    kernel = attention_kernel(recipe, recipe.wan, mesh.devices.flat[0].platform)
     rows = kept(recipe, mesh.shape)
-    return sum(row.device for row in rows + passing(recipe, mesh.shape, is_flash(kernel), rows))
+    return sum(
+        r.device for r in rows + passing(recipe, mesh.shape, runs_flash(recipe, platform_of(mesh)), rows)
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """The programs of launch.compile one after another, each in a process of its own, and what is told of them."""
 
-import importlib.metadata
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -13,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from launch.cli import made_with
 from salt_jax.compile.buffers import Buffer, dump_flags
 from salt_jax.compile.programs import programs
 from salt_jax.compile.surroundings import last_line
@@ -119,24 +118,10 @@ def details(row: Mapping[str, Any]) -> list[str]:
 def tell(rows: list[dict[str, Any]], target: str, file: str | None) -> int:
     """Prints the table and what is wrong, writes all figures; the exit code."""
     print(show(rows))
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    told = {
-        "command": ["python", "-m", "launch.compile", *sys.argv[1:]],
-        "commit": git.stdout.strip() or None,
-        "target": target,
-        "host": f"{platform.machine()} {platform.system()}",
-        "versions": {"python": platform.python_version()} | versions(),
-        "programs": rows,
-    }
+    told = made_with("launch.compile", PACKAGES) | {"target": target, "programs": rows}
     if file:
         Path(file).write_text(json.dumps(told, indent=2))
     wrong = [row for row in rows if row["problem"]]
     for row in wrong:
         print(f"error: {sentence(row, target)}", file=sys.stderr)
     return 1 if wrong else 0
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that are installed of those that matter."""
-    found = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
-    return {name: found[name] for name in PACKAGES if name in found}

@@ -15,11 +15,10 @@ from ml_collections import config_flags
 
 from launch.cli import read_config, run_main
 from salt_jax.errors import UserError
-from salt_jax.models.attention import is_flash
 from salt_jax.train.cost import critic_flops, mean_mix, student_flops
 from salt_jax.train.footprint import kept, passing
 from salt_jax.train.recipe import Recipe, read_recipe
-from salt_jax.train.setup import attention_kernel
+from salt_jax.train.setup import runs_flash
 from salt_jax.train.sharding import AXES
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "which run; see configs/", lock_config=True)
@@ -32,7 +31,7 @@ MFU = flags.DEFINE_float(
     "mfu", 0.4, "share of it that is reached, recomputation counted as work", lower_bound=1e-3, upper_bound=1
 )
 FLASH = flags.DEFINE_bool(
-    "flash", None, "attention keeps no scores; default: where models.attention runs cuDNN on a GPU"
+    "flash", None, "attention keeps no scores; default: by config.model.attention, for a GPU"
 )
 JSON = flags.DEFINE_string("json", None, "a file to write the same numbers to")
 
@@ -118,7 +117,7 @@ def show(plan: dict[str, Any]) -> str:
 
 def main(_):
     recipe = read_recipe(read_config(CONFIG))
-    on_gpu = is_flash(attention_kernel(recipe, recipe.wan, "gpu"))
+    on_gpu = runs_flash(recipe, "gpu")
     flash = on_gpu if FLASH.value is None else FLASH.value
     numbers = (MEMORY.value * 1e9, FLOPS.value, MFU.value, flash)
     plan = make_plan(recipe, read_mesh(MESH.value), *numbers)

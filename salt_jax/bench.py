@@ -16,7 +16,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from salt_jax.flow.schedule import grid
-from salt_jax.models.attention import is_flash
 from salt_jax.models.latent_size import SPACE, TIME
 from salt_jax.models.layout import platform_of
 from salt_jax.models.text_encoder import encode_text, init_text_encoder
@@ -28,10 +27,11 @@ from salt_jax.train import cost, sharding
 from salt_jax.train.footprint import fresh_state
 from salt_jax.train.loop import decide
 from salt_jax.train.recipe import Recipe
-from salt_jax.train.setup import attention_kernel, make_network, make_networks
-from salt_jax.train.step import compile_step, critic_step, student_step
+from salt_jax.train.setup import make_network, make_networks, runs_flash
+from salt_jax.train.step import Networks, compile_step, critic_step, student_step
 from salt_jax.types import ImageText, Params, Told
 
+STEPS = {"student": student_step, "critic": critic_step}
 CALLS = 300  # of a run, among which the draws are found that are timed
 
 
@@ -138,24 +138,34 @@ def teacher_forward(recipe: Recipe, dtype: Any, runs: int) -> Result:
 
 def updates(recipe: Recipe, who: str, mesh: Mesh, runs: int) -> Iterator[Result]:
     """The student's or the critic's update, one result for each program of it, on the first draw that asks for it."""
-    shapes = jax.eval_shape(lambda: fresh_state(recipe))
-    shardings = [sharding.state_shardings(mesh, tree, recipe.host_state) for tree in shapes]
-    over_batch, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    shapes, shardings = forms(recipe, mesh)
+    over_batch, everywhere = shardings[2:]
     frozen = random_params(shapes[1], None, recipe.seed, shardings[1])
-    null_text = jnp.zeros((1, recipe.wan.text_length, recipe.wan.text_dim))
     clips = jax.random.normal(jax.random.key(recipe.seed), (recipe.batch_size, *recipe.clip_shape))
     batch = {"video": clips, "text": random_told(recipe, recipe.batch_size)}
     batch = jax.device_put(batch, over_batch)
-    nets, flash = make_networks(recipe, null_text, mesh), runs_flash(recipe)
-    step, count = (student_step, cost.student_flops) if who == "student" else (critic_step, cost.critic_flops)
+    nets, flash = networks(recipe, mesh), runs_flash(recipe, platform_of(mesh))
+    step, count = STEPS[who], {"student": cost.student_flops, "critic": cost.critic_flops}[who]
     for choice, draw in programs(recipe, who).items():
-        jitted = compile_step(step, nets, recipe, (*shardings, over_batch, everywhere), choice=choice)
+        jitted = compile_step(step, nets, recipe, shardings, choice=choice)
         rest = jax.device_put((jax.random.key(recipe.seed), np.int32(0), draw), everywhere)
         state = random_params(shapes[0], None, recipe.seed, shardings[0])  # the one before is donated
         mix = cost.mix_of(recipe, choice, draw)
         flops = sum(count(recipe, mix, flash).values())
         more = {"clips": recipe.batch_size, "evaluations_per_chunk": mix.rest}
         yield measure(step_name(who, choice), jitted, (state, frozen, batch, *rest), flops, runs, **more)
+
+
+def forms(recipe: Recipe, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+    """Shapes of (state, frozen), and where (state, frozen, batch, everything else) lie: what `compile_step` takes."""
+    shapes = jax.eval_shape(lambda: fresh_state(recipe))
+    trees = (sharding.state_shardings(mesh, tree, recipe.host_state) for tree in shapes)
+    return shapes, (*trees, sharding.batch_sharding(mesh), sharding.replicated(mesh))
+
+
+def networks(recipe: Recipe, mesh: Mesh) -> Networks:
+    """Of a distillation, with zeros for the null text."""
+    return make_networks(recipe, jnp.zeros((1, recipe.wan.text_length, recipe.wan.text_dim)), mesh)
 
 
 def programs(recipe: Recipe, who: str) -> dict[Choice, Any]:
@@ -171,11 +181,6 @@ def step_name(who: str, choice: Choice) -> str:
     """What a program of `programs` is called."""
     terms = [name for name in ("self_consistency", "alignment") if getattr(choice, name)]
     return " + ".join([f"{who} step", *terms, *[choice.sequence] * (choice.sequence != "new")])
-
-
-def runs_flash(recipe: Recipe) -> bool:
-    """Whether attention runs the flash kernel on this machine."""
-    return is_flash(attention_kernel(recipe, recipe.wan, platform_of(None)))
 
 
 def text_encoder(recipe: Recipe, dtype: Any, runs: int) -> tuple[Result, jax.Array]:

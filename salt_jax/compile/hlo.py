@@ -9,12 +9,8 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
-BITS = {
-    "pred": 8,
-    "bf16": 16,
-    "c64": 64,
-    "c128": 128,
-}  # of a number; others say it in their name: f32, u8, f8e4m3fn
+# Of a number; others say it in their name: f32, u8, f8e4m3fn
+BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
 # Bytes sent, in those of the result: f(n), n devices take part
 SENT = {
     "all-gather": lambda n: (n - 1) / n,

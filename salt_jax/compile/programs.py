@@ -19,11 +19,11 @@ from salt_jax.models.vae import init_vae
 from salt_jax.models.wan import init_wan
 from salt_jax.rollout.plan import Choice
 from salt_jax.train import sharding
-from salt_jax.train.footprint import fresh_state
 from salt_jax.train.recipe import Recipe
-from salt_jax.train.setup import make_network, make_networks
+from salt_jax.train.setup import make_network
 from salt_jax.train.stages import stage_step
-from salt_jax.train.step import Networks, compile_step, critic_step, student_step
+from salt_jax.train.start import in_dtype
+from salt_jax.train.step import Networks, compile_step
 
 
 class Program(NamedTuple):
@@ -75,33 +75,27 @@ def _batch(recipe: Recipe) -> dict[str, Any]:
 def _updates(recipe: Recipe, who: str) -> dict[str, Callable[[Mesh], Program]]:
     if recipe.stage != "distil":
         return {f"{recipe.stage} step": lambda mesh: _step(recipe, mesh, stage_step, None)}
-    step = student_step if who == "student" else critic_step
+    made = lambda mesh, choice, draw: _step(recipe, mesh, bench.STEPS[who], draw, choice=choice)
     return {
-        bench.step_name(who, choice): partial(
-            lambda mesh, choice, draw: _step(recipe, mesh, step, draw, choice=choice),
-            choice=choice,
-            draw=draw,
-        )
+        bench.step_name(who, choice): partial(made, choice=choice, draw=draw)
         for choice, draw in bench.programs(recipe, who).items()
     }
 
 
 def _step(recipe: Recipe, mesh: Mesh, step: Callable, draw: Any, **static: Choice) -> Program:
     """One update. `draw` has values, of which only shapes matter."""
-    shapes = jax.eval_shape(lambda: fresh_state(recipe))
-    shardings = [sharding.state_shardings(mesh, tree, recipe.host_state) for tree in shapes]
-    over_batch, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    null_text = jnp.zeros((1, recipe.wan.text_length, recipe.wan.text_dim))
+    shapes, shardings = bench.forms(recipe, mesh)
+    over_batch, everywhere = shardings[2:]
     if recipe.stage == "distil":
-        nets = make_networks(recipe, null_text, mesh)
+        nets = bench.networks(recipe, mesh)
     else:
         network = make_network(recipe, mesh)
         judge = closed_form_denoiser if recipe.stage == "denoising" else network.denoise
         nets = Networks(network, network.denoise, judge)
-    jitted = compile_step(step, nets, recipe, (*shardings, over_batch, everywhere), **static)
+    jitted = compile_step(step, nets, recipe, shardings, **static)
     rest = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0), jax.tree.map(jnp.asarray, draw)))
     batch = place(jax.eval_shape(lambda: _batch(recipe)), over_batch)
-    return Program(jitted, (*map(place, shapes, shardings), batch, *place(rest, everywhere)))
+    return Program(jitted, (*map(place, shapes, shardings[:2]), batch, *place(rest, everywhere)))
 
 
 def _teacher(recipe: Recipe) -> dict[str, Callable[[Mesh], Program]]:
@@ -114,8 +108,9 @@ def _teacher(recipe: Recipe) -> dict[str, Callable[[Mesh], Program]]:
         batch = place(jax.eval_shape(lambda: _batch(recipe)), sharding.batch_sharding(mesh))
         sigma = place(jax.eval_shape(lambda: jnp.zeros(recipe.batch_size)), sharding.batch_sharding(mesh))
         jitted = jax.jit(lambda p, x, sigma, told: network.denoise(p, x, sigma, told).velocity)
-        kept = "float32" if recipe.teacher.dtype == "stored" else recipe.teacher.dtype
-        params = _weights(init_wan, recipe.teacher_wan, kept, mesh)
+        teacher = lambda: in_dtype(init_wan(jax.random.key(0), recipe.teacher_wan), recipe.teacher.dtype)
+        params = jax.eval_shape(teacher)
+        params = place(params, sharding.state_shardings(mesh, params))
         return Program(jitted, (params, batch["video"], sigma, batch["text"]))
 
     return {"teacher forward": forward}

@@ -116,10 +116,8 @@ def surroundings(target: Target, cache: Path, around: Mapping[str, str]) -> dict
     # Triton's products are chosen by timing them; without the device they get tiles that nobody measured. cuBLASLt's
     # are those that a run mostly has, and compile in a half to a third of the time.
     options = ["--xla_gpu_enable_triton_gemm=false"]
-    if version("jax") >= (
-        0,
-        12,
-    ):  # without it cuDNN's calls are compiled unplanned; before, it ended the process
+    # Without it cuDNN's calls are compiled unplanned; before jax 0.12 it ends the process.
+    if version("jax") >= (0, 12):
         options.append("--xla_gpu_cudnn_deviceless_compilation_mode=CUDNN_DEVICELESS_COMPILATION_ALWAYS")
     libraries = [str(build_driver(cache)), *filter(None, [around.get("LD_LIBRARY_PATH")])]
     return told | {

@@ -7,9 +7,8 @@ from typing import NamedTuple
 from salt_jax.errors import UserError
 
 GIB = 2**30
-GPU_SHARE = (
-    0.9  # of a GPU's memory a program may fill: no compiler refuses there, and others need some of it too
-)
+# Of a GPU's memory a program may fill: no compiler refuses there, and others need some of it too.
+GPU_SHARE = 0.9
 
 
 class Tpu(NamedTuple):

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from salt_jax.models.attention_blocks import attend_by_blocks
 from salt_jax.models.attention_splash import attend_splash
-from salt_jax.models.layout import BATCH, fitting, platform_of
+from salt_jax.models.layout import BATCH, EXCHANGED, fitting, platform_of
 from salt_jax.models.presets import Compute, Kernel, WanConfig
 
 
@@ -82,13 +82,13 @@ def attention_layout(mesh: Mesh, queries: tuple[int, ...], keys: tuple[int, ...]
     Along context the tokens of a clip are exchanged for heads, so that each device has all tokens of some heads.
     Where the heads do not divide, and for a text, which is short, queries stay cut and the keys are whole.
     """
-    batch, heads = fitting(mesh, queries[0], BATCH), queries[-2]
-    exchanged = fitting(mesh, heads, ("tensor", "context"))
+    sizes, heads = mesh.shape, queries[-2]
+    batch, exchanged = fitting(sizes, queries[0], BATCH), fitting(sizes, heads, EXCHANGED)
     if len(keys) == 5 and exchanged:
         both = P(batch, None, None, exchanged)
         return both, both
     across = (None,) * (len(queries) - 4)
-    tensor, context = fitting(mesh, heads, ("tensor",)), fitting(mesh, queries[-3], ("context",))
+    tensor, context = fitting(sizes, heads, ("tensor",)), fitting(sizes, queries[-3], ("context",))
     return P(batch, *across, context, tensor), P(batch, *(None,) * (len(keys) - 3), tensor)
 
 

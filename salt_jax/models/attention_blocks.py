@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-MOST_SCORES = (
-    2**26
-)  # of one block, over batch and heads: 256 MiB in float32, a few times in the backward pass
+from salt_jax.models.remat import ATTENTION
+
+# Of one block, over batch and heads: 256 MiB in float32, a few times in the backward pass.
+MOST_SCORES = 2**26
 
 
 def attend_by_blocks(
@@ -36,20 +37,21 @@ def _attend(q, k, v, length):
 
 
 def _forward(q, k, v, length):
-    def block(q):
+    def block(nothing, q):
         scores = _scores(q, k, length)
         top = scores.max(-1, keepdims=True)
         weights = jnp.exp(scores - top)
         total = weights.sum(-1, keepdims=True)
         out = jnp.einsum("balm,bamd->bald", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return (out / total).astype(q.dtype), (top + jnp.log(total))[..., 0]
+        return nothing, ((out / total).astype(q.dtype), (top + jnp.log(total))[..., 0])
 
-    blocks, join = _split(q, k.shape[2])
-    return jax.tree.map(join, jax.lax.map(block, blocks) if len(blocks) > 1 else _one(block, blocks))
+    count = _count(q, k)
+    made = jax.lax.scan(block, None, _split(q, count), unroll=count == 1)[1]
+    return jax.tree.map(lambda y: _join(y, q.shape[2]), made)
 
 
 def _attend_forward(q, k, v, length):
-    out, lse = checkpoint_name(_forward(q, k, v, length), "attention")  # what models.remat may keep
+    out, lse = checkpoint_name(_forward(q, k, v, length), ATTENTION)
     return out, (q, k, v, length, out, lse)
 
 
@@ -68,15 +70,10 @@ def _attend_backward(saved, d_out):
         d_v = jnp.einsum("balm,bald->bamd", weights.astype(q.dtype), d_out, **f32)
         return (sums[0] + d_k, sums[1] + d_v), d_q.astype(q.dtype)
 
-    parts = [_split(x, k.shape[2], q.shape) for x in (q, d_out, lse, inner)]
-    blocks, join = tuple(p[0] for p in parts), parts[0][1]
-    zeros = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
-    if len(blocks[0]) > 1:
-        (d_k, d_v), d_q = jax.lax.scan(block, zeros, blocks)
-    else:
-        (d_k, d_v), d_q = block(zeros, jax.tree.map(lambda x: x[0], blocks))
-        d_q = d_q[None]
-    return join(d_q), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+    sums, count = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)), _count(q, k)
+    given = tuple(_split(x, count) for x in (q, d_out, lse, inner))
+    (d_k, d_v), d_q = jax.lax.scan(block, sums, given, unroll=count == 1)
+    return _join(d_q, q.shape[2]), d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -90,21 +87,23 @@ def _scores(q, k, length):
     return jnp.where(counts[None, None, None], scores, -jnp.inf)
 
 
-def _one(block, blocks):
-    return jax.tree.map(lambda x: x[None], block(blocks[0]))
+def _count(q, k) -> int:
+    """Blocks that the queries are worked off in."""
+    b, a, rows = q.shape[:3]
+    return -(-rows // max(MOST_SCORES // (b * a * k.shape[2]), 1))
 
 
-def _split(x, keys: int, queries: tuple[int, ...] | None = None):
-    """[B, A, L, ...] as [n, B, A, l, ...], padded with zeros, and the way back.
+def _split(x, count: int):
+    """[B, A, L, ...] as [count, B, A, l, ...], padded with zeros.
 
     A query of zeros whose cotangent is zero adds nothing to any gradient.
     """
-    b, a, rows = (queries or x.shape)[:3]
-    n = -(-rows // max(MOST_SCORES // (b * a * keys), 1))
-    each = -(-rows // n)
+    each = -(-x.shape[2] // count)
+    padded = jnp.pad(x, ((0, 0), (0, 0), (0, count * each - x.shape[2])) + ((0, 0),) * (x.ndim - 3))
+    return jnp.moveaxis(padded.reshape(*x.shape[:2], count, each, *x.shape[3:]), 2, 0)
 
-    def join(y):
-        return jnp.moveaxis(y, 0, 2).reshape(b, a, n * each, *y.shape[4:])[:, :, :rows]
 
-    padded = jnp.pad(x, ((0, 0), (0, 0), (0, n * each - rows)) + ((0, 0),) * (x.ndim - 3))
-    return jnp.moveaxis(padded.reshape(b, a, n, each, *x.shape[3:]), 2, 0), join
+def _join(y, rows: int):
+    """The inverse of `_split`."""
+    count, b, a, each = y.shape[:4]
+    return jnp.moveaxis(y, 0, 2).reshape(b, a, count * each, *y.shape[4:])[:, :, :rows]

@@ -9,6 +9,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Float
 
+from salt_jax.models.remat import ATTENTION
+
 LANES, BLOCK = 128, 512  # tokens are padded to whole lanes, and long ones to whole blocks
 
 
@@ -36,7 +38,7 @@ def attend_splash(
     run = splash.make_splash_mha_single_device(
         masks.MultiHeadMask([masks.FullMask((rows, columns))] * heads),
         block_sizes=sizes,
-        residual_checkpoint_name="attention",  # what models.remat may keep
+        residual_checkpoint_name=ATTENTION,
         interpret=interpret,
     )
     segments = None

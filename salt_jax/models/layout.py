@@ -1,6 +1,7 @@
 """How a network's arrays are laid out over a mesh of (data, fsdp, context, tensor); see `train.sharding`."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,18 +10,24 @@ from jax.sharding import PartitionSpec as P
 
 BATCH = ("data", "fsdp")
 TOKENS = (BATCH, None, ("context",))  # of [B, F, S, D]
+EXCHANGED = ("tensor", "context")  # of heads, where tokens are exchanged for them
 
 
-def fitting(mesh: Mesh, size: int, axes: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    """The axes of a mesh if together they cut `size` numbers evenly, else none."""
-    return axes if axes and size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
+def fitting(sizes: Mapping[str, int], size: int, axes: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """The axes of a mesh of these sizes if together they cut `size` numbers evenly, else none."""
+    return axes if axes and size % math.prod(sizes[axis] for axis in axes) == 0 else None
+
+
+def head_axes(sizes: Mapping[str, int], heads: int) -> tuple[str, ...] | None:
+    """How the heads of a KV cache are cut."""
+    return fitting(sizes, heads, EXCHANGED) or fitting(sizes, heads, ("tensor",))
 
 
 def lay(x: Any, mesh: Mesh | None, *axes: tuple[str, ...] | None) -> Any:
     """`x` with its first axes cut as they are told, where that divides; the rest whole. Without a mesh as it is."""
     if mesh is None:
         return x
-    spec = P(*(fitting(mesh, n, told) for n, told in zip(x.shape, axes, strict=False)))
+    spec = P(*(fitting(mesh.shape, n, told) for n, told in zip(x.shape, axes, strict=False)))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
@@ -31,5 +38,4 @@ def platform_of(mesh: Mesh | None) -> str:
 
 def lay_cache(x: Any, mesh: Mesh | None) -> Any:
     """Keys or values [layers, B, F, S, A, d] as attention reads them: whole clips of some heads."""
-    heads = mesh and (fitting(mesh, x.shape[4], ("tensor", "context")) or ("tensor",))
-    return lay(x, mesh, None, BATCH, None, None, heads)
+    return lay(x, mesh, None, BATCH, None, None, mesh and head_axes(mesh.shape, x.shape[4]))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from salt_jax.data import shapes
+from salt_jax.models.layout import head_axes
 from salt_jax.models.lora import init_lora
 from salt_jax.models.presets import Compute, WanConfig
 from salt_jax.models.text_encoder import init_text_encoder
@@ -189,7 +190,7 @@ def passing(recipe: Recipe, mesh: Mapping[str, int], flash: bool, kept: Sequence
     cache = cache_bytes(wan, _slots(recipe), recipe.clip_shape[1:3], size)
     caches, passes = max(_programs(recipe), key=lambda p: p[0] * cache + p[1] * inputs)
     at_once, batch = recipe.batch_size // recipe.accumulate, recipe.batch_size * _batch_bytes(recipe)
-    heads = tensor * context if wan.num_heads % (tensor * context) == 0 else tensor
+    heads = math.prod(mesh[axis] for axis in head_axes(mesh, wan.num_heads) or ())
     rows = (
         ("batch", batch, 1),
         ("caches", at_once * caches * cache, heads),

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from salt_jax.data import shapes
 from salt_jax.data.latents import open_records
 from salt_jax.errors import UserError
-from salt_jax.models.attention import choose_kernel
+from salt_jax.models.attention import choose_kernel, is_flash
 from salt_jax.models.closed_form import closed_form_denoiser, closed_form_params
 from salt_jax.models.denoiser import Network, guided, wan_network
 from salt_jax.models.layout import platform_of
@@ -201,6 +201,11 @@ def attention_kernel(recipe: Recipe, config: WanConfig, platform: str) -> Kernel
     asked = recipe.model.attention
     best = choose_kernel(platform, recipe.compute.dtype, config.head_width)
     return best if asked == "auto" else asked
+
+
+def runs_flash(recipe: Recipe, platform: str) -> bool:
+    """Whether the student's attention keeps no scores there: what every planner asks."""
+    return is_flash(attention_kernel(recipe, recipe.wan, platform))
 
 
 def make_networks(recipe: Recipe, null_text: jax.Array, mesh: Mesh | None) -> Networks:
