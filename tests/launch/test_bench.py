@@ -13,6 +13,7 @@ from salt_jax import bench
 from salt_jax.models import vae
 from salt_jax.train import cost
 from salt_jax.train.recipe import read_recipe
+from salt_jax.train.setup import runs_flash
 from tests.launch.test_programs import program
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +65,7 @@ def test_all_parts_are_measured_and_told(tmp_path):
     draw = next(iter(bench.programs(r, "student").items()))
     mix = cost.mix_of(r, *draw)
     for name, count in (("student step", cost.student_flops), ("critic step", cost.critic_flops)):
-        assert parts[name]["flops"] == sum(count(r, mix, False).values())
+        assert parts[name]["flops"] == sum(count(r, mix, runs_flash(r, "cpu")).values())
     config, params = (
         vae.PRESETS["tiny"],
         jax.eval_shape(lambda: vae.init_vae(jax.random.key(0), vae.PRESETS["tiny"])),
