@@ -91,12 +91,20 @@ class Attention(nn.Module):
     def cross(self, x, seen: TextKV):
         """Two softmaxes, summed before the one projection out."""
         q, c = self.queries(x), self.compute
-        look = lambda k, v: attention(q, k, v, None, c.kernel, c.mesh)
-        z = look(seen.k, seen.v)
-        return self.output(z + look(seen.k_image, seen.v_image) if self.image else z)
+        z = look(q, seen.k, seen.v, None, c)
+        return self.output(z + look(q, seen.k_image, seen.v_image, None, c) if self.image else z)
 
     def output(self, z):
         return self._rows(self.o, z.reshape(*z.shape[:-2], -1))
+
+
+def look(q, k, v, length, compute: Compute):
+    """Attention of frames to frames. With a length for each frame of `q` they take turns in a loop: one kernel."""
+    attend = lambda q, length: attention(q, k, v, length, compute.kernel, compute.mesh)
+    if length is None or not length.ndim:
+        return attend(q, length)
+    by_frame = jax.lax.map(lambda one: attend(one[0][:, None], one[1]), (jnp.moveaxis(q, 1, 0), length))
+    return jnp.moveaxis(by_frame[:, :, 0], 0, 1)
 
 
 def look_around(q, k, v, memory, views: tuple[tuple[View, Any, Any], ...], compute: Compute):
@@ -110,10 +118,9 @@ def look_around(q, k, v, memory, views: tuple[tuple[View, Any, Any], ...], compu
             [new[:, s] for s in view.own] + [old[:, s] for s in view.past], axis=1
         )
         keys, values = (seen(new, old) for new, old in zip((k, v), memory or (None, None), strict=True))
-        mine, per_frame = q[:, view.queries], q.shape[2]
-        length = None if view.length is None else view.length * per_frame
-        turned = rotate(mine, here), rotate(keys, there)
-        outputs.append(attention(*turned, values, length, compute.kernel, compute.mesh))
+        mine, keys = rotate(q[:, view.queries], here), rotate(keys, there)
+        length = None if view.length is None else view.length * q.shape[2]
+        outputs.append(look(mine, keys, values, length, compute))
     return jnp.concatenate(outputs, axis=1)
 
 

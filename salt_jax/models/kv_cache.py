@@ -28,7 +28,7 @@ class View(NamedTuple):
     past: tuple[slice, ...]  # frames of the memory that are seen
     query_positions: Any  # int [queries]
     key_positions: Any  # int [own + past]
-    length: Any = None  # of the seen frames only the first so many count; None: all
+    length: Any = None  # of the seen frames only the first so many count, int [] or [queries]; None: all
 
 
 class Sight(NamedTuple):

@@ -114,12 +114,9 @@ def recache(network: Network, params: Params, cache: KVCache, text: Any, policy:
     seen = jnp.sum(earlier & (slots < cache.filled)[None], axis=1)
     seen = jnp.maximum(seen, 1)  # an empty slot sees something, or it would hold NaN
     positions = slots if policy.positions == "relative" else cache.frames
-    everything = (slice(0, cache.slots),)
-    views = tuple(
-        View(slice(i, i + 1), everything, (), positions[i : i + 1], positions, seen[i])
-        for i in range(cache.slots)
-    )
-    k, v = network.keys_values(params, cache.x0, text, Sight(views, None, cache.frames))
+    everything = slice(0, cache.slots)
+    view = View(everything, (everything,), (), positions, positions, seen)
+    k, v = network.keys_values(params, cache.x0, text, Sight((view,), None, cache.frames))
     return replace(cache, k=k, v=v)
 
 

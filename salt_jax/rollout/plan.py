@@ -50,9 +50,7 @@ class Choice(NamedTuple):
 
     self_consistency: bool = False
     alignment: bool = False
-    sequence: Literal["new", "on", "switch"] = (
-        "new"  # start a video, go on with the last one, or with another prompt
-    )
+    sequence: Literal["new", "on"] = "new"  # start a video, or go on with the one under way
 
 
 class Draw(NamedTuple):
@@ -68,6 +66,7 @@ class Draw(NamedTuple):
     sigma_e: Any
     reference_levels: Any  # T(2K), all of whose updates the reference runs
     reference_exit: Any
+    switch: Any = np.False_  # whether a video that goes on does so under another prompt
 
 
 def draw_rollout(

@@ -103,9 +103,9 @@ class Mix(NamedTuple):
 
 def mix_of(recipe: Recipe, choice: Choice, draw: Draw | None) -> Mix:
     """Of one update."""
-    on, switch = choice.sequence != "new", choice.sequence == "switch"
-    passes = (0.0,) * 4
+    on, switch, passes = choice.sequence != "new", False, (0.0,) * 4
     if draw is not None:
+        switch = on and bool(draw.switch)
         reference = as_reference(draw, recipe.rollout.first_updates)
         made = [int(e) + 2.0 for d in (draw, reference) for e in (d.first_exit, d.exit_update)]
         passes = (*made[:2], *(choice.alignment * n for n in made[2:]))

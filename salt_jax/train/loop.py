@@ -236,7 +236,8 @@ def decide(recipe: Recipe, iteration: int, call: int) -> tuple[Choice, Draw | No
     if stream.max_frames:
         frames, more = recipe.clip_shape[0], recipe.clip_shape[0] - stream.overlap
         place = place_in_sequence(recipe.seed, call, frames, more, stream.max_frames, stream.switch)
-        choice = choice._replace(sequence=place)
+        choice = choice._replace(sequence="new" if place == "new" else "on")
+        draw = draw._replace(switch=np.bool_(place == "switch"))
     return choice, draw
 
 

@@ -134,7 +134,7 @@ def student_step(
     now, noise = whole(state.student.params), draw_noise(key, batch, recipe)
 
     def loss(params, batch, noise, stream):
-        batch, cache = go_on(now, stream, batch, nets, recipe, choice)
+        batch, cache = go_on(now, stream, batch, draw, nets, recipe, choice)
         args = (critic, frozen, batch, noise, draw, cache, nets, recipe, choice)
         value, (metrics, made) = student_loss(whole(params), *args)
         return value, (metrics, carry(made, batch, recipe))
@@ -157,7 +157,7 @@ def critic_step(
     whole = lambda p: merge(frozen.get("base"), p, recipe.lora)
 
     def loss(params, batch, noise, stream):
-        batch, cache = go_on(student, stream, batch, nets, recipe, choice)
+        batch, cache = go_on(student, stream, batch, draw, nets, recipe, choice)
         value, (metrics, made) = critic_loss(whole(params), student, batch, noise, draw, cache, nets, recipe)
         return value, (metrics, carry(made, batch, recipe))
 
@@ -178,7 +178,13 @@ def apply_at(learner: Learner, grads: Params, loss: jax.Array, tx: Any, recipe: 
 
 
 def go_on(
-    params: Params, stream: Stream | None, batch: Batch, nets: Networks, recipe: Recipe, choice: Choice
+    params: Params,
+    stream: Stream | None,
+    batch: Batch,
+    draw: Any,
+    nets: Networks,
+    recipe: Recipe,
+    choice: Choice,
 ) -> tuple[Batch, KVCache | None]:
     """The prompts of an update and the cache it goes on from: those of the video under way, unless a new one starts.
 
@@ -186,9 +192,12 @@ def go_on(
     """
     if stream is None or choice.sequence == "new":
         return batch, None
-    if choice.sequence == "on":
+    if not recipe.stream.switch:
         return batch | {"text": stream.text}, stream.cache
-    return batch, recache(nets.student, params, stream.cache, batch["text"], recipe.memory)
+    # A branch, not a program of its own: that would be half as many programs again.
+    text = jnp.where(draw.switch, batch["text"], stream.text)
+    again = lambda cache: recache(nets.student, params, cache, text, recipe.memory)
+    return batch | {"text": text}, jax.lax.cond(draw.switch, again, lambda cache: cache, stream.cache)
 
 
 def carry(made: Trajectory | None, batch: Batch, recipe: Recipe) -> Stream | None:
