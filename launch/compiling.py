@@ -20,7 +20,7 @@ from salt_jax.errors import UserError
 from salt_jax.train.recipe import read_recipe
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin", "nvidia-cudnn-cu13")
-COLUMNS = ("argument", "temporary", "output", "alias", "peak")  # GiB of a device
+COLUMNS = ("argument", "temporary", "output", "alias", "peak", "beside")  # GiB of a device
 
 
 def compile_all(config: Any, what: list[str], environment: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -29,7 +29,9 @@ class Row(NamedTuple):
     config: str
     target: str
     clips: int | None  # in a batch; None: as the config says
-    most: float | None  # GiB that no program's peak may exceed; None: that it fits
+    most: (
+        float | None
+    )  # GiB that no program's peak, with what waits beside it, may exceed; None: that it fits
     options: tuple[str, ...] = ()
 
     @property
@@ -111,14 +113,14 @@ def lines(row: Row, told: dict[str, Any]) -> list[str]:
 def cells(row: Row, p: dict[str, Any]) -> str:
     """What was found of a program, between bars."""
     if "peak_bytes" not in p:
-        return f"{p['program']} | **{p['problem']}**" + " | " * 8
+        return f"{p['program']} | **{p['problem']}**" + " | " * 9
     gib = lambda name: "-" if p.get(name) is None else f"{p[name] / GIB:.2f}"
     limit = row.most or p["memory_bytes"] / GIB * (GPU_SHARE if row.target.startswith("gpu") else 1)
-    peak, most = p["peak_bytes"] / GIB, f"{limit:.1f}"
-    verdict = "yes" if peak <= limit and not p["problem"] else f"**no, by {peak - limit:.1f}**"
+    needed, most = (p["peak_bytes"] + p.get("beside_bytes", 0)) / GIB, f"{limit:.1f}"
+    verdict = "yes" if needed <= limit and not p["problem"] else f"**no, by {needed - limit:.1f}**"
     sent = sum(moved["bytes"] for moved in p.get("collectives", {}).values()) / GIB
     seconds = f"{p['compile_seconds']:.0f}" if "compile_seconds" in p else "-"
-    numbers = [gib(f"{name}_bytes") for name in ("argument", "temporary", "peak")]
+    numbers = [gib(f"{name}_bytes") for name in ("argument", "temporary", "peak", "beside")]
     return " | ".join(
         [
             p["program"],
@@ -134,7 +136,7 @@ def cells(row: Row, p: dict[str, Any]) -> str:
 
 
 HEAD = (
-    *("recipe", "target", "program", "arguments", "temporaries", "peak", "of device", "must"),
+    *("recipe", "target", "program", "arguments", "temporaries", "peak", "beside", "of device", "must"),
     *("fits", "launch.plan", "sent", "compile s"),
 )
 
@@ -152,7 +154,8 @@ def document(found: dict[Row, dict[str, Any]]) -> str:
     ]
     for row, told in found.items():
         for p in told["programs"]:
-            over = row.most and p.get("peak_bytes", 0) / GIB > row.most
+            needed = p.get("peak_bytes", 0) + p.get("beside_bytes", 0)
+            over = row.most and needed / GIB > row.most
             if p["problem"] or over:
                 buffers = [
                     f"{b['shape']} {b['bytes'] / GIB:.2f} GiB (`{b['source']}`)" for b in p.get("largest", ())

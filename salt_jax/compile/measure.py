@@ -1,11 +1,13 @@
 """One program through a compiler: its memory on a device, its collectives and kernels, or why there is none."""
 
+import math
 import re
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import topologies
 
 from salt_jax.compile.buffers import largest
@@ -62,15 +64,28 @@ def compile_program(program: Program, platform: str, memory: int | None, dump: P
         return row | refusal(error, dump)
     row["compile_seconds"] = time.perf_counter() - start
     row |= memory_row(compiled.memory_analysis(), platform)
+    row["beside_bytes"] = max(0, bytes_given(program) - row["argument_bytes"])
     found = read(compiled.as_text())
     row["collectives"] = {kind: moved._asdict() for kind, moved in found.collectives.items()}
     row |= {"kernels": found.kernels, "open_loops": found.open_loops}
     row["largest"] = [buffer._asdict() for buffer in largest(dump, SHOWN)]
-    row["share"] = memory and row["peak_bytes"] / memory
+    needed = row["peak_bytes"] + row["beside_bytes"]
+    row["share"] = memory and needed / memory
     limit = memory and (GPU_SHARE if platform == "gpu" else 1.0) * memory
-    if limit and row["peak_bytes"] > limit:
-        row["problem"] = f"does not fit: {gib(row['peak_bytes'])} at its peak, {gib(limit)} may be filled"
+    if limit and needed > limit:
+        row["problem"] = f"does not fit: {gib(needed)} at its peak, {gib(limit)} may be filled"
     return row
+
+
+def bytes_given(program: Program) -> int:
+    """Bytes on one device of everything that the program is called with, read by it or not.
+
+    A compiled program takes what it reads. The rest of the state and of what is frozen waits on the device meanwhile.
+    """
+    leaves = (x for x in jax.tree.leaves(program.args) if getattr(x, "sharding", None))
+    numbers = (x for x in leaves if not jnp.issubdtype(x.dtype, jax.dtypes.extended))
+    here = (x for x in numbers if x.sharding.memory_kind in (None, "device"))
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in here)
 
 
 def memory_row(m: Any, platform: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import shapes_sc_dmd, shapes_teacher, wan_causal_longlive, wan_causal_ode, wan_i2v
-from salt_jax.compile.measure import compile_program, memory_row, refusal
+from salt_jax.compile.measure import bytes_given, compile_program, memory_row, refusal
 from salt_jax.compile.programs import Program, programs
 from salt_jax.train.recipe import read_recipe
 from salt_jax.train.sharding import make_mesh
@@ -90,7 +90,7 @@ def test_a_recipe_has_the_programs_that_its_run_needs():
     whole = wan_i2v.get_config()
     assert names(whole, "student") == {"student step + self_consistency"} and not names(whole, "stream")
     assert names(whole, "vae") == {"VAE decode: first frame", "VAE decode: 20 more"}
-    ways, terms = ("", " + on", " + switch"), ("", " + self_consistency", " + alignment")
+    ways, terms = ("", " + on"), ("", " + self_consistency", " + alignment")
     long = wan_causal_longlive.get_config("salt")
     assert names(long, "student") == {f"student step{term}{way}" for term in terms for way in ways}
     assert names(long, "critic") == {f"critic step{way}" for way in ways}
@@ -107,3 +107,20 @@ def test_programs_of_small_runs_lower(config):
         for make in programs(recipe, part).values():
             program = make(mesh)
             assert program.jitted.lower(*program.args).as_text()
+
+
+def test_what_a_program_does_not_read_waits_beside_it(tmp_path):
+    """Arrays on the device count whole, by their share; what waits in the host's memory does not."""
+    mesh = make_mesh(dict(data=1, fsdp=-1, context=1, tensor=1))
+    on = lambda rows, **more: jax.ShapeDtypeStruct(
+        (rows, 8), jnp.float32, sharding=NamedSharding(mesh, P("fsdp"), **more)
+    )
+    args = {"read": on(1024), "not read": on(2048)}
+    host = {"host": on(4096, memory_kind="pinned_host")}
+    double = jax.jit(lambda tree: tree["read"] * 2)
+    row = compile_program(Program(double, (args,)), "cpu", None, tmp_path)
+    assert (row["argument_bytes"], row["beside_bytes"]) == (4096, 8192)
+    assert bytes_given(Program(double, (args | host, "a value", jax.random.key(0)))) == 4096 + 8192
+    needed = row["peak_bytes"] + 8192
+    problem = lambda memory: compile_program(Program(double, (args,)), "gpu", memory, tmp_path)["problem"]
+    assert problem(round(needed / 0.89)) is None and problem(round(needed / 0.91)) is not None

@@ -88,6 +88,7 @@ ROW = {
     "output_bytes": 4 * 2**30,
     "alias_bytes": 3 * 2**30,
     "peak_bytes": 47 * 2**30,
+    "beside_bytes": 2**30,
     "peak_is": "the compiler's own",
     "share": 0.5,
     "code_bytes": 165 * 2**20,
@@ -103,7 +104,7 @@ def test_the_table_holds_what_was_found(capsys, tmp_path):
     assert compiling.tell([ROW], "gpu:h100:8", str(file)) == 0
     table = capsys.readouterr().out
     numbers = table.splitlines()[1].removeprefix("student step").split()
-    assert numbers == ["12.50", "4.00", "42.00", "4.00", "3.00", "47.00", "50.0%", "165.00"]
+    assert numbers == ["12.50", "4.00", "42.00", "4.00", "3.00", "47.00", "1.00", "50.0%", "165.00"]
     assert "3 x __cudnn$fmhaSoftmax" in table and "1 loops of unknown length count once" in table
     assert "all-gather: 2 in the program, 60 in a run, 3.000 GiB sent by a device" in table
     assert json.loads(file.read_text())["programs"] == [ROW]
