@@ -6,17 +6,13 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from jax.sharding import Mesh
 
 from launch.cli import read_config, run_main
 from launch.compile_flags import CONFIG, read_flags
 from salt_jax.compile.measure import compile_program, devices_of, memory_of
 from salt_jax.compile.programs import programs
-from salt_jax.models.layout import platform_of
 from salt_jax.train.contradictions import refuse_uneven
-from salt_jax.train.footprint import kept, passing
-from salt_jax.train.recipe import Recipe, read_recipe
-from salt_jax.train.setup import runs_flash
+from salt_jax.train.recipe import read_recipe
 from salt_jax.train.sharding import make_mesh
 
 PROGRAM = flags.DEFINE_string("program", None, "its name", required=True)
@@ -34,18 +30,8 @@ def main(_):
     program = programs(recipe, part)[PROGRAM.value](mesh)
     memory = memory_of(target, devices[0])
     row = compile_program(program, devices[0].platform, memory, Path(DUMP.value))
-    if part == "student":
-        row["plan_bytes"] = planned(recipe, mesh)
     row |= {"mesh": dict(mesh.shape), "batch_size": recipe.batch_size, "device": devices[0].device_kind}
     Path(RESULT.value).write_text(json.dumps(row))
-
-
-def planned(recipe: Recipe, mesh: Mesh) -> int:
-    """Bytes of a device by the model of launch.plan, to be held against those of the compiler."""
-    rows = kept(recipe, mesh.shape)
-    return sum(
-        r.device for r in rows + passing(recipe, mesh.shape, runs_flash(recipe, platform_of(mesh)), rows)
-    )
 
 
 if __name__ == "__main__":

@@ -1,37 +1,48 @@
-"""python -m launch.plan --config=configs/X.py --mesh=data:8,fsdp:8 [--memory_gb=80] [--flops=989e12] [--mfu=0.4]
+"""python -m launch.plan --config=configs/X.py [--target=gpu:h100:8] [--mesh=data:8,fsdp:8] [--mfu=0.4]
 
 Says what a run costs before anything is allocated: numbers and bytes of every network, of moments, gradients, caches
 and activations, in all and on each device; FLOPs of an update by network and part; the time they take; whether it fits.
-Needs no accelerator. Means are over the run's draws, once cache alignment has begun.
+Needs no accelerator. Means are over the run's draws, once cache alignment has begun. What XLA plans for the same run
+says launch.compile; docs/scaling.md has both.
 """
 
+import dataclasses
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 from absl import flags
 from ml_collections import config_flags
 
 from launch.cli import read_config, run_main
+from salt_jax.compile.target import GIB, GPU_SHARE, Target, read_target
 from salt_jax.errors import UserError
+from salt_jax.models.attention import choose_kernel, is_flash
 from salt_jax.train.cost import critic_flops, mean_mix, student_flops
-from salt_jax.train.footprint import kept, passing
+from salt_jax.train.footprint import needed
 from salt_jax.train.recipe import Recipe, read_recipe
-from salt_jax.train.setup import runs_flash
-from salt_jax.train.sharding import AXES
+from salt_jax.train.setup import attention_kernel
+from salt_jax.train.sharding import AXES, axis_sizes
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "which run; see configs/", lock_config=True)
-MESH = flags.DEFINE_list("mesh", None, "devices per axis, such as data:8,fsdp:8; others are 1", required=True)
-MEMORY = flags.DEFINE_float("memory_gb", 80.0, "of a device, in 1e9 bytes", lower_bound=0)
+TARGET = flags.DEFINE_string(
+    "target",
+    "gpu:h100:8",
+    "the devices, as for launch.compile: tpu:v5p:2x2x4, gpu:h100:2x8 (hosts x devices)",
+)
+MESH = flags.DEFINE_list(
+    "mesh", None, "any number of such devices per axis, as data:8,fsdp:8; default: config.mesh on the target"
+)
+MEMORY = flags.DEFINE_float(
+    "memory_gb", None, "of a device that may be filled, in 1e9 bytes; default: the target's", lower_bound=0
+)
 FLOPS = flags.DEFINE_float(
-    "flops", 989e12, "of a device at its best, a second; 989e12 is H100 and H200 in bfloat16", lower_bound=1
+    "flops", None, "of a device at its best, a second, in bfloat16; default: the target's", lower_bound=1
 )
 MFU = flags.DEFINE_float(
     "mfu", 0.4, "share of it that is reached, recomputation counted as work", lower_bound=1e-3, upper_bound=1
-)
-FLASH = flags.DEFINE_bool(
-    "flash", None, "attention keeps no scores; default: by config.model.attention, for a GPU"
 )
 JSON = flags.DEFINE_string("json", None, "a file to write the same numbers to")
 
@@ -54,31 +65,28 @@ def read_mesh(told: list[str]) -> dict[str, int]:
 
 
 def make_plan(
-    recipe: Recipe,
-    mesh: dict[str, int],
-    memory: float,
-    flops: float,
-    mfu: float,
-    flash: bool,
+    recipe: Recipe, target: Target, mesh: dict[str, int], memory: float, flops: float, mfu: float
 ) -> dict[str, Any]:
-    """Everything the table says, as values for JSON."""
-    rows = kept(recipe, mesh)
-    rows += passing(recipe, mesh, flash, rows)
-    mix = mean_mix(recipe)
+    """Everything the table says, as values for JSON. `memory`: bytes of a device that may be filled."""
+    kernel = attention_kernel(recipe, recipe.wan, target.platform)
+    rows, mix, flash = needed(recipe, mesh, kernel), mean_mix(recipe), is_flash(kernel)
     updates = {"student": student_flops(recipe, mix, flash), "critic": critic_flops(recipe, mix, flash)}
     devices = math.prod(mesh.values())
     seconds = {who: sum(parts.values()) / (devices * flops * mfu) for who, parts in updates.items()}
     iteration = seconds["student"] + seconds["critic"] * recipe.critic_updates
-    needed = sum(row.device for row in rows)
+    total = sum(row.device for row in rows)
     return {
         "mesh": mesh,
         "devices": devices,
         "batch_size": recipe.batch_size,
         "memory": [row._asdict() | {"all_devices": row.device * devices} for row in rows],
-        "bytes_per_device": needed,
+        "bytes_per_device": total,
         "memory_per_device": memory,
-        "fits": needed <= memory,
-        "flash": flash,
+        "fits": total <= memory,
+        "chip": f"{target.platform}:{target.chip}",
+        "flops": flops,
+        "attention": kernel,
+        "absent": absent(recipe, target),
         "updates": {who: parts for who, parts in updates.items() if parts},
         "seconds": {who: s for who, s in seconds.items() if s},
         "seconds_per_iteration": iteration,
@@ -90,7 +98,10 @@ def show(plan: dict[str, Any]) -> str:
     """The plan as text."""
     gb = lambda n: f"{n / 1e9:12.3f}"
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
-    lines = [f"{plan['devices']} device(s): {mesh}; batch of {plan['batch_size']}", ""]
+    lines = [f"{plan['devices']} x {plan['chip']}: {mesh}; batch of {plan['batch_size']}"]
+    may = f"{plan['memory_per_device'] / GIB:.1f} GiB of a device may be filled"
+    lines += [f"{may}; {plan['flops'] / 1e12:.0f} TFLOP/s at best; attention: {plan['attention']}"]
+    lines += [plan["absent"], ""] if plan["absent"] else [""]
     lines += [f"{'memory, GB':28}{'numbers':>16}{'one copy':>12}{'each device':>12}{'all devices':>12}"]
     for row in plan["memory"]:
         count = f"{row['count']:16,}" if row["count"] else " " * 16
@@ -115,12 +126,36 @@ def show(plan: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def absent(recipe: Recipe, target: Target) -> str | None:
+    """What to know where the target's own attention kernel does not run."""
+    kernel, dtype, c = attention_kernel(recipe, recipe.wan, target.platform), recipe.compute.dtype, recipe.wan
+    own = {"gpu": "cudnn", "tpu": "splash"}[target.platform]
+    if kernel == own:
+        return None
+    best = choose_kernel(target.platform, dtype, c.head_width)
+    why = (
+        f"config.model.attention={recipe.model.attention}"
+        if best == own
+        else f"it does not know heads of {c.head_width} in {jnp.dtype(dtype).name}"
+    )
+    return f"attention runs without the kernel of a {target.platform} ({own}): {why}; it will be slower than counted"
+
+
 def main(_):
-    recipe = read_recipe(read_config(CONFIG))
-    on_gpu = runs_flash(recipe, "gpu")
-    flash = on_gpu if FLASH.value is None else FLASH.value
-    numbers = (MEMORY.value * 1e9, FLOPS.value, MFU.value, flash)
-    plan = make_plan(recipe, read_mesh(MESH.value), *numbers)
+    recipe, target = read_recipe(read_config(CONFIG)), read_target(TARGET.value)
+    chip = target.described
+    if chip is None:
+        raise UserError(
+            "--target=here: name the devices, such as gpu:h100:8, or ask launch.compile about these"
+        )
+    sizes = (
+        axis_sizes(dataclasses.asdict(recipe.mesh), target.devices)
+        if MESH.value is None
+        else read_mesh(MESH.value)
+    )
+    memory = chip.memory * (GPU_SHARE if target.platform == "gpu" else 1)
+    memory = memory if MEMORY.value is None else MEMORY.value * 1e9
+    plan = make_plan(recipe, target, sizes, memory, FLOPS.value or chip.flops, MFU.value)
     print(show(plan))
     if JSON.value:
         Path(JSON.value).write_text(json.dumps(plan, indent=2))

@@ -4,6 +4,8 @@ Compiles what docs/scaling.md has in its tables and is not in DIR yet, one file 
 tables from the files. A row whose file is gone is made again. See launch/scaling.sh.
 """
 
+import dataclasses
+import importlib
 import json
 import subprocess
 import sys
@@ -13,8 +15,12 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from launch.cli import run_main
-from salt_jax.compile.target import GIB, GPU_SHARE
+from salt_jax.compile.target import GIB, GPU_SHARE, read_target
 from salt_jax.errors import UserError
+from salt_jax.train.footprint import needed
+from salt_jax.train.recipe import Recipe, read_recipe
+from salt_jax.train.setup import attention_kernel
+from salt_jax.train.sharding import axis_sizes
 
 DIR = flags.DEFINE_string("dir", "docs/scaling", "the files that the tables are made of")
 ONLY = flags.DEFINE_string("only", "", "compile rows with this in their name alone")
@@ -113,31 +119,52 @@ def lines(row: Row, told: dict[str, Any]) -> list[str]:
 def cells(row: Row, p: dict[str, Any]) -> str:
     """What was found of a program, between bars."""
     if "peak_bytes" not in p:
-        return f"{p['program']} | **{p['problem']}**" + " | " * 9
+        return f"{p['program']} | **{p['problem']}**" + " | " * 8
     gib = lambda name: "-" if p.get(name) is None else f"{p[name] / GIB:.2f}"
     limit = row.most or p["memory_bytes"] / GIB * (GPU_SHARE if row.target.startswith("gpu") else 1)
-    needed, most = (p["peak_bytes"] + p.get("beside_bytes", 0)) / GIB, f"{limit:.1f}"
-    verdict = "yes" if needed <= limit and not p["problem"] else f"**no, by {needed - limit:.1f}**"
+    over, most = in_all(p) - limit, f"{limit:.1f}"
+    verdict = "yes" if over <= 0 and not p["problem"] else f"**no, by {over:.1f}**"
     sent = sum(moved["bytes"] for moved in p.get("collectives", {}).values()) / GIB
     seconds = f"{p['compile_seconds']:.0f}" if "compile_seconds" in p else "-"
     numbers = [gib(f"{name}_bytes") for name in ("argument", "temporary", "peak", "beside")]
-    return " | ".join(
-        [
-            p["program"],
-            *numbers,
-            f"{p['share']:.0%}",
-            most,
-            verdict,
-            gib("plan_bytes"),
-            f"{sent:.2f}",
-            seconds,
-        ]
+    return " | ".join([p["program"], *numbers, f"{p['share']:.0%}", most, verdict, f"{sent:.2f}", seconds])
+
+
+def in_all(p: dict[str, Any]) -> float:
+    """GiB of a device at a program's peak, with what waits beside it; 0 where it did not compile."""
+    return (p.get("peak_bytes", 0) + p.get("beside_bytes", 0)) / GIB
+
+
+def plan_line(row: Row, told: dict[str, Any]) -> list[str]:
+    """Its largest update beside what launch.plan counts; none where no update compiled."""
+    largest = max((p for p in told["programs"] if " step" in p["program"]), key=in_all, default={})
+    if not in_all(largest):
+        return []
+    found, plan = in_all(largest), planned(row) / GIB
+    return [f"| {row.name} | {largest['program']} | {found:.2f} | {plan:.2f} | {plan / found:.2f} |"]
+
+
+def planned(row: Row) -> int:
+    """Bytes of a device by the model of launch.plan."""
+    recipe, target = recipe_of(row), read_target(row.target)
+    mesh = axis_sizes(dataclasses.asdict(recipe.mesh), target.devices)
+    return sum(
+        held.device for held in needed(recipe, mesh, attention_kernel(recipe, recipe.wan, target.platform))
     )
+
+
+def recipe_of(row: Row) -> Recipe:
+    """What its command asks for."""
+    module, _, variant = row.config.partition(":")
+    config = importlib.import_module(f"configs.{module.removesuffix('.py')}").get_config(*variant.split())
+    told = (o.removeprefix("--config.").split("=") for o in row.command if o.startswith("--config."))
+    config.update_from_flattened_dict({name: int(value) for name, value in told})
+    return read_recipe(config)
 
 
 HEAD = (
     *("recipe", "target", "program", "arguments", "temporaries", "peak", "beside", "of device", "must"),
-    *("fits", "launch.plan", "sent", "compile s"),
+    *("fits", "sent", "compile s"),
 )
 
 
@@ -147,6 +174,11 @@ def document(found: dict[Row, dict[str, Any]]) -> str:
     table += [line for row, told in found.items() for line in lines(row, told)]
     absent = [row.name for row in ROWS if row not in found]
     table += [f"\nNot compiled yet: {', '.join(absent)}."] if absent else []
+    table += [
+        "\n| row | its largest update | by the compiler | by launch.plan | ratio |",
+        "|---|---|---|---|---|",
+    ]
+    table += [line for row, told in found.items() for line in plan_line(row, told)]
     table += ["\n| file | commit | command |", "|---|---|---|"]
     table += [
         f"| [{row.name}](scaling/{row.name}.json) | {told['commit']} | `{' '.join(row.command)}` |"
@@ -154,9 +186,7 @@ def document(found: dict[Row, dict[str, Any]]) -> str:
     ]
     for row, told in found.items():
         for p in told["programs"]:
-            needed = p.get("peak_bytes", 0) + p.get("beside_bytes", 0)
-            over = row.most and needed / GIB > row.most
-            if p["problem"] or over:
+            if p["problem"] or (row.most and in_all(p) > row.most):
                 buffers = [
                     f"{b['shape']} {b['bytes'] / GIB:.2f} GiB (`{b['source']}`)" for b in p.get("largest", ())
                 ]

@@ -17,6 +17,7 @@ class Tpu(NamedTuple):
     axes: int  # of its torus
     memory: int  # bytes that a program may use: what the compiler of libtpu 0.0.50.1 calls "available HBM"
     accelerator: str  # a machine of such chips, in the words of TPU_ACCELERATOR_TYPE
+    flops: float  # a second at best, in bfloat16: Google's data sheets
 
 
 class Gpu(NamedTuple):
@@ -25,16 +26,17 @@ class Gpu(NamedTuple):
     name: str  # as its driver says it
     memory: int  # bytes: 81,008 and 143,771 MiB in nvidia-smi
     bandwidth: int  # of its memory, bytes a second: NVIDIA's data sheets
+    flops: float  # a second at best, in bfloat16 and without sparsity: the same
 
 
 TPUS = {
-    "v5e": Tpu(2, round(15.75 * GIB), "v5litepod-8"),
-    "v5p": Tpu(3, round(95.73 * GIB), "v5p-8"),
-    "v6e": Tpu(2, round(31.24 * GIB), "v6e-8"),
+    "v5e": Tpu(2, round(15.75 * GIB), "v5litepod-8", 197e12),
+    "v5p": Tpu(3, round(95.73 * GIB), "v5p-8", 459e12),
+    "v6e": Tpu(2, round(31.24 * GIB), "v6e-8", 918e12),
 }
 GPUS = {
-    "h100": Gpu("NVIDIA H100 80GB HBM3", 84_942_979_072, 3_352_320_000_000),
-    "h200": Gpu("NVIDIA H200", 150_754_820_096, 4_800_000_000_000),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 84_942_979_072, 3_352_320_000_000, 989e12),
+    "h200": Gpu("NVIDIA H200", 150_754_820_096, 4_800_000_000_000, 989e12),
 }
 FORM = (
     f"it must be here, tpu:CHIP:AxB of {', '.join(c for c in TPUS if TPUS[c].axes == 2)}, tpu:CHIP:AxBxC of "
@@ -58,9 +60,12 @@ class Target(NamedTuple):
     @property
     def memory(self) -> int | None:
         """Bytes of one device; None here, where it is asked."""
-        chips = {"tpu": TPUS, "gpu": GPUS, "here": {"": None}}[self.platform]
-        chip = chips[self.chip]
-        return chip and chip.memory
+        return self.described and self.described.memory
+
+    @property
+    def described(self) -> Tpu | Gpu | None:
+        """One device; None here."""
+        return {"tpu": TPUS, "gpu": GPUS, "here": {"": None}}[self.platform][self.chip]
 
 
 def read_target(told: str) -> Target:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 from jaxtyping import Array, Float
 
 from salt_jax.models.remat import ATTENTION
@@ -41,6 +42,9 @@ def attend_splash(
         residual_checkpoint_name=ATTENTION,
         interpret=interpret,
     )
+    if length is not None:
+        there, run.dkv_mask_info = _blocks_that_count(length, rows // block_q, columns // block_k, block_k)
+        run.fwd_mask_info = run.dq_mask_info = there
     segments = None
     if length is not None or columns > keys:  # keys of the other segment do not count
         other = jnp.arange(columns) >= (keys if length is None else length)
@@ -48,6 +52,23 @@ def attend_splash(
     over_batch: Any = jax.vmap(run, in_axes=(0, 0, 0, None))
     out = over_batch(ready(scaled, rows), ready(k, columns), ready(v, columns), segments)
     return jnp.swapaxes(out[:, :, :queries], 1, 2)
+
+
+def _blocks_that_count(length: Any, rows: int, columns: int, block: int) -> tuple[MaskInfo, MaskInfo]:
+    """Of a grid of blocks, for a kernel that goes along the keys and one that goes along the queries.
+
+    Blocks whose keys do not count are not multiplied, nor loaded: the block that is there stays. Of the last one that
+    counts the rest is masked by its segment.
+    """
+    row, column, last = (
+        jnp.arange(rows)[None, :, None],
+        jnp.arange(columns)[None, None],
+        (length - 1) // block,
+    )
+    counts = jnp.broadcast_to(column <= last, (1, rows, columns))
+    mask = jnp.where(counts, 2, 0).astype(jnp.int32)
+    info = lambda following: MaskInfo(following.astype(jnp.int32), None, mask, None, None)
+    return info(jnp.where(counts, column, last)), info(jnp.where(counts, row, 0))
 
 
 def _padded(tokens: int) -> tuple[int, int]:

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from salt_jax.data import shapes
+from salt_jax.models.attention import is_flash
+from salt_jax.models.attention_blocks import MOST_SCORES
 from salt_jax.models.layout import head_axes
 from salt_jax.models.lora import init_lora
-from salt_jax.models.presets import Compute, WanConfig
+from salt_jax.models.presets import Compute, Kernel, WanConfig
 from salt_jax.models.text_encoder import init_text_encoder
 from salt_jax.models.wan import init_wan
 from salt_jax.train.contradictions import refuse_uneven
@@ -126,36 +128,39 @@ def cache_bytes(c: WanConfig, frames: int, picture: tuple[int, int], itemsize: i
 
 
 def block_bytes(
-    c: WanConfig, pairs: Pairs, per_frame: int, itemsize: int, flash: bool, gradient: bool, tensor: int
+    c: WanConfig, pairs: Pairs, per_frame: int, itemsize: int, kernel: Kernel, gradient: bool, tensor: int
 ) -> int:
     """The most that one block holds at a time, for one clip.
 
     Forward, by token: 3 D in float32 (the residual stream and its norms), 4 D and 2 F in the compute type. With
     gradient everything the block computes waits for the backward pass: 8 D in float32, 18 D and 5 F. Chunks each
-    gather the keys and values they see. Without a flash kernel the scores are there too, in float32, once or twice.
+    gather the keys and values they see. Attention without a kernel has scores too, in float32, some at a time or all.
     Measured with XLA's buffer assignment at small size, see tests/train/test_footprint.py. `tensor` cuts heads and F.
     """
     tokens = per_frame * sum(q for q, _ in pairs)
     seen = [per_frame * k for _, k in pairs]
     scores = [per_frame * q * k for (q, _), k in zip(pairs, seen, strict=True)]
     gathered, scored = (sum(seen), sum(scores)) if gradient else (max(seen), max(scores))
-    stream, wide, ffn, times = (8, 18, 5, 2) if gradient else (3, 4, 2, 1)
+    stream, wide, ffn = (8, 18, 5) if gradient else (3, 4, 2)
+    made = c.num_heads * scored if kernel == "plain" else min(c.num_heads * max(scores), MOST_SCORES)
+    at_once = {"plain": 1 + gradient, "blocks": 2 + gradient}.get(kernel, 0) * made
     inner = tokens * (wide * c.dim + ffn * c.ffn_dim) + 2 * gathered * c.dim * (len(pairs) > 1)
-    inner = inner * itemsize + (0 if flash else times * c.num_heads * scored * F32)
+    inner = inner * itemsize + at_once * F32
     return tokens * stream * c.dim * F32 + inner // tensor
 
 
 def kept_bytes(
-    c: WanConfig, pairs: Pairs, per_frame: int, itemsize: int, flash: bool, compute: Compute, tensor: int
+    c: WanConfig, pairs: Pairs, per_frame: int, itemsize: int, kernel: Kernel, compute: Compute, tensor: int
 ) -> int:
     """What one block leaves for its backward pass, for one clip: its input, and more as `Compute.remat` says.
 
     By token: D of the input; of attention, over itself and the text, 2 D and two row sums a head; of products with
     weights 7 D and F. Exactly what jax keeps, but for the text's keys and values: see tests/train/test_footprint.py.
     """
-    how, tokens = compute.remat, per_frame * sum(q for q, _ in pairs)
+    how, tokens, flash = compute.remat, per_frame * sum(q for q, _ in pairs), is_flash(kernel)
     if how == "none":
-        return block_bytes(c, pairs, per_frame, itemsize, flash, True, tensor)
+        keeps: Kernel = "plain" if kernel == "plain" else "cudnn"  # blocks of scores are not kept
+        return block_bytes(c, pairs, per_frame, itemsize, keeps, True, tensor)
     start = 0 if how == "offload" else tokens * c.dim * np.dtype(compute.residual).itemsize
     attention = tokens * (2 * c.dim * itemsize + 2 * c.num_heads * F32)
     scores = c.num_heads * per_frame**2 * sum(q * k for q, k in pairs) * F32 + attention
@@ -168,7 +173,13 @@ def kept_bytes(
     return start + more.get(how, 0) // tensor
 
 
-def passing(recipe: Recipe, mesh: Mapping[str, int], flash: bool, kept: Sequence[Held]) -> list[Held]:
+def needed(recipe: Recipe, mesh: Mapping[str, int], kernel: Kernel) -> list[Held]:
+    """All that a run holds at its peak. Arguments and errors as in `passing`."""
+    rows = kept(recipe, mesh)
+    return rows + passing(recipe, mesh, kernel, rows)
+
+
+def passing(recipe: Recipe, mesh: Mapping[str, int], kernel: Kernel, kept: Sequence[Held]) -> list[Held]:
     """What comes and goes during an update: a model of its peak, given what is kept.
 
     The peak is in the student's update: caches, what blocks keep (their inputs, and what `model.remat` says)
@@ -182,11 +193,11 @@ def passing(recipe: Recipe, mesh: Mapping[str, int], flash: bool, kept: Sequence
     refuse_uneven(recipe, ways)
     wan, size, frames = recipe.wan, jnp.dtype(recipe.model.dtype).itemsize, recipe.clip_shape[0]
     per_frame = math.prod(recipe.clip_shape[1:3]) // math.prod(wan.patch_size[1:])
-    block = lambda c, pairs, gradient: block_bytes(c, pairs, per_frame, size, flash, gradient, tensor)
+    block = lambda c, pairs, gradient: block_bytes(c, pairs, per_frame, size, kernel, gradient, tensor)
     student, whole = _student_pairs(recipe), [(frames, frames)]
     judged = whole if recipe.stage in ("distil", "denoising") else student
     work = max(block(wan, student, True), block(wan, judged, True), block(recipe.teacher_wan, whole, False))
-    inputs = wan.num_layers * kept_bytes(wan, student, per_frame, size, flash, recipe.compute, tensor)
+    inputs = wan.num_layers * kept_bytes(wan, student, per_frame, size, kernel, recipe.compute, tensor)
     cache = cache_bytes(wan, _slots(recipe), recipe.clip_shape[1:3], size)
     caches, passes = max(_programs(recipe), key=lambda p: p[0] * cache + p[1] * inputs)
     at_once, batch = recipe.batch_size // recipe.accumulate, recipe.batch_size * _batch_bytes(recipe)
@@ -234,7 +245,7 @@ def _programs(recipe: Recipe) -> list[tuple[int, float]]:
     """Of each program of the student's update: caches that live at once, and forwards of it with gradient.
 
     A rolling window writes a new cache at each commit; through the cache of a stage before distillation runs a
-    gradient; cache alignment makes a reference with a cache of its own, and features with gradient.
+    gradient; cache alignment has features with gradient, and a reference whose cache is gone when they begin.
     """
     if recipe.stage != "distil":
         return [(2 if recipe.causal else 0, 1.0)]
@@ -243,7 +254,7 @@ def _programs(recipe: Recipe) -> list[tuple[int, float]]:
     if (
         recipe.align.weight
     ):  # with self-consistency in no update: that is at the longest K, alignment at others
-        programs.append((caches + 1, 1 + recipe.align.layers / recipe.wan.num_layers))
+        programs.append((caches, 1 + recipe.align.layers / recipe.wan.num_layers))
     return programs
 
 

@@ -43,14 +43,32 @@ def make_mesh(sizes: Mapping[str, Any], devices: Sequence[Any] | None = None) ->
     """The devices as a grid of data x fsdp x context x tensor.
 
     Args:
-        sizes: one size for each of `AXES`; one of them may be -1, which takes all devices that are left.
+        sizes: as in `axis_sizes`.
         devices: the devices to use, all by default.
+
+    Raises:
+        UserError: as `axis_sizes`.
+    """
+    there = jax.devices() if devices is None else devices
+    shape = tuple(axis_sizes(sizes, len(there)).values())
+    types = (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # on a TPU: 8 x 8 on a torus of 4 x 4 x 4 cuts one of its axes in two
+        grid = mesh_utils.create_device_mesh(shape, there, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=types)
+
+
+def axis_sizes(sizes: Mapping[str, Any], count: int) -> dict[str, int]:
+    """How many of `count` devices each axis has, in the order of `AXES`.
+
+    Args:
+        sizes: one size for each of `AXES`; one of them may be -1, which takes all devices that are left.
 
     Raises:
         UserError: an axis is missing, unknown or not a positive number, or the sizes do not make up the devices.
     """
     asked: dict[str, Any] = {axis: sizes.get(axis) for axis in AXES} | dict(sizes)
-    count = len(jax.devices() if devices is None else devices)
     told = ", ".join(f"{axis}={size}" for axis, size in asked.items())
     known = [size for size in asked.values() if size != -1]
     whole = all(isinstance(size, int) and size > 0 for size in known)
@@ -65,14 +83,7 @@ def make_mesh(sizes: Mapping[str, Any], devices: Sequence[Any] | None = None) ->
             f"config.mesh ({told}) does not fit {count} device(s): the product of the sizes has to be {count}; "
             "set one of them to -1 to take the devices that are left, or change the others"
         )
-    shape = tuple(rest if asked[axis] == -1 else asked[axis] for axis in AXES)
-    types = (AxisType.Auto,) * len(AXES)
-    try:
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
-    except NotImplementedError:  # on a TPU: 8 x 8 on a torus of 4 x 4 x 4 cuts one of its axes in two
-        there = jax.devices() if devices is None else devices
-        grid = mesh_utils.create_device_mesh(shape, there, allow_split_physical_axes=True)
-        return Mesh(grid, AXES, axis_types=types)
+    return {axis: rest if asked[axis] == -1 else asked[axis] for axis in AXES}
 
 
 def partition_spec(path: str, shape: tuple[int, ...], axis_sizes: Mapping[str, int]) -> P:

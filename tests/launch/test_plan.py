@@ -63,7 +63,8 @@ def test_what_is_told_decides_whether_it_fits(numbers, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([SALT], "mesh"),
+        ([SALT, "--target=gpu:h100"], "--target=gpu:h100 is no machine"),
+        ([SALT, "--target=here"], "--target=here: name the devices"),
         ([SALT, "--mesh=rows:8"], "--mesh=rows:8 must name each of data, fsdp, context, tensor once at most"),
         ([SALT, "--mesh=data:2,data:2"], "--mesh=data:2,data:2 must name"),
         ([SALT, "--mesh=data:0"], "the size of data must be a whole number >= 1"),

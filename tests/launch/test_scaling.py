@@ -10,7 +10,7 @@ from salt_jax.errors import UserError
 from tests.launch.test_compile import ROW
 from tests.test_configs import ROOT
 
-TOLD = {"commit": "abc1234", "programs": [ROW | {"memory_bytes": 94 * 2**30, "plan_bytes": 40 * 2**30}]}
+TOLD = {"commit": "abc1234", "programs": [ROW | {"memory_bytes": 94 * 2**30}]}
 
 
 def test_rows_have_names_of_their_own_and_machines_that_exist():
@@ -36,7 +36,6 @@ def test_a_program_is_a_line_that_says_whether_it_is_what_must_be():
             "50%",
             "36.0",
             "**no, by 12.0**",
-            "40.00",
             "3.00",
             "12",
         ),

@@ -90,6 +90,23 @@ def test_the_tpu_kernel_interpreted(shape):
     check(attend, *SHAPES[shape], 2e-4, width=128, batch=1, heads=2)
 
 
+def test_on_a_tpu_blocks_behind_the_length_are_not_read():
+    """Of 1,300 keys 600 count: two blocks of three. The third is NaN; the length is a value of the program."""
+    length, rng = 600, np.random.default_rng(0)
+    draw = lambda tokens: jnp.asarray(rng.standard_normal((1, tokens, 2, 128)), jnp.float32)
+    q, k, v = draw(130), draw(1300), draw(1300)
+    loss = lambda q, k, v, n: (attend_splash(q, k, v, n, interpret=True) ** 2).sum()
+    run = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+    behind = jnp.arange(1300)[None, :, None, None] >= 1024
+    found = run(q, *(jnp.where(behind, jnp.nan, x) for x in (k, v)), jnp.int32(length))
+    expected = run(q, k[:, :length], v[:, :length], jnp.int32(length))
+    for ours, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        if ours.shape != wanted.shape:
+            np.testing.assert_array_equal(ours[:, length:], 0)
+            ours = ours[:, :length]
+        np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_scores_never_stand_whole():
     """Memory of a forward and its gradient grows with the tokens, not with their square."""
 
