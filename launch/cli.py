@@ -30,11 +30,14 @@ def read_config(flag: flags.FlagHolder) -> Any:
 
 def made_with(module: str, packages: Collection[str]) -> dict[str, Any]:
     """What a file of figures says of itself: command, commit, host, and versions of the packages that are installed."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    git = lambda *told: subprocess.run(["git", *told], capture_output=True, text=True).stdout.strip()
+    # Figures are written to docs/, so that may have changed.
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/docs")
+    commit = git("describe", "--always") + "-dirty" * bool(changed)
     there = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
     return {
         "command": ["python", "-m", module, *sys.argv[1:]],
-        "commit": git.stdout.strip() or None,
+        "commit": commit or None,
         "host": f"{platform.machine()} {platform.system()}",
         "versions": {"python": platform.python_version()} | {p: there[p] for p in packages if p in there},
     }
