@@ -5,7 +5,7 @@ convolutions in time have seen; None before the first frame of the video, where 
 the activations is that of `x` and of the parameters; norms are computed in float32.
 """
 
-from functools import reduce
+from functools import partial, reduce
 from operator import getitem
 from typing import Any, NamedTuple
 
@@ -96,33 +96,42 @@ def conv(
     x: Frames,
     stride: tuple[int, int, int] = (1, 1, 1),
     padding: tuple[int, int] | None = None,
-    by_frame: bool | None = None,
 ) -> Frames:
     """Convolution, without padding in time; `padding` is that before and after rows and columns, "same" if None.
 
-    `by_frame` sums one 2-D convolution per frame of the kernel, which is twice as fast as a 3-D one on CPUs, where
-    it is the default. Kernels are [kt, kh, kw, I, O] or [kh, kw, I, O].
+    Kernels are [kt, kh, kw, I, O] or [kh, kw, I, O].
     """
     kernel = params["kernel"]
     kernel = kernel[None] if kernel.ndim == 4 else kernel
-    taps, height, width = kernel.shape[:3]
-    pad = [padding or (size // 2, size // 2) for size in (height, width)]
-    if by_frame or (by_frame is None and jax.default_backend() == "cpu"):
-        frames = (x.shape[1] - taps) // stride[0] + 1
-
-        def tap(i):
-            seen = lax.slice_in_dim(x, i, i + (frames - 1) * stride[0] + 1, stride[0], axis=1)
-            seen = seen.reshape(-1, *x.shape[2:])
-            y = lax.conv_general_dilated(
-                seen, kernel[i], stride[1:], pad, dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
-            return y.reshape(-1, frames, *y.shape[1:])
-
-        y = sum((tap(i) for i in range(1, taps)), tap(0))
-    else:
-        numbers = ("NDHWC", "DHWIO", "NDHWC")
-        y = lax.conv_general_dilated(x, kernel, stride, [(0, 0), *pad], dimension_numbers=numbers)
+    pad = [padding or (size // 2, size // 2) for size in kernel.shape[1:3]]
+    how = dict(stride=stride, pad=pad)
+    # Decided by the devices that a program is for. A CPU is twice as fast that way.
+    y = lax.platform_dependent(
+        x, kernel, cpu=partial(conv_by_frame, **how), default=partial(conv_at_once, **how)
+    )
     return y + params["bias"][None, None, None, None]
+
+
+def conv_at_once(x: Frames, kernel: Any, stride: tuple[int, int, int], pad: list[tuple[int, int]]) -> Frames:
+    """One 3-D convolution."""
+    return lax.conv_general_dilated(
+        x, kernel, stride, [(0, 0), *pad], dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+    )
+
+
+def conv_by_frame(x: Frames, kernel: Any, stride: tuple[int, int, int], pad: list[tuple[int, int]]) -> Frames:
+    """The same as a sum of 2-D ones, one for each frame of the kernel."""
+    taps = len(kernel)
+    frames = (x.shape[1] - taps) // stride[0] + 1
+
+    def tap(i):
+        seen = lax.slice_in_dim(x, i, i + (frames - 1) * stride[0] + 1, stride[0], axis=1)
+        seen = seen.reshape(-1, *x.shape[2:])
+        numbers = ("NHWC", "HWIO", "NHWC")
+        y = lax.conv_general_dilated(seen, kernel[i], stride[1:], pad, dimension_numbers=numbers)
+        return y.reshape(-1, frames, *y.shape[1:])
+
+    return sum((tap(i) for i in range(1, taps)), tap(0))
 
 
 def causal_conv(params: Params, x: Frames, past: Any) -> tuple[Frames, Frames]:

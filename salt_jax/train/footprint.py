@@ -133,15 +133,15 @@ def block_bytes(
     """The most that one block holds at a time, for one clip.
 
     Forward, by token: 3 D in float32 (the residual stream and its norms), 4 D and 2 F in the compute type. With
-    gradient everything the block computes waits for the backward pass: 8 D in float32, 18 D and 5 F. Chunks each
+    gradient what the block computes waits for its backward pass: 6 D in float32, 12 D and 3 F. Chunks each
     gather the keys and values they see. Attention without a kernel has scores too, in float32, some at a time or all.
-    Measured with XLA's buffer assignment at small size, see tests/train/test_footprint.py. `tensor` cuts heads and F.
+    As XLA's compilers for GPU and TPU assign buffers (docs/scaling.md). `tensor` cuts heads and F.
     """
     tokens = per_frame * sum(q for q, _ in pairs)
     seen = [per_frame * k for _, k in pairs]
     scores = [per_frame * q * k for (q, _), k in zip(pairs, seen, strict=True)]
     gathered, scored = (sum(seen), sum(scores)) if gradient else (max(seen), max(scores))
-    stream, wide, ffn = (8, 18, 5) if gradient else (3, 4, 2)
+    stream, wide, ffn = (6, 12, 3) if gradient else (3, 4, 2)
     made = c.num_heads * scored if kernel == "plain" else min(c.num_heads * max(scores), MOST_SCORES)
     at_once = {"plain": 1 + gradient, "blocks": 2 + gradient}.get(kernel, 0) * made
     inner = tokens * (wide * c.dim + ffn * c.ffn_dim) + 2 * gathered * c.dim * (len(pairs) > 1)
@@ -156,19 +156,20 @@ def kept_bytes(
 
     By token: D of the input; of attention, over itself and the text, 2 D and two row sums a head; of products with
     weights 7 D and F. Exactly what jax keeps, but for the text's keys and values: see tests/train/test_footprint.py.
+    Without recomputation it is about 8 D in float32, 18 D and 5 F.
     """
     how, tokens, flash = compute.remat, per_frame * sum(q for q, _ in pairs), is_flash(kernel)
-    if how == "none":
-        keeps: Kernel = "plain" if kernel == "plain" else "cudnn"  # blocks of scores are not kept
-        return block_bytes(c, pairs, per_frame, itemsize, keeps, True, tensor)
     start = 0 if how == "offload" else tokens * c.dim * np.dtype(compute.residual).itemsize
     attention = tokens * (2 * c.dim * itemsize + 2 * c.num_heads * F32)
     scores = c.num_heads * per_frame**2 * sum(q * k for q, k in pairs) * F32 + attention
     products = tokens * (7 * c.dim + c.ffn_dim) * itemsize
+    gathered = 2 * per_frame * sum(k for _, k in pairs) * c.dim * (len(pairs) > 1)
+    everything = tokens * 8 * c.dim * F32 + (tokens * (18 * c.dim + 5 * c.ffn_dim) + gathered) * itemsize
     more = {
         "save_attention": attention if flash else 0,
         "dots_no_batch": products + (attention if flash else 0),
         "dots": products + (attention if flash else scores),
+        "none": everything - start + (0 if flash else 2 * scores),
     }
     return start + more.get(how, 0) // tensor
 
@@ -182,8 +183,9 @@ def needed(recipe: Recipe, mesh: Mapping[str, int], kernel: Kernel) -> list[Held
 def passing(recipe: Recipe, mesh: Mapping[str, int], kernel: Kernel, kept: Sequence[Held]) -> list[Held]:
     """What comes and goes during an update: a model of its peak, given what is kept.
 
-    The peak is in the student's update: caches, what blocks keep (their inputs, and what `model.remat` says)
-    and gradients live while one block of some network is at work, for the clips of one micro-batch. Clips are spread
+    The peak is in the student's update: caches, what blocks keep (their inputs, and what `model.remat` says), what
+    heads keep (tokens and their norm, 4 D in float32) and gradients live while one block of some network is at work,
+    for the clips of one micro-batch. Clips are spread
     over data x fsdp; `tensor` cuts heads and the width of the feed-forward, `context` tokens, and heads in a cache.
 
     Raises:
@@ -206,6 +208,7 @@ def passing(recipe: Recipe, mesh: Mapping[str, int], kernel: Kernel, kept: Seque
         ("batch", batch, 1),
         ("caches", at_once * caches * cache, heads),
         ("inputs of blocks", int(at_once * passes * inputs), context),
+        ("heads of networks", int(at_once * passes * 4 * frames * per_frame * wan.dim * F32), context),
         ("one block at work", at_once * work, context),
     )
     spread = [Held(name, 0, n, n // (ways * cut)) for name, n, cut in rows if n]
@@ -219,9 +222,9 @@ def passing(recipe: Recipe, mesh: Mapping[str, int], kernel: Kernel, kept: Seque
     if recipe.lora.rank:  # student and critic with their adapters merged, and the gradient of one of them
         base = networks["base"]
         held.append(Held("merged networks", 3 * base.count, 3 * base.whole, 3 * base.device))
-    if mesh["fsdp"] > 1:  # a block's weights are gathered while it works, and those of the next one
+    if mesh["fsdp"] > 1:  # a block's weights, in the compute type, while it works, and those of the next one
         largest = max((wan, recipe.teacher_wan), key=lambda c: c.dim * c.ffn_dim)
-        gathered = 2 * F32 * (8 * largest.dim**2 + 2 * largest.dim * largest.ffn_dim) // tensor
+        gathered = 2 * size * (8 * largest.dim**2 + 2 * largest.dim * largest.ffn_dim) // tensor
         held.append(Held("gathered blocks", 0, gathered, gathered))
     return held
 

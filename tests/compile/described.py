@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import wan_t2v
+from configs import wan_causal_self_forcing, wan_t2v
 from salt_jax.compile.measure import compile_program, devices_of, one_line
 from salt_jax.compile.programs import Program, programs
 from salt_jax.compile.surroundings import surroundings
@@ -31,8 +31,9 @@ from salt_jax.compile.target import read_target
 from salt_jax.errors import UserError
 from salt_jax.models.presets import PRESETS
 from salt_jax.train import sharding
-from salt_jax.train.footprint import kept
+from salt_jax.train.footprint import needed
 from salt_jax.train.recipe import Recipe, read_recipe
+from salt_jax.train.setup import attention_kernel
 from salt_jax.train.sharding import make_mesh
 from tests.test_configs import ROOT, WAN, load
 
@@ -78,23 +79,26 @@ def lowered(devices: list[Any]) -> Iterator[dict[str, Any]]:
                 yield {"case": ":".join((path.stem, *variant)), "program": name, "problem": told}
 
 
-def shallow(devices: int) -> Recipe:
-    """SC-DMD with two layers at full width, one clip of 480p a device."""
+def shallow(devices: int, causal: bool) -> Recipe:
+    """DMD of whole clips, or Self Forcing, with two layers at full width, one clip of 480p a device."""
     PRESETS["wan2.1-t2v-1.3b"] = dataclasses.replace(PRESETS["wan2.1-t2v-1.3b"], num_layers=2)
-    config = wan_t2v.get_config("dmd4")
+    config = wan_causal_self_forcing.get_config("plain") if causal else wan_t2v.get_config("dmd4")
     config.teacher.preset = config.teacher.weights = ""
     config.batch_size = config.mesh.fsdp = devices
+    config.mesh.data = 1
     return read_recipe(config)
 
 
 def compiled(devices: list[Any], memory: int | None) -> Iterator[dict[str, Any]]:
-    """The critic's update and the teacher's forward of `shallow`."""
-    recipe = shallow(len(devices))
-    mesh = make_mesh(dataclasses.asdict(recipe.mesh), devices)
-    for part in ("critic", "teacher"):
-        for name, make in programs(recipe, part).items():
-            row = compile_program(make(mesh), devices[0].platform, memory, Path())
-            yield {"program": name, **row}
+    """The teacher's forward and the student's update of `shallow`; for GPU the causal student's too."""
+    platform = devices[0].platform
+    for causal in (False, True)[: 1 + (platform == "gpu")]:
+        recipe = shallow(len(devices), causal)
+        mesh = make_mesh(dataclasses.asdict(recipe.mesh), devices)
+        for part in ("student",) if causal else ("teacher", "student"):
+            for name, make in programs(recipe, part).items():
+                row = compile_program(make(mesh), platform, memory, Path())
+                yield {"program": name, "causal": causal, **row}
 
 
 def filling(devices: list[Any], memory: int | None) -> Iterator[dict[str, Any]]:
@@ -137,21 +141,30 @@ def check_lowered(rows: list[dict[str, Any]]) -> None:
     assert [row for row in rows if row["problem"]] == []
 
 
-def check_compiled(rows: list[dict[str, Any]], devices: int, kernel: str) -> None:
-    """Arguments are those that the shardings say, and no scores of attention are kept."""
-    critic, teacher = rows
-    assert (critic["program"], teacher["program"]) == ("critic step", "teacher forward")
-    with mock.patch.dict(PRESETS):
-        recipe = shallow(devices)
-        rows_kept = kept(recipe, dict(data=1, fsdp=devices, context=1, tensor=1))
-    state = sum(row.device for row in rows_kept if row.name not in ("teacher", "base"))
-    clip = 4 * (math.prod(recipe.clip_shape) + recipe.wan.text_length * recipe.wan.text_dim)
-    assert critic["argument_bytes"] == pytest.approx(state + clip, rel=0.03)  # a TPU pads small arrays
-    scores = 4 * recipe.wan.num_heads * 32760**2  # bytes of one clip, one layer: 51 GB
-    for row, most in ((critic, 8e9), (teacher, 3e9)):
+def check_compiled(rows: list[dict[str, Any]], devices: int, kernel: str, platform: str) -> None:
+    """Arguments are those that the shardings say, launch.plan is near, and no scores of attention are kept."""
+    teacher, *students = rows
+    assert teacher["program"] == "teacher forward" and {row["program"] for row in students} == {
+        "student step"
+    }
+    scores = 4 * 12 * 32760**2  # bytes of one clip, one layer: 51 GB
+    for row, most in ((teacher, 3e9), *((student, 9e9) for student in students)):
         assert row["problem"] is None and row["argument_bytes"] < row["peak_bytes"] < most < scores
         assert any(kernel in name for name in row["kernels"]) and row["collectives"]["all-gather"]["calls"]
     assert not any("backward" in name.lower() or "dkv" in name for name in teacher["kernels"])
+    for row in students:
+        with mock.patch.dict(PRESETS):
+            recipe = shallow(devices, row["causal"])
+            plan = needed(
+                recipe,
+                dict(data=1, fsdp=devices, context=1, tensor=1),
+                attention_kernel(recipe, recipe.wan, platform),
+            )
+        state = sum(held.device for held in plan if held.count and held.name != "gradients")
+        clip = 4 * (math.prod(recipe.clip_shape) + recipe.wan.text_length * recipe.wan.text_dim)
+        given, peak = (row[f"{name}_bytes"] + row["beside_bytes"] for name in ("argument", "peak"))
+        assert given == pytest.approx(state + clip, rel=0.03)  # a TPU pads small arrays
+        assert sum(held.device for held in plan) == pytest.approx(peak, rel=0.15)
 
 
 if __name__ == "__main__":

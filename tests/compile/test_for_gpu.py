@@ -12,4 +12,4 @@ def test_every_wan_config_lowers_at_full_size(tmp_path):
 
 
 def test_two_layers_compile_and_keep_no_scores(tmp_path):
-    check_compiled(run("compile", "gpu:h100:8", tmp_path), 8, "__cudnn$fmha")
+    check_compiled(run("compile", "gpu:h100:8", tmp_path), 8, "__cudnn$fmha", "gpu")

@@ -12,7 +12,7 @@ def test_every_wan_config_lowers_at_full_size(tmp_path):
 
 
 def test_two_layers_compile_and_keep_no_scores(tmp_path):
-    check_compiled(run("compile", "tpu:v5p:2x2x1", tmp_path), 4, "splash_mha")
+    check_compiled(run("compile", "tpu:v5p:2x2x1", tmp_path), 4, "splash_mha", "tpu")
 
 
 def test_the_peak_is_what_a_tpu_refuses_by(tmp_path):

@@ -31,7 +31,15 @@ def test_everything_is_told_in_numbers_that_add_up(numbers):
     rows = {row["name"]: row for row in told["memory"]}
     networks = {"student", "critic", "teacher", "average of the student", "base"}
     moments = {"student optimizer", "critic optimizer"}
-    fleeting = {"gradients", "caches", "inputs of blocks", "one block at work", "gathered blocks", "batch"}
+    fleeting = {
+        "gradients",
+        "caches",
+        "inputs of blocks",
+        "heads of networks",
+        "one block at work",
+        "gathered blocks",
+        "batch",
+    }
     assert set(rows) == networks | moments | fleeting
     assert rows["student"]["count"] == 1_418_996_800 and rows["teacher"]["count"] == 14_288_491_584
     assert told["bytes_per_device"] == sum(row["device"] for row in rows.values())

@@ -233,9 +233,21 @@ def test_bfloat16_stays_near_float32():
 def test_convolution_frame_by_frame_is_the_one_in_3d(taps, stride, padding):  # fmt: skip
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-    params, x = {"kernel": draw(taps, 3, 3, 4, 5), "bias": draw(5)}, draw(2, 7, 6, 8, 4)
-    by_frame, at_once = (vae_blocks.conv(params, x, stride, padding, by_frame=form) for form in (True, False))
-    np.testing.assert_allclose(by_frame, at_once, atol=2e-5, rtol=0)
+    kernel, bias, x = draw(taps, 3, 3, 4, 5), draw(5), draw(2, 7, 6, 8, 4)
+    how = dict(stride=stride, pad=[padding or (1, 1)] * 2)
+    at_once = vae_blocks.conv_at_once(x, kernel, **how)
+    np.testing.assert_allclose(vae_blocks.conv_by_frame(x, kernel, **how), at_once, atol=2e-5, rtol=0)
+    here = vae_blocks.conv({"kernel": kernel, "bias": bias}, x, stride, padding)
+    np.testing.assert_allclose(here, at_once + bias[None, None, None, None], atol=2e-5, rtol=0)
+
+
+def test_the_devices_that_a_program_is_for_decide_how_it_convolves():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    params, x = {"kernel": draw(3, 3, 3, 4, 5), "bias": draw(5)}, draw(2, 7, 6, 8, 4)
+    traced = jax.jit(vae_blocks.conv).trace(params, x)
+    count = lambda platform: traced.lower(lowering_platforms=(platform,)).as_text().count("convolution")
+    assert (count("cpu"), count("tpu")) == (3, 1)
 
 
 @pytest.mark.parametrize(

