@@ -36,6 +36,13 @@ def platform_of(mesh: Mesh | None) -> str:
     return (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform
 
 
+def cache_spec(sizes: Mapping[str, int], shape: tuple[int, ...]) -> P:
+    """Of keys or values [layers, B, F, S, A, d], as attention reads them: whole clips of some heads."""
+    return P(None, fitting(sizes, shape[1], BATCH), None, None, head_axes(sizes, shape[4]))
+
+
 def lay_cache(x: Any, mesh: Mesh | None) -> Any:
-    """Keys or values [layers, B, F, S, A, d] as attention reads them: whole clips of some heads."""
-    return lay(x, mesh, None, BATCH, None, None, mesh and head_axes(mesh.shape, x.shape[4]))
+    """Keys or values laid out so; without a mesh as they are."""
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, cache_spec(mesh.shape, x.shape)))

@@ -22,6 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from salt_jax.errors import UserError
+from salt_jax.models.layout import BATCH, cache_spec, fitting
 
 AXES = ("data", "fsdp", "context", "tensor")
 
@@ -31,8 +32,8 @@ RULES = (
     (r"(^|/)blocks/((self|cross)_attn/[qkv]|ffn_in)/kernel$", P(None, "fsdp", "tensor")),
     (r"(^|/)blocks/((self|cross)_attn/o|ffn_out)/kernel$", P(None, "tensor", "fsdp")),
 )
-# Videos under way are spread as the batch is; a KV cache has its layers in front.
-VIDEOS = ((r"(^|/)stream/cache/[kv]$", 1), (r"(^|/)stream/(cache/x0|text)$", 0))
+CACHE = r"(^|/)stream/cache/[kv]$"
+VIDEOS = r"(^|/)stream/(cache/x0|text)$"  # spread as the batch is
 LARGE = r"(^|/)(kernel|embedding)$"  # any other matrix: its largest axis that divides, over fsdp
 WAITING = r"(^|/)(opt_state|ema)/"  # what only its own update reads
 HOST = "pinned_host"
@@ -88,9 +89,10 @@ def axis_sizes(sizes: Mapping[str, Any], count: int) -> dict[str, int]:
 
 def partition_spec(path: str, shape: tuple[int, ...], axis_sizes: Mapping[str, int]) -> P:
     """How an array of `shape` at `path` (keys joined by "/") is cut; an axis that does not divide stays whole."""
-    for pattern, axis in VIDEOS:
-        if re.search(pattern, path) and shape[axis] % (axis_sizes["data"] * axis_sizes["fsdp"]) == 0:
-            return P(*(None,) * axis, ("data", "fsdp"))
+    if re.search(CACHE, path):
+        return cache_spec(axis_sizes, shape)
+    if re.search(VIDEOS, path):
+        return P(fitting(axis_sizes, shape[0], BATCH))
     first = 1 if re.search(STACKED, path) else 0
     for pattern, spec in RULES:
         if re.search(pattern, path) and len(shape) == len(spec):

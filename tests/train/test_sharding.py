@@ -106,11 +106,11 @@ def test_sizes_that_make_no_mesh_are_refused_in_one_sentence(asked, told):
         ("blocks/wi/kernel", (64, 6, 8), P(None, None, "fsdp")),
         ("opt_state/0/v_row/blocks/self_attn/q/kernel", (64, 6), P()),
         ("student/opt_state/1/0/count", (), P()),
-        # Videos under way are spread as the batch is, if there are enough of them.
-        ("stream/cache/k", (2, 8, 6, 4, 2, 8), P(None, ("data", "fsdp"))),
+        # Videos under way are spread as the batch is, if there are enough of them; of a cache heads are cut too.
+        ("stream/cache/k", (2, 8, 6, 4, 2, 8), P(None, ("data", "fsdp"), None, None, ("tensor", "context"))),
         ("stream/cache/x0", (8, 6, 4, 4, 3), P(("data", "fsdp"))),
         ("stream/text", (8, 12, 64), P(("data", "fsdp"))),
-        ("stream/cache/v", (2, 6, 6, 4, 2, 8), P()),
+        ("stream/cache/v", (2, 6, 6, 4, 3, 8), P(None, None, None, None, None)),
         ("stream/cache/frames", (8,), P()),
     ],
 )
