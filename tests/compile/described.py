@@ -164,7 +164,8 @@ def check_compiled(rows: list[dict[str, Any]], devices: int, kernel: str, platfo
         clip = 4 * (math.prod(recipe.clip_shape) + recipe.wan.text_length * recipe.wan.text_dim)
         given, peak = (row[f"{name}_bytes"] + row["beside_bytes"] for name in ("argument", "peak"))
         assert given == pytest.approx(state + clip, rel=0.03)  # a TPU pads small arrays
-        assert sum(held.device for held in plan) == pytest.approx(peak, rel=0.15)
+        # So few layers weigh little: what one block holds is nearly all, and a TPU's compiler holds less of it.
+        assert -0.15 < sum(held.device for held in plan) / peak - 1 < (0.15 if platform == "gpu" else 0.35)
 
 
 if __name__ == "__main__":
