@@ -35,9 +35,7 @@ class Row(NamedTuple):
     config: str
     target: str
     clips: int | None  # in a batch; None: as the config says
-    most: (
-        float | None
-    )  # GiB that no program's peak, with what waits beside it, may exceed; None: that it fits
+    most: float | None  # GiB that no program may exceed, what waits beside it included; None: that it fits
     options: tuple[str, ...] = ()
 
     @property

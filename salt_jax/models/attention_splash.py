@@ -60,11 +60,8 @@ def _blocks_that_count(length: Any, rows: int, columns: int, block: int) -> tupl
     Blocks whose keys do not count are not multiplied, nor loaded: the block that is there stays. Of the last one that
     counts the rest is masked by its segment.
     """
-    row, column, last = (
-        jnp.arange(rows)[None, :, None],
-        jnp.arange(columns)[None, None],
-        (length - 1) // block,
-    )
+    row, column = jnp.arange(rows)[None, :, None], jnp.arange(columns)[None, None]
+    last = (length - 1) // block
     counts = jnp.broadcast_to(column <= last, (1, rows, columns))
     mask = jnp.where(counts, 2, 0).astype(jnp.int32)
     info = lambda following: MaskInfo(following.astype(jnp.int32), None, mask, None, None)
