@@ -49,9 +49,8 @@ class Row(NamedTuple):
 STEPS = "--what=student,critic"
 # The mesh of the configs is for several hosts; here all devices share one copy of the parameters.
 SHARED = (STEPS, "--config.mesh.data=1", "--config.mesh.fsdp=-1")
-SALT = {
+SALT = {  # Causal Forcing's programs are those of Self Forcing
     "self_forcing": "wan_causal_self_forcing.py:salt",
-    "causal_forcing": "wan_causal_forcing.py:salt",
     "longlive": "wan_causal_longlive.py:salt",
     "causvid": "wan_causal_causvid.py:salt",
 }
@@ -75,8 +74,7 @@ CUT = (
 I2V = "wan_i2v.py:sc_dmd"
 ROWS = (
     *(
-        Row(f"{name}_{machine}", SALT[name], target, devices, MOST.get(machine), SHARED)
-        for name in ("self_forcing", "causal_forcing")
+        Row(f"self_forcing_{machine}", SALT["self_forcing"], target, devices, MOST.get(machine), SHARED)
         for machine, (target, devices) in FIRST.items()
     ),
     *(

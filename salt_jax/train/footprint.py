@@ -235,8 +235,6 @@ def _student_pairs(recipe: Recipe) -> Pairs:
     if not recipe.causal:
         return [(frames, frames)]
     new = chunk_pairs(recipe.memory, frames)
-    if recipe.stage != "distil":
-        return [*new, *new]  # the clean pass, and the noisy one
     return (
         max(new, going_on(recipe), key=lambda pairs: sum(k for _, k in pairs))
         if recipe.stream.max_frames
@@ -247,17 +245,16 @@ def _student_pairs(recipe: Recipe) -> Pairs:
 def _programs(recipe: Recipe) -> list[tuple[int, float]]:
     """Of each program of the student's update: caches that live at once, and forwards of it with gradient.
 
-    A rolling window writes a new cache at each commit; through the cache of a stage before distillation runs a
-    gradient; cache alignment has features with gradient, and a reference whose cache is gone when they begin.
+    A stage before distillation has a clean pass and a noisy one, and its gradient runs through the cache. Cache
+    alignment has features with gradient, and a reference, whose rolling window writes a new cache at each commit.
     """
     if recipe.stage != "distil":
-        return [(2 if recipe.causal else 0, 1.0)]
-    caches = 0 if recipe.video != "rollout" else 2 if recipe.memory.window else 1
+        return [(2, 2.0) if recipe.causal else (0, 1.0)]
+    caches = int(recipe.video == "rollout")
     programs = [(caches, 2.0 if recipe.loss.self_consistency else 1.0)]
-    if (
-        recipe.align.weight
-    ):  # with self-consistency in no update: that is at the longest K, alignment at others
-        programs.append((caches, 1 + recipe.align.layers / recipe.wan.num_layers))
+    if recipe.align.weight:  # never with self-consistency: that is at the longest K, alignment at others
+        more = caches * (recipe.memory.window > 0)
+        programs.append((caches + more, 1 + recipe.align.layers / recipe.wan.num_layers))
     return programs
 
 

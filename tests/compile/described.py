@@ -48,12 +48,18 @@ def covering(names: Iterable[str]) -> list[str]:
     return kept
 
 
-def form(recipe: Recipe) -> Recipe:
-    """What programs of one name may differ in: not by how much a term weighs, nor how long or at which levels."""
-    one = dataclasses.replace(recipe.rollout, updates=(1,), probabilities=(1.0,))
-    still = dict(seed=0, updates=1, critic_updates=1, schedule=None, loss=None, rollout=one)
-    optimizers = dict(student_optimizer=None, critic_optimizer=None, ema=None)
-    return dataclasses.replace(recipe, **still, **optimizers, align=recipe.align.layers)
+def form(recipe: Recipe) -> dict[str, Any]:
+    """What programs of one name differ in: not how much a term weighs, how long a run is, at which levels or from what."""
+    told = dataclasses.asdict(recipe)
+    for name in ("init_from", "seed", "updates", "critic_updates", "schedule", "loss", "ema"):
+        del told[name]
+    del (
+        told["student_optimizer"],
+        told["critic_optimizer"],
+        told["rollout"]["updates"],
+        told["rollout"]["probabilities"],
+    )
+    return told | {"align": recipe.align.layers}
 
 
 def lowered(devices: list[Any]) -> Iterator[dict[str, Any]]:

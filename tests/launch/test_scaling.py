@@ -4,9 +4,12 @@ import json
 
 import pytest
 
+from configs import wan_causal_forcing, wan_causal_self_forcing
 from launch import scaling
 from salt_jax.compile.target import read_target
 from salt_jax.errors import UserError
+from salt_jax.train.recipe import read_recipe
+from tests.compile.described import form
 from tests.launch.test_compile import ROW
 from tests.test_configs import ROOT
 
@@ -19,6 +22,15 @@ def test_rows_have_names_of_their_own_and_machines_that_exist():
         assert (
             read_target(row.target).devices >= 1 and (ROOT / "configs" / row.config.split(":")[0]).is_file()
         )
+
+
+def test_causal_forcing_has_the_programs_of_self_forcing():
+    """So the tables have them once. They start from other weights."""
+    one, other = (
+        form(read_recipe(module.get_config("salt")))
+        for module in (wan_causal_forcing, wan_causal_self_forcing)
+    )
+    assert one == other
 
 
 def test_a_program_is_a_line_that_says_whether_it_is_what_must_be():
