@@ -49,7 +49,7 @@ def covering(names: Iterable[str]) -> list[str]:
 
 
 def form(recipe: Recipe) -> dict[str, Any]:
-    """What programs of one name differ in: not how much a term weighs, how long a run is, at which levels or from what."""
+    """What programs of one name differ in: not how much a term weighs, nor at which levels or from which weights."""
     told = dataclasses.asdict(recipe)
     for name in ("init_from", "seed", "updates", "critic_updates", "schedule", "loss", "ema"):
         del told[name]
