@@ -76,9 +76,19 @@ def test_tables_go_between_the_marks():
         scaling.with_tables("a", "b")
 
 
+def made():
+    files = {row: ROOT / "docs" / "scaling" / f"{row.name}.json" for row in scaling.ROWS}
+    return {row: json.loads(file.read_text()) for row, file in files.items() if file.exists()}
+
+
+def test_launch_plan_is_near_the_compilers():
+    lines = [line for row, told in made().items() for line in scaling.plan_line(row, told)]
+    ratios = {line.split(" | ")[0]: float(line.strip("| ").split(" | ")[-1]) for line in lines}
+    assert len(ratios) >= 8 and all(0.85 <= ratio <= 1.15 for ratio in ratios.values()), ratios
+
+
 def test_the_document_says_what_its_files_say():
-    found = {row: ROOT / "docs" / "scaling" / f"{row.name}.json" for row in scaling.ROWS}
-    found = {row: json.loads(file.read_text()) for row, file in found.items() if file.exists()}
+    found = made()
     text = (ROOT / "docs" / "scaling.md").read_text()
     assert text.count(scaling.MARK) == 2
     assert not found or scaling.with_tables(text, scaling.document(found)) == text
