@@ -20,6 +20,7 @@ from launch.cli import read_config, run_main
 from salt_jax.compile.target import GIB, GPU_SHARE, Target, read_target
 from salt_jax.errors import UserError
 from salt_jax.models.attention import choose_kernel, is_flash
+from salt_jax.models.presets import Kernel
 from salt_jax.train.cost import critic_flops, mean_mix, student_flops
 from salt_jax.train.footprint import needed
 from salt_jax.train.recipe import Recipe, read_recipe
@@ -86,7 +87,7 @@ def make_plan(
         "chip": f"{target.platform}:{target.chip}",
         "flops": flops,
         "attention": kernel,
-        "absent": absent(recipe, target),
+        "absent": absent(recipe, target, kernel),
         "updates": {who: parts for who, parts in updates.items() if parts},
         "seconds": {who: s for who, s in seconds.items() if s},
         "seconds_per_iteration": iteration,
@@ -126,9 +127,9 @@ def show(plan: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def absent(recipe: Recipe, target: Target) -> str | None:
+def absent(recipe: Recipe, target: Target, kernel: Kernel) -> str | None:
     """What to know where the target's own attention kernel does not run."""
-    kernel, dtype, c = attention_kernel(recipe, recipe.wan, target.platform), recipe.compute.dtype, recipe.wan
+    dtype, c = recipe.compute.dtype, recipe.wan
     own = {"gpu": "cudnn", "tpu": "splash"}[target.platform]
     if kernel == own:
         return None

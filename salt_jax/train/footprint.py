@@ -185,8 +185,8 @@ def passing(recipe: Recipe, mesh: Mapping[str, int], kernel: Kernel, kept: Seque
 
     The peak is in the student's update: caches, what blocks keep (their inputs, and what `model.remat` says), what
     heads keep (tokens and their norm, 4 D in float32) and gradients live while one block of some network is at work,
-    for the clips of one micro-batch. Clips are spread
-    over data x fsdp; `tensor` cuts heads and the width of the feed-forward, `context` tokens, and heads in a cache.
+    for the clips of one micro-batch. Clips are spread over data x fsdp; `tensor` cuts heads and the width of the
+    feed-forward, `context` tokens, and heads in a cache.
 
     Raises:
       UserError: the batch does not spread over the mesh.

@@ -204,7 +204,7 @@ def attention_kernel(recipe: Recipe, config: WanConfig, platform: str) -> Kernel
 
 
 def runs_flash(recipe: Recipe, platform: str) -> bool:
-    """Whether the student's attention keeps no scores there: what every planner asks."""
+    """Whether the student's attention keeps no scores there."""
     return is_flash(attention_kernel(recipe, recipe.wan, platform))
 
 

@@ -87,19 +87,19 @@ def axis_sizes(sizes: Mapping[str, Any], count: int) -> dict[str, int]:
     return {axis: rest if asked[axis] == -1 else asked[axis] for axis in AXES}
 
 
-def partition_spec(path: str, shape: tuple[int, ...], axis_sizes: Mapping[str, int]) -> P:
+def partition_spec(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
     """How an array of `shape` at `path` (keys joined by "/") is cut; an axis that does not divide stays whole."""
     if re.search(CACHE, path):
-        return cache_spec(axis_sizes, shape)
+        return cache_spec(sizes, shape)
     if re.search(VIDEOS, path):
-        return P(fitting(axis_sizes, shape[0], BATCH))
+        return P(fitting(sizes, shape[0], BATCH))
     first = 1 if re.search(STACKED, path) else 0
     for pattern, spec in RULES:
         if re.search(pattern, path) and len(shape) == len(spec):
-            sizes = [axis_sizes.get(name, 1) for name in spec]
-            cut = zip(spec, shape, sizes, strict=True)
+            ways = [sizes.get(name, 1) for name in spec]
+            cut = zip(spec, shape, ways, strict=True)
             return P(*(name if n % size == 0 else None for name, n, size in cut))
-    divisible = [i for i in range(first, len(shape)) if shape[i] % axis_sizes["fsdp"] == 0]
+    divisible = [i for i in range(first, len(shape)) if shape[i] % sizes["fsdp"] == 0]
     if not re.search(LARGE, path) or not divisible:
         return P()
     largest = max(divisible, key=lambda i: shape[i])
