@@ -63,8 +63,8 @@ def form(recipe: Recipe) -> dict[str, Any]:
 
 
 def lowered(devices: list[Any]) -> Iterator[dict[str, Any]]:
-    """At full size, on the mesh of each config, one clip a device. Programs of one form once."""
-    seen = set()
+    """At full size, on the mesh of each config, one clip a device. Programs of one form are lowered once."""
+    problems: dict[tuple[str, str], str | None] = {}
     for path, variant in (case.values for case in WAN):
         config = load(path).get_config(*variant)
         config.batch_size = len(devices)
@@ -73,16 +73,14 @@ def lowered(devices: list[Any]) -> Iterator[dict[str, Any]]:
         for part in ("student", "critic"):
             made = programs(recipe, part)
             for name in covering(made):
-                told = None
-                if (key := (name, repr(form(recipe)))) in seen:
-                    continue
-                seen.add(key)
-                try:
-                    program = made[name](mesh)
-                    program.jitted.lower(*program.args)
-                except Exception as error:  # it is the test that judges it
-                    told = f"{type(error).__name__}: {one_line(error)}"
-                yield {"case": ":".join((path.stem, *variant)), "program": name, "problem": told}
+                if (key := (name, repr(form(recipe)))) not in problems:
+                    problems[key] = None
+                    try:
+                        program = made[name](mesh)
+                        program.jitted.lower(*program.args)
+                    except Exception as error:  # it is the test that judges it
+                        problems[key] = f"{type(error).__name__}: {one_line(error)}"
+                yield {"case": ":".join((path.stem, *variant)), "program": name, "problem": problems[key]}
 
 
 def shallow(devices: int, causal: bool) -> Recipe:
