@@ -48,7 +48,9 @@ class Row(NamedTuple):
 
 STEPS = "--what=student,critic"
 # The mesh of the configs is for several hosts; here all devices share one copy of the parameters.
-SHARED = (STEPS, "--config.mesh.data=1", "--config.mesh.fsdp=-1")
+TOGETHER = ("--config.mesh.data=1", "--config.mesh.fsdp=-1")
+SHARED = (STEPS, *TOGETHER)
+MAKING = (f"{STEPS},teacher", *TOGETHER)  # the trajectories beside the update that learns from them
 SALT = {  # Causal Forcing's programs are those of Self Forcing
     "self_forcing": "wan_causal_self_forcing.py:salt",
     "longlive": "wan_causal_longlive.py:salt",
@@ -63,7 +65,7 @@ STAGES = {
 MACHINES = {"8h100": ("gpu:h100:8", 8), "v5p_16": ("tpu:v5p:2x2x4", 16)}
 FIRST = {"h200": ("gpu:h200:1", 1), **MACHINES, "v6e_32": ("tpu:v6e:4x8", 32)}
 MOST = {"h200": 125.0, "8h100": 36.0}
-STREAM = ("--what=stream,vae", "--config.mesh.data=1", "--config.mesh.fsdp=-1")
+STREAM = ("--what=stream,vae", *TOGETHER)
 CHUNKS = "wan_causal_self_forcing.py:salt"
 CUT = (
     STEPS,
@@ -78,7 +80,7 @@ ROWS = (
         for machine, (target, devices) in FIRST.items()
     ),
     *(
-        Row(f"{name}_{machine}", config, target, devices, None, SHARED)
+        Row(f"{name}_{machine}", config, target, devices, None, MAKING if name == "ode" else SHARED)
         for name, config in {"longlive": SALT["longlive"], "causvid": SALT["causvid"], **STAGES}.items()
         for machine, (target, devices) in MACHINES.items()
     ),

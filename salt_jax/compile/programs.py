@@ -21,7 +21,7 @@ from salt_jax.rollout.plan import Choice
 from salt_jax.train import sharding
 from salt_jax.train.recipe import Recipe
 from salt_jax.train.setup import make_network
-from salt_jax.train.stages import stage_step
+from salt_jax.train.stages import stage_step, trajectory
 from salt_jax.train.start import in_dtype
 from salt_jax.train.step import Networks, compile_step
 
@@ -99,7 +99,12 @@ def _step(recipe: Recipe, mesh: Mesh, step: Callable, draw: Any, **static: Choic
 
 
 def _teacher(recipe: Recipe) -> dict[str, Callable[[Mesh], Program]]:
-    """One evaluation of the teacher's network on a batch, without guidance and without gradient."""
+    """One evaluation of the teacher's network on a batch, without guidance and without gradient.
+
+    Of ODE regression: a batch of the causal teacher's trajectories, as `make_trajectories` makes them.
+    """
+    if recipe.stage == "ode_regression":
+        return {"trajectories": partial(_trajectories, recipe)}
     if recipe.teacher.kind != "network":
         return {}
 
@@ -114,6 +119,17 @@ def _teacher(recipe: Recipe) -> dict[str, Callable[[Mesh], Program]]:
         return Program(jitted, (params, batch["video"], sigma, batch["text"]))
 
     return {"teacher forward": forward}
+
+
+def _trajectories(recipe: Recipe, mesh: Mesh) -> Program:
+    network, everywhere = make_network(recipe, mesh), sharding.replicated(mesh)
+    teacher = lambda: in_dtype(init_wan(jax.random.key(0), recipe.wan), recipe.teacher.dtype)
+    params = jax.eval_shape(teacher)
+    params = place(params, sharding.state_shardings(mesh, params))
+    null = lambda: jnp.zeros((1, recipe.wan.text_length, recipe.wan.text_dim))
+    rest = lambda: ({name: _batch(recipe)[name] for name in ("video", "text")}, null(), jax.random.key(0))
+    make = jax.jit(lambda *args: trajectory(network, *args, recipe))
+    return Program(make, (params, *place(jax.eval_shape(rest), everywhere)))
 
 
 def _streaming(recipe: Recipe) -> dict[str, Callable[[Mesh], Program]]:

@@ -53,6 +53,15 @@ def mean_gradient(
     return (value, (metrics, made)), jax.tree.map(lambda g: g / count, total)
 
 
+def in_turn(f: Callable, batch: Any, count: int) -> Any:
+    """f(batch) [B, ...], of `count` micro-batches in turn, those of `mean_gradient`; f treats examples alike."""
+    if count == 1:
+        return f(batch)
+    parts = jax.tree.map(lambda x: jnp.moveaxis(_apart(x, 0, count), 1, 0), batch)
+    together = lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
+    return jax.tree.map(together, jax.lax.map(f, parts))
+
+
 def _apart(x: Any, axis: int, count: int) -> Any:
     """[.., B, ..] -> [.., B / count, count, ..]."""
     return x.reshape(*x.shape[:axis], -1, count, *x.shape[axis + 1 :])

@@ -24,6 +24,7 @@ from salt_jax.losses.denoising import flow_matching_loss, midlevel_weight
 from salt_jax.models.denoiser import Network
 from salt_jax.models.text_encoder import encode_text
 from salt_jax.rollout.causal import teacher_forcing
+from salt_jax.train.accumulate import in_turn
 from salt_jax.train.begin import Batch, draw_view
 from salt_jax.train.recipe import Recipe
 from salt_jax.train.state import TrainState, fetched
@@ -167,15 +168,20 @@ def trajectory(
     network: Network, params: Params, batch: Batch, null_text, key: PRNGKey, recipe: Recipe
 ) -> jax.Array:
     """The causal teacher's Euler trajectories, at the student's levels and at the end: [B, n + 1, F, H, W, C]."""
-    x0, levels = batch["video"], ode_levels(recipe)
+    levels = ode_levels(recipe)
     kept = np.flatnonzero(np.isin(levels, recipe.levels(recipe.schedule.train_updates)[:-1]))
-    step = forced_velocity(network, params, x0, batch["text"], null_text, recipe)
+    pairs = jnp.asarray(levels[:-1]), jnp.asarray(levels[1:])
 
-    def update(x, pair):
-        sigma, after = (jnp.full(len(x), level) for level in pair)
-        return euler(x, step(x, sigma), sigma, after), x
+    def run(part):
+        x0, text, noise = part
+        step = forced_velocity(network, params, x0, text, null_text, recipe)
 
-    x, states = jax.lax.scan(
-        update, jax.random.normal(key, x0.shape), (jnp.asarray(levels[:-1]), jnp.asarray(levels[1:]))
-    )
-    return jnp.concatenate([jnp.moveaxis(states[kept], 0, 1), x[:, None]], axis=1)
+        def update(x, pair):
+            sigma, after = (jnp.full(len(x), level) for level in pair)
+            return euler(x, step(x, sigma), sigma, after), x
+
+        x, states = jax.lax.scan(update, noise, pairs)
+        return jnp.concatenate([jnp.moveaxis(states[kept], 0, 1), x[:, None]], axis=1)
+
+    noise = jax.random.normal(key, batch["video"].shape)
+    return in_turn(run, (batch["video"], batch["text"], noise), recipe.accumulate)

@@ -75,6 +75,14 @@ def test_records_are_clips_with_their_captions_and_trajectories(tmp_path):
     assert np.abs(np.corrcoef(noises) - np.eye(12)).max() < 0.4
 
 
+def test_a_few_clips_at_a_time_they_are_the_same(tmp_path):
+    whole = make(tmp_path / "whole")
+    portions = make(tmp_path / "portions", replace(RECIPE, accumulate=2))
+    for a, b in zip(whole, portions, strict=True):
+        assert a["caption"] == b["caption"]
+        np.testing.assert_allclose(a["states"], b["states"], atol=1e-6)
+
+
 def test_a_part_is_a_function_of_the_seed_and_its_number_and_what_is_there_is_kept(tmp_path):
     make(tmp_path / "whole")
     whole = contents(tmp_path / "whole")
