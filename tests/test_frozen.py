@@ -1,4 +1,4 @@
-"""Configs, workdirs and an export of 0.1, kept in tests/frozen: later versions read them as 0.1 did, and go on with them.
+"""Configs, workdirs and an export of 0.1, kept in tests/frozen: later versions read them and go on with them.
 
 What is compared bit for bit is what does not depend on the machine: parameters that were stored and are read. Whether
 training itself keeps its bits, `python -m tests.same_bits` asks on one machine.

@@ -21,11 +21,11 @@ TINY = [
 ]
 
 
-def program(name, *args):
-    """Runs `python -m launch.NAME` in the root of the repository on one CPU device."""
+def program(name, *args, tree=ROOT):
+    """Runs `python -m launch.NAME` in the root of the repository, or of another checkout, on one CPU device."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     command = [sys.executable, "-m", f"launch.{name}", *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
 
 
 def succeed(name, *args):

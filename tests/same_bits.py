@@ -1,0 +1,111 @@
+"""python -m tests.same_bits COMMIT [CASE ...]: does this checkout compute what COMMIT did, bit for bit?
+
+Runs each recipe for three iterations, small, then makes a clip, with the code of COMMIT and with that of this checkout,
+on this machine. Compares every array of the checkpoints by name, every number of the log, and the video's bytes. For
+changes that must not change numbers: moves, new names. Both share one cache of compiled programs, so a program that
+is the same is compiled once. Exit code 1 and the first differences if there are any.
+"""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.launch.test_programs import ROOT, program
+from tests.train.test_resume import arrays, scalars
+
+# What COMMIT calls a key or flag of today, for those that were renamed since.
+RENAMED: dict[str, str] = {}
+SHORT = {"updates": 3, "save_every": 3, "log_every": 1, "batch_size": 2, "critic_updates": 1, "init_from": ""}
+SHORT |= {"data.num_train": 8, "data.num_test": 1, "ema.start": 1, "align.start": 0}
+ODE = {"ode.updates": 8, "ode.trajectories": 4}
+WAN = {"weights": "", "teacher.weights": "", "model.dtype": "float32", "text_encoder": "wan-tiny"}
+WAN |= {"mesh.fsdp": 1, "mesh.data": 1, "data.clip": "(3,4,4)", "align.layers": 1}
+T2V = WAN | {"model.preset": "wan2.1-t2v-tiny", "teacher.preset": "wan2.1-t2v-tiny"}
+ONE = {"memory.chunk": 1, "memory.first": 1}
+CASES = {
+    "teacher": ("shapes_teacher.py", {"student_optimizer.warmup": 1}),
+    "sc_dmd": ("shapes_sc_dmd.py", {}),
+    "self_forcing": ("shapes_self_forcing.py:salt", {"accumulate": 2}),
+    "causvid": ("shapes_causvid.py:salt", {}),
+    "longlive": ("shapes_longlive.py:lora_salt", {"lora.rank": 2, "stream.switch": 1.0}),
+    "teacher_forcing": ("shapes_teacher_forcing.py", {}),
+    "ode": ("shapes_ode.py", ODE),
+    "consistency": ("shapes_consistency.py", ODE),
+    "wan_t2v": ("wan_t2v.py:sc_dmd", T2V),
+    "wan_self_forcing": ("wan_causal_self_forcing.py:salt", T2V | ONE),
+}
+
+
+def make(case: str, tree: Path, folder: Path, today: bool) -> Path:
+    """The run of a case and its clip by the code in `tree`; its workdir.
+
+    Raises:
+      RuntimeError: a program failed.
+    """
+    config, changes = CASES[case]
+    data = folder.parent / ("wan" if case.startswith("wan") else "shapes")
+    old = lambda name: name if today else RENAMED.get(name, name)
+    options = SHORT | changes | {"data.dir": data}
+    flags = [f"--config.{old(name)}={value}" for name, value in options.items()]
+    steps = [
+        ("train", f"--config=configs/{config}", *flags),
+        ("sample", f"--{old('num_updates')}=2", "--count=1"),
+    ]
+    steps[1] += ("--prompt=A cat walks.",) * case.startswith("wan")
+    if case.startswith("wan") and not data.exists():
+        prompts = folder.parent / "prompts.txt"
+        prompts.write_text("A cat walks.\nA dog runs.\n", encoding="utf-8")
+        made = ["--preset_size=tiny", "--size=32x32", "--frames=9", f"--prompts={prompts}"]
+        run("encode", tree, *made, "--teacher", f"--{old('updates')}=2", f"--dst={data}")
+    for name, *args in steps if case != "teacher" else steps[:1]:
+        run(name, tree, f"--workdir={folder}", *args)
+    return folder
+
+
+def run(name: str, tree: Path, *args: str) -> None:
+    done = program(name, *args, tree=tree)
+    if done.returncode:
+        raise RuntimeError(f"launch.{name} of {tree} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+
+
+def differences(before: Path, now: Path) -> Iterator[str]:
+    """Names of what is not the same in two workdirs."""
+    readers = {"array": lambda folder: arrays(folder, 3), "scalar": logged, "file": clips}
+    for kind, read in readers.items():
+        was, found = read(before), read(now)
+        for name in sorted(was.keys() | found.keys(), key=str):
+            if was.get(name) != found.get(name):
+                yield f"{kind} {name}"
+
+
+def logged(folder: Path) -> dict:
+    """What does not tell how long something took."""
+    (file,) = folder.glob("events.*")
+    return {key: value for key, value in scalars(file).items() if "second" not in key[0]}
+
+
+def clips(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "samples").glob("*.mp4")}
+
+
+def main() -> None:
+    commit, *cases = sys.argv[1:]
+    with tempfile.TemporaryDirectory() as made:
+        base, found = Path(made) / "base", 0
+        subprocess.run(["git", "worktree", "add", "-q", "--detach", base, commit], cwd=ROOT, check=True)
+        try:
+            for case in cases or CASES:
+                before = make(case, base, Path(made) / f"{case}_before", today=False)
+                now = make(case, ROOT, Path(made) / f"{case}_now", today=True)
+                different = list(differences(before, now))
+                found += len(different)
+                print(f"{case}: {', '.join(different[:5]) or 'the same'}", flush=True)
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", base], cwd=ROOT, check=True)
+    sys.exit(1 if found else 0)
+
+
+if __name__ == "__main__":
+    main()
