@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 from launch.cli import made_with, read_config, run_main
 from launch.common import all_devices
-from salt_jax import bench
+from salt_jax.config.schema import Recipe, read_recipe
 from salt_jax.errors import UserError
 from salt_jax.models.presets import PRESETS
 from salt_jax.models.text_encoder import PRESETS as TEXT_PRESETS
 from salt_jax.models.vae import PRESETS as VAE_PRESETS
-from salt_jax.train.recipe import Recipe, read_recipe
+from salt_jax.planning import bench
 
 PARTS = ("teacher_forward", "student_step", "critic_step", "streaming", "vae")
 CONFIG = config_flags.DEFINE_config_file(

@@ -9,13 +9,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from launch.parsing import read_workdir
+from salt_jax.checkpoint import checkpoint_digest, restore_step
+from salt_jax.config.schema import Recipe, to_json
 from salt_jax.models.denoiser import Network
 from salt_jax.models.lora import merge
-from salt_jax.train.checkpoint import checkpoint_digest, restore_step
-from salt_jax.train.recipe import Recipe, to_json
+from salt_jax.sharding import make_mesh
 from salt_jax.train.roles import read_roles, refuse_another_base
 from salt_jax.train.setup import embed, make_network
-from salt_jax.train.sharding import make_mesh
 from salt_jax.train.start import initial_weights, student_start
 from salt_jax.types import Params
 

@@ -11,9 +11,9 @@ from launch.cli import read_config, run_main
 from launch.compile_flags import CONFIG, read_flags
 from salt_jax.compile.measure import compile_program, devices_of, memory_of
 from salt_jax.compile.programs import programs
-from salt_jax.train.contradictions import refuse_uneven
-from salt_jax.train.recipe import read_recipe
-from salt_jax.train.sharding import make_mesh
+from salt_jax.config.schema import read_recipe
+from salt_jax.config.validate import refuse_uneven
+from salt_jax.sharding import make_mesh
 
 PROGRAM = flags.DEFINE_string("program", None, "its name", required=True)
 RESULT = flags.DEFINE_string("result", None, "the file for what is found", required=True)

@@ -16,8 +16,8 @@ from salt_jax.compile.buffers import Buffer, dump_flags
 from salt_jax.compile.programs import programs
 from salt_jax.compile.surroundings import last_line
 from salt_jax.compile.target import GIB
+from salt_jax.config.schema import read_recipe
 from salt_jax.errors import UserError
-from salt_jax.train.recipe import read_recipe
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin", "nvidia-cudnn-cu13")
 COLUMNS = ("argument", "temporary", "output", "alias", "peak", "beside")  # GiB of a device

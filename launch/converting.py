@@ -12,6 +12,7 @@ from tqdm import tqdm
 from launch import convert_flags as f
 from launch.common import ITEMS, all_devices, open_workdir, record
 from launch.parsing import read_workdir
+from salt_jax.checkpoint import restore_params
 from salt_jax.convert.folder import find_networks, tokenizer_files
 from salt_jax.convert.lora import Lora, describe, find_lora, lora_alpha, lora_outgoing, merge_lora
 from salt_jax.convert.reading import Found, outgoing
@@ -19,10 +20,9 @@ from salt_jax.convert.sizes import PARTS
 from salt_jax.convert.writing import open_wan, write_official
 from salt_jax.convert.writing_lora import open_lora, write_lora
 from salt_jax.errors import UserError
-from salt_jax.models.header import read_metadata
-from salt_jax.models.pretrained import TOKENIZERS
-from salt_jax.models.weights import Outgoing, all_or_nothing, digest, view, write_tensors
-from salt_jax.train.checkpoint import restore_params
+from salt_jax.io.header import read_metadata
+from salt_jax.io.model_folder import TOKENIZERS
+from salt_jax.io.tensor_files import Outgoing, all_or_nothing, digest, view, write_tensors
 
 
 class Job(NamedTuple):

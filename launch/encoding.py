@@ -19,21 +19,21 @@ from salt_jax.data.clips import READER, read_clip
 from salt_jax.data.latents import Report, in_groups, write_records
 from salt_jax.data.video_folder import Video
 from salt_jax.errors import UserError
-from salt_jax.models import pretrained
+from salt_jax.io import model_folder
+from salt_jax.io.model_folder import IMAGE, TEXT, VAE, WAN, Part, Source
+from salt_jax.io.tensor_files import digest
+from salt_jax.io.tokenizer import PAD
 from salt_jax.models.attention import compute_here
 from salt_jax.models.denoiser import guided, wan_network
 from salt_jax.models.image_condition import squash_for_clip
 from salt_jax.models.image_encoder import encode_image
 from salt_jax.models.latent_size import FPS, SPACE, TIME
 from salt_jax.models.presets import PRESETS
-from salt_jax.models.pretrained import IMAGE, TEXT, VAE, WAN, Part, Source
 from salt_jax.models.prompts import negative_prompt
 from salt_jax.models.text_encoder import encode_prompts
-from salt_jax.models.tokenizer import PAD
 from salt_jax.models.vae import encode_video
-from salt_jax.models.weights import digest
 from salt_jax.sample import multistep_clip, numbered_keys
-from salt_jax.train.sharding import state_shardings
+from salt_jax.sharding import state_shardings
 
 TINY = PRESETS["wan2.1-t2v-tiny"]  # with --preset_size=tiny
 LISTED = 20  # rejected files that are printed; all are in rejected.jsonl
@@ -103,7 +103,9 @@ def settings(source: Source, parts: Sequence[Part], videos: Sequence[Video], neg
         "dtype": f.DTYPE.value,
     }
     for part in tqdm(parts, desc="checksums of the weights", unit="file", delay=1):
-        told[part.file] = "random" if not source.folder else digest(pretrained.part_file(part, source.folder))
+        told[part.file] = (
+            "random" if not source.folder else digest(model_folder.part_file(part, source.folder))
+        )
     if f.VIDEOS.value:
         told |= {"reader": READER}
     if f.VIDEOS.value or f.TEACHER.value:
@@ -145,15 +147,15 @@ def text_reader(
 
     Beside a teacher the text encoder is in memory only while it reads.
     """
-    held = None if f.TEACHER.value else pretrained.open_part(TEXT, source)
+    held = None if f.TEACHER.value else model_folder.open_part(TEXT, source)
 
     def embed(tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
-        config, params = held or pretrained.open_part(TEXT, source)
+        config, params = held or model_folder.open_part(TEXT, source)
         rows = encode_prompts(params, np.stack(tokens), config, dtype=jnp.dtype(f.DTYPE.value))
         rows = np.asarray(rows, np.float32)
         return [row[: np.count_nonzero(t != PAD)] for row, t in zip(rows, tokens, strict=True)]
 
-    return pretrained.open_tokenizer(source), embed
+    return model_folder.open_tokenizer(source), embed
 
 
 def encode_texts(
@@ -165,13 +167,13 @@ def encode_texts(
 
 def clip_encoder(source: Source, embed, latent: tuple[int, ...]) -> tuple[Encode, dict[str, tuple[int, ...]]]:
     """Clips and captions -> records; and the shapes of what they hold besides text."""
-    sizes, vae = pretrained.open_part(VAE, source)
+    sizes, vae = model_folder.open_part(VAE, source)
     to_latents = jax.jit(lambda params, video: encode_video(params, video, sizes, jnp.float32))
     shapes = {"latent": latent}
     eye_sizes: Any = None
     eye: Any = None
     if f.PICTURE.value:
-        eye_sizes, eye = pretrained.open_part(IMAGE, source)
+        eye_sizes, eye = model_folder.open_part(IMAGE, source)
         shapes |= {"condition": latent, "image": (eye_sizes.num_tokens, eye_sizes.dim)}
         see = jax.jit(
             lambda params, pixels: encode_image(params, pixels, eye_sizes, jnp.dtype(f.DTYPE.value))
@@ -199,13 +201,13 @@ def teacher_encoder(source: Source, embed, null_text: np.ndarray, latent: tuple[
     Raises:
       UserError: the weights are of an image-to-video model.
     """
-    config = pretrained.stored_config(WAN, source.folder) if source.folder else TINY
+    config = model_folder.stored_config(WAN, source.folder) if source.folder else TINY
     if config.image_dim:
         raise UserError(f"--weights={f.WEIGHTS.value} needs pictures; --teacher makes clips of text alone")
     network = wan_network(config, compute_here(config, jnp.dtype(f.DTYPE.value)), latent[0], latent[0])
     pad = lambda text: np.pad(text, ((0, config.text_length - len(text)), (0, 0)))
     denoise = guided(network.denoise, jnp.asarray(pad(null_text))[None], f.GUIDANCE.value)
-    params = pretrained.open_part(WAN, source, config, shardings=partial(state_shardings, all_devices()))[1]
+    params = model_folder.open_part(WAN, source, config, shardings=partial(state_shardings, all_devices()))[1]
 
     def encode(group: Sequence[Loaded]) -> list[dict[str, Any]]:
         records = encode_texts(embed, group)

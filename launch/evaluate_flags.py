@@ -8,9 +8,9 @@ from absl import flags
 from launch.cli import refuse_flags
 from launch.parsing import read_memory, read_workdir, refuse_not_finite
 from salt_jax.choices import Solver
+from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
 from salt_jax.models.memory import CachePolicy, refuse_overflow
-from salt_jax.train.recipe import Recipe
 
 WORKDIR = flags.DEFINE_string("workdir", None, "what launch.train wrote")
 STEP = flags.DEFINE_integer("step", None, "of the checkpoint; default the newest", lower_bound=1)

@@ -13,25 +13,25 @@ from tqdm import tqdm
 
 from launch import evaluate_flags as f
 from launch.common import Trained, open_workdir
-from salt_jax.data import shapes
-from salt_jax.evaluate import suite, summary
+from salt_jax.evaluate import shapes_suite, shapes_summary
 from salt_jax.evaluate.report import write_report
+from salt_jax.io.video import write_bytes
 from salt_jax.models.denoiser import guided
 from salt_jax.models.memory import CachePolicy
+from salt_jax.moving_shapes import shapes
 from salt_jax.train.setup import closed_form
-from salt_jax.video import write_bytes
 
 LONG_UPDATES = 4
 LEVELS = (0.995, 0.98, 0.95, 0.9, 0.7, 0.3)  # noise levels of the velocity error
 
 
-def make_task(run: Trained, count: int, seed: int) -> suite.Task:
+def make_task(run: Trained, count: int, seed: int) -> shapes_suite.Task:
     """`count` captions of the world, spread evenly over its scenes."""
     world, scenes = run.recipe.world, shapes.scenes(run.recipe.world)
     scene = np.array(shapes.spread(world, count))
     text = run.embed([shapes.caption(scenes[i]) for i in scene])
     recipe = run.recipe
-    return suite.Task(
+    return shapes_suite.Task(
         world,
         scene,
         text,
@@ -45,36 +45,36 @@ def make_task(run: Trained, count: int, seed: int) -> suite.Task:
     )
 
 
-def measure_teacher(run: Trained, task: suite.Task) -> tuple[dict, np.ndarray]:
+def measure_teacher(run: Trained, task: shapes_suite.Task) -> tuple[dict, np.ndarray]:
     """The teacher's numbers and its clips."""
     guidance = run.recipe.teacher.guidance if f.GUIDANCE.value is None else f.GUIDANCE.value
     denoise, wan = run.network.denoise, run.weights["wan"]
     network = run.network._replace(denoise=guided(denoise, jnp.asarray(run.embed([""])), guidance))
     task = task._replace(policy=None, levels=())
-    clips = suite.clips(network, wan, task, f.TEACHER_UPDATES.value, "euler")
+    clips = shapes_suite.clips(network, wan, task, f.TEACHER_UPDATES.value, "euler")
     numbers = {
         "updates": f.TEACHER_UPDATES.value,
         "guidance": guidance,
-        "score": suite.shapes_score(clips, task),
+        "score": shapes_suite.shapes_score(clips, task),
     }
     if not task.world.pair:
         exact = closed_form(run.recipe, run.embed)
-        real, text = suite.real_clips(task.world, f.COUNT.value, f.SEED.value, run.embed)
-        errors = suite.velocity_errors(denoise, wan, exact, real, text, LEVELS, f.SEED.value)
+        real, text = shapes_suite.real_clips(task.world, f.COUNT.value, f.SEED.value, run.embed)
+        errors = shapes_suite.velocity_errors(denoise, wan, exact, real, text, LEVELS, f.SEED.value)
         numbers["velocity_error"] = errors
     return numbers, clips
 
 
 def measure_long(
-    run: Trained, task: suite.Task, memories: dict[str, CachePolicy]
+    run: Trained, task: shapes_suite.Task, memories: dict[str, CachePolicy]
 ) -> tuple[dict, dict[str, np.ndarray]]:
     """By memory: how videos of several times the training length hold, and the videos."""
     numbers, made = {}, {}
     for told, policy in memories.items():
         this = task._replace(policy=policy, shape=(f.LONG.value * task.shape[0], *task.shape[1:]))
         updates = len(task.levels) or LONG_UPDATES
-        made[told] = suite.clips(run.network, run.params, this, updates, run.recipe.sample.solver)
-        numbers[told] = suite.drift(made[told], this)
+        made[told] = shapes_suite.clips(run.network, run.params, this, updates, run.recipe.sample.solver)
+        numbers[told] = shapes_suite.drift(made[told], this)
     return numbers, made
 
 
@@ -107,7 +107,9 @@ def evaluate(wanted: f.Wanted) -> None:
         bar.update()
         for solver in wanted.solvers:
             bar.set_description(f"student, {solver}")
-            results[solver], made = suite.measure(run.network, run.params, task, updates, solver, bar.update)
+            results[solver], made = shapes_suite.measure(
+                run.network, run.params, task, updates, solver, bar.update
+            )
             if solver == wanted.recipe.sample.solver:
                 columns += [(f"{k} updates", made[k]) for k in updates]
         if wanted.memories:
@@ -117,9 +119,10 @@ def evaluate(wanted: f.Wanted) -> None:
     numbers = {**origin(run), "teacher": teacher, "student": results, "long": long}
     write_bytes(wanted.out / "evaluation.json", json.dumps(numbers, indent=2).encode())
     write_report(
-        wanted.out / "report.html", summary.make_report(numbers, task, columns, videos, min(6, f.COUNT.value))
+        wanted.out / "report.html",
+        shapes_summary.make_report(numbers, task, columns, videos, min(6, f.COUNT.value)),
     )
-    table = summary.score_table(numbers)
+    table = shapes_summary.score_table(numbers)
     for row in (table.header, *table.rows):
         print("".join(f"{cell:>15}" for cell in row))
     for solver, result in results.items():

@@ -13,7 +13,7 @@ from launch.cli import run_main
 from launch.common import open_workdir, record
 from launch.parsing import read_workdir
 from salt_jax.errors import UserError
-from salt_jax.models.weights import save_weights
+from salt_jax.io.tensor_files import save_weights
 
 WORKDIR = flags.DEFINE_string("workdir", None, "what launch.train wrote", required=True)
 STEP = flags.DEFINE_integer("step", None, "of the checkpoint; default the newest", lower_bound=1)

@@ -16,12 +16,12 @@ from launch import sample_flags as f
 from launch.request import Job, Request
 from launch.worlds import World, open_world
 from salt_jax import samples
+from salt_jax.io.video import contact_sheet, encode_png, visible_scale, write_bytes
 from salt_jax.models.denoiser import guided_network
 from salt_jax.models.latent_size import SPACE, pixel_frames
 from salt_jax.sample import Cue, Sampler, multistep_clip, numbered_keys, sample_clips, stream_chunks
 from salt_jax.samples import Sample
 from salt_jax.types import ImageText
-from salt_jax.video import contact_sheet, encode_png, visible_scale, write_bytes
 
 
 class Video(NamedTuple):

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import get_args
 
 from salt_jax.choices import Positions
+from salt_jax.config import schema
+from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
 from salt_jax.models.latent_size import SPACE, TIME, TOKEN
 from salt_jax.models.memory import CachePolicy
-from salt_jax.train import recipe as train
-from salt_jax.train.recipe import Recipe
 
 
 def read_workdir(workdir: Path, step: int | None = None) -> Recipe:
@@ -25,7 +25,7 @@ def read_workdir(workdir: Path, step: int | None = None) -> Recipe:
         raise UserError(
             f"{path} does not exist; train with --workdir={workdir} first, or name another workdir"
         )
-    recipe = train.read_workdir(workdir)
+    recipe = schema.read_workdir(workdir)
     there = sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
     if step is not None and step not in there:
         told = ", ".join(map(str, there)) or "none"

@@ -18,14 +18,14 @@ from ml_collections import config_flags
 
 from launch.cli import read_config, run_main
 from salt_jax.compile.target import GIB, GPU_SHARE, Target, read_target
+from salt_jax.config.schema import Recipe, read_recipe
 from salt_jax.errors import UserError
 from salt_jax.models.attention import choose_kernel, is_flash
 from salt_jax.models.presets import Kernel
-from salt_jax.train.cost import critic_flops, mean_mix, student_flops
-from salt_jax.train.footprint import needed
-from salt_jax.train.recipe import Recipe, read_recipe
+from salt_jax.planning.flops import critic_flops, mean_mix, student_flops
+from salt_jax.planning.memory import needed
+from salt_jax.sharding import AXES, axis_sizes
 from salt_jax.train.setup import attention_kernel
-from salt_jax.train.sharding import AXES, axis_sizes
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "which run; see configs/", lock_config=True)
 TARGET = flags.DEFINE_string(

@@ -20,18 +20,18 @@ from launch.parsing import (
 )
 from salt_jax import samples
 from salt_jax.choices import Solver, TeacherSolver
-from salt_jax.data import shapes
+from salt_jax.config.schema import Recipe
 from salt_jax.data.pictures import read_picture
 from salt_jax.data.text_lists import read_prompts
 from salt_jax.errors import UserError
 from salt_jax.evaluate import vbench
 from salt_jax.flow.schedule import explicit, grid
-from salt_jax.models.header import stored_sizes
+from salt_jax.io.header import stored_sizes
 from salt_jax.models.latent_size import SPACE, fit_size
 from salt_jax.models.memory import CachePolicy
 from salt_jax.models.presets import PRESETS, WanConfig, tiny_preset
+from salt_jax.moving_shapes import shapes
 from salt_jax.rollout.released import RELEASED
-from salt_jax.train.recipe import Recipe
 
 TEACHER_UPDATES = {False: 50, True: 40}  # by whether the model reads pictures: Wan 2.1's own
 

@@ -16,11 +16,11 @@ from absl import flags
 
 from launch.cli import run_main
 from salt_jax.compile.target import GIB, GPU_SHARE, read_target
+from salt_jax.config.schema import Recipe, read_recipe
 from salt_jax.errors import UserError
-from salt_jax.train.footprint import needed
-from salt_jax.train.recipe import Recipe, read_recipe
+from salt_jax.planning.memory import needed
+from salt_jax.sharding import axis_sizes
 from salt_jax.train.setup import attention_kernel
-from salt_jax.train.sharding import axis_sizes
 
 DIR = flags.DEFINE_string("dir", "docs/scaling", "the files that the tables are made of")
 ONLY = flags.DEFINE_string("only", "", "compile rows with this in their name alone")

@@ -14,7 +14,7 @@ from absl import flags
 from launch.cli import run_main
 from salt_jax.errors import UserError
 from salt_jax.evaluate.report import curves
-from salt_jax.video import write_bytes
+from salt_jax.io.video import write_bytes
 
 DIR = flags.DEFINE_string("dir", None, "where launch/results.sh worked", required=True)
 SCORES = ("all", "shape", "direction", "clean", "coverage_ratio", "off_grid", "sharpness", "motion")

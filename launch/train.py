@@ -7,8 +7,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch.cli import read_config, run_main
+from salt_jax.config.schema import read_recipe
 from salt_jax.train.loop import train
-from salt_jax.train.recipe import read_recipe
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "which run; see configs/", lock_config=True)
 WORKDIR = flags.DEFINE_string(

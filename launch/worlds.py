@@ -14,22 +14,22 @@ from tqdm import tqdm
 from launch import sample_flags as f
 from launch.common import all_devices, open_workdir
 from launch.request import Request
-from salt_jax.data import shapes
 from salt_jax.errors import UserError
-from salt_jax.models import pretrained
+from salt_jax.io import model_folder
+from salt_jax.io.model_folder import IMAGE, TEXT, VAE, WAN, Source, part_file, stored_config
+from salt_jax.io.tensor_files import digest
+from salt_jax.io.video import encode_gif, encode_mp4, visible_scale
 from salt_jax.models.attention import compute_here
 from salt_jax.models.denoiser import Network, wan_network
 from salt_jax.models.image_condition import condition_latents, crop_for_clip, image_clip, squash_for_clip
 from salt_jax.models.image_encoder import encode_image
 from salt_jax.models.latent_size import FPS, SPACE, pixel_frames
-from salt_jax.models.pretrained import IMAGE, TEXT, VAE, WAN, Source, part_file, stored_config
 from salt_jax.models.prompts import negative_prompt
 from salt_jax.models.vae import encode_video
-from salt_jax.models.weights import digest
+from salt_jax.moving_shapes import shapes
 from salt_jax.sample import stream_pixels
-from salt_jax.train.sharding import state_shardings
+from salt_jax.sharding import state_shardings
 from salt_jax.types import Params
-from salt_jax.video import encode_gif, encode_mp4, visible_scale
 
 
 class World(NamedTuple):
@@ -90,7 +90,7 @@ def shapes_world(request: Request) -> World:
 def wan_world(request: Request) -> World:
     config, recipe, dtype = request.config, request.recipe, jnp.dtype(f.DTYPE.value)
     source = Source(f.WEIGHTS.value or (recipe.weights if recipe else ""))
-    if recipe and not source.folder and recipe.wan.text_dim != pretrained.TINY[TEXT].dim:
+    if recipe and not source.folder and recipe.wan.text_dim != model_folder.TINY[TEXT].dim:
         raise UserError("name the text encoder and the VAE: --weights=DIR of launch.convert_wan")
     where = Source(f.STUDENT.value or source.folder)
     parts = [TEXT, VAE] + [IMAGE] * bool(config.image_dim)
@@ -107,19 +107,19 @@ def wan_world(request: Request) -> World:
         name = where.folder or f"{f.MODEL.value}, small and random"
         network = {"sha256": digest(part_file(WAN, where.folder)) if where.folder else "fresh"}
         place = partial(state_shardings, all_devices())
-        params = lambda: pretrained.open_part(WAN, where, config, shardings=place)[1]
+        params = lambda: model_folder.open_part(WAN, where, config, shardings=place)[1]
     files = {part.file: part_file(part, source.folder) for part in parts} if source.folder else {}
-    files |= {path.name: path for path in pretrained.tokenizer_files(source)[:1]}
+    files |= {path.name: path for path in model_folder.tokenizer_files(source)[:1]}
     told = {
         name: digest(path) for name, path in tqdm(files.items(), desc="checksums of the weights", delay=2)
     }
     policy = request.memory
 
     def read_texts(prompts):
-        rows = pretrained.embed_prompts(source, prompts, config.text_length, dtype)
+        rows = model_folder.embed_prompts(source, prompts, config.text_length, dtype)
         return {prompt: row[None] for prompt, row in zip(prompts, rows, strict=True)}
 
-    vae = functools.cache(lambda: pretrained.open_part(VAE, source))
+    vae = functools.cache(lambda: model_folder.open_part(VAE, source))
 
     def decode(chunks):
         sizes, vae_params = vae()
@@ -152,12 +152,12 @@ def read_given(request: Request, source: Source) -> tuple[Any, np.ndarray | None
         clip = clip.astype(np.float32) / 127.5 - 1
     else:
         return None, None
-    sizes, vae = pretrained.open_part(VAE, source)
+    sizes, vae = model_folder.open_part(VAE, source)
     encode = jax.jit(encode_video, static_argnums=(2, 3))
     latents = encode(vae, jnp.asarray(clip)[None], sizes, jnp.float32)
     if picture is None or request.memory:
         return None, np.asarray(latents)
-    sizes, eye = pretrained.open_part(IMAGE, source)
+    sizes, eye = model_folder.open_part(IMAGE, source)
     fit = {"squash": squash_for_clip, "crop": crop_for_clip}[f.PICTURE_FIT.value]
     pixels = jnp.asarray(fit(picture, sizes.image_size))[None]
     see = jax.jit(encode_image, static_argnums=(2, 3))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from salt_jax.errors import UserError
-from salt_jax.video import write_bytes
+from salt_jax.io.video import write_bytes
 
 NAME = "samples.jsonl"
 

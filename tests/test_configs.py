@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from salt_jax.config.schema import read_recipe
 from salt_jax.models.lora import init_lora
 from salt_jax.models.wan import init_wan
-from salt_jax.rollout.plan import Choice
+from salt_jax.rollout.draws import Choice
+from salt_jax.state import init_learner, init_state
 from salt_jax.train.loop import decide
 from salt_jax.train.optimizer import make_optimizer
-from salt_jax.train.recipe import read_recipe
 from salt_jax.train.setup import empty_stream, make_network, make_networks
 from salt_jax.train.stages import stage_step
-from salt_jax.train.state import init_learner, init_state
 from salt_jax.train.step import Networks, critic_step, student_step
 from salt_jax.types import ImageText
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from salt_jax.train.recipe import from_json, read_recipe
+from salt_jax.config.schema import from_json, read_recipe
 from tests.frozen.make import HERE, RUNS, train, unpack
 from tests.launch.test_programs import frames, succeed
 from tests.test_configs import CASES, load

@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from salt_jax import bench, sample
-from salt_jax.models.closed_form import closed_form_denoiser
+from salt_jax import sample, sharding
+from salt_jax.config.schema import Recipe
 from salt_jax.models.text_encoder import encode_text, init_text_encoder
 from salt_jax.models.vae import PRESETS as VAE_PRESETS
 from salt_jax.models.vae import init_vae
 from salt_jax.models.wan import init_wan
-from salt_jax.rollout.plan import Choice
-from salt_jax.train import sharding
-from salt_jax.train.recipe import Recipe
+from salt_jax.moving_shapes.exact import closed_form_denoiser
+from salt_jax.planning import bench
+from salt_jax.rollout.draws import Choice
 from salt_jax.train.setup import make_network
 from salt_jax.train.stages import stage_step, trajectory
 from salt_jax.train.start import in_dtype
@@ -128,7 +128,7 @@ def _trajectories(recipe: Recipe, mesh: Mesh) -> Program:
     params = place(params, sharding.state_shardings(mesh, params))
     null = lambda: jnp.zeros((1, recipe.wan.text_length, recipe.wan.text_dim))
     rest = lambda: ({name: _batch(recipe)[name] for name in ("video", "text")}, null(), jax.random.key(0))
-    make = jax.jit(lambda *args: trajectory(network, *args, recipe))
+    make = jax.jit(lambda p, batch, null, key: trajectory(network, p, batch, null, key, recipe))
     return Program(make, (params, *place(jax.eval_shape(rest), everywhere)))
 
 

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 
 from salt_jax.convert.torch_files import read_torch
 from salt_jax.errors import UserError
-from salt_jax.models.weights import Stored, list_tensors
+from salt_jax.io.tensor_files import Stored, list_tensors
 
 MAX_DEPTH = 4  # dicts in dicts
 

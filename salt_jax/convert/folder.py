@@ -11,7 +11,7 @@ from salt_jax.convert.foreign import told_by_names
 from salt_jax.convert.reading import Found, networks_in
 from salt_jax.convert.sizes import PARTS
 from salt_jax.errors import UserError, listed
-from salt_jax.models.pretrained import TOKENIZERS
+from salt_jax.io.model_folder import TOKENIZERS
 
 SHARD = r"-\d+-of-(\d+)(?=\.\w+$)"
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")

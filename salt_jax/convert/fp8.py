@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from salt_jax.errors import UserError
-from salt_jax.models.weights import Stored, view
+from salt_jax.io.tensor_files import Stored, view
 
 FP8 = (np.dtype(jnp.float8_e4m3fn), np.dtype(jnp.float8_e5m2))
 SCALE = re.compile(r"(.+\.)(scale_weight|weight_scale)")

@@ -12,7 +12,7 @@ from salt_jax.convert.lora_names import Modules, read_modules
 from salt_jax.convert.lora_scale import kohya_alpha, number, read_told, scale_of
 from salt_jax.convert.reading import Delta, Found
 from salt_jax.errors import UserError, listed
-from salt_jax.models.weights import Outgoing, Stored, view
+from salt_jax.io.tensor_files import Outgoing, Stored, view
 
 Place = tuple[str, int]  # our path and layer
 

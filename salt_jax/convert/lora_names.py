@@ -13,7 +13,7 @@ from typing import NamedTuple
 from salt_jax.convert.names import WAN
 from salt_jax.convert.places import bare, choose
 from salt_jax.errors import UserError, listed
-from salt_jax.models.weights import Stored
+from salt_jax.io.tensor_files import Stored
 
 MAX_LAYERS = 100  # more than any network here has: a LoRA of a deeper one is told by its layers
 

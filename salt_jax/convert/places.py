@@ -10,7 +10,7 @@ from typing import NamedTuple
 from salt_jax.convert import names
 from salt_jax.convert.names import TABLES, Row
 from salt_jax.errors import UserError, listed
-from salt_jax.models.weights import Stored
+from salt_jax.io.tensor_files import Stored
 
 
 class Place(NamedTuple):

@@ -24,8 +24,8 @@ from salt_jax.convert.names import TABLES
 from salt_jax.convert.places import Place, bare, choose, find_places, inside, layers, names_of, unnumbered
 from salt_jax.convert.sizes import PARTS, Size, infer_config, read_json
 from salt_jax.errors import UserError, listed
-from salt_jax.models import pretrained
-from salt_jax.models.weights import Outgoing, Stored, view
+from salt_jax.io import model_folder
+from salt_jax.io.tensor_files import Outgoing, Stored, view
 
 FLOATS = tuple(map(np.dtype, (np.float32, np.float16, jnp.bfloat16)))  # stored as they are
 
@@ -174,11 +174,11 @@ def _shape(piece: Piece) -> tuple[int, ...]:
 
 
 @functools.cache
-def _like(part: pretrained.Part, config: Any) -> dict[Any, Any]:
+def _like(part: model_folder.Part, config: Any) -> dict[Any, Any]:
     return flatten_dict(jax.eval_shape(lambda: part.init(jax.random.key(0), config)), sep="/")
 
 
-def _check(pieces: Mapping[str, Sequence[Piece]], part: pretrained.Part, config: Any, where: str) -> None:
+def _check(pieces: Mapping[str, Sequence[Piece]], part: model_folder.Part, config: Any, where: str) -> None:
     like, wrong = _like(part, config), []
     for ours, each in pieces.items():
         want = like[ours].shape[1:] if ours.startswith("blocks/") else like[ours].shape

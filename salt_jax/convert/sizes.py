@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from salt_jax.errors import UserError
-from salt_jax.models import image_encoder, presets, pretrained
+from salt_jax.io import model_folder
+from salt_jax.models import image_encoder, presets
 
 PARTS = {
-    "wan": pretrained.WAN,
-    "vae": pretrained.VAE,
-    "text_encoder": pretrained.TEXT,
-    "image_encoder": pretrained.IMAGE,
+    "wan": model_folder.WAN,
+    "vae": model_folder.VAE,
+    "text_encoder": model_folder.TEXT,
+    "image_encoder": model_folder.IMAGE,
 }
 
 CHANNELS = 16  # of Wan 2.1's latents
@@ -64,7 +65,7 @@ def _wan(sizes: Mapping[str, Size], told: Mapping[str, Any], where: str) -> Any:
     _, channels, frames, rows, columns = sizes["patch_embedding/kernel"].theirs
     known = {c.dim: c.num_heads for c in presets.PRESETS.values() if c.text_dim == 4096}
     image = sizes.get("image_embedding/norm_in/scale")
-    config = pretrained.WAN.config(
+    config = model_folder.WAN.config(
         dim=dim,
         num_heads=_heads(told, ("num_heads", "num_attention_heads"), known.get(dim), where),
         num_layers=layers,
@@ -96,14 +97,14 @@ def _check_channels(config: Any, where: str) -> None:
 
 
 def _vae(sizes: Mapping[str, Size], told: Mapping[str, Any], where: str) -> Any:
-    return pretrained.VAE.config(sizes["encoder/conv_in/bias"].ours[0], sizes["from_latent/bias"].ours[0])
+    return model_folder.VAE.config(sizes["encoder/conv_in/bias"].ours[0], sizes["from_latent/bias"].ours[0])
 
 
 def _text_encoder(sizes: Mapping[str, Size], told: Mapping[str, Any], where: str) -> Any:
     layers, _, (buckets, heads) = sizes["blocks/relative_attention_bias/embedding"]
     vocabulary, dim = sizes["shared/embedding"].ours
     width, ffn = (sizes[f"blocks/{name}/kernel"].ours[1] for name in ("q", "wi_0"))
-    return pretrained.TEXT.config(vocabulary, dim, layers, heads, width // heads, ffn, buckets)
+    return model_folder.TEXT.config(vocabulary, dim, layers, heads, width // heads, ffn, buckets)
 
 
 def _image_encoder(sizes: Mapping[str, Size], told: Mapping[str, Any], where: str) -> Any:
@@ -114,7 +115,7 @@ def _image_encoder(sizes: Mapping[str, Size], told: Mapping[str, Any], where: st
     # The official release keeps it in one folder with the transformer, whose config.json tells other heads.
     known = published.num_heads if dim == published.dim else None
     heads = known or _heads(told, ("num_attention_heads",), None, where)
-    return pretrained.IMAGE.config(dim, layers, heads, mlp, math.isqrt(rows - 1) * patch, patch)
+    return model_folder.IMAGE.config(dim, layers, heads, mlp, math.isqrt(rows - 1) * patch, patch)
 
 
 def _heads(told: Mapping[str, Any], keys: Sequence[str], known: int | None, where: str) -> int:

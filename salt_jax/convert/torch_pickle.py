@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from salt_jax.models.weights import Stored
+from salt_jax.io.tensor_files import Stored
 
 STORAGES: dict[str, np.dtype] = {
     f"torch {name}Storage": np.dtype(dtype)

@@ -12,11 +12,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from salt_jax.convert.names import WAN
 from salt_jax.errors import UserError
-from salt_jax.models import pretrained
+from salt_jax.io import model_folder
+from salt_jax.io.model_folder import part_file, stored_config
+from salt_jax.io.tensor_files import Outgoing, Stored, all_or_nothing, list_tensors, view, write_tensors
 from salt_jax.models.presets import WanConfig
-from salt_jax.models.pretrained import part_file, stored_config
 from salt_jax.models.wan import init_wan
-from salt_jax.models.weights import Outgoing, Stored, all_or_nothing, list_tensors, view, write_tensors
 from salt_jax.types import Params
 
 Layout = Literal["official", "diffusers"]
@@ -80,8 +80,8 @@ def open_wan(path: str | Path) -> tuple[WanConfig, Params]:
     Raises:
       UserError: it is absent, damaged, or not complete.
     """
-    config = stored_config(pretrained.WAN, path)
-    tensors, _ = list_tensors(part_file(pretrained.WAN, path))
+    config = stored_config(model_folder.WAN, path)
+    tensors, _ = list_tensors(part_file(model_folder.WAN, path))
     like: Any = flatten_dict(jax.eval_shape(lambda: init_wan(jax.random.key(0), config)), sep="/")
     shapes = lambda arrays: {(name, array.shape) for name, array in arrays.items()}
     wrong = shapes(tensors) ^ shapes(like)

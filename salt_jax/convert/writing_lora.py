@@ -13,7 +13,7 @@ from salt_jax.convert.lora_scale import DIFFUSERS
 from salt_jax.convert.names import WAN
 from salt_jax.convert.writing import layer_of
 from salt_jax.errors import UserError
-from salt_jax.models.weights import Outgoing, all_or_nothing, list_tensors, write_tensors
+from salt_jax.io.tensor_files import Outgoing, all_or_nothing, list_tensors, write_tensors
 from salt_jax.types import Params
 
 FILES = {"diffusers": "pytorch_lora_weights.safetensors", "comfyui": "lora.safetensors"}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import grain
 import numpy as np
 
-from salt_jax.data.shapes import to_latent
+from salt_jax.moving_shapes.shapes import to_latent
 
 # In batches. One thread: decoding holds the interpreter lock, more would only compete with the training loop.
 READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from salt_jax.video import encode_mp4, visible_scale, write_bytes
+from salt_jax.io.video import encode_mp4, visible_scale, write_bytes
 
 CLIP_PIXELS = 144  # small clips are enlarged up to this height
 PALETTE = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#a855f7", "#64748b")

@@ -1,4 +1,4 @@
-"""How a network's arrays are laid out over a mesh of (data, fsdp, context, tensor); see `train.sharding`."""
+"""How a network's arrays are laid out over a mesh of (data, fsdp, context, tensor); see `sharding`."""
 
 import math
 from collections.abc import Mapping

@@ -17,10 +17,10 @@ from flax import linen as nn
 from jaxtyping import Int
 
 from salt_jax.models.presets import TEXT_PRESETS, TextEncoderConfig
-from salt_jax.models.tokenizer import PAD
 from salt_jax.types import Params, PRNGKey, TextEmb, TokenIds
 
 PRESETS = TEXT_PRESETS
+PAD = 0  # the token that fills a row behind its text
 WIDTH = 64  # `encode_prompts` encodes multiples of so many tokens: few programs, little padding
 
 

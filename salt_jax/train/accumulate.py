@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from salt_jax.models.kv_cache import KVCache
-from salt_jax.train.state import Stream
+from salt_jax.state import Stream
 from salt_jax.types import Params
 
 SHARED = -1  # no batch axis

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from salt_jax.config.schema import Recipe
 from salt_jax.flow.draws import draw_view_sigma
 from salt_jax.flow.prediction import add_noise
 from salt_jax.models.denoiser import Network
 from salt_jax.models.kv_cache import KVCache
 from salt_jax.rollout.causal import diffusion_forcing, rollout, sight_of
-from salt_jax.rollout.plan import Draw, Plan, draw_chunk_plan, draw_plan
-from salt_jax.train.recipe import Recipe
+from salt_jax.rollout.draws import Draw, Plan, draw_chunk_plan, draw_plan
 from salt_jax.types import Latent, Params, PRNGKey, Sigma
 
 # video: Latent [B, F, H, W, C]; text: Told, or TokenIds [B, T] in stage denoising

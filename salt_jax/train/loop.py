@@ -17,16 +17,17 @@ from jax.sharding import Mesh
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from salt_jax.data import moving_shapes
+from salt_jax import checkpoint, sharding
+from salt_jax.config.migrate import record_changes, refuse_another_run
+from salt_jax.config.schema import Recipe, to_json
+from salt_jax.config.validate import refuse_uneven
 from salt_jax.data.pipeline import batches
 from salt_jax.errors import UserError
 from salt_jax.models.image_condition import condition_latents
-from salt_jax.rollout.plan import Choice, Draw, draw_rollout, place_in_sequence
-from salt_jax.train import checkpoint, sharding
-from salt_jax.train.changes import record_changes, refuse_another_run
-from salt_jax.train.contradictions import refuse_uneven
+from salt_jax.moving_shapes import dataset
+from salt_jax.rollout.draws import Choice, Draw, draw_rollout, place_in_sequence
+from salt_jax.state import TrainState
 from salt_jax.train.preview import make_preview, show
-from salt_jax.train.recipe import Recipe, to_json
 from salt_jax.train.roles import (
     Role,
     going_on,
@@ -39,7 +40,6 @@ from salt_jax.train.roles import (
 )
 from salt_jax.train.setup import Setup, setup
 from salt_jax.train.stages import stage_step
-from salt_jax.train.state import TrainState
 from salt_jax.train.step import compile_step, critic_step, student_step
 from salt_jax.train.trajectories import make_trajectories
 from salt_jax.types import ImageText, Params
@@ -163,7 +163,7 @@ def make_run(
     critic_updates = recipe.critic_updates if recipe.stage == "distil" else 0
     d, source = recipe.data, parts.records
     if source is None:
-        source, _ = moving_shapes.build(d.dir, recipe.world, d.num_train, d.num_test, d.seed)
+        source, _ = dataset.build(d.dir, recipe.world, d.num_train, d.num_test, d.seed)
     if recipe.stage == "ode_regression":
         teacher, null = parts.frozen["teacher"], parts.frozen["null_text"]
         directory = Path(workdir) / "trajectories"

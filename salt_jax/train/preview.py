@@ -11,16 +11,16 @@ from jax.sharding import NamedSharding
 from tensorboardX import SummaryWriter
 from tensorboardX.proto import summary_pb2
 
-from salt_jax.data import shapes
+from salt_jax.config.schema import Recipe
+from salt_jax.io.video import encode_gif, looks, visible_scale
 from salt_jax.models.lora import merge
 from salt_jax.models.text_encoder import encode_text
+from salt_jax.moving_shapes import shapes
 from salt_jax.rollout.causal import rollout
 from salt_jax.rollout.parallel import sample
-from salt_jax.train.recipe import Recipe
+from salt_jax.state import fetched
 from salt_jax.train.setup import Setup
-from salt_jax.train.state import fetched
 from salt_jax.types import Params
-from salt_jax.video import encode_gif, looks, visible_scale
 
 CLIPS = 6  # side by side, spread over the captions
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from salt_jax.checkpoint import newest_step
+from salt_jax.config.schema import CAUSAL, works_causally
 from salt_jax.errors import UserError
-from salt_jax.models.header import read_metadata
-from salt_jax.models.pretrained import WAN, part_file
-from salt_jax.models.weights import digest
-from salt_jax.train.checkpoint import newest_step
-from salt_jax.train.recipe import CAUSAL, works_causally
+from salt_jax.io.header import read_metadata
+from salt_jax.io.model_folder import WAN, part_file
+from salt_jax.io.tensor_files import digest
 
 # What students stand under in training checkpoints of the Self-Forcing family; "state_dict" and the like tell nothing.
 STUDENT_KEY = r"generator|student|^model$"

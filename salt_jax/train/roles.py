@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from salt_jax.checkpoint import checkpoint_digest
+from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
-from salt_jax.models.pretrained import TEXT, WAN, part_file
-from salt_jax.models.weights import digest
-from salt_jax.train.checkpoint import checkpoint_digest
-from salt_jax.train.recipe import Recipe
+from salt_jax.io.model_folder import TEXT, WAN, part_file
+from salt_jax.io.tensor_files import digest
 from salt_jax.train.record import is_workdir, read_record, starts
 
 Report = Callable[[int], Any]  # is told the bytes that were read

@@ -10,23 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from salt_jax.data import shapes
+from salt_jax.config.schema import Recipe
 from salt_jax.data.latents import open_records
 from salt_jax.errors import UserError
+from salt_jax.io.tokenizer import byte_tokenize
 from salt_jax.models.attention import choose_kernel, is_flash
-from salt_jax.models.closed_form import closed_form_denoiser, closed_form_params
 from salt_jax.models.denoiser import Network, guided, wan_network
 from salt_jax.models.layout import platform_of
 from salt_jax.models.lora import init_lora
 from salt_jax.models.presets import Kernel, WanConfig
 from salt_jax.models.text_encoder import encode_text
-from salt_jax.models.tokenizer import byte_tokenize
+from salt_jax.moving_shapes import shapes
+from salt_jax.moving_shapes.exact import closed_form_denoiser, closed_form_params
+from salt_jax.sharding import state_shardings
+from salt_jax.state import Stream, TrainState, init_learner, init_state
 from salt_jax.train.optimizer import make_optimizer
-from salt_jax.train.recipe import Recipe
 from salt_jax.train.roles import refuse_roles
-from salt_jax.train.sharding import state_shardings
 from salt_jax.train.start import in_dtype, initial_weights, student_start, teacher_weights
-from salt_jax.train.state import Stream, TrainState, init_learner, init_state
 from salt_jax.train.step import Networks
 from salt_jax.types import Params
 
@@ -175,7 +175,7 @@ def first_state(
 
     Args:
       make: `starts` -> state.
-      host: as in `train.sharding.state_shardings`.
+      host: as in `sharding.state_shardings`.
     """
     like = jax.eval_shape(make, *starts)
     shardings = state_shardings(mesh, like, host)

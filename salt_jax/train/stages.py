@@ -15,19 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from salt_jax.config.schema import Recipe
 from salt_jax.flow.draws import draw_view_sigma
 from salt_jax.flow.prediction import add_noise, guide
 from salt_jax.flow.schedule import grid
 from salt_jax.flow.transition import euler
-from salt_jax.losses.consistency import endpoint_loss
-from salt_jax.losses.denoising import flow_matching_loss, midlevel_weight
+from salt_jax.losses.flow_matching import flow_matching_loss, midlevel_weight
+from salt_jax.losses.regression import endpoint_loss
 from salt_jax.models.denoiser import Network
 from salt_jax.models.text_encoder import encode_text
 from salt_jax.rollout.causal import teacher_forcing
+from salt_jax.state import TrainState, fetched
 from salt_jax.train.accumulate import in_turn
 from salt_jax.train.begin import Batch, draw_view
-from salt_jax.train.recipe import Recipe
-from salt_jax.train.state import TrainState, fetched
 from salt_jax.train.step import Frozen, Metrics, Networks, move_student
 from salt_jax.types import Params, PRNGKey
 

@@ -11,19 +11,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from salt_jax.data.shapes import World
+from salt_jax.checkpoint import newest_step, restore_params
+from salt_jax.config.migrate import flat
+from salt_jax.config.schema import Recipe, from_json, read_workdir
 from salt_jax.errors import UserError
+from salt_jax.io.model_folder import WAN, Source, open_part, part_file
+from salt_jax.io.tensor_files import load_weights
 from salt_jax.models.lora import merge
-from salt_jax.models.pretrained import WAN, Source, open_part, part_file
 from salt_jax.models.text_encoder import init_text_encoder
 from salt_jax.models.wan import init_wan
-from salt_jax.models.weights import load_weights
-from salt_jax.train.changes import flat
-from salt_jax.train.checkpoint import newest_step, restore_params
-from salt_jax.train.recipe import Recipe, from_json, read_workdir
+from salt_jax.moving_shapes.shapes import World
+from salt_jax.sharding import state_shardings
 from salt_jax.train.record import read_record, same_file
 from salt_jax.train.roles import refuse_another_base
-from salt_jax.train.sharding import state_shardings
 from salt_jax.types import Params
 
 CHUNKS = ("memory.chunk", "memory.first")

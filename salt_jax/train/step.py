@@ -13,22 +13,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from salt_jax.config.schema import Recipe
 from salt_jax.flow.prediction import add_noise
 from salt_jax.losses.cache_alignment import cache_alignment_loss
-from salt_jax.losses.denoising import flow_matching_loss
 from salt_jax.losses.dmd import dmd_loss
+from salt_jax.losses.flow_matching import flow_matching_loss
 from salt_jax.losses.self_consistency import self_consistency_loss
 from salt_jax.models.denoiser import Network
 from salt_jax.models.kv_cache import KVCache, forget
 from salt_jax.models.lora import merge
 from salt_jax.rollout.causal import Trajectory, recache
+from salt_jax.rollout.draws import Choice, Draw, as_reference
 from salt_jax.rollout.parallel import midpoint
-from salt_jax.rollout.plan import Choice, Draw, as_reference
+from salt_jax.state import Learner, Stream, TrainState, apply_gradients, fetched, put_back, update_ema
 from salt_jax.train.accumulate import mean_gradient
 from salt_jax.train.begin import Batch, Noise, begin, draw_noise
 from salt_jax.train.optimizer import make_optimizer
-from salt_jax.train.recipe import Recipe
-from salt_jax.train.state import Learner, Stream, TrainState, apply_gradients, fetched, put_back, update_ema
 from salt_jax.types import Denoiser, Params, PRNGKey
 
 Metrics = dict[str, jax.Array]

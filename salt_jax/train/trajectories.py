@@ -16,12 +16,12 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from salt_jax.config.migrate import refuse_another_run
+from salt_jax.config.schema import Recipe, to_json
 from salt_jax.data.pipeline import collate
 from salt_jax.errors import UserError
+from salt_jax.io.header import read_metadata
 from salt_jax.models.denoiser import Network
-from salt_jax.models.header import read_metadata
-from salt_jax.train.changes import refuse_another_run
-from salt_jax.train.recipe import Recipe, to_json
 from salt_jax.train.stages import trajectory
 from salt_jax.types import Params
 

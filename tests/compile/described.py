@@ -24,17 +24,17 @@ import jax.numpy as jnp
 import pytest
 
 from configs import wan_causal_self_forcing, wan_t2v
+from salt_jax import sharding
 from salt_jax.compile.measure import compile_program, devices_of, one_line
 from salt_jax.compile.programs import Program, programs
 from salt_jax.compile.surroundings import surroundings
 from salt_jax.compile.target import read_target
+from salt_jax.config.schema import Recipe, read_recipe
 from salt_jax.errors import UserError
 from salt_jax.models.presets import PRESETS
-from salt_jax.train import sharding
-from salt_jax.train.footprint import needed
-from salt_jax.train.recipe import Recipe, read_recipe
+from salt_jax.planning.memory import needed
+from salt_jax.sharding import make_mesh
 from salt_jax.train.setup import attention_kernel
-from salt_jax.train.sharding import make_mesh
 from tests.test_configs import ROOT, WAN, load
 
 

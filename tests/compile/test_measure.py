@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 from configs import shapes_sc_dmd, shapes_teacher, wan_causal_longlive, wan_causal_ode, wan_i2v
 from salt_jax.compile.measure import bytes_given, compile_program, memory_row, refusal
 from salt_jax.compile.programs import Program, programs
-from salt_jax.train.recipe import read_recipe
-from salt_jax.train.sharding import make_mesh
+from salt_jax.config.schema import read_recipe
+from salt_jax.sharding import make_mesh
 
 PARTS = ("student", "critic", "teacher", "stream", "vae", "text")
 
@@ -84,7 +84,7 @@ def names(config, part):
 
 def test_a_recipe_has_the_programs_that_its_run_needs():
     ode = wan_causal_ode.get_config("chunk")
-    assert [names(ode, part) for part in PARTS[:3]] == [{"ode_regression step"}, set(), {"teacher forward"}]
+    assert [names(ode, part) for part in PARTS[:3]] == [{"ode_regression step"}, set(), {"trajectories"}]
     assert names(ode, "stream") == {"stream: read text", "stream: chunk of 3", "stream: new prompt"}
     assert names(ode, "vae") == {"VAE decode: first frame", "VAE decode: 2 more", "VAE decode: 3 more"}
     whole = wan_i2v.get_config()

@@ -19,10 +19,10 @@ from salt_jax.convert.reading import find_network
 from salt_jax.convert.sizes import Size, infer_config
 from salt_jax.convert.writing import open_wan, write_official
 from salt_jax.errors import UserError
+from salt_jax.io.tensor_files import load_weights, write_tensors
 from salt_jax.models import image_encoder, text_encoder, vae
 from salt_jax.models.presets import PRESETS, Compute
 from salt_jax.models.wan import apply_wan, init_wan
-from salt_jax.models.weights import load_weights, write_tensors
 from salt_jax.types import ImageText
 from tests.convert.test_torch_files import archive, ordered, storage, table, tensor
 from tests.models import test_image_encoder, test_text_encoder, test_vae

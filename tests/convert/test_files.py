@@ -18,10 +18,10 @@ from salt_jax.convert.fp8 import rescaled
 from salt_jax.convert.reading import find_network
 from salt_jax.convert.writing import write_official
 from salt_jax.errors import UserError
+from salt_jax.io.header import read_metadata
+from salt_jax.io.tensor_files import view
 from salt_jax.models import image_encoder, text_encoder, vae
-from salt_jax.models.header import read_metadata
 from salt_jax.models.presets import PRESETS
-from salt_jax.models.weights import view
 from tests.convert.test_convert import (
     I2V,
     T2V,

@@ -21,8 +21,8 @@ from salt_jax.convert.lora import find_lora, lora_alpha, lora_outgoing, merge_lo
 from salt_jax.convert.reading import find_network
 from salt_jax.convert.writing_lora import open_lora, write_lora
 from salt_jax.errors import UserError
+from salt_jax.io.tensor_files import write_tensors
 from salt_jax.models.lora import init_lora, merge
-from salt_jax.models.weights import write_tensors
 from tests.convert.test_convert import I2V, T2V, lora_file, official, save_torch, shapes_of
 from tests.models.test_wan import oracle, randomised, to_diffusers
 

@@ -16,7 +16,7 @@ import pytest
 from salt_jax.convert import torch_pickle
 from salt_jax.convert.torch_files import read_torch
 from salt_jax.errors import UserError
-from salt_jax.models.weights import Stored, view
+from salt_jax.io.tensor_files import Stored, view
 
 # A pickle by hand, opcode by opcode: these tests need no torch, and write what torch never would.
 text = lambda s: b"X" + struct.pack("<I", len(s.encode())) + s.encode()

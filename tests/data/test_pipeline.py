@@ -6,8 +6,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from salt_jax.data import moving_shapes, pipeline, shapes
-from salt_jax.data.shapes import World
+from salt_jax.data import pipeline
+from salt_jax.moving_shapes import dataset, shapes
+from salt_jax.moving_shapes.shapes import World
 
 WORLD = World()
 NUM = 22  # not a multiple of the batch: epochs end inside batches
@@ -16,7 +17,7 @@ BATCH = 8
 
 @pytest.fixture(scope="module")
 def source():
-    return [moving_shapes.example(WORLD, 0, i) for i in range(NUM)]
+    return [dataset.example(WORLD, 0, i) for i in range(NUM)]
 
 
 def encode(caption: str) -> np.ndarray:
@@ -91,7 +92,7 @@ def test_each_caption_is_encoded_once(source):
 
 
 def test_reads_from_disk_what_it_reads_from_memory(source, tmp_path):
-    train, _ = moving_shapes.build(tmp_path, WORLD, NUM, 1, 0)
+    train, _ = dataset.build(tmp_path, WORLD, NUM, 1, 0)
     assert_same(read(train, 4), read(source, 4))
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from salt_jax.data import shapes
 from salt_jax.evaluate.report import Plot, Report, Table, VideoRow, bars, curves, render, write_report
+from salt_jax.moving_shapes import shapes
 
 VOID = {"meta", "img", "link", "br", "input"}
 NASTY = '<script>alert("1")</script> & $title ${body}'

@@ -9,7 +9,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from salt_jax.train.recipe import read_recipe, to_json
+from salt_jax.config.schema import read_recipe, to_json
 from tests.launch.test_programs import succeed
 from tests.test_configs import CASES, load
 

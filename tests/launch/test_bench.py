@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import pytest
 
 from configs import wan_causal_self_forcing
-from salt_jax import bench
+from salt_jax.config.schema import read_recipe
 from salt_jax.models import vae
-from salt_jax.train import cost
-from salt_jax.train.recipe import read_recipe
+from salt_jax.planning import bench, flops
 from salt_jax.train.setup import runs_flash
 from tests.launch.test_programs import program
 
@@ -63,8 +62,8 @@ def test_all_parts_are_measured_and_told(tmp_path):
 
     r = tiny()
     draw = next(iter(bench.programs(r, "student").items()))
-    mix = cost.mix_of(r, *draw)
-    for name, count in (("student step", cost.student_flops), ("critic step", cost.critic_flops)):
+    mix = flops.mix_of(r, *draw)
+    for name, count in (("student step", flops.student_flops), ("critic step", flops.critic_flops)):
         assert parts[name]["flops"] == sum(count(r, mix, runs_flash(r, "cpu")).values())
     config, params = (
         vae.PRESETS["tiny"],
@@ -72,7 +71,7 @@ def test_all_parts_are_measured_and_told(tmp_path):
     )
     decode = lambda p, z: vae.decode_video(p, z, config, jnp.bfloat16)
     latents = jax.ShapeDtypeStruct((1, 3, 4, 4, 16), jnp.float32)
-    assert parts["VAE decode"]["flops"] == cost.traced_flops(decode, params, latents)
+    assert parts["VAE decode"]["flops"] == flops.traced_flops(decode, params, latents)
     stream = parts["streaming"]["more"]
     assert stream["frames"] == 9 and stream["updates"] == 4
     both = stream["transformer_seconds"] + stream["vae_seconds"]

@@ -18,16 +18,17 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs import base
+from salt_jax.checkpoint import open_checkpoints, save
+from salt_jax.config.schema import read_recipe, to_json
 from salt_jax.convert.writing import outgoing
-from salt_jax.models import image_encoder, pretrained, text_encoder, vae
-from salt_jax.models.header import read_metadata
+from salt_jax.io import model_folder
+from salt_jax.io.header import read_metadata
+from salt_jax.io.model_folder import open_part
+from salt_jax.io.tensor_files import Outgoing, write_tensors
+from salt_jax.models import image_encoder, text_encoder, vae
 from salt_jax.models.lora import init_lora
 from salt_jax.models.presets import PRESETS
-from salt_jax.models.pretrained import open_part
-from salt_jax.models.weights import Outgoing, write_tensors
-from salt_jax.train.checkpoint import open_checkpoints, save
-from salt_jax.train.recipe import read_recipe, to_json
-from salt_jax.train.state import init_learner, init_state
+from salt_jax.state import init_learner, init_state
 from tests.convert.test_convert import (
     I2V,
     T2V,
@@ -44,12 +45,12 @@ from tests.models.test_wan import randomised
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = {
-    pretrained.WAN: I2V,
-    pretrained.VAE: vae.PRESETS["tiny"],
-    pretrained.TEXT: text_encoder.PRESETS["wan-tiny"],
-    pretrained.IMAGE: image_encoder.PRESETS["tiny"],
+    model_folder.WAN: I2V,
+    model_folder.VAE: vae.PRESETS["tiny"],
+    model_folder.TEXT: text_encoder.PRESETS["wan-tiny"],
+    model_folder.IMAGE: image_encoder.PRESETS["tiny"],
 }
-TABLES = {pretrained.VAE: "vae", pretrained.TEXT: "text_encoder", pretrained.IMAGE: "image_encoder"}
+TABLES = {model_folder.VAE: "vae", model_folder.TEXT: "text_encoder", model_folder.IMAGE: "image_encoder"}
 
 
 def program(*args):
@@ -81,15 +82,15 @@ def release(tmp_path):
     trees = {part: randomised(shapes_of(config, part.init), 1) for part, config in CONFIGS.items()}
     (folder / "google" / "umt5-xxl").mkdir(parents=True)
     (folder / "xlm-roberta-large").mkdir()
-    tensors = official(trees[pretrained.WAN], I2V)
+    tensors = official(trees[model_folder.WAN], I2V)
     for k in range(3):
         shard = {name: w for i, (name, w) in enumerate(sorted(tensors.items())) if i % 3 == k}
         save_file(shard, folder / f"diffusion_pytorch_model-{k + 1:05d}-of-00003.safetensors")
     (folder / "config.json").write_text(json.dumps({"num_heads": 2, "num_attention_heads": 2}))
     for name, part in (
-        ("Wan2.1_VAE", pretrained.VAE),
-        ("models_t5_umt5-xxl-enc-bf16", pretrained.TEXT),
-        ("models_clip", pretrained.IMAGE),
+        ("Wan2.1_VAE", model_folder.VAE),
+        ("models_t5_umt5-xxl-enc-bf16", model_folder.TEXT),
+        ("models_clip", model_folder.IMAGE),
     ):
         save_torch(folder / f"{name}.pth", from_table(TABLES[part], "official", with_last(part, trees[part])))
     (folder / "google" / "umt5-xxl" / "tokenizer.json").write_text('{"umT5": true}')
@@ -102,7 +103,7 @@ def release(tmp_path):
 
 def with_last(part, tree):
     """CLIP files hold one layer more than what is used."""
-    if part != pretrained.IMAGE:
+    if part != model_folder.IMAGE:
         return tree
     longer = lambda leaf: np.concatenate([leaf, 9 + leaf[:1]])
     return tree | {"blocks": jax.tree.map(longer, tree["blocks"])}
@@ -110,7 +111,7 @@ def with_last(part, tree):
 
 def parts_are(folder, trees, dtype=None):
     for part, tree in trees.items():
-        config, found = open_part(part, pretrained.Source(str(folder)))
+        config, found = open_part(part, model_folder.Source(str(folder)))
         assert config == CONFIGS[part]
         same_bits(found, tree if dtype is None else jax.tree.map(lambda w: w.astype(dtype), tree))
 
@@ -140,7 +141,7 @@ def test_what_went_out_in_either_layout_comes_back_bit_for_bit(release, tmp_path
         src = tmp_path / "a" if layout == "official" else tmp_path / "a" / "wan.safetensors"
         succeed(f"--to={layout}", f"--src={src}", f"--dst={out}")
         succeed(f"--src={out}", f"--dst={back}")
-        parts_are(back, {pretrained.WAN: trees[pretrained.WAN]})
+        parts_are(back, {model_folder.WAN: trees[model_folder.WAN]})
     refused(
         tmp_path / "none",
         "--to=official",
@@ -154,10 +155,10 @@ def test_what_went_out_in_either_layout_comes_back_bit_for_bit(release, tmp_path
     tensors = {f"model.{name}": w for name, w in official(student, T2V).items()}
     pt = save_torch(tmp_path / "student" / "self_forcing_dmd.pt", {"generator_ema": tensors})
     succeed(f"--src={pt}", f"--dst={tmp_path / 'a'}", "--dtype=bfloat16")
-    config, found = open_part(pretrained.WAN, pretrained.Source(str(tmp_path / "a")))
+    config, found = open_part(model_folder.WAN, model_folder.Source(str(tmp_path / "a")))
     assert config == T2V
     same_bits(found, jax.tree.map(lambda w: w.astype(jnp.bfloat16), student))
-    parts_are(tmp_path / "a", {part: tree for part, tree in trees.items() if part != pretrained.WAN})
+    parts_are(tmp_path / "a", {part: tree for part, tree in trees.items() if part != model_folder.WAN})
 
 
 @pytest.mark.slow
@@ -169,7 +170,7 @@ def test_a_lora_is_merged_or_kept(tmp_path):
     arguments = [f"--src={pt}", f"--lora={lora}"]
     assert "rank 4, alpha 4, 20 matrices" in succeed(*arguments, f"--dst={tmp_path / 'merged'}")
     succeed(*arguments, f"--dst={tmp_path / 'kept'}", "--keep_lora")
-    same_bits(open_part(pretrained.WAN, pretrained.Source(str(tmp_path / "kept")))[1], params)
+    same_bits(open_part(model_folder.WAN, model_folder.Source(str(tmp_path / "kept")))[1], params)
     kept = load_file(tmp_path / "kept" / "lora.safetensors")
     merged = load_file(tmp_path / "merged" / "wan.safetensors")
     told = json.loads(read_metadata(tmp_path / "kept" / "lora.safetensors")["config"])
@@ -295,7 +296,7 @@ def test_a_key_chooses_and_what_was_chosen_is_told_and_kept(tmp_path):
         )
         assert f"official names, {key} of the file" in told
         assert json.loads(read_metadata(tmp_path / key / "wan.safetensors")["source"])["student"] == key
-    same_bits(open_part(pretrained.WAN, pretrained.Source(str(tmp_path / "generator")))[1], params)
+    same_bits(open_part(model_folder.WAN, model_folder.Source(str(tmp_path / "generator")))[1], params)
     refused(
         tmp_path / "none",
         f"--src={pt}",

@@ -14,11 +14,11 @@ import pytest
 from salt_jax.data import pipeline
 from salt_jax.data.clips import read_clip
 from salt_jax.data.latents import open_records
+from salt_jax.io.model_folder import IMAGE, TEXT, VAE, WAN
+from salt_jax.io.tensor_files import save_weights
 from salt_jax.models import image_encoder, text_encoder, vae
 from salt_jax.models.image_condition import condition_latents, image_clip, squash_for_clip
 from salt_jax.models.presets import PRESETS
-from salt_jax.models.pretrained import IMAGE, TEXT, VAE, WAN
-from salt_jax.models.weights import save_weights
 from tests.launch.test_programs import program as run_program
 from tests.launch.test_programs import succeed as run
 

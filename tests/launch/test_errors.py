@@ -17,12 +17,12 @@ from absl import flags
 from launch import cli
 from launch import train as launch_train
 from salt_jax.flow.prediction import from_velocity
+from salt_jax.io.tensor_files import save_weights
 from salt_jax.models.denoiser import Network
-from salt_jax.models.weights import save_weights
+from salt_jax.state import init_learner, init_state
 from salt_jax.train import loop
 from salt_jax.train.optimizer import make_optimizer
 from salt_jax.train.setup import Setup, first_state
-from salt_jax.train.state import init_learner, init_state
 from salt_jax.train.step import Networks
 
 ROOT = Path(__file__).parents[2]

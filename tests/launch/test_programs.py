@@ -90,7 +90,7 @@ def test_what_another_checkpoint_made_is_made_anew(workdir):
 
 def succeed_captions():
     """The captions that `--count=3` spreads over the world, as launch.common makes them."""
-    from salt_jax.data import shapes
+    from salt_jax.moving_shapes import shapes
 
     scenes = shapes.scenes(shapes.World())
     return json.dumps([shapes.caption(scenes[i * len(scenes) // 3]) for i in range(3)])

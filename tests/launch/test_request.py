@@ -15,9 +15,9 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from configs import base, shapes_salt, wan_causal_self_forcing, wan_t2v
+from salt_jax.config.schema import read_recipe, to_json
+from salt_jax.io.video import write_mp4
 from salt_jax.models.presets import PRESETS
-from salt_jax.train.recipe import read_recipe, to_json
-from salt_jax.video import write_mp4
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """

@@ -7,8 +7,8 @@ import pytest
 from configs import wan_causal_forcing, wan_causal_self_forcing
 from launch import scaling
 from salt_jax.compile.target import read_target
+from salt_jax.config.schema import read_recipe
 from salt_jax.errors import UserError
-from salt_jax.train.recipe import read_recipe
 from tests.compile.described import form
 from tests.launch.test_compile import ROW
 from tests.test_configs import ROOT

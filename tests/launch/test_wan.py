@@ -11,14 +11,14 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from launch.common import all_devices
+from salt_jax.checkpoint import restore_params
 from salt_jax.data.clips import read_ending
+from salt_jax.io.model_folder import VAE, WAN, Source, open_part
+from salt_jax.io.video import write_mp4
 from salt_jax.models import image_encoder, text_encoder, vae
 from salt_jax.models.presets import PRESETS
-from salt_jax.models.pretrained import VAE, WAN, Source, open_part
 from salt_jax.models.wan import init_wan
 from salt_jax.sample import to_bytes
-from salt_jax.train.checkpoint import restore_params
-from salt_jax.video import write_mp4
 from tests.convert.test_convert import from_table, official, same_bits, save_torch, shapes_of
 from tests.launch.test_programs import frames, program, succeed
 from tests.models.test_wan import randomised, to_diffusers

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from salt_jax.models import attention_blocks
 from salt_jax.models.attention import attention, attention_layout, choose_kernel
 from salt_jax.models.attention_splash import attend_splash
-from salt_jax.train.sharding import make_mesh
+from salt_jax.sharding import make_mesh
 
 SHAPES = {  # queries, keys, keys that count
     "even": (24, 24, None),

@@ -14,7 +14,7 @@ from salt_jax.models.memory import CachePolicy
 from salt_jax.models.presets import PRESETS, Compute, Remat, WanConfig
 from salt_jax.models.wan import apply_wan, init_wan
 from salt_jax.rollout.causal import teacher_forcing
-from salt_jax.train.sharding import make_mesh
+from salt_jax.sharding import make_mesh
 from salt_jax.types import ImageText
 
 SMALL = WanConfig(48, 2, 2, 96, 16, 16, (1, 2, 2), 32, 12, 64, 0, 1e-6)

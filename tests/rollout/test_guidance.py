@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from configs import base
+from salt_jax.config.schema import read_recipe
 from salt_jax.flow.schedule import grid
 from salt_jax.flow.transition import euler
 from salt_jax.models.denoiser import POSITION_CHANNELS, guided_network, wan_network
@@ -16,7 +17,6 @@ from salt_jax.models.presets import Compute, WanConfig
 from salt_jax.models.wan import init_wan
 from salt_jax.rollout.parallel import noise_at
 from salt_jax.sample import Cue, Sampler, clip_keys, stream_chunks
-from salt_jax.train.recipe import read_recipe
 from salt_jax.train.stages import forced_velocity
 from tests.models.test_wan import randomised
 

@@ -10,7 +10,7 @@ import pytest
 from salt_jax.flow.multistep import dpmpp_grid, steps, unipc_grid
 from salt_jax.flow.prediction import expand, from_velocity, from_x0
 from salt_jax.flow.schedule import grid
-from salt_jax.models.closed_form import closed_form_denoiser, closed_form_params
+from salt_jax.moving_shapes.exact import closed_form_denoiser, closed_form_params
 from salt_jax.rollout.parallel import (
     advance,
     midpoint,

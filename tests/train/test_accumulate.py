@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from salt_jax.rollout.plan import Choice
+from salt_jax.rollout.draws import Choice
 from salt_jax.train import stages
 from salt_jax.train.accumulate import mean_gradient
 from salt_jax.train.step import compile_step, critic_step, student_step

@@ -14,6 +14,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import base
+from salt_jax.config.schema import Lora, read_recipe
 from salt_jax.flow.prediction import from_velocity
 from salt_jax.flow.schedule import grid
 from salt_jax.losses.cache_alignment import cache_alignment_loss
@@ -25,9 +26,8 @@ from salt_jax.models.lora import init_lora, merge
 from salt_jax.models.presets import PRESETS, Compute, WanConfig
 from salt_jax.models.wan import init_wan
 from salt_jax.rollout.causal import diffusion_forcing, recache, replay, rollout, sight_of
-from salt_jax.rollout.plan import Choice, draw_chunk_plan, draw_rollout
+from salt_jax.rollout.draws import Choice, draw_chunk_plan, draw_rollout
 from salt_jax.train.loop import Run, decide, iterate
-from salt_jax.train.recipe import Lora, read_recipe
 from salt_jax.train.setup import empty_stream
 from salt_jax.train.step import Networks, compile_step, critic_step, student_step
 from tests.models.test_wan import randomised

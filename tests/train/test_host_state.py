@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from salt_jax.checkpoint import open_checkpoints, restore, save
+from salt_jax.sharding import make_mesh, state_shardings
 from salt_jax.train import stages
-from salt_jax.train.checkpoint import open_checkpoints, restore, save
-from salt_jax.train.sharding import make_mesh, state_shardings
 from salt_jax.train.step import compile_step, critic_step, student_step
 from tests.placing import place
 from tests.train import test_step as toys

@@ -8,11 +8,11 @@ import jax
 import pytest
 
 from configs import base
+from salt_jax.checkpoint import open_checkpoints, save
+from salt_jax.config.schema import read_recipe, to_json
+from salt_jax.sharding import make_mesh
 from salt_jax.train import loop
-from salt_jax.train.checkpoint import open_checkpoints, save
-from salt_jax.train.recipe import read_recipe, to_json
 from salt_jax.train.setup import setup
-from salt_jax.train.sharding import make_mesh
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 

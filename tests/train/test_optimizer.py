@@ -7,8 +7,8 @@ import optax
 import pytest
 
 from configs import base
+from salt_jax.config.schema import Optimizer
 from salt_jax.train.optimizer import make_optimizer
-from salt_jax.train.recipe import Optimizer
 
 HOW = dict(learning_rate=3e-2, eps=1e-8, weight_decay=0.1, clip=0.7)
 SCHEDULES = {"constant": (0, False), "warm-up": (5, False), "cosine": (5, True)}

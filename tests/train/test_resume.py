@@ -17,12 +17,12 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from configs import base
+from salt_jax.checkpoint import open_checkpoints, save
+from salt_jax.config.schema import read_recipe, to_json
 from salt_jax.errors import UserError
-from salt_jax.train.checkpoint import open_checkpoints, save
+from salt_jax.state import init_learner, init_state
 from salt_jax.train.loop import resume
 from salt_jax.train.optimizer import make_optimizer
-from salt_jax.train.recipe import read_recipe, to_json
-from salt_jax.train.state import init_learner, init_state
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"weights": "", "batch_size": 4, "log_every": 1, "ema.start": 2}

@@ -11,11 +11,12 @@ import optax
 import pytest
 
 from configs import base
+from salt_jax.checkpoint import checkpoint_digest, open_checkpoints, save
+from salt_jax.config.schema import read_recipe, to_json
 from salt_jax.errors import UserError
+from salt_jax.io.tensor_files import save_weights
 from salt_jax.models.presets import PRESETS
-from salt_jax.models.weights import save_weights
-from salt_jax.train.checkpoint import checkpoint_digest, open_checkpoints, save
-from salt_jax.train.recipe import read_recipe, to_json
+from salt_jax.state import init_learner, init_state
 from salt_jax.train.record import read_record
 from salt_jax.train.roles import (
     Role,
@@ -28,7 +29,6 @@ from salt_jax.train.roles import (
     table,
     write_roles,
 )
-from salt_jax.train.state import init_learner, init_state
 
 TEACHER, CAUSAL = "assets/shapes_teacher.safetensors", "assets/shapes_causal.safetensors"
 LORA = {"video": "rollout", "lora.rank": 4, "lora.alpha": 4.0}

@@ -14,17 +14,17 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import base
+from salt_jax.checkpoint import open_checkpoints, save
+from salt_jax.config.schema import read_recipe, to_json
 from salt_jax.data.latents import write_records
 from salt_jax.errors import UserError
+from salt_jax.io.tensor_files import save_weights
 from salt_jax.models.presets import PRESETS
 from salt_jax.models.text_encoder import init_text_encoder
-from salt_jax.models.weights import save_weights
-from salt_jax.train.checkpoint import open_checkpoints, save
-from salt_jax.train.recipe import read_recipe, to_json
+from salt_jax.sharding import make_mesh, state_shardings
+from salt_jax.state import init_learner, init_state
 from salt_jax.train.setup import first_state, setup
-from salt_jax.train.sharding import make_mesh, state_shardings
 from salt_jax.train.start import student_start
-from salt_jax.train.state import init_learner, init_state
 from tests.placing import place
 
 MESH = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])

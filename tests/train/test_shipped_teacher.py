@@ -6,10 +6,10 @@ import pytest
 
 from configs import base
 from launch.common import all_devices
-from salt_jax.data import shapes
-from salt_jax.evaluate import suite
+from salt_jax.config.schema import read_recipe
+from salt_jax.evaluate import shapes_suite
 from salt_jax.models.denoiser import guided
-from salt_jax.train.recipe import read_recipe
+from salt_jax.moving_shapes import shapes
 from salt_jax.train.setup import embed, initial_weights, make_network
 
 
@@ -24,8 +24,8 @@ def test_nine_clips_of_ten_are_what_their_caption_says():
     teacher = network._replace(
         denoise=guided(network.denoise, jnp.asarray(text[:1]), recipe.teacher.guidance)
     )
-    task = suite.Task(
+    task = shapes_suite.Task(
         recipe.world, np.arange(count), text[1:], recipe.clip_shape, recipe.schedule.shift, 7, count, None, 0
     )
-    card = suite.shapes_score(suite.clips(teacher, weights["wan"], task, 32, "euler"), task)
+    card = shapes_suite.shapes_score(shapes_suite.clips(teacher, weights["wan"], task, 32, "euler"), task)
     assert min(card["shape"], card["colour"], card["direction"], card["clean"], card["all"]) >= 0.9

@@ -11,10 +11,10 @@ import pytest
 
 from salt_jax.flow.prediction import from_velocity
 from salt_jax.flow.schedule import grid
-from salt_jax.losses.denoising import midlevel_weight
-from salt_jax.models.closed_form import closed_form_denoiser, closed_form_params
+from salt_jax.losses.flow_matching import midlevel_weight
 from salt_jax.models.denoiser import Network
 from salt_jax.models.text_encoder import init_text_encoder
+from salt_jax.moving_shapes.exact import closed_form_denoiser, closed_form_params
 from salt_jax.rollout.causal import teacher_forcing
 from salt_jax.train import stages
 from salt_jax.train.step import Networks, compile_step

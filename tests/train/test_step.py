@@ -12,19 +12,20 @@ import numpy as np
 import pytest
 
 from configs import base
+from salt_jax import sharding
+from salt_jax.config.schema import read_recipe
 from salt_jax.errors import UserError
 from salt_jax.flow.prediction import from_velocity
 from salt_jax.flow.schedule import grid
 from salt_jax.models.denoiser import Network, guided, wan_network
 from salt_jax.models.presets import PRESETS, Compute
 from salt_jax.models.wan import init_wan
-from salt_jax.rollout.plan import Choice, draw_plan
-from salt_jax.train import sharding, step
+from salt_jax.rollout.draws import Choice, draw_plan
+from salt_jax.state import apply_gradients, init_learner, init_state
+from salt_jax.train import step
 from salt_jax.train.begin import draw_noise
 from salt_jax.train.loop import Run, iterate, stop_if_stuck, summarize
 from salt_jax.train.optimizer import make_optimizer
-from salt_jax.train.recipe import read_recipe
-from salt_jax.train.state import apply_gradients, init_learner, init_state
 from salt_jax.train.step import Networks, compile_step, critic_step, student_step
 from tests.placing import place
 

@@ -9,13 +9,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs import base
+from salt_jax.config.schema import read_recipe
 from salt_jax.data.pipeline import batches
-from salt_jax.data.shapes import to_latent
 from salt_jax.errors import UserError
 from salt_jax.flow.prediction import from_velocity
 from salt_jax.flow.schedule import grid
 from salt_jax.models.denoiser import Network
-from salt_jax.train.recipe import read_recipe
+from salt_jax.moving_shapes.shapes import to_latent
 from salt_jax.train.trajectories import make_trajectories
 
 CLIP = (6, 4, 4, 3)

@@ -1,0 +1,297 @@
+"""A TrainState on disk, written by Orbax while training goes on: WORKDIR/checkpoints/STEP/ITEM.
+
+| item                    | holds                                                                            |
+|-------------------------|----------------------------------------------------------------------------------|
+| student, ema, critic    | parameters as nested dicts; each loads without the others                        |
+| student_opt, critic_opt | moments, and the counts of skipped updates                                       |
+| stream                  | in streaming long tuning: caches and prompts of the videos under way             |
+| data                    | {"step": int}, the data position: a batch is a function of (seed, step)          |
+| meta                    | {"config": str, "mesh": {axis: size}}, for the reader; nothing in it is restored |
+
+A step counts only once Orbax has renamed its directory and left `commit_success.txt` in it; what a killed process was
+writing stays behind under a temporary name and is ignored. The teacher never changes and is never saved. Missing and
+cut-off files are noticed; flipped bits in array data are not: Orbax keeps no checksum of it.
+"""
+
+import hashlib
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+from orbax.checkpoint import checkpoint_managers as managers
+
+from salt_jax.errors import UserError
+from salt_jax.io.tensor_files import digest
+from salt_jax.sharding import state_shardings
+from salt_jax.state import TrainState, by_path, from_items, nested, to_items
+from salt_jax.types import Params
+
+log = logging.getLogger(__name__)
+
+TREES = ("student", "student_opt", "ema")
+JSONS = ("data", "meta")
+WITH_CRITIC = ("critic", "critic_opt")
+STREAM = ("stream",)
+T = TypeVar("T")
+
+
+def open_checkpoints(workdir: str | Path, keep: int, keep_every: int = 0) -> ocp.CheckpointManager:
+    """The checkpoints of a workdir, open for writing. A context manager: leaving it waits.
+
+    The newest `keep` stay, and beside them, unless `keep_every` is 0, those whose step is a multiple of it.
+
+    Raises:
+        UserError: the workdir cannot be written to.
+    """
+    directory = _directory(workdir)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the workdir {workdir} ({error.strerror}); pass a --workdir you may write to"
+        ) from error
+    newest, some = managers.LatestN(keep), [managers.EveryNSteps(keep_every)] if keep_every else []
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=managers.AnyPreservationPolicy([newest, *some]),
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=True,
+    )
+    return _manager(directory, options)
+
+
+def save(manager: ocp.CheckpointManager, state: TrainState, meta: dict[str, Any]) -> None:
+    """Start writing `state` as step `state.step`; a step that is already there is left alone.
+
+    Returns once the arrays are copied, so `state` may be donated to the next step; a failed write raises at the next
+    call or when the manager closes. Every process has to call it.
+    """
+    step = int(jax.device_get(state.step))
+    if step in manager.all_steps():
+        return
+    items = {name: ocp.args.PyTreeSave(tree) for name, tree in to_items(state).items()}
+    items |= {"data": ocp.args.JsonSave({"step": step}), "meta": ocp.args.JsonSave(meta)}
+    with jax.transfer_guard("allow"):
+        manager.save(step, args=ocp.args.Composite(**items))
+
+
+def restore(
+    manager: ocp.CheckpointManager, abstract_state: TrainState
+) -> tuple[TrainState, dict[str, Any]] | None:
+    """The newest whole state and its meta, or None where nothing was saved yet. Complete or refused, never a part.
+
+    A damaged step is reported, renamed to STEP.damaged.TIME (nothing is deleted) and the one before it is taken.
+
+    Args:
+        manager: from `open_checkpoints`.
+        abstract_state: `jax.ShapeDtypeStruct`s with the shardings wanted now; the mesh may differ from the saved one.
+
+    Raises:
+        UserError: no step is readable, or the state has other arrays than `abstract_state`.
+    """
+    expected = to_items(abstract_state)
+
+    def read(step: int) -> tuple[TrainState, dict[str, Any]]:
+        _refuse_mismatch(manager, step, expected)
+        items = {name: _told(tree) for name, tree in expected.items()}
+        items |= {name: ocp.args.JsonRestore() for name in JSONS}
+        found = dict(manager.restore(step, args=ocp.args.Composite(**items)).items())
+        if found["data"] != {"step": step}:
+            raise ValueError(f"its data position is {found['data']}")
+        return from_items(found, abstract_state, step), found["meta"]
+
+    return _newest_readable(manager, read, set_aside=True)
+
+
+def restore_params(workdir: str | Path, what: str, mesh: Mesh, step: int | None = None) -> Params:
+    """The parameters of `restore_step`, whichever step they are of."""
+    return restore_step(workdir, what, mesh, step)[1]
+
+
+def restore_step(workdir: str | Path, what: str, mesh: Mesh, step: int | None = None) -> tuple[int, Params]:
+    """Only the parameters of "ema" or "student", for sampling: no optimizer is known or read, nothing is written.
+
+    `step` None is the newest that can be read; a step that is named is read or refused. Returns it too.
+
+    Raises:
+        UserError: the workdir has no checkpoint, not the one that is named, or none that is readable.
+    """
+    if what not in ("ema", "student"):
+        raise ValueError(f"what is {what!r}; it has to be 'ema' or 'student'")
+
+    def read(step: int) -> tuple[int, Params]:
+        stored = nested(_stored(manager, step)[what])
+        target = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        abstract = jax.tree.map(target, stored, state_shardings(mesh, stored))
+        return step, manager.restore(step, args=ocp.args.Composite(**{what: _told(abstract)}))[what]
+
+    found, directory = None, _directory(workdir)
+    if directory.is_dir():
+        options = ocp.CheckpointManagerOptions(create=False, save_root_metadata=False)
+        with _manager(directory, options) as manager:
+            there = manager.all_steps()
+            if step is None or not there:
+                found = _newest_readable(manager, read, set_aside=False)
+            else:
+                found = _named(step, there, directory, read)
+    if found is None:
+        raise UserError(
+            f"there is no checkpoint in {directory}; train with this --workdir first, or name another"
+        )
+    return found
+
+
+def newest_step(workdir: str | Path) -> int:
+    """The newest step whose writer, or a copy, finished. Its arrays are not looked at.
+
+    Raises:
+        UserError: there is none.
+    """
+    directory, found = _directory(workdir), []
+    for path in directory.glob("*"):
+        if path.name.isascii() and path.name.isdigit():
+            try:
+                _refuse_uncommitted(path)
+                found.append(int(path.name))
+            except OSError as error:
+                log.warning("checkpoint step %s in %s is passed over (%s)", path.name, directory, error)
+    if not found:
+        raise UserError(
+            f"there is no whole checkpoint in {directory}; train there first, or name another workdir"
+        )
+    return max(found)
+
+
+def checkpoint_digest(
+    workdir: str | Path, step: int, what: str, report: Callable[[int], Any] = lambda nbytes: None
+) -> str:
+    """SHA-256 of an item of a step, in hexadecimal digits: over the names of its files, sorted, and what is in them.
+
+    `report` is told the bytes of each piece that was read.
+
+    Raises:
+        UserError: there is no such item.
+    """
+    item, state = _directory(workdir) / str(step) / what, hashlib.sha256()
+    files = {path.relative_to(item).as_posix(): path for path in item.rglob("*") if path.is_file()}
+    if not files:
+        raise UserError(f"there is no {item}; name a step that is there, or another workdir")
+    for name in sorted(files):
+        state.update(f"{name}\0{digest(files[name], report)}\0".encode())
+    return state.hexdigest()
+
+
+def _named(step: int, there: Sequence[int], directory: Path, read: Callable[[int], T]) -> T:
+    """`read(step)`. Raises UserError, and names others, where it is not there or damaged."""
+    others = [str(s) for s in sorted(there, reverse=True) if s != step]
+    told = (
+        ", ".join(others[:10]) + (f" ... and {len(others) - 10} more" if len(others) > 10 else "")
+        or "no other"
+    )
+    if step not in there:
+        raise UserError(f"there is no checkpoint of step {step} in {directory}; there are {told}")
+    try:
+        _refuse_uncommitted(directory / str(step))
+        return read(step)
+    except Exception as error:
+        raise UserError(
+            f"checkpoint step {step} in {directory} is damaged ({_damage(error)}); put a copy of it back, or choose "
+            f"another step ({told})"
+        ) from error
+
+
+def _damage(error: Exception) -> str:
+    """What Orbax and TensorStore raise on missing or cut-off files, some of it as a bare Exception, in a few words.
+
+    Raises:
+        anything else again.
+    """
+    if type(error) is not Exception and not isinstance(error, (ValueError, KeyError, OSError)):
+        raise error
+    return str(error).split("\n")[0].split(". See")[0][:200]
+
+
+def _newest_readable(manager: ocp.CheckpointManager, read: Callable[[int], T], set_aside: bool) -> T | None:
+    """`read(step)` of the newest step that can be read, None where there is no step."""
+    root, damaged = Path(manager.directory), {}
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            _refuse_uncommitted(root / str(step))
+            value = read(step)
+        except Exception as error:
+            damaged[step] = why = _damage(error)
+            log.warning("checkpoint step %d in %s is damaged (%s): back to the one before", step, root, why)
+            if jax.process_count() > 1:
+                break  # other processes may have read their part; they must not go on without this one
+            continue
+        if damaged and set_aside:
+            for bad in damaged:
+                (root / str(bad)).rename(root / f"{bad}.damaged.{time.time_ns()}")
+            manager.reload()
+        return value
+    if damaged:
+        told = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
+        raise UserError(
+            f"no checkpoint in {root} could be read ({told}); put back a copy of one, move the directories of damaged "
+            "steps away, or pass a new --workdir"
+        )
+    return None
+
+
+def _refuse_uncommitted(directory: Path) -> None:
+    """Orbax takes a half-copied directory for a step; only these files say that its writer, or a copy, finished."""
+    items = TREES + JSONS
+    for optional in (WITH_CRITIC, STREAM):
+        items += optional if any((directory / name).exists() for name in optional) else ()
+    for item in ("", *items):
+        if not (directory / item / "commit_success.txt").is_file():
+            raise OSError(f"{directory / item}/commit_success.txt is missing")
+
+
+def _stored(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    """What is on disk, as trees of shapes and dtypes. No array is read."""
+    metadata = manager.item_metadata(step)
+    trees = [
+        name for name in TREES + WITH_CRITIC + STREAM if (Path(manager.directory) / str(step) / name).is_dir()
+    ]
+    if lost := [name for name in trees if metadata[name] is None]:
+        raise OSError(f"{lost[0]}/_METADATA is missing")
+    return {name: metadata[name].tree for name in trees}
+
+
+def _told(abstract: dict[str, Any]) -> ocp.args.PyTreeRestore:
+    """To read these arrays, laid out as they say, and to leave what else is there: see `_refuse_mismatch`."""
+    how = ocp.checkpoint_utils.construct_restore_args(abstract)
+    return ocp.args.PyTreeRestore(abstract, restore_args=how, partial_restore=True)
+
+
+def _refuse_mismatch(manager: ocp.CheckpointManager, step: int, expected: dict[str, Any]) -> None:
+    """A first moment that is not kept (b1 = 0) may be there: earlier versions wrote it, and it is not read."""
+    here, there = (
+        {path: f"{x.dtype}{list(x.shape)}" for path, x in by_path(tree).items()}
+        for tree in (expected, _stored(manager, step))
+    )
+    left = {path for path in there if "/mu/" in path and path.replace("/mu/", "/nu/") in here} - set(here)
+    for path in [path for path in here | there if path not in left]:
+        if here.get(path) != there.get(path):
+            raise UserError(
+                f"checkpoint step {step} in {manager.directory} was written for another model preset or optimizer: "
+                f"{path} is {there.get(path, 'absent')} there and {here.get(path, 'absent')} in this config; "
+                "pass the config that made it, or a new --workdir"
+            )
+
+
+def _directory(workdir: str | Path) -> Path:
+    return Path(workdir).absolute() / "checkpoints"
+
+
+def _manager(directory: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+    handlers = {name: ocp.PyTreeCheckpointHandler() for name in TREES + WITH_CRITIC + STREAM}
+    handlers |= {name: ocp.JsonCheckpointHandler() for name in JSONS}
+    return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)

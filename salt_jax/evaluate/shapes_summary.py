@@ -1,0 +1,137 @@
+"""From numbers to tables, plots and the report of one evaluated run."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from salt_jax.evaluate.report import Plot, Report, Table, VideoRow, bars, curves
+from salt_jax.evaluate.shapes_suite import DEFECT_UPDATES, Task
+from salt_jax.moving_shapes import shapes
+
+SHOWN = (
+    "all",
+    "shape",
+    "colour",
+    "direction",
+    "clean",
+    "coverage_ratio",
+    "off_grid",
+    "sharpness",
+    "flicker",
+    "motion",
+)
+INTERVALS = [f"interval {i + 1}" for i in range(DEFECT_UPDATES)]
+
+
+def score_table(numbers: Mapping[str, Any]) -> Table:
+    """One row per network, number of updates and solver."""
+    teacher = numbers["teacher"]
+    rows = [["teacher", teacher["updates"], "euler", teacher["score"]]] if teacher else []
+    for solver, result in numbers["student"].items():
+        rows += [["student", k, solver, score] for k, score in result["score"].items()]
+    explanation = (
+        "Read off the pixels by matching exact renderings. all: everything the caption states, by a clean object. "
+        "coverage_ratio: 1 is no mode dropping. off_grid: no start and speed of the data; lower is better."
+    )
+    body = [[*map(str, head), *(f"{score[name]:.3f}" for name in SHOWN)] for *head, score in rows]
+    return Table("Shapes score", ["network", "updates", "solver", *SHOWN], body, explanation)
+
+
+def student_tables(student: Mapping[str, Any]) -> list[Table]:
+    """Defect, curvature and cross-step distance by solver."""
+    four = lambda values: [f"{v:.4f}" for v in values]
+    defects = [[s, *four([r["defect"]["mean"], *r["defect"]["per_interval"]])] for s, r in student.items()]
+    bends = [[s, *four(r["defect"]["curvature"])] for s, r in student.items()]
+    cross = [[s, *four(r["cross_step"].values())] for s, r in student.items()]
+    pairs = list(next(iter(student.values()))["cross_step"])
+    return [
+        Table(
+            "Semigroup defect",
+            ["solver", "mean", *INTERVALS],
+            defects,
+            "Salt Eq. 16 on the student's own path.",
+        ),
+        Table(
+            "Velocity curvature", ["solver", *INTERVALS], bends, "The defect without the factor of the grid."
+        ),
+        Table("Cross-step distance", ["solver", *pairs], cross, "Mean squared difference, same noise."),
+    ]
+
+
+LOOKS = ("saturation", "contrast", "brightness")
+STRETCH = ("all", "shape", "colour", "direction", "clean", "sharpness", "motion")
+
+
+def long_tables(long: Mapping[str, Any]) -> list[Table]:
+    """How long videos hold, by memory and stretch of one training clip, and how their looks drift over the chunks."""
+    stretches = [
+        [memory, f"{i + 1}", *(f"{score[name]:.3f}" for name in STRETCH)]
+        for memory, result in long.items()
+        for i, score in enumerate(result["stretches"])
+    ]
+    ends = lambda result, name: [result["looks"][i][name] for i in (0, -1)]
+    drifts = [
+        [memory, *(f"{a:.3f} -> {b:.3f}" for a, b in (ends(result, name) for name in LOOKS))]
+        for memory, result in long.items()
+    ]
+    return [
+        Table(
+            "Long videos",
+            ["memory", "stretch", *STRETCH],
+            stretches,
+            "Longer than in training, in stretches of a training clip. Memory is WINDOW:SINK:POSITIONS in latent "
+            "frames; window 0 forgets nothing.",
+        ),
+        Table("Drift, first to last chunk", ["memory", *LOOKS], drifts, "Means over pixels and clips."),
+    ]
+
+
+def make_report(
+    numbers: Mapping[str, Any],
+    task: Task,
+    columns: Sequence[tuple[str, np.ndarray]],
+    long: Mapping[str, np.ndarray],
+    rows: int,
+) -> Report:
+    """The report of one run.
+
+    Args:
+      numbers: as written to evaluation.json.
+      columns: (label, latents [N, F, H, W, C]) of networks to show side by side; clip i has the same noise in all.
+      long: by memory, long videos of the same captions.
+      rows: how many captions to show, spread evenly.
+    """
+    scenes = shapes.scenes(task.world)
+    columns = [*columns, *((f"{memory}, {v.shape[1]} frames", v) for memory, v in long.items())]
+    videos = [
+        VideoRow(
+            shapes.caption(scenes[task.scene[i]]),
+            [(label, shapes.to_pixels(clips[i])) for label, clips in columns],
+        )
+        for i in np.linspace(0, len(task.scene) - 1, rows).astype(int)
+    ]
+    tables, plots, student = [score_table(numbers)], [], numbers["student"]
+    if student:
+        tables += student_tables(student)
+        series = {solver: result["defect"]["per_interval"] for solver, result in student.items()}
+        plots = [
+            Plot("Defect per interval", bars(INTERVALS, series, "defect"), "From noise (1) to clean (4).")
+        ]
+    if numbers["long"]:
+        tables += long_tables(numbers["long"])
+        count = len(next(iter(numbers["long"].values()))["looks"])
+        lines = {
+            m: (range(1, count + 1), [x["saturation"] for x in r["looks"]])
+            for m, r in numbers["long"].items()
+        }
+        explanation = "A flat line is no drift. Lines are memories, WINDOW:SINK:POSITIONS."
+        plots.append(Plot("Saturation by chunk", curves(lines, "chunk", "saturation"), explanation))
+    errors = numbers["teacher"].get("velocity_error")
+    if errors:
+        row = [f"{e:.4f}" for e in errors.values()]
+        tables.append(
+            Table("Teacher's velocity error", list(errors), [row], "Against the closed form, by noise level.")
+        )
+    about = {name: value for name, value in numbers.items() if isinstance(value, str)}
+    return Report("Moving Shapes: student beside teacher", about, videos, tables, plots, shapes.FPS)

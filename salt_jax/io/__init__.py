@@ -1,0 +1,1 @@
+"""Files of tensors, of networks, of words and of videos."""

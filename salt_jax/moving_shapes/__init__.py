@@ -1,0 +1,1 @@
+"""The small world: its clips, their captions, the exact denoiser, and how samples of it are scored."""

@@ -1,0 +1,273 @@
+"""How fast the parts of training and of generating run on this machine: real shapes, random weights.
+
+A part is compiled, run once to warm up, then timed several times, each time until its results are there; the median
+stands for it. FLOPs are counted (`planning.flops`), never measured.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from statistics import median
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from salt_jax import sharding
+from salt_jax.config.schema import Recipe
+from salt_jax.flow.schedule import grid
+from salt_jax.models.latent_size import SPACE, TIME
+from salt_jax.models.layout import platform_of
+from salt_jax.models.text_encoder import encode_text, init_text_encoder
+from salt_jax.models.vae import VAEConfig, decode_video, encode_video, init_vae
+from salt_jax.models.wan import init_wan
+from salt_jax.planning.flops import (
+    chunk_pairs,
+    critic_flops,
+    image_tokens,
+    mix_of,
+    student_flops,
+    sweep,
+    traced_flops,
+)
+from salt_jax.planning.memory import fresh_state
+from salt_jax.rollout.draws import Choice
+from salt_jax.sample import Cue, Sampler, clip_keys, stream_chunks, stream_pixels
+from salt_jax.train.loop import decide
+from salt_jax.train.setup import make_network, make_networks, runs_flash
+from salt_jax.train.step import Networks, compile_step, critic_step, student_step
+from salt_jax.types import ImageText, Params, Told
+
+STEPS = {"student": student_step, "critic": critic_step}
+CALLS = 300  # of a run, among which the draws are found that are timed
+
+
+class Result(NamedTuple):
+    """What was measured of one part."""
+
+    part: str
+    seconds: float  # median
+    every: tuple[float, ...]  # seconds of each run
+    compile_seconds: float
+    flops: float  # counted
+    xla_bytes: (
+        int | None
+    )  # arguments, results and temporaries by XLA's account, on one device; None: many programs
+    more: dict[str, Any]
+
+
+def time_runs(call: Callable[[], Any], runs: int) -> list[float]:
+    """Seconds of each of `runs` calls after one that is not counted."""
+    jax.block_until_ready(call())
+    seconds = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def measure(part: str, function: Callable, args: tuple, flops: float, runs: int, **more: Any) -> Result:
+    """Times a jitted function that donates nothing, or takes what it donates back as the first of its results."""
+    start = time.perf_counter()
+    compiled = function.lower(*args).compile()
+    compile_seconds = time.perf_counter() - start
+    donates = any(info.donated for info in jax.tree.leaves(compiled.args_info, is_leaf=_is_info))
+    held = list(args)
+
+    def call():
+        out = compiled(*held)
+        if donates:
+            held[0] = out[0]
+        return out
+
+    every = time_runs(call, runs)
+    m = compiled.memory_analysis()
+    used = m and sum((m.argument_size_in_bytes, m.output_size_in_bytes, m.temp_size_in_bytes))
+    used = used and used - m.alias_size_in_bytes
+    return Result(part, median(every), tuple(every), compile_seconds, flops, used or None, more)
+
+
+def _is_info(leaf):
+    return hasattr(leaf, "donated")
+
+
+def matmul(size: int, dtype: Any, runs: int) -> Result:
+    """The rate that others are held against: one square product."""
+    a = jnp.ones((size, size), dtype)
+    return measure("matmul", jax.jit(jnp.matmul), (a, a), 2.0 * size**3, runs, size=size)
+
+
+def random_params(shapes: Params, dtype: Any, seed: int, shardings: Any = None) -> Params:
+    """Weights of these shapes, of `dtype` if it is given, made without compiling anything: noise, over and over.
+
+    Moments and counters are zero.
+    """
+    noise = 0.02 * np.random.default_rng(seed).standard_normal(1 << 20, np.float32)
+
+    def fill(path, shape, sharding):
+        zero = shape.dtype.kind == "i" or "opt_state" in jax.tree_util.keystr(path)
+        values = np.zeros(shape.shape) if zero else np.resize(noise, shape.shape)
+        return jax.device_put(values.astype(dtype or shape.dtype), sharding)
+
+    flat, tree = jax.tree_util.tree_flatten_with_path(shapes)
+    places = jax.tree.leaves(shardings) if shardings else [None] * len(flat)
+    return tree.unflatten([fill(path, leaf, at) for (path, leaf), at in zip(flat, places, strict=True)])
+
+
+def shapes_of(init: Callable, config: Any) -> Params:
+    """The shapes of a network's parameters."""
+    return jax.eval_shape(lambda: init(jax.random.key(0), config))
+
+
+def random_told(recipe: Recipe, clips: int) -> Told:
+    """What a network is told of each clip."""
+    c, (frames, height, width, _) = recipe.wan, recipe.clip_shape
+    noise = lambda *shape: jax.random.normal(jax.random.key(recipe.seed), (clips, *shape))
+    text = noise(c.text_length, c.text_dim)
+    if not c.image_dim:
+        return text
+    condition = noise(frames, height, width, c.condition_channels)
+    return ImageText(text, noise(image_tokens(c), c.image_dim), condition)
+
+
+def teacher_forward(recipe: Recipe, dtype: Any, runs: int) -> Result:
+    """One evaluation of the teacher's network on one clip, without guidance. `dtype`: of the weights."""
+    c, frames = recipe.teacher_wan, recipe.clip_shape[0]
+    network = make_network(recipe, None, c)
+    params = random_params(shapes_of(init_wan, c), dtype, recipe.seed)
+    x = jnp.ones((1, *recipe.clip_shape))
+    forward = jax.jit(lambda p, x, sigma, told: network.denoise(p, x, sigma, told).velocity)
+    flops = sweep(c, recipe.clip_shape[1:3], [(frames, frames)]).total
+    args = (params, x, jnp.full(1, 0.5), random_told(recipe, 1))
+    return measure("teacher forward", forward, args, flops, runs)
+
+
+def updates(recipe: Recipe, who: str, mesh: Mesh, runs: int) -> Iterator[Result]:
+    """The student's or the critic's update, one result for each program of it, on the first draw that asks for it."""
+    shapes, shardings = forms(recipe, mesh)
+    over_batch, everywhere = shardings[2:]
+    frozen = random_params(shapes[1], None, recipe.seed, shardings[1])
+    clips = jax.random.normal(jax.random.key(recipe.seed), (recipe.batch_size, *recipe.clip_shape))
+    batch = {"video": clips, "text": random_told(recipe, recipe.batch_size)}
+    batch = jax.device_put(batch, over_batch)
+    nets, flash = networks(recipe, mesh), runs_flash(recipe, platform_of(mesh))
+    step, count = STEPS[who], {"student": student_flops, "critic": critic_flops}[who]
+    for choice, draw in programs(recipe, who).items():
+        jitted = compile_step(step, nets, recipe, shardings, choice=choice)
+        rest = jax.device_put((jax.random.key(recipe.seed), np.int32(0), draw), everywhere)
+        state = random_params(shapes[0], None, recipe.seed, shardings[0])  # the one before is donated
+        mix = mix_of(recipe, choice, draw)
+        flops = sum(count(recipe, mix, flash).values())
+        more = {"clips": recipe.batch_size, "evaluations_per_chunk": mix.rest}
+        yield measure(step_name(who, choice), jitted, (state, frozen, batch, *rest), flops, runs, **more)
+
+
+def forms(recipe: Recipe, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+    """Shapes of (state, frozen), and where (state, frozen, batch, everything else) lie: what `compile_step` takes."""
+    shapes = jax.eval_shape(lambda: fresh_state(recipe))
+    trees = (sharding.state_shardings(mesh, tree, recipe.host_state) for tree in shapes)
+    return shapes, (*trees, sharding.batch_sharding(mesh), sharding.replicated(mesh))
+
+
+def networks(recipe: Recipe, mesh: Mesh) -> Networks:
+    """Of a distillation, with zeros for the null text."""
+    return make_networks(recipe, jnp.zeros((1, recipe.wan.text_length, recipe.wan.text_dim)), mesh)
+
+
+def programs(recipe: Recipe, who: str) -> dict[Choice, Any]:
+    """Each program of a run, with the first draw that asks for it."""
+    found: dict[Choice, Any] = {}
+    for call in range(CALLS):
+        choice, draw = decide(recipe, recipe.updates, call)
+        found.setdefault(choice if who == "student" else Choice(sequence=choice.sequence), draw)
+    return found
+
+
+def step_name(who: str, choice: Choice) -> str:
+    """What a program of `programs` is called."""
+    terms = [name for name in ("self_consistency", "alignment") if getattr(choice, name)]
+    return " + ".join([f"{who} step", *terms, *[choice.sequence] * (choice.sequence != "new")])
+
+
+def text_encoder(recipe: Recipe, dtype: Any, runs: int) -> tuple[Result, jax.Array]:
+    """The embedding of one prompt of full length, and the embedding. `dtype`: of weights and products."""
+    params = random_params(shapes_of(init_text_encoder, recipe.text), dtype, recipe.seed)
+    tokens = jnp.ones((1, recipe.wan.text_length), jnp.int32)
+    encode = jax.jit(functools.partial(encode_text, config=recipe.text, dtype=dtype))
+    flops = traced_flops(encode, params, tokens)
+    return measure("text encoder", encode, (params, tokens), flops, runs), encode(params, tokens)
+
+
+def streaming(recipe: Recipe, vae: VAEConfig | None, num_updates: int, dtype: Any, runs: int) -> list[Result]:
+    """A video chunk by chunk, as a viewer gets it: seconds in the text encoder, the transformer and the VAE.
+
+    Transfers to the host and the way to bytes count as the VAE's. `dtype`: of the weights. Where `vae` is None latents
+    are the end.
+    """
+    text, embedding = text_encoder(recipe, recipe.compute.dtype, runs)
+    c, policy, network = recipe.wan, recipe.memory, make_network(recipe, None)
+    params = random_params(shapes_of(init_wan, c), dtype, recipe.seed)
+    decoder = vae and random_params(shapes_of(init_vae, vae), dtype, recipe.seed)
+    keys, cues = clip_keys(recipe.seed, 1), {0: Cue(np.asarray(embedding, np.float32))}
+    sampler = Sampler(grid(num_updates, recipe.schedule.shift), recipe.sample.solver, policy)
+
+    def once() -> tuple[list[float], list[float], list[int]]:
+        latents: list[float] = []
+        every, frames, last = [], [], time.perf_counter()
+        chunks = _clocked(stream_chunks(network, params, cues, keys, sampler, recipe.clip_shape), latents)
+        for made in stream_pixels(decoder, vae, chunks, recipe.compute.dtype) if vae else chunks:
+            every.append(time.perf_counter() - last)
+            frames.append(made.shape[1])
+            last = time.perf_counter()
+        return latents, every, frames
+
+    start = time.perf_counter()
+    once()
+    first_run = time.perf_counter() - start
+    all_runs = [once() for _ in range(runs)]
+    middle = lambda f: median(f(latents, every) for latents, every, _ in all_runs)
+    frames, seconds = all_runs[0][2], middle(lambda latents, every: sum(every))
+    pairs = chunk_pairs(policy, recipe.clip_shape[0])
+    work = sweep(c, recipe.clip_shape[1:3], pairs)
+    flops = work.context + (num_updates + 1) * (work.linear + work.attention)
+    more = {
+        "updates": num_updates,
+        "frames": sum(frames),
+        "transformer_seconds": middle(lambda latents, every: sum(latents)),
+        "vae_seconds": middle(lambda latents, every: sum(every) - sum(latents)),
+        "first_chunk_seconds": text.seconds + middle(lambda latents, every: every[0]),
+        "frames_per_second": sum(frames) / seconds,
+        "last_chunk_frames_per_second": frames[-1] / middle(lambda latents, every: every[-1]),
+    }
+    if vae:
+        clip = jax.ShapeDtypeStruct((1, *recipe.clip_shape), jnp.float32)
+        flops += traced_flops(lambda p, z: decode_video(p, z, vae, recipe.compute.dtype), decoder, clip)
+    every = tuple(sum(chunks) for _, chunks, _ in all_runs)
+    return [text, Result("streaming", seconds, every, first_run - seconds, flops, None, more)]
+
+
+def _clocked(chunks: Iterable[Any], seconds: list[float]) -> Iterator[Any]:
+    """The same chunks, with the time that each took to come."""
+    start = time.perf_counter()
+    for chunk in chunks:
+        seconds.append(time.perf_counter() - start)
+        yield chunk
+        start = time.perf_counter()
+
+
+def vae_parts(recipe: Recipe, vae: VAEConfig, runs: int) -> Iterator[Result]:
+    """Encoding and decoding one clip whole."""
+    frames, height, width, _ = recipe.clip_shape
+    dtype = recipe.compute.dtype
+    params = random_params(shapes_of(init_vae, vae), dtype, recipe.seed)
+    video = jnp.zeros((1, TIME * (frames - 1) + 1, SPACE * height, SPACE * width, 3))
+    for name, code, x in (
+        ("VAE encode", encode_video, video),
+        ("VAE decode", decode_video, jnp.zeros((1, *recipe.clip_shape))),
+    ):
+        run = jax.jit(lambda p, x, code=code: code(p, x, vae, dtype))
+        flops = traced_flops(run, params, x)
+        yield measure(name, run, (params, x), flops, runs, frames=video.shape[1])

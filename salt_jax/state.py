@@ -1,0 +1,136 @@
+"""What training carries from one iteration to the next, and the two ways it moves: by gradient and by averaging.
+
+Fields are Any because the same trees also hold shapes (`jax.eval_shape`), shardings and what jax puts there. On disk
+the state is nested dicts, one for each thing that somebody may want alone.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import traverse_util
+from jaxtyping import Array, Float, Int
+
+from salt_jax.types import Params
+
+
+@flax.struct.dataclass
+class Learner:
+    """A network under training: float32 parameters, optimizer moments, and the updates that were thrown away."""
+
+    params: Any
+    opt_state: Any
+    skipped: Any  # int32[], updates skipped because something was not finite
+    skipped_in_a_row: Any  # int32[], zero after a good update
+
+
+@flax.struct.dataclass
+class Stream:
+    """The videos that streaming long tuning is making: an update goes on where the last one stopped."""
+
+    cache: Any  # KVCache of the student, every slot filled
+    text: Any  # [B, T, D], the prompts
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a run needs to go on as if it had never stopped. The teacher never changes and is not in here."""
+
+    step: Any  # int32[], finished iterations = student updates
+    student: Any  # Learner
+    ema: Any  # float32, the averaged student
+    critic: Any  # Learner, or None in a stage without one
+    stream: Any = None  # Stream, in streaming long tuning
+
+
+def init_learner(params: Params, tx: optax.GradientTransformation) -> Learner:
+    """A learner that starts at `params`: copied, so that donating it never frees the teacher it started from."""
+    params = _float32_copy(params)
+    return Learner(params, tx.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def init_state(student: Learner, critic: Learner | None, stream: Stream | None = None) -> TrainState:
+    """The state before the first iteration; the EMA starts as a copy of the student."""
+    return TrainState(jnp.zeros((), jnp.int32), student, _float32_copy(student.params), critic, stream)
+
+
+def apply_gradients(
+    learner: Learner, grads: Params, loss: Float[Array, "..."], tx: optax.GradientTransformation
+) -> Learner:
+    """One optimizer update, or none: a gradient or loss that is not finite leaves parameters and moments bit for bit.
+
+    Args:
+        learner: what moves.
+        grads: a tree like `learner.params`.
+        loss: the loss the gradients came from, or all its terms; every entry has to be finite.
+        tx: the optimizer that made `learner.opt_state`.
+
+    Returns:
+        The learner after the update, or the same one with `skipped` and `skipped_in_a_row` one higher.
+    """
+    finite = jnp.isfinite(optax.tree.norm(grads)) & jnp.all(jnp.isfinite(loss))
+    updates, opt_state = tx.update(grads, learner.opt_state, learner.params)
+    new = optax.apply_updates(learner.params, updates), opt_state
+    old = learner.params, learner.opt_state
+    params, opt_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    missed = 1 - finite.astype(jnp.int32)
+    return Learner(params, opt_state, learner.skipped + missed, (learner.skipped_in_a_row + 1) * missed)
+
+
+def fetched(tree: Any, host: bool) -> Any:
+    """What waits in the host's memory, brought to the devices; `host` False: as it is."""
+    return jax.device_put(tree, jax.memory.Space.Device) if host else tree
+
+
+def put_back(tree: Any, host: bool) -> Any:
+    """The inverse; counters, which have no axes, stay."""
+    away = lambda x: jax.device_put(x, jax.memory.Space.Host) if x.ndim else x
+    return jax.tree.map(away, tree) if host else tree
+
+
+def update_ema(
+    ema: Params, params: Params, decay: float | Float[Array, ""], step: int | Int[Array, ""], start: int
+) -> Params:
+    """The averaged student: ema <- decay * ema + (1 - decay) * params, in float32; a plain copy while step < start.
+
+    `step` counts the updates finished before the one that made `params`: `state.step` as the iteration began.
+    """
+    params = _float32_copy(params)
+    averaged = optax.incremental_update(params, ema, step_size=1 - decay)
+    return jax.tree.map(lambda a, p: jnp.where(step < start, p, a), averaged, params)
+
+
+def _float32_copy(tree: Params) -> Params:
+    return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), tree)
+
+
+def to_items(state: TrainState) -> dict[str, Any]:
+    """student, ema, critic: parameters; student_opt, critic_opt: the rest of the learners; stream."""
+    tree = nested(state)
+    learners = [name for name in ("student", "critic") if name in tree]
+    params = {name: tree[name].pop("params") for name in learners}
+    others = {name: tree[name] for name in ("ema", "stream") if name in tree}
+    return params | others | {f"{name}_opt": tree[name] for name in learners}
+
+
+def from_items(items: dict[str, Any], like: TrainState, step: int) -> TrainState:
+    """The inverse of `to_items`."""
+    names = [name for name in ("student", "critic") if name in items]
+    tree = {name: items[f"{name}_opt"] | {"params": items[name]} for name in names}
+    tree |= {name: items[name] for name in ("ema", "stream") if name in items}
+    tree |= {"step": jax.device_put(np.int32(step), like.step.sharding)}
+    leaves = by_path(tree)
+    return jax.tree.unflatten(jax.tree.structure(like), [leaves[path] for path in by_path(like)])
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """Every leaf by its path. Optax' tuples and empty states vanish: what is on disk does not depend on them."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def nested(tree: Any) -> dict[str, Any]:
+    return traverse_util.unflatten_dict(by_path(tree), sep="/")
