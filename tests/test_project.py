@@ -5,6 +5,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
+
+import salt_jax
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,3 +75,23 @@ def test_documented_flags_exist(document):
     known = others | set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', programs))
     told = set(re.findall(r"(?<![\w-])--(\w+)", (ROOT / document).read_text()))
     assert {name for name in told if not name.startswith("xla_")} <= known
+
+
+def test_the_version_is_told_alike():
+    version = f"{salt_jax.__version__}"
+    assert re.search(rf"^version: {re.escape(version)}$", (ROOT / "CITATION.cff").read_text(), re.M)
+    assert f"\n## {version}\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_files_of_the_repositorys_host_are_read():
+    """They run elsewhere, so here only that they are YAML and say what they have to."""
+    told = {path.name: yaml.safe_load(path.read_text()) for path in (ROOT / ".github").rglob("*.yml")}
+    (job,) = told["ci.yml"]["jobs"].values()
+    assert job["steps"][-1]["run"] == "bash .ci/run" and job["strategy"]["matrix"]["python"] == [
+        "3.11",
+        "3.12",
+    ]
+    for name in ("problem.yml", "wish.yml"):
+        assert told[name]["name"] and all(field["type"] == "textarea" for field in told[name]["body"])
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert [hook["id"] for hook in hooks] == ["ruff", "format", "types"]
