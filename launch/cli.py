@@ -94,7 +94,7 @@ def run_main(main: Callable[[list[str]], None]) -> None:
 
     def guarded(argv):
         # Programs that were compiled once are kept, so the next start and the next run of the same shape are quick.
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "salt_jax" / "jax"))
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_home() / "jax"))
         # TFDS talks through absl; our own warnings go through the standard logger of their module.
         logging.set_verbosity(logging.ERROR)
         std_logging.getLogger("salt_jax").setLevel(std_logging.WARNING)
@@ -104,6 +104,11 @@ def run_main(main: Callable[[list[str]], None]) -> None:
             fail(str(error))
 
     app.run(guarded, flags_parser=parse)
+
+
+def cache_home() -> Path:
+    """Where what may be lost is kept: programs that were compiled, and what compilers need."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "salt_jax"
 
 
 def fail(message: str) -> NoReturn:

@@ -7,11 +7,10 @@ of its own. Without --target for the devices found, before a run begins there. E
 
 import os
 import sys
-from pathlib import Path
 
 from absl import flags
 
-from launch.cli import read_config, run_main
+from launch.cli import cache_home, read_config, run_main
 from launch.compile_flags import CONFIG, JSON, TARGET, read_flags
 from salt_jax.compile.surroundings import surroundings
 
@@ -19,7 +18,7 @@ from salt_jax.compile.surroundings import surroundings
 def main(_):
     target, what = read_flags()
     config = read_config(CONFIG)
-    environment = surroundings(target, Path.home() / ".cache" / "salt_jax", os.environ)
+    environment = surroundings(target, cache_home(), os.environ)
     os.environ["JAX_PLATFORMS"] = "cpu"  # this process compiles nothing and must hold no device
     from launch import compiling  # jax comes here, after all that can be refused without it
 
