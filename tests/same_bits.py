@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.launch.test_programs import ROOT, program
+from tests.launch.test_programs import ROOT, succeed
 from tests.train.test_resume import arrays, scalars
 
 # What COMMIT calls a key or flag of today, for those that were renamed since.
@@ -39,11 +39,7 @@ CASES = {
 
 
 def make(case: str, tree: Path, folder: Path, today: bool) -> Path:
-    """The run of a case and its clip by the code in `tree`; its workdir.
-
-    Raises:
-      RuntimeError: a program failed.
-    """
+    """The run of a case and its clip by the code in `tree`; its workdir."""
     config, changes = CASES[case]
     data = folder.parent / ("wan" if case.startswith("wan") else "shapes")
     old = lambda name: name if today else RENAMED.get(name, name)
@@ -58,16 +54,10 @@ def make(case: str, tree: Path, folder: Path, today: bool) -> Path:
         prompts = folder.parent / "prompts.txt"
         prompts.write_text("A cat walks.\nA dog runs.\n", encoding="utf-8")
         made = ["--preset_size=tiny", "--size=32x32", "--frames=9", f"--prompts={prompts}"]
-        run("encode", tree, *made, "--teacher", f"--{old('updates')}=2", f"--dst={data}")
+        succeed("encode", *made, "--teacher", f"--{old('updates')}=2", f"--dst={data}", tree=tree)
     for name, *args in steps if case != "teacher" else steps[:1]:
-        run(name, tree, f"--workdir={folder}", *args)
+        succeed(name, f"--workdir={folder}", *args, tree=tree)
     return folder
-
-
-def run(name: str, tree: Path, *args: str) -> None:
-    done = program(name, *args, tree=tree)
-    if done.returncode:
-        raise RuntimeError(f"launch.{name} of {tree} ended with {done.returncode}:\n{done.stderr[-2000:]}")
 
 
 def differences(before: Path, now: Path) -> Iterator[str]:

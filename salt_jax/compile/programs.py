@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from salt_jax import sample, sharding
 from salt_jax.config.schema import Recipe
+from salt_jax.models.presets import WanConfig
 from salt_jax.models.text_encoder import encode_text, init_text_encoder
 from salt_jax.models.vae import PRESETS as VAE_PRESETS
 from salt_jax.models.vae import init_vae
@@ -59,6 +60,12 @@ def _weights(init: Callable, config: Any, dtype: Any, mesh: Mesh) -> Any:
     shapes = bench.shapes_of(init, config)
     tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
     return place(tree, sharding.state_shardings(mesh, tree))
+
+
+def _teacher_weights(recipe: Recipe, config: WanConfig, mesh: Mesh) -> Any:
+    """A teacher in the dtype that it is kept in."""
+    params = jax.eval_shape(lambda: in_dtype(init_wan(jax.random.key(0), config), recipe.teacher.dtype))
+    return place(params, sharding.state_shardings(mesh, params))
 
 
 def _batch(recipe: Recipe) -> dict[str, Any]:
@@ -113,9 +120,7 @@ def _teacher(recipe: Recipe) -> dict[str, Callable[[Mesh], Program]]:
         batch = place(jax.eval_shape(lambda: _batch(recipe)), sharding.batch_sharding(mesh))
         sigma = place(jax.eval_shape(lambda: jnp.zeros(recipe.batch_size)), sharding.batch_sharding(mesh))
         jitted = jax.jit(lambda p, x, sigma, told: network.denoise(p, x, sigma, told).velocity)
-        teacher = lambda: in_dtype(init_wan(jax.random.key(0), recipe.teacher_wan), recipe.teacher.dtype)
-        params = jax.eval_shape(teacher)
-        params = place(params, sharding.state_shardings(mesh, params))
+        params = _teacher_weights(recipe, recipe.teacher_wan, mesh)
         return Program(jitted, (params, batch["video"], sigma, batch["text"]))
 
     return {"teacher forward": forward}
@@ -123,9 +128,7 @@ def _teacher(recipe: Recipe) -> dict[str, Callable[[Mesh], Program]]:
 
 def _trajectories(recipe: Recipe, mesh: Mesh) -> Program:
     network, everywhere = make_network(recipe, mesh), sharding.replicated(mesh)
-    teacher = lambda: in_dtype(init_wan(jax.random.key(0), recipe.wan), recipe.teacher.dtype)
-    params = jax.eval_shape(teacher)
-    params = place(params, sharding.state_shardings(mesh, params))
+    params = _teacher_weights(recipe, recipe.wan, mesh)
     null = lambda: jnp.zeros((1, recipe.wan.text_length, recipe.wan.text_dim))
     rest = lambda: ({name: _batch(recipe)[name] for name in ("video", "text")}, null(), jax.random.key(0))
     make = jax.jit(lambda p, batch, null, key: trajectory(network, p, batch, null, key, recipe))

@@ -28,8 +28,8 @@ def program(name, *args, tree=ROOT):
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
 
 
-def succeed(name, *args):
-    done = program(name, *args)
+def succeed(name, *args, tree=ROOT):
+    done = program(name, *args, tree=tree)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
