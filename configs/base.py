@@ -1,6 +1,8 @@
-"""Every key there is, with its unit. Other configs are deltas of this one; an unknown key is an error.
+"""Every key there is, with its unit. Other configs are deltas of this one; an unknown key is an
+error.
 
-Numbers are the shapes world's (two CPU cores). Where the Salt paper is silent the comment says where a value is from.
+Numbers are the shapes world's (two CPU cores). Where the Salt paper is silent the comment says
+where a value is from.
 """
 
 from typing import Any
@@ -25,39 +27,46 @@ def optimizer(learning_rate: float, warmup: int = 0, decay: bool = False):
 
 def get_config() -> Any:  # a ConfigDict; its attributes are not known to a type checker
     c = ml_collections.ConfigDict()
-    # "denoising": train a teacher and its text encoder on data; "teacher_forcing", "ode_regression", "consistency":
-    # make a student causal (docs/guide.md); "distil": DMD, the stage of Salt
+    # "denoising": train a teacher and its text encoder on data; "teacher_forcing",
+    # "ode_regression", "consistency": make a student causal (docs/guide.md); "distil": DMD, the
+    # stage of Salt
     c.stage = "distil"
-    # How a student under distillation makes its videos: "noised": the whole clip in one update of a noised real one;
-    # "noised_chunks": the same with a level for each chunk, causally (CausVid); "rollout": chunk by chunk from noise
+    # How a student under distillation makes its videos: "noised": the whole clip in one update of a
+    # noised real one; "noised_chunks": the same with a level for each chunk, causally (CausVid);
+    # "rollout": chunk by chunk from noise
     c.video = "noised"
-    # The stage before: its workdir, or the file exported from it; "": the student starts as the weights
+    # The stage before: its workdir, or the file exported from it; "": the student starts as the
+    # weights
     c.init_from = ""
     c.seed = 0
-    c.updates = 60  # student updates in the whole run; peers count critic updates, five times as many
+    # student updates in the whole run; peers count critic updates, five times as many
+    c.updates = 60
     c.batch_size = 24  # clips of an update, over all devices
-    c.accumulate = (
-        1  # micro-batches that an update takes its clips in, one after the other: less memory, same result
-    )
+    # micro-batches that an update takes its clips in, one after the other: less memory, same
+    # result
+    c.accumulate = 1
 
     c.model = ml_collections.ConfigDict(
         dict(
             preset="tiny",  # student, critic and teacher: a name in salt_jax/models/presets.py
-            dtype="float32",  # of matrix products: float32, bfloat16; parameters and losses are always float32
-            # kernel of attention, see salt_jax/models/attention.py; auto: the fastest of the devices it is for
+            # of matrix products: float32, bfloat16; parameters and losses are always float32
+            dtype="float32",
+            # kernel of attention, see salt_jax/models/attention.py; auto: the fastest of the
+            # devices it is for
             attention="auto",
-            # What a block's backward pass finds, the rest is computed again: "none" recomputes nothing; "all", all but
-            # the block's input; "save_attention", all but that and what attention made; "dots", "dots_no_batch", all
-            # but matrix products, or those with weights; "offload" is "all" with the inputs in the host's memory
+            # What a block's backward pass finds, the rest is computed again: "none" recomputes
+            # nothing; "all", all but the block's input; "save_attention", all but that and what
+            # attention made; "dots", "dots_no_batch", all but matrix products, or those with
+            # weights; "offload" is "all" with the inputs in the host's memory
             remat="all",
-            residual="float32",  # tokens between blocks; "bfloat16" halves what "all" keeps, and rounds them there
+            # tokens between blocks; "bfloat16" halves what "all" keeps, and rounds them there
+            residual="float32",
         )
     )
     c.text_encoder = "tiny"  # a name in salt_jax/models/text_encoder.py
-    c.weights = (
-        # where student, critic and text encoder start: a file, or a folder of launch.convert_wan; "" is fresh
-        "assets/shapes_teacher.safetensors"
-    )
+    # where student, critic and text encoder start: a file, or a folder of launch.convert_wan;
+    # "" is fresh
+    c.weights = "assets/shapes_teacher.safetensors"
 
     c.data = ml_collections.ConfigDict(
         dict(
@@ -83,12 +92,15 @@ def get_config() -> Any:  # a ConfigDict; its attributes are not known to a type
 
     c.teacher = ml_collections.ConfigDict(
         dict(
-            kind="network",  # "network": the weights above; "closed_form": the exact optimum for this world;
+            # "network": the weights above; "closed_form": the exact optimum for this world;
+            kind="network",
             # "data" (stage denoising only): no teacher, the clips themselves
             preset="",  # of the teacher's network; "" is the student's
             weights="",  # of a teacher that is another network; "" is the weights above
-            dtype="stored",  # what its weights are kept in: "stored" is as they are read; or float32, bfloat16
-            accept_student=False,  # whether a file that says it is a student, causal or of few updates, may teach
+            # what its weights are kept in: "stored" is as they are read; or float32, bfloat16
+            dtype="stored",
+            # whether a file that says it is a student, causal or of few updates, may teach
+            accept_student=False,
             guidance=2.0,  # w of u + w (c - u), 1 is none; the peers' guidance_scale g is w = 1 + g
         )
     )
@@ -99,7 +111,9 @@ def get_config() -> Any:  # a ConfigDict; its attributes are not known to a type
             train_updates=8,  # T_train of Salt Eq. 9: levels at which the student is trained
             anchor_updates=4,  # T(K) of Eq. 9: levels where shortcuts end
             shift=12.0,  # Salt App. A.1, non-autoregressive
-            levels=(),  # of the student's updates as timesteps (1000 sigma), such as (1000, 757, 522); () is the grid
+            # of the student's updates as timesteps (1000 sigma), such as (1000, 757, 522); () is
+            # the grid
+            levels=(),
         )
     )
     c.memory = ml_collections.ConfigDict(
@@ -115,7 +129,8 @@ def get_config() -> Any:  # a ConfigDict; its attributes are not known to a type
         dict(
             updates=(2, 4, 8),  # K is drawn for each optimizer update, Salt App. B
             probabilities=(0.2, 0.4, 0.4),
-            first_updates=0,  # of the first chunk; 0 is as the others (Causal Forcing's few-step models take 4)
+            # of the first chunk; 0 is as the others (Causal Forcing's few-step models take 4)
+            first_updates=0,
             solver="cm",  # between updates, as in all peers
         )
     )
@@ -153,7 +168,8 @@ def get_config() -> Any:  # a ConfigDict; its attributes are not known to a type
     )
     c.loss = ml_collections.ConfigDict(
         dict(
-            self_consistency=1.0,  # lambda_SC of Eq. 10, for the mean over elements; 0 turns the term off
+            # lambda_SC of Eq. 10, for the mean over elements; 0 turns the term off
+            self_consistency=1.0,
             stop_gradient="none",  # none, composed, direct, midpoint: see losses.self_consistency
         )
     )
@@ -165,14 +181,15 @@ def get_config() -> Any:  # a ConfigDict; its attributes are not known to a type
     c.mesh = ml_collections.ConfigDict(
         dict(data=1, fsdp=-1, context=1, tensor=1)  # devices per axis; one -1 takes the rest
     )
-    # Whether moments and the averaged student wait in the host's memory, and come to the devices for their update alone
+    # Whether moments and the averaged student wait in the host's memory, and come to the devices
+    # for their update alone
     c.host_state = False
     c.log_every = 10  # student updates
     c.save_every = 20
     c.keep = 2  # checkpoints, the newest
-    c.keep_every = (
-        0  # student updates; checkpoints at multiples of it are kept for ever beside the newest; 0 is off
-    )
+    # student updates; checkpoints at multiples of it are kept for ever beside the newest; 0 is
+    # off
+    c.keep_every = 0
     c.max_skipped = 5  # updates in a row with something not finite, then the run stops
     c.sample = ml_collections.ConfigDict(
         dict(num_updates=(2, 4, 8), solver="cm")  # euler or cm

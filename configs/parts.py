@@ -1,9 +1,9 @@
 """What the configs of the causal recipes share. Not a config itself.
 
-Sources: SF, CF, LL, CV are Self-Forcing @33593df, Causal-Forcing @1fc7bbc, LongLive v1.0 @e52d9ef, CausVid @ca21150;
-their numbers are read off configs and code. Their iterations count critic updates, five to one of the student: ours are
-student updates, so 600 of theirs are 120 here. Salt is arXiv:2604.03118; where it is silent a row of
-docs/algorithm.md 9 is named.
+Sources: SF, CF, LL, CV are Self-Forcing @33593df, Causal-Forcing @1fc7bbc, LongLive v1.0 @e52d9ef,
+CausVid @ca21150; their numbers are read off configs and code. Their iterations count critic
+updates, five to one of the student: ours are student updates, so 600 of theirs are 120 here. Salt
+is arXiv:2604.03118; where it is silent a row of docs/algorithm.md 9 is named.
 """
 
 from typing import Any
@@ -44,7 +44,8 @@ def whole_clips(c: Any, variant: str) -> Any:
     """SC-DMD and its baselines without rollouts (Salt App. B: backward simulation off)."""
     c.video = "noised"
     c.batch_size = 16  # Salt App. B
-    c.student_optimizer.learning_rate = c.critic_optimizer.learning_rate = 1e-6  # "the same" (row 12)
+    # "the same" (row 12)
+    c.student_optimizer.learning_rate = c.critic_optimizer.learning_rate = 1e-6
     c.schedule.shift = 12.0  # Salt App. A.1; the grid of training is that of inference (row 10)
     c.schedule.update(train_updates=8, anchor_updates=4)  # Eq. 9: 8 levels, for 4 updates
     if variant != "sc_dmd":
@@ -63,7 +64,9 @@ def four_updates(c: Any) -> Any:
 
 
 def listed_levels(c: Any, levels: tuple) -> Any:
-    """A student of a published list of levels (timesteps, 1000 sigma), trained and sampled at these alone."""
+    """A student of a published list of levels (timesteps, 1000 sigma), trained and sampled at these
+    alone.
+    """
     c.schedule.update(train_updates=len(levels), anchor_updates=len(levels), levels=levels)
     c.rollout.update(updates=(len(levels),), probabilities=(1.0,))
     c.sample.num_updates = (len(levels),)
@@ -71,12 +74,14 @@ def listed_levels(c: Any, levels: tuple) -> Any:
 
 
 def salt(c: Any, align_start: int) -> Any:
-    """Salt's full objective, Eq. 13: mixed steps, self-consistency at K = 8, cache alignment at K = 2 and 4.
+    """Salt's full objective, Eq. 13: mixed steps, self-consistency at K = 8, cache alignment at K =
+    2 and 4.
 
     `align_start` in student updates; the paper names 600 iterations for Causal Forcing, 120 here.
     """
     c.rollout.update(updates=(2, 4, 8), probabilities=(0.2, 0.4, 0.4))  # Salt App. B
-    c.schedule.update(train_updates=8, anchor_updates=8)  # T(K) of Eq. 9 is T(8) in rollouts (row 4)
+    # T(K) of Eq. 9 is T(8) in rollouts (row 4)
+    c.schedule.update(train_updates=8, anchor_updates=8)
     c.loss.update(self_consistency=1.0, stop_gradient="none")  # rows 1, 2
     c.align.update(weight=0.5, start=align_start)  # row 21
     return c
@@ -98,5 +103,6 @@ def refuse_variant(variant: str, known: tuple[str, ...]) -> None:
     """What a config says to a name after the colon that it does not have."""
     if variant not in known:
         raise ValueError(
-            f"no variant {variant!r} of this config; after the colon stands one of {', '.join(known)}"
+            f"no variant {variant!r} of this config; after the colon stands one of "
+            f"{', '.join(known)}"
         )

@@ -1,4 +1,5 @@
-"""CausVid's DMD: the student learns from noised real clips, with a level for each chunk; no rollout.
+"""CausVid's DMD: the student learns from noised real clips, with a level for each chunk; no
+rollout.
 
     python -m launch.train --config=configs/shapes_causvid.py --workdir=runs/shapes_causvid
 

@@ -2,7 +2,8 @@
 
     python -m launch.train --config=configs/shapes_longlive.py --workdir=runs/shapes_longlive
 
-Starts from runs/shapes_longlive_init. `:salt` adds Salt (Eq. 13), `:lora` and `:lora_salt` train low-rank updates only.
+Starts from runs/shapes_longlive_init. `:salt` adds Salt (Eq. 13), `:lora` and `:lora_salt` train
+low-rank updates only.
 """
 
 from configs import parts

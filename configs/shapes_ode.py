@@ -2,8 +2,9 @@
 
     python -m launch.train --config=configs/shapes_ode.py --workdir=runs/shapes_ode
 
-Starts from runs/shapes_teacher_forcing; `:frame` after the file's name works frame by frame. Self-Forcing and CausVid
-regress trajectories of a bidirectional teacher instead, which a causal student cannot follow (Causal Forcing).
+Starts from runs/shapes_teacher_forcing; `:frame` after the file's name works frame by frame.
+Self-Forcing and CausVid regress trajectories of a bidirectional teacher instead, which a causal
+student cannot follow (Causal Forcing).
 """
 
 from configs import parts

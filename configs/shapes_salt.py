@@ -1,12 +1,15 @@
-"""Salt (Eq. 13) on Moving Shapes: a student that works chunk by chunk in 2, 4 or 8 updates, from the shipped start.
+"""Salt (Eq. 13) on Moving Shapes: a student that works chunk by chunk in 2, 4 or 8 updates, from
+the shipped start.
 
     python -m launch.train --config=configs/shapes_salt.py --workdir=runs/salt
 
-The recipe is shapes_self_forcing.py:salt. How the start was made (assets/README.md), and how to take one's own:
+The recipe is shapes_self_forcing.py:salt. How the start was made (assets/README.md), and how to
+take one's own:
 
-    python -m launch.train --config=configs/shapes_teacher_forcing.py --workdir=runs/shapes_teacher_forcing
-    python -m launch.train --config=configs/shapes_consistency.py --workdir=runs/shapes_consistency
-    python -m launch.train --config=configs/shapes_salt.py --workdir=runs/salt \\
+    python -m launch.train --config=configs/shapes_teacher_forcing.py
+    --workdir=runs/shapes_teacher_forcing python -m launch.train
+    --config=configs/shapes_consistency.py --workdir=runs/shapes_consistency python -m launch.train
+    --config=configs/shapes_salt.py --workdir=runs/salt \\
         --config.init_from=runs/shapes_consistency
 """
 

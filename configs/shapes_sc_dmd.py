@@ -2,7 +2,8 @@
 
     python -m launch.train --config=configs/shapes_sc_dmd.py --workdir=runs/sc_dmd
 
-Cost and result: docs/results.md. `--config.teacher.kind=closed_form` distils the exact optimum instead.
+Cost and result: docs/results.md. `--config.teacher.kind=closed_form` distils the exact optimum
+instead.
 """
 
 from configs import base

@@ -1,9 +1,11 @@
-"""Causal Forcing, stage 3: asymmetric DMD at Wan 2.1 size, from a causal consistency model; `:salt` adds Salt (Eq. 13).
+"""Causal Forcing, stage 3: asymmetric DMD at Wan 2.1 size, from a causal consistency model; `:salt`
+adds Salt (Eq. 13).
 
     python -m launch.train --config=configs/wan_causal_forcing.py --workdir=runs/wan_causal_forcing
 
-Other variants: `frame` and `frame_salt` work frame by frame; `two` and `one` are its frame-wise models of 2 and 1
-updates, whose first chunk takes 4. Frame-wise ones start from runs/wan_consistency_frame.
+Other variants: `frame` and `frame_salt` work frame by frame; `two` and `one` are its frame-wise
+models of 2 and 1 updates, whose first chunk takes 4. Frame-wise ones start from
+runs/wan_consistency_frame.
 """
 
 from configs import parts

@@ -1,8 +1,10 @@
-"""LongLive, streaming long tuning at Wan 2.1 size: one video goes on over many updates, and changes its prompt.
+"""LongLive, streaming long tuning at Wan 2.1 size: one video goes on over many updates, and changes
+its prompt.
 
     python -m launch.train --config=configs/wan_causal_longlive.py --workdir=runs/wan_longlive
 
-Starts from runs/wan_longlive_init. `:salt` adds Salt (Eq. 13), `:lora` and `:lora_salt` train low-rank updates only.
+Starts from runs/wan_longlive_init. `:salt` adds Salt (Eq. 13), `:lora` and `:lora_salt` train
+low-rank updates only.
 """
 
 from configs import parts

@@ -1,4 +1,5 @@
-"""LongLive, first stage at Wan 2.1 size: Self Forcing on a window with a sink; `:salt` adds Salt (Eq. 13).
+"""LongLive, first stage at Wan 2.1 size: Self Forcing on a window with a sink; `:salt` adds Salt
+(Eq. 13).
 
 python -m launch.train --config=configs/wan_causal_longlive_init.py --workdir=runs/wan_longlive_init
 """

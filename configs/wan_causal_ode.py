@@ -2,9 +2,10 @@
 
     python -m launch.train --config=configs/wan_causal_ode.py --workdir=runs/wan_ode
 
-Starts from runs/wan_teacher_forcing. After the file's name `:frame` works frame by frame, `:causvid` is at CausVid's
-levels, `:causvid_salt` at eight of its shift. Self-Forcing and CausVid
-regress trajectories of a bidirectional teacher instead, which a causal student cannot follow (Causal Forcing).
+Starts from runs/wan_teacher_forcing. After the file's name `:frame` works frame by frame,
+`:causvid` is at CausVid's levels, `:causvid_salt` at eight of its shift. Self-Forcing and CausVid
+regress trajectories of a bidirectional teacher instead, which a causal student cannot follow
+(Causal Forcing).
 """
 
 from configs import parts
@@ -16,7 +17,8 @@ def get_config(variant: str = "chunk"):
     if variant == "frame":
         c = parts.frame_wise(c)
     c.updates = 1000  # CF: at least 1,000
-    c.schedule.update(train_updates=8, anchor_updates=8)  # CF keeps 4 levels; Salt's rollouts visit 8
+    # CF keeps 4 levels; Salt's rollouts visit 8
+    c.schedule.update(train_updates=8, anchor_updates=8)
     c.ode.update(updates=48, guidance=6.0, trajectories=6000)  # CF; 6,000 clips are its toy set
     if variant.startswith("causvid"):
         c.schedule.shift = 8.0  # CV

@@ -13,5 +13,6 @@ def get_config(variant: str = "sc_dmd"):
     parts.refuse_variant(variant, ("sc_dmd", "dmd8", "dmd4"))
     c = parts.whole_clips(parts.wan(), variant)
     c.teacher.preset = c.teacher.weights = ""  # Salt App. B: the teacher is the model itself
-    c.updates = 480  # Salt App. B: 2,400 iterations, five to one of the student (docs/algorithm.md 9, row 15)
+    # Salt App. B: 2,400 iterations, five to one of the student (docs/algorithm.md 9, row 15)
+    c.updates = 480
     return c

@@ -1,9 +1,12 @@
-"""python -m launch.bench [--config=configs/X.py] [--preset=wan2.1-t2v-1.3b --frames=21 --height=60 --width=104]
+"""python -m launch.bench [--config=configs/X.py] [--preset=wan2.1-t2v-1.3b --frames=21 --height=60
+--width=104]
 
-Times the parts of training and of generating with random weights: one table, and the same numbers with --json=FILE.
-Student, critic and teacher are the config's, or all of --preset. On a CPU in a minute:
+Times the parts of training and of generating with random weights: one table, and the same numbers
+with --json=FILE. Student, critic and teacher are the config's, or all of --preset. On a CPU in a
+minute:
 
-    python -m launch.bench --preset=wan2.1-t2v-tiny --frames=6 --height=4 --width=4 --vae=tiny --runs=2
+    python -m launch.bench --preset=wan2.1-t2v-tiny --frames=6 --height=4 --width=4 --vae=tiny
+    --runs=2
 """
 
 import json
@@ -30,22 +33,31 @@ PARTS = ("teacher_forward", "student_step", "critic_step", "streaming", "vae")
 CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/wan_causal_self_forcing.py", "whose updates; see configs/", lock_config=True
 )
-PRESET = flags.DEFINE_enum("preset", None, list(PRESETS), "of all networks, in place of the config's")
+PRESET = flags.DEFINE_enum(
+    "preset", None, list(PRESETS), "of all networks, in place of the config's"
+)
 FRAMES = flags.DEFINE_integer("frames", None, "latent frames of a clip", lower_bound=1)
 HEIGHT = flags.DEFINE_integer("height", None, "latent rows", lower_bound=1)
 WIDTH = flags.DEFINE_integer("width", None, "latent columns", lower_bound=1)
-CLIPS = flags.DEFINE_integer("clips", None, "of an update; default one for each device", lower_bound=1)
+CLIPS = flags.DEFINE_integer(
+    "clips", None, "of an update; default one for each device", lower_bound=1
+)
 VAE = flags.DEFINE_enum("vae", "wan2.1", list(VAE_PRESETS), "sizes of the VAE")
-UPDATES = flags.DEFINE_integer("updates", 4, "network evaluations of a chunk in streaming", lower_bound=1)
+UPDATES = flags.DEFINE_integer(
+    "updates", 4, "network evaluations of a chunk in streaming", lower_bound=1
+)
 WEIGHTS_DTYPE = flags.DEFINE_enum(
     "weights_dtype",
     "bfloat16",
     ("float32", "bfloat16"),
-    "of a teacher timed alone, and of a student that generates; in updates config.teacher.dtype counts",
+    "of a teacher timed alone, and of a student that generates; in updates config.teacher.dtype "
+    "counts",
 )
 MATMUL = flags.DEFINE_integer("matmul", None, "side of the product that rates are held against; default 8192, "
                               "on a CPU 1024", lower_bound=1)  # fmt: skip
-WHAT = flags.DEFINE_list("what", list(PARTS), "parts to time; one alone gives its own peak of memory")
+WHAT = flags.DEFINE_list(
+    "what", list(PARTS), "parts to time; one alone gives its own peak of memory"
+)
 RUNS = flags.DEFINE_integer("runs", 5, "of each part, after one to warm up", lower_bound=1)
 JSON = flags.DEFINE_string("json", None, "a file to write the numbers to")
 
@@ -64,7 +76,9 @@ def make_recipe(config: Any) -> Recipe:
             raise UserError(
                 "--frames, --height and --width are of latents, and this config has none; drop them"
             )
-        config.data.clip = tuple(new or old for new, old in zip(sizes, config.data.clip, strict=True))
+        config.data.clip = tuple(
+            new or old for new, old in zip(sizes, config.data.clip, strict=True)
+        )
     return read_recipe(config)
 
 
@@ -77,7 +91,9 @@ def parts_of(recipe: Recipe, what: list[str]) -> dict[str, Callable[[], Iterable
     if set(what) - set(PARTS):
         raise UserError(f"--what={','.join(what)} has parts other than {', '.join(PARTS)}")
     runs, frozen, mesh = RUNS.value, WEIGHTS_DTYPE.value, all_devices()
-    vae = VAE_PRESETS[VAE.value] if recipe.wan.out_channels == VAE_PRESETS[VAE.value].z_dim else None
+    vae = (
+        VAE_PRESETS[VAE.value] if recipe.wan.out_channels == VAE_PRESETS[VAE.value].z_dim else None
+    )
     size = MATMUL.value or (1024 if jax.default_backend() == "cpu" else 8192)
     parts: dict[str, Callable[[], Iterable[bench.Result]]] = {}
     parts["matmul"] = lambda: [bench.matmul(size, recipe.compute.dtype, runs)]
@@ -87,7 +103,9 @@ def parts_of(recipe: Recipe, what: list[str]) -> dict[str, Callable[[], Iterable
         parts["student_step"] = lambda: bench.updates(recipe, "student", mesh, runs)
         parts["critic_step"] = lambda: bench.updates(recipe, "critic", mesh, runs)
     if recipe.causal:
-        parts["streaming"] = lambda: bench.streaming(recipe, vae, UPDATES.value, jnp.dtype(frozen), runs)
+        parts["streaming"] = lambda: bench.streaming(
+            recipe, vae, UPDATES.value, jnp.dtype(frozen), runs
+        )
     if vae:
         parts["vae"] = lambda: bench.vae_parts(recipe, vae, runs)
     return {name: part for name, part in parts.items() if name in ("matmul", *what)}
@@ -106,7 +124,9 @@ def surroundings() -> dict[str, Any]:
 
 
 def with_rates(results: list[bench.Result]) -> list[dict[str, Any]]:
-    """Each result with TFLOP/s of one device, and the share of what the product of two matrices reaches there."""
+    """Each result with TFLOP/s of one device, and the share of what the product of two matrices
+    reaches there.
+    """
     rate = lambda r, devices: r.flops / r.seconds / devices
     best = rate(results[0], 1)
     spread = lambda r: jax.device_count() if "step" in r.part else 1  # the others run on one
@@ -123,10 +143,14 @@ def show(rows: list[dict[str, Any]]) -> str:
     for r in rows:
         gb = f"{r['xla_bytes'] / 1e9:8.3f}" if r["xla_bytes"] else f"{'-':>8}"
         numbers = f"{r['compile_seconds']:10.2f}{r['seconds']:11.4g}{r['flops'] / 1e12:11.4g}"
-        lines.append(f"{r['part']:36}{numbers}{r['tflops_per_second']:9.4g}{r['of_matmul']:10.1%}{gb}")
+        lines.append(
+            f"{r['part']:36}{numbers}{r['tflops_per_second']:9.4g}{r['of_matmul']:10.1%}{gb}"
+        )
     for r in rows:
         if r["part"] == "streaming":
-            lines += [f"  {name.replace('_', ' '):34}{value:10.4g}" for name, value in r["more"].items()]
+            lines += [
+                f"  {name.replace('_', ' '):34}{value:10.4g}" for name, value in r["more"].items()
+            ]
     return "\n".join(lines)
 
 

@@ -1,4 +1,7 @@
-"""What all programs do with their command line. No jax in here: what is wrong with it is told at once."""
+"""What all programs do with their command line.
+
+No jax in here: what is wrong with it is told at once.
+"""
 
 import importlib.metadata
 import logging as std_logging
@@ -18,7 +21,10 @@ from salt_jax.errors import UserError
 
 
 def read_config(flag: flags.FlagHolder) -> Any:
-    """The ConfigDict of a flag that ml_collections defined. Raises UserError if there is no such file."""
+    """The ConfigDict of a flag that ml_collections defined.
+
+    Raises UserError if there is no such file.
+    """
     try:
         config = flag.value
         config.keys()
@@ -29,8 +35,12 @@ def read_config(flag: flags.FlagHolder) -> Any:
 
 
 def made_with(module: str, packages: Collection[str]) -> dict[str, Any]:
-    """What a file of figures says of itself: command, commit, host, and versions of the packages that are installed."""
-    git = lambda *told: subprocess.run(["git", *told], capture_output=True, text=True).stdout.strip()
+    """What a file of figures says of itself: command, commit, host, and versions of the packages
+    that are installed.
+    """
+    git = lambda *told: subprocess.run(
+        ["git", *told], capture_output=True, text=True
+    ).stdout.strip()
     # Figures are written to docs/, so that may have changed.
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/docs")
     commit = git("describe", "--always") + "-dirty" * bool(changed)
@@ -39,11 +49,14 @@ def made_with(module: str, packages: Collection[str]) -> dict[str, Any]:
         "command": ["python", "-m", module, *sys.argv[1:]],
         "commit": commit or None,
         "host": f"{platform.machine()} {platform.system()}",
-        "versions": {"python": platform.python_version()} | {p: there[p] for p in packages if p in there},
+        "versions": {"python": platform.python_version()}
+        | {p: there[p] for p in packages if p in there},
     }
 
 
-def refuse_flags(mode: str, modes: Mapping[str, str], belongs: Mapping[str, Collection[str]]) -> None:
+def refuse_flags(
+    mode: str, modes: Mapping[str, str], belongs: Mapping[str, Collection[str]]
+) -> None:
     """Refuses what stands on the command line and means nothing in this mode.
 
     Args:
@@ -59,7 +72,9 @@ def refuse_flags(mode: str, modes: Mapping[str, str], belongs: Mapping[str, Coll
             raise UserError(f"--{name} is for {fits}, and this is {modes[mode]}; leave it out")
 
 
-def refuse_pairs(needs: Mapping[str, Collection[str]], excludes: Mapping[str, Collection[str]]) -> None:
+def refuse_pairs(
+    needs: Mapping[str, Collection[str]], excludes: Mapping[str, Collection[str]]
+) -> None:
     """Refuses flags without one of those they belong to, and flags that exclude each other.
 
     Raises:
@@ -69,7 +84,9 @@ def refuse_pairs(needs: Mapping[str, Collection[str]], excludes: Mapping[str, Co
     for name, others in needs.items():
         if name in there and not there & set(others):
             told = " or ".join(f"--{other}" for other in others)
-            raise UserError(f"--{name} has no meaning without {told}; give that too, or leave it out")
+            raise UserError(
+                f"--{name} has no meaning without {told}; give that too, or leave it out"
+            )
     for name, others in excludes.items():
         for other in others:
             if {name, other} <= there:
@@ -77,12 +94,15 @@ def refuse_pairs(needs: Mapping[str, Collection[str]], excludes: Mapping[str, Co
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
-    """absl's app.run, with every error that is the user's to mend printed as one line and exit code 2."""
+    """absl's app.run, with every error that is the user's to mend printed as one line and exit code
+    2.
+    """
 
     def parse(argv):
         try:
             rest = flags.FLAGS(argv)
-        except (AttributeError, KeyError) as error:  # from ml_collections, which names the key alone
+        # from ml_collections, which names the key alone
+        except (AttributeError, KeyError) as error:
             key, hint = re.search(r"\w+", str(error)), re.search(r"Did you mean.*\?", str(error))
             told = hint[0] if hint else "configs/base.py lists every key."
             fail(f"unknown config key {key and key[0]!r} in {' '.join(argv[1:])}. {told}")
@@ -93,7 +113,8 @@ def run_main(main: Callable[[list[str]], None]) -> None:
         return rest
 
     def guarded(argv):
-        # Programs that were compiled once are kept, so the next start and the next run of the same shape are quick.
+        # Programs that were compiled once are kept, so the next start and the next run of the same
+        # shape are quick.
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_home() / "jax"))
         # TFDS talks through absl; our own warnings go through the standard logger of their module.
         logging.set_verbosity(logging.ERROR)

@@ -34,14 +34,19 @@ class Trained(NamedTuple):
 
 
 def open_workdir(workdir: str, step: int | None = None, average: str = "ema") -> Trained:
-    """Reads config.json and a checkpoint: the newest that can be read, or the one of `step`; averaged, or not ("none").
+    """Reads config.json and a checkpoint: the newest that can be read, or the one of `step`;
+    averaged, or not ("none").
 
     Raises:
       UserError: there is nothing to read, or it does not fit.
     """
     recipe, mesh = read_workdir(Path(workdir), step), all_devices()
     step, params = restore_step(workdir, ITEMS[average], mesh, step)
-    told = {"step": step, "average": average, "sha256": checkpoint_digest(workdir, step, ITEMS[average])}
+    told = {
+        "step": step,
+        "average": average,
+        "sha256": checkpoint_digest(workdir, step, ITEMS[average]),
+    }
     if (
         recipe.lora.rank
     ):  # what it adapts, as it was when the run began: a base that has changed is refused below
@@ -65,9 +70,14 @@ def open_workdir(workdir: str, step: int | None = None, average: str = "ema") ->
 
 
 def record(run: Trained) -> dict[str, str]:
-    """What a file of this network says of it: `salt_jax` is carried on when other programs' layouts come and go."""
+    """What a file of this network says of it: `salt_jax` is carried on when other programs' layouts
+    come and go.
+    """
     config = to_json(run.recipe)
-    return {"config": config, "salt_jax": json.dumps({"config": json.loads(config), **run.checkpoint})}
+    return {
+        "config": config,
+        "salt_jax": json.dumps({"config": json.loads(config), **run.checkpoint}),
+    }
 
 
 def all_devices() -> Mesh:

@@ -1,8 +1,10 @@
-"""python -m launch.compile --config=configs/X.py[:variant] [--target=gpu:h100:8] [--what=student,critic] [--json=FILE]
+"""python -m launch.compile --config=configs/X.py[:variant] [--target=gpu:h100:8]
+[--what=student,critic] [--json=FILE]
 
-Compiles the programs of a run with the real compiler of a TPU or GPU, which needs neither: whether they compile and
-fit, the memory of a device, what devices send each other, which attention kernels there are. Each compiles in a process
-of its own. Without --target for the devices found, before a run begins there. Exit code 1 where one does not fit.
+Compiles the programs of a run with the real compiler of a TPU or GPU, which needs neither: whether
+they compile and fit, the memory of a device, what devices send each other, which attention kernels
+there are. Each compiles in a process of its own. Without --target for the devices found, before a
+run begins there. Exit code 1 where one does not fit.
 """
 
 import os

@@ -1,4 +1,6 @@
-"""One program of launch.compile, in the process that it starts for it: the same flags, and which program."""
+"""One program of launch.compile, in the process that it starts for it: the same flags, and which
+program.
+"""
 
 import dataclasses
 import json
@@ -21,7 +23,8 @@ DUMP = flags.DEFINE_string("dump", None, "the folder that XLA was told to write 
 
 
 def main(_):
-    jax.config.update("jax_enable_compilation_cache", False)  # its programs would have taken no time
+    # its programs would have taken no time
+    jax.config.update("jax_enable_compilation_cache", False)
     (target, (part,)), recipe = read_flags(), read_recipe(read_config(CONFIG))
     devices = devices_of(target)
     mesh = make_mesh(dataclasses.asdict(recipe.mesh), devices)
@@ -30,7 +33,11 @@ def main(_):
     program = programs(recipe, part)[PROGRAM.value](mesh)
     memory = memory_of(target, devices[0])
     row = compile_program(program, devices[0].platform, memory, Path(DUMP.value))
-    row |= {"mesh": dict(mesh.shape), "batch_size": recipe.batch_size, "device": devices[0].device_kind}
+    row |= {
+        "mesh": dict(mesh.shape),
+        "batch_size": recipe.batch_size,
+        "device": devices[0].device_kind,
+    }
     Path(RESULT.value).write_text(json.dumps(row))
 
 

@@ -9,9 +9,13 @@ from salt_jax.compile.target import Target, read_target
 from salt_jax.errors import UserError
 
 PARTS = ("student", "critic", "teacher", "stream", "vae", "text")
-CONFIG = config_flags.DEFINE_config_file("config", None, "which run; see configs/", lock_config=True)
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "which run; see configs/", lock_config=True
+)
 TARGET = flags.DEFINE_string(
-    "target", "here", "tpu:v5p:2x2x4, gpu:h100:8, gpu:h100:2x8 (hosts x devices); here: the devices found"
+    "target",
+    "here",
+    "tpu:v5p:2x2x4, gpu:h100:8, gpu:h100:2x8 (hosts x devices); here: the devices found",
 )
 WHAT = flags.DEFINE_list("what", ["all"], f"of {', '.join(PARTS)}, or all")
 JSON = flags.DEFINE_string("json", None, "a file to write all figures to")
@@ -27,6 +31,8 @@ def read_flags() -> tuple[Target, list[str]]:
     if not what or set(what) - {*PARTS, "all"}:
         raise UserError(f"--what={','.join(what)} must name some of {', '.join(PARTS)}, or all")
     if JSON.value and not Path(JSON.value).absolute().parent.is_dir():
-        raise UserError(f"--json={JSON.value}: there is no folder {Path(JSON.value).parent}; make it")
+        raise UserError(
+            f"--json={JSON.value}: there is no folder {Path(JSON.value).parent}; make it"
+        )
     target = read_target(TARGET.value)
     return target, [part for part in PARTS if part in what or "all" in what]

@@ -1,4 +1,6 @@
-"""The programs of launch.compile one after another, each in a process of its own, and what is told of them."""
+"""The programs of launch.compile one after another, each in a process of its own, and what is told
+of them.
+"""
 
 import json
 import subprocess
@@ -23,7 +25,9 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin", "nv
 COLUMNS = ("argument", "temporary", "output", "alias", "peak", "beside")  # GiB of a device
 
 
-def compile_all(config: Any, what: list[str], environment: Mapping[str, str]) -> list[dict[str, Any]]:
+def compile_all(
+    config: Any, what: list[str], environment: Mapping[str, str]
+) -> list[dict[str, Any]]:
     """One row for each program of the named parts.
 
     Args:
@@ -35,7 +39,9 @@ def compile_all(config: Any, what: list[str], environment: Mapping[str, str]) ->
     recipe = read_recipe(config)
     names = [(part, name) for part in what for name in programs(recipe, part)]
     if not names:
-        raise UserError(f"this config has no {' or '.join(what)}; see config.stage, .video and .teacher.kind")
+        raise UserError(
+            f"this config has no {' or '.join(what)}; see config.stage, .video and .teacher.kind"
+        )
     rows = []
     with tqdm(names, unit="program") as bar:  # closed before an error is told
         for part, name in bar:
@@ -45,7 +51,8 @@ def compile_all(config: Any, what: list[str], environment: Mapping[str, str]) ->
 
 
 def compile_one(part: str, name: str, environment: Mapping[str, str], bar: tqdm) -> dict[str, Any]:
-    """What a child process says of one program; a child that dies has said it with the end of its log.
+    """What a child process says of one program; a child that dies has said it with the end of its
+    log.
 
     Raises:
       UserError: the child refused what it was told.
@@ -81,7 +88,9 @@ def compile_one(part: str, name: str, environment: Mapping[str, str], bar: tqdm)
 def sentence(row: Mapping[str, Any], target: str) -> str:
     """What is wrong with a program, and which buffers stand in the way."""
     buffers = ", ".join(str(Buffer(**buffer)) for buffer in row.get("largest", ()))
-    return f"{row['program']} for {target} {row['problem']}" + (f"; largest: {buffers}" if buffers else "")
+    return f"{row['program']} for {target} {row['problem']}" + (
+        f"; largest: {buffers}" if buffers else ""
+    )
 
 
 def show(rows: list[dict[str, Any]]) -> str:
@@ -97,7 +106,10 @@ def show(rows: list[dict[str, Any]]) -> str:
         cells = "".join(f"{'-':>11}" if n is None else f"{n:11.2f}" for n in numbers)
         share = f"{row['share']:11.1%}" if row["share"] else f"{'-':>11}"
         code = f"{row['code_bytes'] / 2**20:11.2f}" if row.get("code_bytes") else f"{'-':>11}"
-        lines += [f"{row['program']:36}{cells}{share}{code}", *(f"  {line}" for line in details(row))]
+        lines += [
+            f"{row['program']:36}{cells}{share}{code}",
+            *(f"  {line}" for line in details(row)),
+        ]
     return "\n".join(lines)
 
 

@@ -1,4 +1,7 @@
-"""The flags of launch.convert_wan, and which of them belong together. No jax in here: a wrong one is told at once."""
+"""The flags of launch.convert_wan, and which of them belong together.
+
+No jax in here: a wrong one is told at once.
+"""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -13,23 +16,40 @@ SRC = flags.DEFINE_string(
 )
 DST = flags.DEFINE_string("dst", None, "the folder to write to", required=True)
 KEY = flags.DEFINE_string(
-    "key", "", "which network of a file with several, such as generator; default: the averaged student"
+    "key",
+    "",
+    "which network of a file with several, such as generator; default: the averaged student",
 )
-LORA = flags.DEFINE_multi_string("lora", [], "a LoRA to merge into the transformer; several with commas")
-STRENGTH = flags.DEFINE_string("lora_strength", "1", "what each LoRA is multiplied by; several with commas")
+LORA = flags.DEFINE_multi_string(
+    "lora", [], "a LoRA to merge into the transformer; several with commas"
+)
+STRENGTH = flags.DEFINE_string(
+    "lora_strength", "1", "what each LoRA is multiplied by; several with commas"
+)
 KEEP = flags.DEFINE_bool(
     "keep_lora",
     False,
     "write the LoRA to lora.safetensors instead of merging it; with --to: the adapter alone",
 )
 DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16"], "how to store; default: as it is stored there, fp8 as it is exact"
+    "dtype",
+    None,
+    ["float32", "bfloat16"],
+    "how to store; default: as it is stored there, fp8 as it is exact",
 )
-TO = flags.DEFINE_enum("to", None, ["official", "diffusers", "comfyui"], "write the layout of others")
-STEP = flags.DEFINE_integer("step", None, "of a workdir's checkpoint; default the newest", lower_bound=1)
+TO = flags.DEFINE_enum(
+    "to", None, ["official", "diffusers", "comfyui"], "write the layout of others"
+)
+STEP = flags.DEFINE_integer(
+    "step", None, "of a workdir's checkpoint; default the newest", lower_bound=1
+)
 AVERAGE = flags.DEFINE_enum("average", "ema", ["ema", "none"], "of a workdir's weights")
 
-MODES = {"in": "taking files in", "out": "writing with --to", "workdir": "writing a workdir with --to"}
+MODES = {
+    "in": "taking files in",
+    "out": "writing with --to",
+    "workdir": "writing a workdir with --to",
+}
 BELONGS = {
     **dict.fromkeys(("key", "lora", "lora_strength"), ("in",)),
     **dict.fromkeys(("step", "average"), ("workdir",)),

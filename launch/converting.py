@@ -38,7 +38,10 @@ class Job(NamedTuple):
 
 
 def plan(networks: dict[str, Found], src: Path) -> dict[str, Job]:
-    """What comes of the networks in `src`, by file name. All that can be checked has been when this returns."""
+    """What comes of the networks in `src`, by file name.
+
+    All that can be checked has been when this returns.
+    """
     jobs: dict[str, Job] = {}
     loras = read_loras(networks, src)
     if f.KEEP.value:
@@ -46,7 +49,10 @@ def plan(networks: dict[str, Found], src: Path) -> dict[str, Job]:
             raise UserError("--keep_lora keeps one LoRA; name one with --lora, or merge them")
         (lora, strength), layers = loras[0], len(networks["wan"].pieces["blocks/modulation"])
         rank, alpha = lora_alpha(lora)
-        arrays, config = lora_outgoing(lora, layers, f.DTYPE.value), {"rank": rank, "alpha": strength * alpha}
+        arrays, config = (
+            lora_outgoing(lora, layers, f.DTYPE.value),
+            {"rank": rank, "alpha": strength * alpha},
+        )
         jobs["lora.safetensors"] = Job(arrays, config, (lora.path,), "LoRA", "", loras)
         loras = []
     for lora, strength in loras:
@@ -64,23 +70,34 @@ def plan(networks: dict[str, Found], src: Path) -> dict[str, Job]:
 def read_loras(networks: dict[str, Found], src: Path) -> list[tuple[Lora, float]]:
     """The LoRAs of --lora with their strengths."""
     paths = [
-        Path(name) for told in f.LORA.value for name in ([told] if Path(told).exists() else told.split(","))
+        Path(name)
+        for told in f.LORA.value
+        for name in ([told] if Path(told).exists() else told.split(","))
     ]
     told = f.STRENGTH.value.split(",")
     try:
         strengths = [float(number) for number in told]
     except ValueError as error:
-        raise UserError(f"--lora_strength={f.STRENGTH.value} is no number; write such as 0.8") from error
+        raise UserError(
+            f"--lora_strength={f.STRENGTH.value} is no number; write such as 0.8"
+        ) from error
     if len(told) == 1:
         strengths *= len(paths)
     if len(strengths) != len(paths) or not all(abs(number) < float("inf") for number in strengths):
         raise UserError(
-            f"--lora_strength={f.STRENGTH.value} does not give {len(paths)} finite numbers, one for each --lora"
+            f"--lora_strength={f.STRENGTH.value} does not give {len(paths)} finite numbers, one "
+            "for each --lora"
         )
     if paths and "wan" not in networks:
-        raise UserError(f"{src} holds no transformer that --lora={paths[0]} could change; check --src")
+        raise UserError(
+            f"{src} holds no transformer that --lora={paths[0]} could change; check --src"
+        )
     loras = list(
-        zip([find_lora(path, networks["wan"], f.KEY.value) for path in paths], strengths, strict=True)
+        zip(
+            [find_lora(path, networks["wan"], f.KEY.value) for path in paths],
+            strengths,
+            strict=True,
+        )
     )
     for lora, strength in loras:
         print(f"LoRA: {describe(lora)}, strength {strength:g}")
@@ -89,13 +106,17 @@ def read_loras(networks: dict[str, Found], src: Path) -> list[tuple[Lora, float]
 
 def take_in(src: Path, dst: Path) -> None:
     """Converts everything in `src`, or nothing."""
-    networks = find_networks(src, lambda path: print(f"not used: {path}, no network of Wan 2.1"), f.KEY.value)
+    networks = find_networks(
+        src, lambda path: print(f"not used: {path}, no network of Wan 2.1"), f.KEY.value
+    )
     jobs, tokenizer = plan(networks, src), tokenizer_files(src)
     read = dict.fromkeys(path for job in jobs.values() for path in job.read)
     size = sum(array.nbytes for job in jobs.values() for array in job.arrays.values())
     there = next(folder for folder in (dst, *dst.absolute().parents) if folder.exists())
     if size > shutil.disk_usage(there).free:
-        raise UserError(f"{dst} has no room for {size / 1e9:.1f} GB; make room or choose another --dst")
+        raise UserError(
+            f"{dst} has no room for {size / 1e9:.1f} GB; make room or choose another --dst"
+        )
     total = size + sum(path.stat().st_size for path in read)
     with all_or_nothing(dst) as folder, tqdm(total=total, unit="B", unit_scale=True) as bar:
         for path in read:
@@ -113,7 +134,10 @@ def take_in(src: Path, dst: Path) -> None:
         sizes = ", ".join(f"{key}={value}" for key, value in job.config.items())
         print(f"wrote {dst / name} ({sizes}) from {job.read[0]} ({job.told})")
     for path in tokenizer:
-        print(f"wrote {dst / path.name if path.name in TOKENIZERS else dst / 'spiece.model'} from {path}")
+        print(
+            f"wrote {dst / path.name if path.name in TOKENIZERS else dst / 'spiece.model'} from "
+            f"{path}"
+        )
 
 
 def metadata(job: Job, digests: dict[Path, Any]) -> dict[str, str]:
@@ -132,7 +156,9 @@ def give_back(src: Path, dst: Path, layout: Any, workdir: bool) -> None:
     """Writes a transformer or a LoRA of ours as others do."""
     ours = src / PARTS["wan"].file if src.is_dir() else src
     if src.is_dir() and not workdir and not ours.is_file() and not f.KEEP.value:
-        raise UserError(f"{src} is neither a converted folder nor a workdir; convert it without --to first")
+        raise UserError(
+            f"{src} is neither a converted folder nor a workdir; convert it without --to first"
+        )
     lora = adapter_of(src, workdir)
     if lora:
         if layout == "official":
@@ -142,7 +168,9 @@ def give_back(src: Path, dst: Path, layout: Any, workdir: bool) -> None:
         print(f"wrote {file} with {layout} names, rank {lora[1]}, alpha {lora[2]:g}")
         return
     if layout == "comfyui":
-        raise UserError(f"{src} is a whole transformer, which ComfyUI reads with --to=official; name that")
+        raise UserError(
+            f"{src} is a whole transformer, which ComfyUI reads with --to=official; name that"
+        )
     if workdir:
         run = open_workdir(str(src), f.STEP.value, f.AVERAGE.value)
         config, params, told = run.recipe.wan, run.params, record(run)["salt_jax"]
@@ -154,7 +182,9 @@ def give_back(src: Path, dst: Path, layout: Any, workdir: bool) -> None:
 
 
 def adapter_of(src: Path, workdir: bool) -> tuple[Any, int, float] | None:
-    """Parameters, rank and alpha of a kept LoRA, or with --keep_lora of the adapter of a workdir; None: neither."""
+    """Parameters, rank and alpha of a kept LoRA, or with --keep_lora of the adapter of a workdir;
+    None: neither.
+    """
     if not workdir:
         lora = open_lora(src / "lora.safetensors" if src.is_dir() and f.KEEP.value else src)
         if f.KEEP.value and lora is None:

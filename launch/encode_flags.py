@@ -1,4 +1,7 @@
-"""The flags of launch.encode, and which of them belong together. No jax in here: a wrong one is told at once."""
+"""The flags of launch.encode, and which of them belong together.
+
+No jax in here: a wrong one is told at once.
+"""
 
 import math
 from pathlib import Path
@@ -19,7 +22,9 @@ PRESET_SIZE = flags.DEFINE_enum(
 )
 VIDEOS = flags.DEFINE_string("videos", None, "a folder of videos")
 CAPTIONS = flags.DEFINE_string(
-    "captions", None, "a table with columns file and caption; default: a.txt is the caption of a.mp4"
+    "captions",
+    None,
+    "a table with columns file and caption; default: a.txt is the caption of a.mp4",
 )
 PROMPTS = flags.DEFINE_string(
     "prompts", None, "prompts, one a line, or a .csv, .tsv, .jsonl or .json with a column of them"
@@ -31,19 +36,32 @@ SIZE = flags.DEFINE_string("size", "832x480", "WIDTHxHEIGHT of the clips, pixels
 FRAMES = flags.DEFINE_integer(
     "frames", 81, "of a clip, 4k + 1, at 16 a second; videos with fewer are left out", lower_bound=1
 )
-BATCH = flags.DEFINE_integer("batch", None, "encoded together; default 1 clip or 16 prompts", lower_bound=1)
-PER_PART = flags.DEFINE_integer("per_part", 64, "sources in a file; what a stop costs at most", lower_bound=1)
-NEGATIVE = flags.DEFINE_string("negative_prompt", None, "what guidance leads away from; default Wan's own")
+BATCH = flags.DEFINE_integer(
+    "batch", None, "encoded together; default 1 clip or 16 prompts", lower_bound=1
+)
+PER_PART = flags.DEFINE_integer(
+    "per_part", 64, "sources in a file; what a stop costs at most", lower_bound=1
+)
+NEGATIVE = flags.DEFINE_string(
+    "negative_prompt", None, "what guidance leads away from; default Wan's own"
+)
 DTYPE = flags.DEFINE_enum(
-    "dtype", "bfloat16", ["bfloat16", "float32"], "of all but the VAE, which is float32 as in Wan's code"
+    "dtype",
+    "bfloat16",
+    ["bfloat16", "float32"],
+    "of all but the VAE, which is float32 as in Wan's code",
 )
 UPDATES = flags.DEFINE_integer("updates", 50, "of the teacher", lower_bound=1)
 GUIDANCE = flags.DEFINE_float("guidance", 5.0, "of the teacher, w of u + w (c - u)")
 SHIFT = flags.DEFINE_float("shift", 5.0, "of the teacher's noise levels", lower_bound=0.0)
 SOLVER = flags.DEFINE_enum("solver", "unipc", get_args(TeacherSolver), "of the teacher")
 SEED = flags.DEFINE_integer("seed", 0, "of the teacher's noise")
-PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "which one this is of several; default JAX's")
-PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "how many share the work; default JAX's")
+PROCESS_INDEX = flags.DEFINE_integer(
+    "process_index", None, "which one this is of several; default JAX's"
+)
+PROCESS_COUNT = flags.DEFINE_integer(
+    "process_count", None, "how many share the work; default JAX's"
+)
 
 MODES = {
     "videos": "videos (--videos)",
@@ -73,7 +91,10 @@ def read_wanted() -> Wanted:
       UserError: flags do not go together, or what they name cannot be used.
     """
     tiny = PRESET_SIZE.value == "tiny"
-    index, count = PROCESS_INDEX.value or 0, 1 if PROCESS_COUNT.value is None else PROCESS_COUNT.value
+    index, count = (
+        PROCESS_INDEX.value or 0,
+        1 if PROCESS_COUNT.value is None else PROCESS_COUNT.value,
+    )
     for wrong, message in (
         (
             PROCESS_COUNT.value == 0 or not 0 <= index < count,
@@ -84,13 +105,21 @@ def read_wanted() -> Wanted:
             "name the weights: --weights=DIR of launch.convert_wan, or --preset_size=tiny",
         ),
         (bool(VIDEOS.value) == bool(PROMPTS.value), "give either --videos=DIR or --prompts=FILE"),
-        (TEACHER.value and not PROMPTS.value, "--teacher makes clips of prompts; give --prompts=FILE"),
-        (not math.isfinite(GUIDANCE.value), f"--guidance={GUIDANCE.value} must be a number, such as 5"),
+        (
+            TEACHER.value and not PROMPTS.value,
+            "--teacher makes clips of prompts; give --prompts=FILE",
+        ),
+        (
+            not math.isfinite(GUIDANCE.value),
+            f"--guidance={GUIDANCE.value} must be a number, such as 5",
+        ),
         (not 0 < SHIFT.value < math.inf, f"--shift={SHIFT.value} must be more than 0, such as 5"),
     ):
         if wrong:
             raise UserError(message)
-    refuse_flags("teacher" if TEACHER.value else "videos" if VIDEOS.value else "prompts", MODES, BELONGS)
+    refuse_flags(
+        "teacher" if TEACHER.value else "videos" if VIDEOS.value else "prompts", MODES, BELONGS
+    )
     refuse_frames(FRAMES.value)
     width, height = read_size(SIZE.value)
     if VIDEOS.value:

@@ -1,4 +1,6 @@
-"""What launch.encode does: sources go through tokenizer, text encoder and VAE, and become records of a data set."""
+"""What launch.encode does: sources go through tokenizer, text encoder and VAE, and become records
+of a data set.
+"""
 
 import hashlib
 import json
@@ -66,7 +68,12 @@ def encode_all(wanted: f.Wanted) -> None:
     tokenize, embed = text_reader(source)
     (null_text,) = embed([tokenize(negative, TINY.text_length)])
     batch = f.BATCH.value or (1 if f.VIDEOS.value or f.TEACHER.value else 16)
-    latent = (1 + f.FRAMES.value // TIME, wanted.height // SPACE, wanted.width // SPACE, TINY.out_channels)
+    latent = (
+        1 + f.FRAMES.value // TIME,
+        wanted.height // SPACE,
+        wanted.width // SPACE,
+        TINY.out_channels,
+    )
     shapes: dict[str, tuple[int | None, ...]] = {"text": (None, null_text.shape[1])}
     parts = [TEXT]
     encode = partial(encode_texts, embed)
@@ -76,7 +83,9 @@ def encode_all(wanted: f.Wanted) -> None:
     elif f.VIDEOS.value:
         encode, more = clip_encoder(source, embed, latent)
         shapes, parts = shapes | more, [TEXT, VAE] + ([IMAGE] if f.PICTURE.value else [])
-    read_file = partial(read_whole, wanted.height, wanted.width) if f.VIDEOS.value else lambda file: None
+    read_file = (
+        partial(read_whole, wanted.height, wanted.width) if f.VIDEOS.value else lambda file: None
+    )
     load = partial(load_source, videos, tokenize, read_file)
     report = write_records(
         f.DST.value,
@@ -92,7 +101,9 @@ def encode_all(wanted: f.Wanted) -> None:
     print_report(report, len(videos))
 
 
-def settings(source: Source, parts: Sequence[Part], videos: Sequence[Video], negative: str) -> dict[str, Any]:
+def settings(
+    source: Source, parts: Sequence[Part], videos: Sequence[Video], negative: str
+) -> dict[str, Any]:
     """Everything the records depend on."""
     size = lambda file: os.path.getsize(file) if os.path.isfile(file) else 0
     listed = [(v.name, v.caption, size(v.file)) for v in videos]
@@ -125,13 +136,18 @@ def load_source(
         return video.problem
     try:
         video.caption.encode()  # half a pair of surrogates cannot be stored
-        return Loaded(number, video.caption, tokenize(video.caption, TINY.text_length), read_file(video.file))
+        return Loaded(
+            number, video.caption, tokenize(video.caption, TINY.text_length), read_file(video.file)
+        )
     except Exception as error:  # whatever a file does to a decoder must not stop the others
         return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
 def read_whole(height: int, width: int, file: Path) -> np.ndarray:
-    """The clip in a file. Raises ValueError where it is too short, or for another reason not to use it."""
+    """The clip in a file.
+
+    Raises ValueError where it is too short, or for another reason not to use it.
+    """
     clip = read_clip(file, f.FRAMES.value, height, width, FPS)
     if len(clip) < f.FRAMES.value:
         raise ValueError(
@@ -162,10 +178,14 @@ def encode_texts(
     embed: Callable[[Sequence[np.ndarray]], list], group: Sequence[Loaded]
 ) -> list[dict[str, Any]]:
     texts = embed([item.tokens for item in group])
-    return [{"caption": item.caption, "text": text} for item, text in zip(group, texts, strict=True)]
+    return [
+        {"caption": item.caption, "text": text} for item, text in zip(group, texts, strict=True)
+    ]
 
 
-def clip_encoder(source: Source, embed, latent: tuple[int, ...]) -> tuple[Encode, dict[str, tuple[int, ...]]]:
+def clip_encoder(
+    source: Source, embed, latent: tuple[int, ...]
+) -> tuple[Encode, dict[str, tuple[int, ...]]]:
     """Clips and captions -> records; and the shapes of what they hold besides text."""
     sizes, vae = model_folder.open_part(VAE, source)
     to_latents = jax.jit(lambda params, video: encode_video(params, video, sizes, jnp.float32))
@@ -184,37 +204,51 @@ def clip_encoder(source: Source, embed, latent: tuple[int, ...]) -> tuple[Encode
         video = jnp.asarray(pixels, jnp.float32) / 127.5 - 1
         arrays = {"latent": to_latents(vae, video)}
         if f.PICTURE.value:
-            # What the model is told of its first frame: the frame, then mid-grey. CLIP sees it in the clip's size.
+            # What the model is told of its first frame: the frame, then mid-grey. CLIP sees it in
+            # the clip's size.
             arrays["condition"] = to_latents(vae, video.at[:, 1:].set(0))
             squashed = np.stack([squash_for_clip(clip[0], eye_sizes.image_size) for clip in pixels])
             arrays["image"] = see(eye, jnp.asarray(squashed))
         host = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
         records = encode_texts(embed, group)
-        return [record | {name: a[i] for name, a in host.items()} for i, record in enumerate(records)]
+        return [
+            record | {name: a[i] for name, a in host.items()} for i, record in enumerate(records)
+        ]
 
     return encode, shapes
 
 
-def teacher_encoder(source: Source, embed, null_text: np.ndarray, latent: tuple[int, ...]) -> Encode:
-    """Prompts -> records with clips of the guided teacher. Noise is a function of the seed and the prompt's number.
+def teacher_encoder(
+    source: Source, embed, null_text: np.ndarray, latent: tuple[int, ...]
+) -> Encode:
+    """Prompts -> records with clips of the guided teacher. Noise is a function of the seed and the
+    prompt's number.
 
     Raises:
       UserError: the weights are of an image-to-video model.
     """
     config = model_folder.stored_config(WAN, source.folder) if source.folder else TINY
     if config.image_dim:
-        raise UserError(f"--weights={f.WEIGHTS.value} needs pictures; --teacher makes clips of text alone")
-    network = wan_network(config, compute_here(config, jnp.dtype(f.DTYPE.value)), latent[0], latent[0])
+        raise UserError(
+            f"--weights={f.WEIGHTS.value} needs pictures; --teacher makes clips of text alone"
+        )
+    network = wan_network(
+        config, compute_here(config, jnp.dtype(f.DTYPE.value)), latent[0], latent[0]
+    )
     pad = lambda text: np.pad(text, ((0, config.text_length - len(text)), (0, 0)))
     denoise = guided(network.denoise, jnp.asarray(pad(null_text))[None], f.GUIDANCE.value)
-    params = model_folder.open_part(WAN, source, config, shardings=partial(state_shardings, all_devices()))[1]
+    params = model_folder.open_part(
+        WAN, source, config, shardings=partial(state_shardings, all_devices())
+    )[1]
 
     def encode(group: Sequence[Loaded]) -> list[dict[str, Any]]:
         records = encode_texts(embed, group)
         text = jnp.asarray(np.stack([pad(record["text"]) for record in records]))
         keys = numbered_keys(f.SEED.value, np.array([item.number for item in group]))
         solver: Any = f.SOLVER.value
-        clips = multistep_clip(denoise, params, text, keys, f.UPDATES.value, f.SHIFT.value, solver, latent)
+        clips = multistep_clip(
+            denoise, params, text, keys, f.UPDATES.value, f.SHIFT.value, solver, latent
+        )
         return [record | {"latent": clip} for record, clip in zip(records, clips, strict=True)]
 
     return encode
@@ -224,12 +258,17 @@ def print_report(report: Report, sources: int) -> None:
     """Every source is a record, a line of rejected.jsonl, or in a part that is not there yet."""
     written, rejected = report.written, len(report.rejected)
     left = (
-        f" + {sources - written - rejected} in parts that are missing; {report.missing} parts are left to other "
+        f" + {sources - written - rejected} in parts that are missing; {report.missing} parts are "
+        "left to other "
         "processes, or to a next start"
     )
     told = f"{sources} sources = {written} records + {rejected} left out"
     print(f"{f.DST.value}: {told}{left if report.missing else ''}")
     for name, reason in report.rejected[:LISTED]:
-        print(f"  {name}: {reason}".encode(errors="replace").decode())  # names of files may be no text
+        # names of files may be no text
+        print(f"  {name}: {reason}".encode(errors="replace").decode())
     if len(report.rejected) > LISTED:
-        print(f"  ... and {len(report.rejected) - LISTED} more, in {Path(f.DST.value) / 'rejected.jsonl'}")
+        print(
+            f"  ... and {len(report.rejected) - LISTED} more, in "
+            f"{Path(f.DST.value) / 'rejected.jsonl'}"
+        )

@@ -1,4 +1,7 @@
-"""The flags of launch.evaluate, and which of them belong together. No jax in here: a wrong one is told at once."""
+"""The flags of launch.evaluate, and which of them belong together.
+
+No jax in here: a wrong one is told at once.
+"""
 
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -15,7 +18,9 @@ from salt_jax.models.memory import CachePolicy, refuse_overflow
 WORKDIR = flags.DEFINE_string("workdir", None, "what launch.train wrote")
 STEP = flags.DEFINE_integer("step", None, "of the checkpoint; default the newest", lower_bound=1)
 AVERAGE = flags.DEFINE_enum("average", "ema", ["ema", "none"], "of the student's weights")
-VBENCH = flags.DEFINE_string("vbench_results", None, "a file or a folder of VBench's *_eval_results.json")
+VBENCH = flags.DEFINE_string(
+    "vbench_results", None, "a file or a folder of VBench's *_eval_results.json"
+)
 COUNT = flags.DEFINE_integer("count", 96, "clips per number of updates", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "of the noise", lower_bound=0)
 TEACHER_UPDATES = flags.DEFINE_integer(
@@ -41,7 +46,9 @@ MODES = {
 WORKDIRS = ("teacher", "clips", "chunks")
 BELONGS = {
     "vbench_results": ["vbench"],
-    **dict.fromkeys(("workdir", "step", "average", "count", "seed", "teacher_updates", "guidance"), WORKDIRS),
+    **dict.fromkeys(
+        ("workdir", "step", "average", "count", "seed", "teacher_updates", "guidance"), WORKDIRS
+    ),
     "solvers": ["clips", "chunks"],
     "long": ["chunks"],
     "memory": ["chunks"],
@@ -73,13 +80,18 @@ def read_wanted() -> Wanted:
     refuse_flags(mode, MODES, BELONGS)
     refuse_not_finite("guidance", GUIDANCE.value)
     solvers = read_solvers() if recipe.stage != "denoising" else []
-    return Wanted(out, recipe, solvers, read_memories(recipe) if recipe.causal and LONG.value else {})
+    return Wanted(
+        out, recipe, solvers, read_memories(recipe) if recipe.causal and LONG.value else {}
+    )
 
 
 def read_memories(recipe: Recipe) -> dict[str, CachePolicy]:
     """--memory, or the recipe's. Raises UserError where the long videos do not fit one."""
     m = recipe.memory
-    found = {told: read_memory(told, m) for told in MEMORY.value or [f"{m.window}:{m.sink}:{m.positions}"]}
+    found = {
+        told: read_memory(told, m)
+        for told in MEMORY.value or [f"{m.window}:{m.sink}:{m.positions}"]
+    }
     frames = LONG.value * recipe.clip_shape[0]
     for told, policy in found.items():
         try:

@@ -73,7 +73,9 @@ def measure_long(
     for told, policy in memories.items():
         this = task._replace(policy=policy, shape=(f.LONG.value * task.shape[0], *task.shape[1:]))
         updates = len(task.levels) or LONG_UPDATES
-        made[told] = shapes_suite.clips(run.network, run.params, this, updates, run.recipe.sample.solver)
+        made[told] = shapes_suite.clips(
+            run.network, run.params, this, updates, run.recipe.sample.solver
+        )
         numbers[told] = shapes_suite.drift(made[told], this)
     return numbers, made
 

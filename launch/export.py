@@ -1,8 +1,8 @@
 """python -m launch.export --workdir=DIR --dst=FILE.safetensors [--step=N] [--average=ema|none]
 
-Writes the network of a workdir, averaged, with its text encoder, as one file: `config.weights` can name that of a
-teacher, `config.init_from` that of a student. Stored as float16: half the size, and the rounding is far below the
-network's own error.
+Writes the network of a workdir, averaged, with its text encoder, as one file: `config.weights` can
+name that of a teacher, `config.init_from` that of a student. Stored as float16: half the size, and
+the rounding is far below the network's own error.
 """
 
 from pathlib import Path
@@ -24,7 +24,8 @@ DST = flags.DEFINE_string("dst", None, "the file to write", required=True)
 def main(_):
     if read_workdir(Path(WORKDIR.value), STEP.value).data.kind == "latents":
         raise UserError(
-            f"{WORKDIR.value} is of Wan 2.1: launch.convert_wan --src={WORKDIR.value} --to=... writes it"
+            f"{WORKDIR.value} is of Wan 2.1: launch.convert_wan --src={WORKDIR.value} --to=... "
+            "writes it"
         )
     run = open_workdir(WORKDIR.value, STEP.value, AVERAGE.value)
     tree = {"wan": run.params, "text_encoder": run.weights["text_encoder"]}

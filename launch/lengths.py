@@ -1,4 +1,7 @@
-"""How long a video of launch.sample is, what it goes on from, and where its prompt changes. No jax in here."""
+"""How long a video of launch.sample is, what it goes on from, and where its prompt changes.
+
+No jax in here.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,9 +30,11 @@ class Switch(NamedTuple):
 def read_lengths(
     wan: bool, trained: int | None, memory: CachePolicy | None, place: tuple[int, int]
 ) -> tuple[int, np.ndarray | None]:
-    """Latent frames of the video, and the frames it goes on from, uint8 [T, H, W, 3] of whole chunks.
+    """Latent frames of the video, and the frames it goes on from, uint8 [T, H, W, 3] of whole
+    chunks.
 
-    What is not told is what splits into chunks nearest below the usual length, behind what is given.
+    What is not told is what splits into chunks nearest below the usual length, behind what is
+    given.
 
     Args:
       wan: frames are Wan 2.1's; otherwise a frame is a latent frame.
@@ -37,7 +42,8 @@ def read_lengths(
       place: rows and columns of a latent frame.
 
     Raises:
-      UserError: --frames has no latent, does not split into chunks, or has more frames than positions.
+      UserError: --frames has no latent, does not split into chunks, or has more frames than
+        positions.
     """
     told, shown = f.FRAMES.value, shown_by(wan)
     if told and wan:
@@ -50,7 +56,8 @@ def read_lengths(
         given, prefix = read_prefix(wan, memory, place)
         if frames and frames <= given:
             raise UserError(
-                f"--frames={told} is the length of the whole video and --prefix has {len(prefix)} frames; "
+                f"--frames={told} is the length of the whole video and --prefix has {len(prefix)} "
+                "frames; "
                 f"give at least {shown(given + memory.chunk)}"
             )
     if not frames:
@@ -67,23 +74,28 @@ def shown_by(wan: bool) -> Callable[[int], int]:
 
 
 def refuse_length(frames: int, memory: CachePolicy | None, shown: Callable[[int], int]) -> None:
-    """Raises UserError for so many latent frames that do not split into chunks, or that have no positions."""
+    """Raises UserError for so many latent frames that do not split into chunks, or that have no
+    positions.
+    """
     if memory and frames not in (both := memory.nearest(frames)):
         told = " and ".join(str(shown(n)) for n in dict.fromkeys(both))
         raise UserError(
-            f"--frames={shown(frames)} are {frames} latent frames, which do not split into a chunk of {memory.first} "
+            f"--frames={shown(frames)} are {frames} latent frames, which do not split into a chunk "
+            f"of {memory.first} "
             f"and chunks of {memory.chunk}; the nearest that do: {told}"
         )
     if frames > MAX_FRAMES and not (memory and memory.positions == "relative"):
         most = memory.nearest(MAX_FRAMES)[0] if memory else MAX_FRAMES
         raise UserError(
-            f"--frames={shown(frames)} are {frames} latent frames, more than there are positions; at most "
+            f"--frames={shown(frames)} are {frames} latent frames, more than there are positions; "
+            "at most "
             f"{shown(most)}" + (", or a --memory with relative positions" if memory else "")
         )
 
 
 def read_prefix(wan: bool, memory: CachePolicy, place: tuple[int, int]) -> tuple[int, np.ndarray]:
-    """The end of the clip that is continued, as long as whole chunks allow: latent frames, and frames.
+    """The end of the clip that is continued, as long as whole chunks allow: latent frames, and
+    frames.
 
     Raises:
       UserError: it cannot be read, or is shorter than the first chunk.
@@ -96,7 +108,8 @@ def read_prefix(wan: bool, memory: CachePolicy, place: tuple[int, int]) -> tuple
     latents = latent_frames(len(clip)) if wan else len(clip)
     if latents < memory.first:
         raise UserError(
-            f"--prefix={file} has {len(clip)} frames at {FPS} a second, and the first chunk {shown(memory.first)}; "
+            f"--prefix={file} has {len(clip)} frames at {FPS} a second, and the first chunk "
+            f"{shown(memory.first)}; "
             "name a longer clip"
         )
     latents = memory.nearest(latents)[0]
@@ -117,11 +130,17 @@ def read_switches(wan: bool, memory: CachePolicy | None, frames: int) -> dict[in
     for told in f.SWITCH.value:
         number, _, prompt = told.partition(":")
         if not (number.isascii() and number.isdigit()) or not prompt.strip():
-            raise UserError(f"--switch={told!r} is not FRAME:PROMPT, such as 9:'A red circle moves up.'")
+            raise UserError(
+                f"--switch={told!r} is not FRAME:PROMPT, such as 9:'A red circle moves up.'"
+            )
         frame = int(number)
         if frame not in latent:
             near = sorted(sorted(latent, key=lambda start: abs(start - frame))[:2])
-            where = f"the nearest that do: {' and '.join(map(str, near))}" if near else "this video has one"
+            where = (
+                f"the nearest that do: {' and '.join(map(str, near))}"
+                if near
+                else "this video has one"
+            )
             raise UserError(f"--switch={told!r}: frame {frame} begins no later chunk; {where}")
         if latent[frame] in switches:
             raise UserError(f"--switch names frame {frame} twice; a chunk has one prompt")

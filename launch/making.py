@@ -1,4 +1,6 @@
-"""A request of launch.sample carried out: which files are missing, the videos, and the record of each."""
+"""A request of launch.sample carried out: which files are missing, the videos, and the record of
+each.
+"""
 
 import dataclasses
 import hashlib
@@ -65,7 +67,11 @@ def make(request: Request) -> str:
         samples.put(request.index, sheets[k], encode_png(page))
     replaced = sum(any(s.file in found.older for s in video.files.values()) for video in videos)
     told = f"{made} videos made in {request.out}"
-    told += f", {replaced} of them in place of others that were made with other settings" if replaced else ""
+    told += (
+        f", {replaced} of them in place of others that were made with other settings"
+        if replaced
+        else ""
+    )
     return told + (f"; {len(videos) - made} were there already" if made < len(videos) else "")
 
 
@@ -111,12 +117,16 @@ def sheets_of(request: Request, videos: Sequence[Video]) -> dict[int, Sample]:
     sheets = {}
     for k in dict.fromkeys(video.job.num_updates for video in videos):
         shown = [video.files["mp4"] for video in videos if video.job.num_updates == k]
-        digests = [hashlib.sha256(json.dumps(sample.made_with).encode()).hexdigest() for sample in shown]
+        digests = [
+            hashlib.sha256(json.dumps(sample.made_with).encode()).hexdigest() for sample in shown
+        ]
         sheets[k] = Sample(request.out / f"{k}_sheet.png", shown[0].source, {"clips": digests})
     return sheets
 
 
-def make_clips(request: Request, world: World, todo: Sequence[Video]) -> Iterator[tuple[Video, np.ndarray]]:
+def make_clips(
+    request: Request, world: World, todo: Sequence[Video]
+) -> Iterator[tuple[Video, np.ndarray]]:
     """The clips, uint8 [T, H, W, 3], one by one. Nothing is read where there is none to make."""
     if not todo:
         return
@@ -137,7 +147,9 @@ def make_clips(request: Request, world: World, todo: Sequence[Video]) -> Iterato
 def maker(
     request: Request, world: World, texts: dict[str, np.ndarray], given: np.ndarray | None
 ) -> Callable[[Job, Any, Callable[[], Any]], Iterator[np.ndarray]]:
-    """(job, what the network is told, progress of a teacher) -> latents chunk by chunk, [1, f, H, W, C]."""
+    """(job, what the network is told, progress of a teacher) -> latents chunk by chunk, [1, f, H,
+    W, C].
+    """
     network = guided_network(world.network, jnp.asarray(texts[world.negative]), request.guidance)
     params, shape = world.params(), request.shape
     later = {at: Cue(texts[s.prompt], s.flush, s.cut) for at, s in request.switches.items()}

@@ -1,4 +1,7 @@
-"""Values of flags that are more than a number or a word. No jax in here: a wrong one is told at once."""
+"""Values of flags that are more than a number or a word.
+
+No jax in here: a wrong one is told at once.
+"""
 
 import dataclasses
 import math
@@ -42,7 +45,9 @@ def read_memory(told: str, policy: CachePolicy) -> CachePolicy:
     try:
         window, sink, positions = told.split(":")
         if positions not in get_args(Positions):
-            raise ValueError(f"positions is {positions!r}, not one of {', '.join(get_args(Positions))}")
+            raise ValueError(
+                f"positions is {positions!r}, not one of {', '.join(get_args(Positions))}"
+            )
         return dataclasses.replace(policy, window=int(window), sink=int(sink), positions=positions)
     except ValueError as error:
         raise UserError(
@@ -60,12 +65,16 @@ def read_size(told: str) -> tuple[int, int]:
     step = SPACE * TOKEN
     sides = [int(side) for side in (width, height) if side.isascii() and side.isdigit()]
     if len(sides) != 2 or any(not side or side % step for side in sides):
-        raise UserError(f"--size={told} is not WIDTHxHEIGHT, both multiples of {step}, such as 832x480")
+        raise UserError(
+            f"--size={told} is not WIDTHxHEIGHT, both multiples of {step}, such as 832x480"
+        )
     return sides[0], sides[1]
 
 
 def refuse_frames(frames: int) -> None:
-    """Raises UserError where Wan 2.1 has no latent for a video of so many frames, naming the nearest that has."""
+    """Raises UserError where Wan 2.1 has no latent for a video of so many frames, naming the
+    nearest that has.
+    """
     if frames < 1 or frames % TIME != 1:
         below = max(frames - 1, 0) // TIME * TIME + 1
         raise UserError(f"--frames={frames} must be {TIME}k + 1, such as {below} or {below + TIME}")
@@ -74,7 +83,9 @@ def refuse_frames(frames: int) -> None:
 def read_updates(told: Sequence[str]) -> list[int]:
     """Numbers of updates, each once. Raises UserError for what are no numbers from 1 up."""
     if not told or not all(k.isascii() and k.isdigit() and int(k) for k in told):
-        raise UserError(f"--num_updates={','.join(told)} must be whole numbers from 1 up, with commas")
+        raise UserError(
+            f"--num_updates={','.join(told)} must be whole numbers from 1 up, with commas"
+        )
     return list(dict.fromkeys(int(k) for k in told))
 
 

@@ -1,9 +1,11 @@
-"""python -m launch.plan --config=configs/X.py [--target=gpu:h100:8] [--mesh=data:8,fsdp:8] [--mfu=0.4]
+"""python -m launch.plan --config=configs/X.py [--target=gpu:h100:8] [--mesh=data:8,fsdp:8]
+[--mfu=0.4]
 
-Says what a run costs before anything is allocated: numbers and bytes of every network, of moments, gradients, caches
-and activations, in all and on each device; FLOPs of an update by network and part; the time they take; whether it fits.
-Needs no accelerator. Means are over the run's draws, once cache alignment has begun. What XLA plans for the same run
-says launch.compile; docs/scaling.md has both.
+Says what a run costs before anything is allocated: numbers and bytes of every network, of moments,
+gradients, caches and activations, in all and on each device; FLOPs of an update by network and
+part; the time they take; whether it fits. Needs no accelerator. Means are over the run's draws,
+once cache alignment has begun. What XLA plans for the same run says launch.compile; docs/scaling.md
+has both.
 """
 
 import dataclasses
@@ -27,23 +29,37 @@ from salt_jax.planning.memory import needed
 from salt_jax.sharding import AXES, axis_sizes
 from salt_jax.train.setup import attention_kernel
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "which run; see configs/", lock_config=True)
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "which run; see configs/", lock_config=True
+)
 TARGET = flags.DEFINE_string(
     "target",
     "gpu:h100:8",
     "the devices, as for launch.compile: tpu:v5p:2x2x4, gpu:h100:2x8 (hosts x devices)",
 )
 MESH = flags.DEFINE_list(
-    "mesh", None, "any number of such devices per axis, as data:8,fsdp:8; default: config.mesh on the target"
+    "mesh",
+    None,
+    "any number of such devices per axis, as data:8,fsdp:8; default: config.mesh on the target",
 )
 MEMORY = flags.DEFINE_float(
-    "memory_gb", None, "of a device that may be filled, in 1e9 bytes; default: the target's", lower_bound=0
+    "memory_gb",
+    None,
+    "of a device that may be filled, in 1e9 bytes; default: the target's",
+    lower_bound=0,
 )
 FLOPS = flags.DEFINE_float(
-    "flops", None, "of a device at its best, a second, in bfloat16; default: the target's", lower_bound=1
+    "flops",
+    None,
+    "of a device at its best, a second, in bfloat16; default: the target's",
+    lower_bound=1,
 )
 MFU = flags.DEFINE_float(
-    "mfu", 0.4, "share of it that is reached, recomputation counted as work", lower_bound=1e-3, upper_bound=1
+    "mfu",
+    0.4,
+    "share of it that is reached, recomputation counted as work",
+    lower_bound=1e-3,
+    upper_bound=1,
 )
 JSON = flags.DEFINE_string("json", None, "a file to write the same numbers to")
 
@@ -61,17 +77,25 @@ def read_mesh(told: list[str]) -> dict[str, int]:
         raise UserError(f"--mesh={','.join(told)} must name each of {', '.join(AXES)} once at most")
     for name, size in pairs:
         if not size.isdigit() or int(size) < 1:
-            raise UserError(f"--mesh={','.join(told)}: the size of {name} must be a whole number >= 1")
+            raise UserError(
+                f"--mesh={','.join(told)}: the size of {name} must be a whole number >= 1"
+            )
     return sizes | {name: int(size) for name, size in pairs}
 
 
 def make_plan(
     recipe: Recipe, target: Target, mesh: dict[str, int], memory: float, flops: float, mfu: float
 ) -> dict[str, Any]:
-    """Everything the table says, as values for JSON. `memory`: bytes of a device that may be filled."""
+    """Everything the table says, as values for JSON.
+
+    `memory`: bytes of a device that may be filled.
+    """
     kernel = attention_kernel(recipe, recipe.wan, target.platform)
     rows, mix, flash = needed(recipe, mesh, kernel), mean_mix(recipe), is_flash(kernel)
-    updates = {"student": student_flops(recipe, mix, flash), "critic": critic_flops(recipe, mix, flash)}
+    updates = {
+        "student": student_flops(recipe, mix, flash),
+        "critic": critic_flops(recipe, mix, flash),
+    }
     devices = math.prod(mesh.values())
     seconds = {who: sum(parts.values()) / (devices * flops * mfu) for who, parts in updates.items()}
     iteration = seconds["student"] + seconds["critic"] * recipe.critic_updates
@@ -103,7 +127,9 @@ def show(plan: dict[str, Any]) -> str:
     may = f"{plan['memory_per_device'] / GIB:.1f} GiB of a device may be filled"
     lines += [f"{may}; {plan['flops'] / 1e12:.0f} TFLOP/s at best; attention: {plan['attention']}"]
     lines += [plan["absent"], ""] if plan["absent"] else [""]
-    lines += [f"{'memory, GB':28}{'numbers':>16}{'one copy':>12}{'each device':>12}{'all devices':>12}"]
+    lines += [
+        f"{'memory, GB':28}{'numbers':>16}{'one copy':>12}{'each device':>12}{'all devices':>12}"
+    ]
     for row in plan["memory"]:
         count = f"{row['count']:16,}" if row["count"] else " " * 16
         lines.append(
@@ -113,16 +139,20 @@ def show(plan: dict[str, Any]) -> str:
     lines += [f"{'sum':28}{' ' * 28}{gb(total)}{gb(total * plan['devices'])}"]
     verdict = "fits" if plan["fits"] else "does NOT fit"
     lines += [
-        f"{verdict}: {total / 1e9:.1f} of {limit / 1e9:.1f} GB on each device ({total / limit:.0%})",
+        f"{verdict}: {total / 1e9:.1f} of {limit / 1e9:.1f} GB on each device "
+        f"({total / limit:.0%})",
         "",
     ]
     for who, parts in plan["updates"].items():
         lines.append(f"{f'{who} update, FLOPs':44}{sum(parts.values()):12.4g}")
         lines += [
-            f"  {name:42}{flops:12.4g}{flops / sum(parts.values()):8.1%}" for name, flops in parts.items()
+            f"  {name:42}{flops:12.4g}{flops / sum(parts.values()):8.1%}"
+            for name, flops in parts.items()
         ]
         lines.append(f"  {'seconds':42}{plan['seconds'][who]:12.4g}")
-    lines.append(f"{'one iteration, with all critic updates, s':44}{plan['seconds_per_iteration']:12.4g}")
+    lines.append(
+        f"{'one iteration, with all critic updates, s':44}{plan['seconds_per_iteration']:12.4g}"
+    )
     lines.append(f"{'the whole run, hours':44}{plan['hours_of_run']:12.4g}")
     return "\n".join(lines)
 
@@ -139,7 +169,10 @@ def absent(recipe: Recipe, target: Target, kernel: Kernel) -> str | None:
         if best == own
         else f"it does not know heads of {c.head_width} in {jnp.dtype(dtype).name}"
     )
-    return f"attention runs without the kernel of a {target.platform} ({own}): {why}; it will be slower than counted"
+    return (
+        f"attention runs without the kernel of a {target.platform} ({own}): {why}; it will be "
+        "slower than counted"
+    )
 
 
 def main(_):

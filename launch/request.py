@@ -1,4 +1,6 @@
-"""The flags of launch.sample as values that fit together, or one sentence of what does not, before weights are read."""
+"""The flags of launch.sample as values that fit together, or one sentence of what does not, before
+weights are read.
+"""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -47,7 +49,10 @@ class Job(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What is asked for. Nothing is read yet but a config, a picture, a clip and lists of prompts."""
+    """What is asked for.
+
+    Nothing is read yet but a config, a picture, a clip and lists of prompts.
+    """
 
     mode: str
     recipe: Recipe | None  # of the workdir
@@ -95,14 +100,17 @@ def read_request() -> Request:
     student = mode != f.TEACHER
     guidance = (1.0 if student else 5.0) if f.GUIDANCE.value is None else f.GUIDANCE.value
     if f.NEGATIVE.value is not None and guidance == 1:
-        raise UserError("--negative_prompt has no meaning at guidance 1, which is none; give --guidance too")
+        raise UserError(
+            "--negative_prompt has no meaning at guidance 1, which is none; give --guidance too"
+        )
     shift, first = read_shift(recipe), recipe.rollout.first_updates if recipe else 0
     updates, levels = read_schedule(mode, recipe, config, shift)
     out, jobs = read_out(), list(read_jobs(recipe, updates))
     refuse_own_input(out, jobs)
     return Request(
         mode, recipe, config, (frames, *place), memory, levels,
-        grid(first, shift) if first and memory else None, read_solver(recipe, student), shift, guidance,
+        grid(first, shift) if first and memory else None, read_solver(recipe, student), shift,
+        guidance,
         f.NEGATIVE.value, jobs, read_switches(wan, memory, frames), picture, prefix,
         out, out.with_name(f"{out.name}.{samples.NAME}") if f.VBENCH.value else out / samples.NAME,
     )  # fmt: skip
@@ -127,19 +135,27 @@ def converted_config() -> WanConfig:
     config = stored_sizes(where / "wan.safetensors" if where.is_dir() else where, WanConfig)
     if model and PRESETS.get(model) != config:
         raise UserError(
-            f"--weights={f.WEIGHTS.value} is not --model={model} but {config}; name its own, or none"
+            f"--weights={f.WEIGHTS.value} is not --model={model} but {config}; name its own, or "
+            "none"
         )
     return config
 
 
 def read_policy(mode: str, recipe: Recipe | None, pictured: bool) -> CachePolicy | None:
-    """What a chunk sees; None: whole clips. A converted student that is given a picture makes it its first chunk."""
+    """What a chunk sees; None: whole clips.
+
+    A converted student that is given a picture makes it its first chunk.
+    """
     if mode not in f.CHUNKS:
         return None
     if recipe:
         policy = recipe.memory
     else:
-        released = RELEASED[f.RECIPE.value].memory if f.RECIPE.value else CachePolicy(1, 1, 0, 0, "absolute")
+        released = (
+            RELEASED[f.RECIPE.value].memory
+            if f.RECIPE.value
+            else CachePolicy(1, 1, 0, 0, "absolute")
+        )
         chunk = f.CHUNK.value or released.chunk
         try:
             policy = dataclasses.replace(released, chunk=chunk, first=1 if pictured else chunk)
@@ -153,15 +169,20 @@ def read_policy(mode: str, recipe: Recipe | None, pictured: bool) -> CachePolicy
     return policy
 
 
-def refuse_picture(mode: str, config: WanConfig, memory: CachePolicy | None, pictured: bool) -> None:
-    """Raises UserError where --image is asked for and not given, or given to a model that cannot use it."""
+def refuse_picture(
+    mode: str, config: WanConfig, memory: CachePolicy | None, pictured: bool
+) -> None:
+    """Raises UserError where --image is asked for and not given, or given to a model that cannot
+    use it.
+    """
     if config.image_dim and memory:
         raise UserError("image-to-video models make whole clips; leave --chunk and --recipe out")
     if config.image_dim and not pictured:
         raise UserError("this model needs --image=FILE")
     if pictured and memory and memory.first != 1:
         raise UserError(
-            f"--image is for students whose first chunk is one frame, and this one's has {memory.first}"
+            "--image is for students whose first chunk is one frame, and this one's has "
+            f"{memory.first}"
             " (config.memory.first); leave it out"
         )
     if pictured and not memory and not config.image_dim:
@@ -170,8 +191,12 @@ def refuse_picture(mode: str, config: WanConfig, memory: CachePolicy | None, pic
         raise UserError("--image_fit is for models with an image encoder; leave it out")
 
 
-def read_place(recipe: Recipe | None, config: WanConfig, picture: np.ndarray | None) -> tuple[int, int, int]:
-    """(H, W, C) of a latent frame: the workdir's, or of --size, which is an area where a picture tells the ratio."""
+def read_place(
+    recipe: Recipe | None, config: WanConfig, picture: np.ndarray | None
+) -> tuple[int, int, int]:
+    """(H, W, C) of a latent frame: the workdir's, or of --size, which is an area where a picture
+    tells the ratio.
+    """
     if recipe:
         _, rows, columns, channels = recipe.clip_shape
         return rows, columns, channels
@@ -186,7 +211,13 @@ def read_place(recipe: Recipe | None, config: WanConfig, picture: np.ndarray | N
 
 
 def read_shift(recipe: Recipe | None) -> float:
-    usual = recipe.schedule.shift if recipe else RELEASED[f.RECIPE.value].shift if f.RECIPE.value else 5.0
+    usual = (
+        recipe.schedule.shift
+        if recipe
+        else RELEASED[f.RECIPE.value].shift
+        if f.RECIPE.value
+        else 5.0
+    )
     return usual if f.SHIFT.value is None else f.SHIFT.value
 
 
@@ -212,7 +243,8 @@ def read_schedule(
         levels = check_levels(own)
         if updates != [len(levels) - 1] or f.SHIFT.value is not None:
             raise UserError(
-                f"this student was trained at the levels {', '.join(f'{level:g}' for level in own)}; leave "
+                "this student was trained at the levels "
+                f"{', '.join(f'{level:g}' for level in own)}; leave "
                 "--num_updates and --shift out, or say others with --levels"
             )
         return updates, {updates[0]: levels}
@@ -258,11 +290,14 @@ def read_jobs(recipe: Recipe | None, updates: Sequence[int]) -> Iterator[Job]:
     """Every video to make.
 
     Raises:
-      UserError: no prompt is given where the world has none of its own, or a list of them cannot be read.
+      UserError: no prompt is given where the world has none of its own, or a list of them cannot be
+        read.
     """
     if f.VBENCH.value:
         if len(updates) > 1:
-            raise UserError("--vbench makes one video under each name; give one number with --num_updates")
+            raise UserError(
+                "--vbench makes one video under each name; give one number with --num_updates"
+            )
         extended = Path(f.EXTENDED.value) if f.EXTENDED.value else None
         for job in vbench.jobs(vbench.read_prompts(Path(f.VBENCH.value), extended), f.SEED.value):
             yield Job(job.name, job.generate, job.seed, 0, updates[0])
@@ -272,11 +307,15 @@ def read_jobs(recipe: Recipe | None, updates: Sequence[int]) -> Iterator[Job]:
     elif f.PROMPTS_FILE.value:
         rows = read_prompts(f.PROMPTS_FILE.value)
         if wrong := [row.problem for row in rows if row.problem]:
-            raise UserError(f"--prompts_file={f.PROMPTS_FILE.value}: {wrong[0]}; mend it, or leave it out")
+            raise UserError(
+                f"--prompts_file={f.PROMPTS_FILE.value}: {wrong[0]}; mend it, or leave it out"
+            )
         prompts = tuple(row.text for row in rows)
     elif recipe and recipe.data.kind == "moving_shapes":
         scenes = shapes.scenes(recipe.world)
-        prompts = tuple(shapes.caption(scenes[i]) for i in shapes.spread(recipe.world, f.COUNT.value))
+        prompts = tuple(
+            shapes.caption(scenes[i]) for i in shapes.spread(recipe.world, f.COUNT.value)
+        )
     else:
         raise UserError("give --prompt=... or --prompts_file=FILE")
     for k in updates:

@@ -1,4 +1,7 @@
-"""The flags of launch.sample, and which of them belong together. No jax in here: a wrong one is told at once."""
+"""The flags of launch.sample, and which of them belong together.
+
+No jax in here: a wrong one is told at once.
+"""
 
 from typing import get_args
 
@@ -16,13 +19,23 @@ AVERAGE = flags.DEFINE_enum("average", "ema", ["ema", "none"], "of the student's
 WEIGHTS = flags.DEFINE_string(
     "weights", None, "a folder of launch.convert_wan, instead of --workdir or with it"
 )
-MODEL = flags.DEFINE_string("model", None, "the preset that the weights must be of, such as wan2.1-t2v-1.3b")
-PRESET_SIZE = flags.DEFINE_enum(
-    "preset_size", "full", ["full", "tiny"], "tiny: --model made small, with random weights and no --weights"
+MODEL = flags.DEFINE_string(
+    "model", None, "the preset that the weights must be of, such as wan2.1-t2v-1.3b"
 )
-STUDENT = flags.DEFINE_string("student", None, "a converted few-step model; --weights gives the other parts")
+PRESET_SIZE = flags.DEFINE_enum(
+    "preset_size",
+    "full",
+    ["full", "tiny"],
+    "tiny: --model made small, with random weights and no --weights",
+)
+STUDENT = flags.DEFINE_string(
+    "student", None, "a converted few-step model; --weights gives the other parts"
+)
 RECIPE = flags.DEFINE_enum(
-    "recipe", None, sorted(RELEASED), "what a released student was trained at: its levels, chunk and memory"
+    "recipe",
+    None,
+    sorted(RELEASED),
+    "what a released student was trained at: its levels, chunk and memory",
 )
 # What it makes
 OUT = flags.DEFINE_string("out", None, "where the videos go; default WORKDIR/samples")
@@ -33,22 +46,33 @@ SEED = flags.DEFINE_integer("seed", 0, "of the noise", lower_bound=0)
 FRAMES = flags.DEFINE_integer(
     "frames", None, "of the video; default as in training, of Wan 81 (4k + 1)", lower_bound=1
 )
-SIZE = flags.DEFINE_string("size", "832x480", "WIDTHxHEIGHT of Wan's videos; with --image their area")
+SIZE = flags.DEFINE_string(
+    "size", "832x480", "WIDTHxHEIGHT of Wan's videos; with --image their area"
+)
 PICTURE = flags.DEFINE_string("image", None, "the first frame")
 PICTURE_FIT = flags.DEFINE_enum(
-    "image_fit", "squash", ["squash", "crop"], "how CLIP sees it: as in Wan's code, or as in diffusers"
+    "image_fit",
+    "squash",
+    ["squash", "crop"],
+    "how CLIP sees it: as in Wan's code, or as in diffusers",
 )
 PREFIX = flags.DEFINE_string("prefix", None, "a clip that is continued, chunk by chunk")
 VBENCH = flags.DEFINE_string(
     "vbench", None, "VBench's list of prompts: writes {prompt}-{index}.mp4 into --out"
 )
-EXTENDED = flags.DEFINE_string("extended", None, "what to generate for the lines of --vbench instead")
+EXTENDED = flags.DEFINE_string(
+    "extended", None, "what to generate for the lines of --vbench instead"
+)
 # How it makes it
 NUM_UPDATES = flags.DEFINE_list(
-    "num_updates", None, "network evaluations per clip; default as in the config, for teachers of Wan 50 (40)"
+    "num_updates",
+    None,
+    "network evaluations per clip; default as in the config, for teachers of Wan 50 (40)",
 )
 LEVELS = flags.DEFINE_list(
-    "levels", None, "of a student's updates, 1000 sigma, such as 1000,757,522; default an even grid, shifted"
+    "levels",
+    None,
+    "of a student's updates, 1000 sigma, such as 1000,757,522; default an even grid, shifted",
 )
 SHIFT = flags.DEFINE_float(
     "shift", None, "of the noise levels; default as in the config, or 5", lower_bound=0.0
@@ -62,7 +86,9 @@ SOLVER = flags.DEFINE_enum(
 GUIDANCE = flags.DEFINE_float(
     "guidance", None, "w of u + w (c - u); default 5, for students 1, which is none"
 )
-NEGATIVE = flags.DEFINE_string("negative_prompt", None, "what guidance leads away from; default Wan's own")
+NEGATIVE = flags.DEFINE_string(
+    "negative_prompt", None, "what guidance leads away from; default Wan's own"
+)
 DTYPE = flags.DEFINE_enum(
     "dtype", "bfloat16", ["bfloat16", "float32"], "of all but the VAE, which is float32"
 )
@@ -102,7 +128,9 @@ CHUNKS = {SHAPES_CHUNKS, WAN_CHUNKS, STUDENT_CHUNKS}
 CONVERTED = {TEACHER, STUDENT_CLIPS, STUDENT_CHUNKS}
 WANS = ALL - {SHAPES, SHAPES_CHUNKS}
 BELONGS = {
-    **dict.fromkeys(("out", "prompt", "prompts_file", "count", "seed", "num_updates", "shift"), ALL),
+    **dict.fromkeys(
+        ("out", "prompt", "prompts_file", "count", "seed", "num_updates", "shift"), ALL
+    ),
     **dict.fromkeys(("solver", "guidance", "negative_prompt"), ALL),
     **dict.fromkeys(("workdir", "step", "average"), WORKDIRS),
     **dict.fromkeys(("model", "preset_size", "size"), CONVERTED),
@@ -142,10 +170,13 @@ def converted_mode() -> str:
     tiny = PRESET_SIZE.value == "tiny"
     if tiny == bool(WEIGHTS.value):
         raise UserError(
-            "name what makes the videos: --workdir=DIR, --weights=DIR or --preset_size=tiny --model=NAME"
+            "name what makes the videos: --workdir=DIR, --weights=DIR or --preset_size=tiny "
+            "--model=NAME"
         )
     if tiny and not MODEL.value:
-        raise UserError("--preset_size=tiny makes a model small; name it, such as --model=wan2.1-t2v-1.3b")
+        raise UserError(
+            "--preset_size=tiny makes a model small; name it, such as --model=wan2.1-t2v-1.3b"
+        )
     if tiny and STUDENT.value:
         raise UserError(
             "--preset_size=tiny makes random weights, --student names a file; leave one of them out"

@@ -1,7 +1,8 @@
 """python -m launch.scaling [--dir=docs/scaling] [--only=TEXT]
 
-Compiles what docs/scaling.md has in its tables and is not in DIR yet, one file of launch.compile each, and writes the
-tables from the files. A row whose file is gone is made again. See launch/scaling.sh.
+Compiles what docs/scaling.md has in its tables and is not in DIR yet, one file of launch.compile
+each, and writes the tables from the files. A row whose file is gone is made again. See
+launch/scaling.sh.
 """
 
 import dataclasses
@@ -35,7 +36,8 @@ class Row(NamedTuple):
     config: str
     target: str
     clips: int | None  # in a batch; None: as the config says
-    most: float | None  # GiB that no program may exceed, what waits beside it included; None: that it fits
+    # GiB that no program may exceed, what waits beside it included; None: that it fits
+    most: float | None
     options: tuple[str, ...] = ()
 
     @property
@@ -43,7 +45,15 @@ class Row(NamedTuple):
         """Without its file."""
         batch = [f"--config.batch_size={self.clips}"] if self.clips else []
         config = f"--config=configs/{self.config}"
-        return ["python", "-m", "launch.compile", config, f"--target={self.target}", *batch, *self.options]
+        return [
+            "python",
+            "-m",
+            "launch.compile",
+            config,
+            f"--target={self.target}",
+            *batch,
+            *self.options,
+        ]
 
 
 STEPS = "--what=student,critic"
@@ -125,11 +135,15 @@ def cells(row: Row, p: dict[str, Any]) -> str:
     sent = sum(moved["bytes"] for moved in p.get("collectives", {}).values()) / GIB
     seconds = f"{p['compile_seconds']:.0f}" if "compile_seconds" in p else "-"
     numbers = [gib(f"{name}_bytes") for name in ("argument", "temporary", "peak", "beside")]
-    return " | ".join([p["program"], *numbers, f"{p['share']:.0%}", most, verdict, f"{sent:.2f}", seconds])
+    return " | ".join(
+        [p["program"], *numbers, f"{p['share']:.0%}", most, verdict, f"{sent:.2f}", seconds]
+    )
 
 
 def in_all(p: dict[str, Any]) -> float:
-    """GiB of a device at a program's peak, with what waits beside it; 0 where it did not compile."""
+    """GiB of a device at a program's peak, with what waits beside it; 0 where it did not
+    compile.
+    """
     return (p.get("peak_bytes", 0) + p.get("beside_bytes", 0)) / GIB
 
 
@@ -139,7 +153,9 @@ def plan_line(row: Row, told: dict[str, Any]) -> list[str]:
     if not in_all(largest):
         return []
     found, plan = in_all(largest), planned(row) / GIB
-    return [f"| {row.name} | {largest['program']} | {found:.2f} | {plan:.2f} | {plan / found:.2f} |"]
+    return [
+        f"| {row.name} | {largest['program']} | {found:.2f} | {plan:.2f} | {plan / found:.2f} |"
+    ]
 
 
 def planned(row: Row) -> int:
@@ -147,27 +163,44 @@ def planned(row: Row) -> int:
     recipe, target = recipe_of(row), read_target(row.target)
     mesh = axis_sizes(dataclasses.asdict(recipe.mesh), target.devices)
     return sum(
-        held.device for held in needed(recipe, mesh, attention_kernel(recipe, recipe.wan, target.platform))
+        held.device
+        for held in needed(recipe, mesh, attention_kernel(recipe, recipe.wan, target.platform))
     )
 
 
 def recipe_of(row: Row) -> Recipe:
     """What its command asks for."""
     module, _, variant = row.config.partition(":")
-    config = importlib.import_module(f"configs.{module.removesuffix('.py')}").get_config(*variant.split())
-    told = (o.removeprefix("--config.").split("=") for o in row.command if o.startswith("--config."))
+    config = importlib.import_module(f"configs.{module.removesuffix('.py')}").get_config(
+        *variant.split()
+    )
+    told = (
+        o.removeprefix("--config.").split("=") for o in row.command if o.startswith("--config.")
+    )
     config.update_from_flattened_dict({name: int(value) for name, value in told})
     return read_recipe(config)
 
 
 HEAD = (
-    *("recipe", "target", "program", "arguments", "temporaries", "peak", "beside", "of device", "must"),
+    *(
+        "recipe",
+        "target",
+        "program",
+        "arguments",
+        "temporaries",
+        "peak",
+        "beside",
+        "of device",
+        "must",
+    ),
     *("fits", "sent", "compile s"),
 )
 
 
 def document(found: dict[Row, dict[str, Any]]) -> str:
-    """The tables, and under them how each row is made and what stands in the way of those that do not fit."""
+    """The tables, and under them how each row is made and what stands in the way of those that do
+    not fit.
+    """
     table = [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
     table += [line for row, told in found.items() for line in lines(row, told)]
     absent = [row.name for row in ROWS if row not in found]
@@ -186,10 +219,12 @@ def document(found: dict[Row, dict[str, Any]]) -> str:
         for p in told["programs"]:
             if p["problem"] or (row.most and in_all(p) > row.most):
                 buffers = [
-                    f"{b['shape']} {b['bytes'] / GIB:.2f} GiB (`{b['source']}`)" for b in p.get("largest", ())
+                    f"{b['shape']} {b['bytes'] / GIB:.2f} GiB (`{b['source']}`)"
+                    for b in p.get("largest", ())
                 ]
                 table.append(
-                    f"\n- {row.name}, {p['program']}: {p['problem'] or 'over'}. {'; '.join(buffers)}"
+                    f"\n- {row.name}, {p['program']}: {p['problem'] or 'over'}. "
+                    f"{'; '.join(buffers)}"
                 )
     return "\n".join(table)
 
@@ -203,11 +238,15 @@ def main(_):
             compile_row(row, file)
         if file.exists():
             found[row] = json.loads(file.read_text())
-            DOCUMENT.write_text(with_tables(DOCUMENT.read_text(), document(found)))  # a row may take an hour
+            # a row may take an hour
+            DOCUMENT.write_text(with_tables(DOCUMENT.read_text(), document(found)))
 
 
 def with_tables(text: str, tables: str) -> str:
-    """The document with other tables between its two marks. Raises UserError where it has not two."""
+    """The document with other tables between its two marks.
+
+    Raises UserError where it has not two.
+    """
     parts = text.split(MARK)
     if len(parts) != 3:
         raise UserError(f"{DOCUMENT} must have two lines {MARK}, between which the tables stand")

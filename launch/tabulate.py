@@ -1,7 +1,8 @@
 """python -m launch.tabulate --dir=DIR
 
-Prints every DIR/**/SEED/evaluation.json as Markdown tables, one row per run, mean and range over seeds. Where DIR holds
-the sweep, draws its defect over training length in DIR/defect_lambda.png and DIR/defect_stop.png.
+Prints every DIR/**/SEED/evaluation.json as Markdown tables, one row per run, mean and range over
+seeds. Where DIR holds the sweep, draws its defect over training length in DIR/defect_lambda.png and
+DIR/defect_stop.png.
 """
 
 import json
@@ -28,7 +29,11 @@ def cell(values: list[float], digits: int) -> str:
 
 def row(name: str, runs: list[dict], read, digits: int) -> str:
     columns = zip(*(read(run) for run in runs), strict=True)
-    return f"| {name} | {len(runs)} | " + " | ".join(cell(list(column), digits) for column in columns) + " |"
+    return (
+        f"| {name} | {len(runs)} | "
+        + " | ".join(cell(list(column), digits) for column in columns)
+        + " |"
+    )
 
 
 def table(title: str, columns, groups, read, digits: int = 3) -> str:
@@ -39,7 +44,9 @@ def table(title: str, columns, groups, read, digits: int = 3) -> str:
 
 
 def defect_over_length(groups: dict[str, list[dict]], kind: str) -> dict[str, tuple]:
-    """Per variant of the sweep: numbers of student updates, and the defect on the Euler path after each."""
+    """Per variant of the sweep: numbers of student updates, and the defect on the Euler path after
+    each.
+    """
     lines = defaultdict(list)
     for group, runs in groups.items():
         sweep, length, name = ("//" + group).split("/")[-3:]
@@ -47,7 +54,8 @@ def defect_over_length(groups: dict[str, list[dict]], kind: str) -> dict[str, tu
             lines[name].append(
                 (int(length), np.mean([r["student"]["euler"]["defect"]["mean"] for r in runs]))
             )
-    from_top = sorted(lines.items(), key=lambda line: -max(line[1])[1])  # the legend reads as the plot does
+    # the legend reads as the plot does
+    from_top = sorted(lines.items(), key=lambda line: -max(line[1])[1])
     return {name: tuple(zip(*sorted(points), strict=True)) for name, points in from_top}
 
 
@@ -62,8 +70,12 @@ def long_rows(groups: dict[str, list[dict]]):
 
 
 def print_students(groups: dict[str, list[dict]], solver: str) -> None:
-    """Scores by number of updates, then defect and distances, of the runs measured under one solver."""
-    groups = {name: runs for name, runs in groups.items() if all(solver in run["student"] for run in runs)}
+    """Scores by number of updates, then defect and distances, of the runs measured under one
+    solver.
+    """
+    groups = {
+        name: runs for name, runs in groups.items() if all(solver in run["student"] for run in runs)
+    }
     if not groups:
         return
     of = lambda run: run["student"][solver]
@@ -85,7 +97,9 @@ def print_students(groups: dict[str, list[dict]], solver: str) -> None:
 
 
 def print_long(groups: dict[str, list[dict]]) -> None:
-    """How long videos hold: one column for each stretch of a training clip, then the looks of both ends."""
+    """How long videos hold: one column for each stretch of a training clip, then the looks of both
+    ends.
+    """
     rows = long_rows(groups)
     if not rows:
         return
@@ -104,13 +118,17 @@ def main(_):
     for file in sorted(root.glob("**/evaluation.json")):
         groups[str(file.parent.parent.relative_to(root))].append(json.loads(file.read_text()))
     if not groups:
-        raise UserError(f"no evaluation.json below {root}; run launch/results.sh first, or check --dir")
+        raise UserError(
+            f"no evaluation.json below {root}; run launch/results.sh first, or check --dir"
+        )
     for solver in ("euler", "cm"):
         print_students(groups, solver)
     print_long(groups)
     for kind in ("lambda", "stop"):
         if lines := defect_over_length(groups, kind):
-            write_bytes(root / f"defect_{kind}.png", curves(lines, "student updates", "semigroup defect"))
+            write_bytes(
+                root / f"defect_{kind}.png", curves(lines, "student updates", "semigroup defect")
+            )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ from launch.cli import read_config, run_main
 from salt_jax.config.schema import read_recipe
 from salt_jax.train.loop import train
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "which run; see configs/", lock_config=True)
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "which run; see configs/", lock_config=True
+)
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "where checkpoints, scalars and the resolved config go", required=True
 )

@@ -1,4 +1,6 @@
-"""What launch.sample does differently for Wan 2.1 and for Moving Shapes: reading, decoding, files."""
+"""What launch.sample does differently for Wan 2.1 and for Moving Shapes: reading, decoding,
+files.
+"""
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +23,12 @@ from salt_jax.io.tensor_files import digest
 from salt_jax.io.video import encode_gif, encode_mp4, visible_scale
 from salt_jax.models.attention import compute_here
 from salt_jax.models.denoiser import Network, wan_network
-from salt_jax.models.image_condition import condition_latents, crop_for_clip, image_clip, squash_for_clip
+from salt_jax.models.image_condition import (
+    condition_latents,
+    crop_for_clip,
+    image_clip,
+    squash_for_clip,
+)
 from salt_jax.models.image_encoder import encode_image
 from salt_jax.models.latent_size import FPS, SPACE, pixel_frames
 from salt_jax.models.prompts import negative_prompt
@@ -65,7 +72,9 @@ def shapes_world(request: Request) -> World:
     recipe = run.recipe
     scale = visible_scale(recipe.world.size, 192)
     made_with = {"network": run.checkpoint}
-    made_with["weights"] = {"text_encoder": digest(Path(recipe.weights)) if recipe.weights else "fresh"}
+    made_with["weights"] = {
+        "text_encoder": digest(Path(recipe.weights)) if recipe.weights else "fresh"
+    }
 
     def decode(chunks):
         return np.concatenate([shapes.to_pixels(chunk[0]) for chunk in chunks])
@@ -98,7 +107,8 @@ def wan_world(request: Request) -> World:
         stored_config(part, source.folder)
     if not recipe and where.folder and (found := stored_config(WAN, where.folder)) != config:
         raise UserError(
-            f"--student={f.STUDENT.value} is {found}, --weights is {config}; give those it came from"
+            f"--student={f.STUDENT.value} is {found}, --weights is {config}; give those it came "
+            "from"
         )
     if recipe:
         run = open_workdir(f.WORKDIR.value or "", f.STEP.value, f.AVERAGE.value)
@@ -111,7 +121,8 @@ def wan_world(request: Request) -> World:
     files = {part.file: part_file(part, source.folder) for part in parts} if source.folder else {}
     files |= {path.name: path for path in model_folder.tokenizer_files(source)[:1]}
     told = {
-        name: digest(path) for name, path in tqdm(files.items(), desc="checksums of the weights", delay=2)
+        name: digest(path)
+        for name, path in tqdm(files.items(), desc="checksums of the weights", delay=2)
     }
     policy = request.memory
 
@@ -143,7 +154,9 @@ def wan_world(request: Request) -> World:
 
 
 def read_given(request: Request, source: Source) -> tuple[Any, np.ndarray | None]:
-    """(features, condition) for a network that reads pictures, or the latents of what a video goes on from."""
+    """(features, condition) for a network that reads pictures, or the latents of what a video goes
+    on from.
+    """
     picture, clip = request.picture, request.prefix
     if picture is not None:
         frames = 1 if request.memory else pixel_frames(request.shape[0])

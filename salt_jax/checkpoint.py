@@ -8,9 +8,10 @@
 | data                    | {"step": int}, the data position: a batch is a function of (seed, step)          |
 | meta                    | {"config": str, "mesh": {axis: size}}, for the reader; nothing in it is restored |
 
-A step counts only once Orbax has renamed its directory and left `commit_success.txt` in it; what a killed process was
-writing stays behind under a temporary name and is ignored. The teacher never changes and is never saved. Missing and
-cut-off files are noticed; flipped bits in array data are not: Orbax keeps no checksum of it.
+A step counts only once Orbax has renamed its directory and left `commit_success.txt` in it; what a
+killed process was writing stays behind under a temporary name and is ignored. The teacher never
+changes and is never saved. Missing and cut-off files are noticed; flipped bits in array data are
+not: Orbax keeps no checksum of it.
 """
 
 import hashlib
@@ -44,7 +45,8 @@ T = TypeVar("T")
 def open_checkpoints(workdir: str | Path, keep: int, keep_every: int = 0) -> ocp.CheckpointManager:
     """The checkpoints of a workdir, open for writing. A context manager: leaving it waits.
 
-    The newest `keep` stay, and beside them, unless `keep_every` is 0, those whose step is a multiple of it.
+    The newest `keep` stay, and beside them, unless `keep_every` is 0, those whose step is a
+    multiple of it.
 
     Raises:
         UserError: the workdir cannot be written to.
@@ -55,7 +57,8 @@ def open_checkpoints(workdir: str | Path, keep: int, keep_every: int = 0) -> ocp
         tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
         raise UserError(
-            f"cannot write to the workdir {workdir} ({error.strerror}); pass a --workdir you may write to"
+            f"cannot write to the workdir {workdir} ({error.strerror}); pass a --workdir you may "
+            "write to"
         ) from error
     newest, some = managers.LatestN(keep), [managers.EveryNSteps(keep_every)] if keep_every else []
     options = ocp.CheckpointManagerOptions(
@@ -69,8 +72,8 @@ def open_checkpoints(workdir: str | Path, keep: int, keep_every: int = 0) -> ocp
 def save(manager: ocp.CheckpointManager, state: TrainState, meta: dict[str, Any]) -> None:
     """Start writing `state` as step `state.step`; a step that is already there is left alone.
 
-    Returns once the arrays are copied, so `state` may be donated to the next step; a failed write raises at the next
-    call or when the manager closes. Every process has to call it.
+    Returns once the arrays are copied, so `state` may be donated to the next step; a failed write
+    raises at the next call or when the manager closes. Every process has to call it.
     """
     step = int(jax.device_get(state.step))
     if step in manager.all_steps():
@@ -84,13 +87,16 @@ def save(manager: ocp.CheckpointManager, state: TrainState, meta: dict[str, Any]
 def restore(
     manager: ocp.CheckpointManager, abstract_state: TrainState
 ) -> tuple[TrainState, dict[str, Any]] | None:
-    """The newest whole state and its meta, or None where nothing was saved yet. Complete or refused, never a part.
+    """The newest whole state and its meta, or None where nothing was saved yet. Complete or
+    refused, never a part.
 
-    A damaged step is reported, renamed to STEP.damaged.TIME (nothing is deleted) and the one before it is taken.
+    A damaged step is reported, renamed to STEP.damaged.TIME (nothing is deleted) and the one before
+    it is taken.
 
     Args:
         manager: from `open_checkpoints`.
-        abstract_state: `jax.ShapeDtypeStruct`s with the shardings wanted now; the mesh may differ from the saved one.
+        abstract_state: `jax.ShapeDtypeStruct`s with the shardings wanted now; the mesh may differ
+          from the saved one.
 
     Raises:
         UserError: no step is readable, or the state has other arrays than `abstract_state`.
@@ -114,13 +120,18 @@ def restore_params(workdir: str | Path, what: str, mesh: Mesh, step: int | None 
     return restore_step(workdir, what, mesh, step)[1]
 
 
-def restore_step(workdir: str | Path, what: str, mesh: Mesh, step: int | None = None) -> tuple[int, Params]:
-    """Only the parameters of "ema" or "student", for sampling: no optimizer is known or read, nothing is written.
+def restore_step(
+    workdir: str | Path, what: str, mesh: Mesh, step: int | None = None
+) -> tuple[int, Params]:
+    """Only the parameters of "ema" or "student", for sampling: no optimizer is known or read,
+    nothing is written.
 
-    `step` None is the newest that can be read; a step that is named is read or refused. Returns it too.
+    `step` None is the newest that can be read; a step that is named is read or refused. Returns it
+    too.
 
     Raises:
-        UserError: the workdir has no checkpoint, not the one that is named, or none that is readable.
+        UserError: the workdir has no checkpoint, not the one that is named, or none that is
+          readable.
     """
     if what not in ("ema", "student"):
         raise ValueError(f"what is {what!r}; it has to be 'ema' or 'student'")
@@ -142,7 +153,8 @@ def restore_step(workdir: str | Path, what: str, mesh: Mesh, step: int | None = 
                 found = _named(step, there, directory, read)
     if found is None:
         raise UserError(
-            f"there is no checkpoint in {directory}; train with this --workdir first, or name another"
+            f"there is no checkpoint in {directory}; train with this --workdir first, or name "
+            "another"
         )
     return found
 
@@ -160,10 +172,13 @@ def newest_step(workdir: str | Path) -> int:
                 _refuse_uncommitted(path)
                 found.append(int(path.name))
             except OSError as error:
-                log.warning("checkpoint step %s in %s is passed over (%s)", path.name, directory, error)
+                log.warning(
+                    "checkpoint step %s in %s is passed over (%s)", path.name, directory, error
+                )
     if not found:
         raise UserError(
-            f"there is no whole checkpoint in {directory}; train there first, or name another workdir"
+            f"there is no whole checkpoint in {directory}; train there first, or name another "
+            "workdir"
         )
     return max(found)
 
@@ -171,7 +186,8 @@ def newest_step(workdir: str | Path) -> int:
 def checkpoint_digest(
     workdir: str | Path, step: int, what: str, report: Callable[[int], Any] = lambda nbytes: None
 ) -> str:
-    """SHA-256 of an item of a step, in hexadecimal digits: over the names of its files, sorted, and what is in them.
+    """SHA-256 of an item of a step, in hexadecimal digits: over the names of its files, sorted, and
+    what is in them.
 
     `report` is told the bytes of each piece that was read.
 
@@ -201,13 +217,15 @@ def _named(step: int, there: Sequence[int], directory: Path, read: Callable[[int
         return read(step)
     except Exception as error:
         raise UserError(
-            f"checkpoint step {step} in {directory} is damaged ({_damage(error)}); put a copy of it back, or choose "
+            f"checkpoint step {step} in {directory} is damaged ({_damage(error)}); put a copy of "
+            "it back, or choose "
             f"another step ({told})"
         ) from error
 
 
 def _damage(error: Exception) -> str:
-    """What Orbax and TensorStore raise on missing or cut-off files, some of it as a bare Exception, in a few words.
+    """What Orbax and TensorStore raise on missing or cut-off files, some of it as a bare Exception,
+    in a few words.
 
     Raises:
         anything else again.
@@ -217,7 +235,9 @@ def _damage(error: Exception) -> str:
     return str(error).split("\n")[0].split(". See")[0][:200]
 
 
-def _newest_readable(manager: ocp.CheckpointManager, read: Callable[[int], T], set_aside: bool) -> T | None:
+def _newest_readable(
+    manager: ocp.CheckpointManager, read: Callable[[int], T], set_aside: bool
+) -> T | None:
     """`read(step)` of the newest step that can be read, None where there is no step."""
     root, damaged = Path(manager.directory), {}
     for step in sorted(manager.all_steps(), reverse=True):
@@ -226,9 +246,12 @@ def _newest_readable(manager: ocp.CheckpointManager, read: Callable[[int], T], s
             value = read(step)
         except Exception as error:
             damaged[step] = why = _damage(error)
-            log.warning("checkpoint step %d in %s is damaged (%s): back to the one before", step, root, why)
+            log.warning(
+                "checkpoint step %d in %s is damaged (%s): back to the one before", step, root, why
+            )
             if jax.process_count() > 1:
-                break  # other processes may have read their part; they must not go on without this one
+                # other processes may have read their part; they must not go on without this one
+                break
             continue
         if damaged and set_aside:
             for bad in damaged:
@@ -238,14 +261,17 @@ def _newest_readable(manager: ocp.CheckpointManager, read: Callable[[int], T], s
     if damaged:
         told = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
         raise UserError(
-            f"no checkpoint in {root} could be read ({told}); put back a copy of one, move the directories of damaged "
+            f"no checkpoint in {root} could be read ({told}); put back a copy of one, move the "
+            "directories of damaged "
             "steps away, or pass a new --workdir"
         )
     return None
 
 
 def _refuse_uncommitted(directory: Path) -> None:
-    """Orbax takes a half-copied directory for a step; only these files say that its writer, or a copy, finished."""
+    """Orbax takes a half-copied directory for a step; only these files say that its writer, or a
+    copy, finished.
+    """
     items = TREES + JSONS
     for optional in (WITH_CRITIC, STREAM):
         items += optional if any((directory / name).exists() for name in optional) else ()
@@ -258,7 +284,9 @@ def _stored(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     """What is on disk, as trees of shapes and dtypes. No array is read."""
     metadata = manager.item_metadata(step)
     trees = [
-        name for name in TREES + WITH_CRITIC + STREAM if (Path(manager.directory) / str(step) / name).is_dir()
+        name
+        for name in TREES + WITH_CRITIC + STREAM
+        if (Path(manager.directory) / str(step) / name).is_dir()
     ]
     if lost := [name for name in trees if metadata[name] is None]:
         raise OSError(f"{lost[0]}/_METADATA is missing")
@@ -266,23 +294,31 @@ def _stored(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
 
 
 def _told(abstract: dict[str, Any]) -> ocp.args.PyTreeRestore:
-    """To read these arrays, laid out as they say, and to leave what else is there: see `_refuse_mismatch`."""
+    """To read these arrays, laid out as they say, and to leave what else is there: see
+    `_refuse_mismatch`.
+    """
     how = ocp.checkpoint_utils.construct_restore_args(abstract)
     return ocp.args.PyTreeRestore(abstract, restore_args=how, partial_restore=True)
 
 
 def _refuse_mismatch(manager: ocp.CheckpointManager, step: int, expected: dict[str, Any]) -> None:
-    """A first moment that is not kept (b1 = 0) may be there: earlier versions wrote it, and it is not read."""
+    """A first moment that is not kept (b1 = 0) may be there: earlier versions wrote it, and it is
+    not read.
+    """
     here, there = (
         {path: f"{x.dtype}{list(x.shape)}" for path, x in by_path(tree).items()}
         for tree in (expected, _stored(manager, step))
     )
-    left = {path for path in there if "/mu/" in path and path.replace("/mu/", "/nu/") in here} - set(here)
+    left = {
+        path for path in there if "/mu/" in path and path.replace("/mu/", "/nu/") in here
+    } - set(here)
     for path in [path for path in here | there if path not in left]:
         if here.get(path) != there.get(path):
             raise UserError(
-                f"checkpoint step {step} in {manager.directory} was written for another model preset or optimizer: "
-                f"{path} is {there.get(path, 'absent')} there and {here.get(path, 'absent')} in this config; "
+                f"checkpoint step {step} in {manager.directory} was written for another model "
+                "preset or optimizer: "
+                f"{path} is {there.get(path, 'absent')} there and {here.get(path, 'absent')} in "
+                "this config; "
                 "pass the config that made it, or a new --workdir"
             )
 

@@ -1,16 +1,25 @@
-"""The words that a config or a flag chooses from. No jax in here: programs refuse a wrong word at once."""
+"""The words that a config or a flag chooses from.
+
+No jax in here: programs refuse a wrong word at once.
+"""
 
 from typing import Literal
 
 Solver = Literal["euler", "cm"]
-"""How a student goes from one noise level to the next: Euler keeps the path, CM re-noises the clean estimate afresh."""
+"""How a student goes from one noise level to the next: Euler keeps the path, CM re-noises the clean
+estimate afresh.
+"""
 
 TeacherSolver = Literal["unipc", "dpmpp", "euler"]
 """What the many updates of a teacher are made with, see `flow.multistep`."""
 
 Positions = Literal["absolute", "relative"]
-"""Where in time a frame that is seen stands: at its number in the video, or at its rank among those that are seen."""
+"""Where in time a frame that is seen stands: at its number in the video, or at its rank among those
+that are seen.
+"""
 
 StopGradient = Literal["none", "composed", "direct", "midpoint"]
-"""Where Eq. 8 does not pass gradient: nowhere (the paper's formula as it stands), the composed endpoint x^(2), the
-direct endpoint x^(1), or only the state x_m at which v_m is evaluated (`rollout.parallel.midpoint` stops that one)."""
+"""Where Eq. 8 does not pass gradient: nowhere (the paper's formula as it stands), the composed
+endpoint x^(2), the direct endpoint x^(1), or only the state x_m at which v_m is evaluated
+(`rollout.parallel.midpoint` stops that one).
+"""

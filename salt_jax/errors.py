@@ -4,7 +4,9 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """One sentence that names the file, key or value and the remedy; launch/ prints it and exits with code 2."""
+    """One sentence that names the file, key or value and the remedy; launch/ prints it and exits
+    with code 2.
+    """
 
 
 def listed(names: Iterable[str]) -> str:

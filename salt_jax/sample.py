@@ -1,5 +1,5 @@
-"""Parameters and prompts in, clips out: few-step students whole or chunk by chunk, as long as one likes in constant
-memory; teachers by many updates; and latents to pixels as they come."""
+"""Parameters and prompts in, clips out: few-step students whole or chunk by chunk, as long as one
+likes in constant memory; teachers by many updates; and latents to pixels as they come."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -27,12 +27,15 @@ _multistep_update = jax.jit(multistep_update, static_argnums=0)
 _decode_first = jax.jit(decode_first, static_argnums=(2, 3))
 _decode_next = jax.jit(decode_next, static_argnums=(3, 4), donate_argnums=1)
 _decode_tiled = jax.jit(decode_tiled, static_argnums=(2, 3, 4, 5))
-_read_text = jax.jit(lambda network, params, text: network.read_text(params, text), static_argnums=0)
+_read_text = jax.jit(
+    lambda network, params, text: network.read_text(params, text), static_argnums=0
+)
 _recache = jax.jit(recache, static_argnums=(0, 4), donate_argnums=2)
 _commit = jax.jit(commit, static_argnums=(0, 5), donate_argnums=2)
 _flush = jax.jit(flush, static_argnums=(1, 2), donate_argnums=0)
 
-USUAL_UPDATES = 16  # levels are padded to that many updates, so one program serves all usual numbers
+# levels are padded to that many updates, so one program serves all usual numbers
+USUAL_UPDATES = 16
 FLUSH_KEEPS = 2  # frames, and
 CUT_AHEAD = 42  # positions: as Infinity-RoPE has them (45 where 3 would follow)
 
@@ -40,9 +43,8 @@ CUT_AHEAD = 42  # positions: as Infinity-RoPE has them (45 where 3 would follow)
 class Sampler(NamedTuple):
     """How a few-step student makes clips."""
 
-    levels: (
-        np.ndarray
-    )  # float32 [K + 1], noise levels falling from 1 to 0: `flow.schedule.grid` or `explicit`
+    # float32 [K + 1], noise levels falling from 1 to 0: `flow.schedule.grid` or `explicit`
+    levels: np.ndarray
     solver: Solver
     memory: CachePolicy | None = None  # chunk by chunk; None: whole clips
     first_levels: np.ndarray | None = None  # of the first chunk; None: as the others
@@ -52,9 +54,9 @@ class Cue(NamedTuple):
     """What changes at a frame of a video under way."""
 
     text: np.ndarray  # float32 [B, T, D], the prompts from here on
-    flush: bool = (
-        False  # forget all but the sink and the last frames, instead of reading them again under the prompt
-    )
+    # forget all but the sink and the last frames, instead of reading them again under the
+    # prompt
+    flush: bool = False
     cut: bool = False  # a scene cut: the first chunk stands far ahead in time (relative positions)
 
 
@@ -64,7 +66,9 @@ def _empty_cache(network, slots, batch, picture):
 
 
 @partial(jax.jit, static_argnames=("network", "solver", "size", "policy"), donate_argnames="cache")
-def _next_chunk(network, params, cache, text, levels, exit_update, solver, keys, size, policy, jump):
+def _next_chunk(
+    network, params, cache, text, levels, exit_update, solver, keys, size, policy, jump
+):
     _, x0 = generate_chunk(
         network, params, cache, text, levels, exit_update, solver, keys, size, policy, jump
     )
@@ -90,10 +94,11 @@ def sample_clips(
     shape: tuple[int, ...],
     batch_size: int,
 ) -> Iterator[np.ndarray]:
-    """Yields batches of whole clips, float32 latents [batch_size, F, H, W, C], in order; the last may be smaller.
+    """Yields batches of whole clips, float32 latents [batch_size, F, H, W, C], in order; the last
+    may be smaller.
 
-    The noise of a clip does not depend on its batch. With `batch_size` 1 every clip runs through the same program,
-    so its bits depend on nothing but its key and text.
+    The noise of a clip does not depend on its batch. With `batch_size` 1 every clip runs through
+    the same program, so its bits depend on nothing but its key and text.
 
     Args:
       text: what the network is told of each of N clips.
@@ -103,7 +108,9 @@ def sample_clips(
     for start in range(0, len(keys), batch_size):
         part = slice(start, start + batch_size)
         told = jax.tree.map(lambda leaf, part=part: jnp.asarray(leaf[part]), text)
-        yield np.asarray(_sample(denoiser, params, told, sampler.levels, sampler.solver, keys[part], shape))
+        yield np.asarray(
+            _sample(denoiser, params, told, sampler.levels, sampler.solver, keys[part], shape)
+        )
 
 
 def multistep_clip(
@@ -122,15 +129,19 @@ def multistep_clip(
     `report` is called after each update.
     """
     noise = _noise_at(keys, jnp.float32(1.0), np.arange(shape[0]), shape[1:])
-    # Beside the parameters from the start: the first update is then of the same program as the others.
+    # Beside the parameters from the start: the first update is then of the same program as the
+    # others.
     there = jax.tree.leaves(params)[0].sharding
     there = NamedSharding(there.mesh, P()) if isinstance(there, NamedSharding) else there
     history = jax.device_put(multistep_start(noise), there)
-    table = jax.tree.map(lambda column: np.asarray(column, np.float32), steps(solver, num_updates, shift))
+    table = jax.tree.map(
+        lambda column: np.asarray(column, np.float32), steps(solver, num_updates, shift)
+    )
     for i in range(num_updates):
         row = jax.tree.map(lambda column, i=i: column[i], table)
         history = _multistep_update(denoiser, params, text, history, row)
-        history.x.block_until_ready()  # so that a progress bar tells the truth; the next update waits for it anyway
+        # so that a progress bar tells the truth; the next update waits for it anyway
+        history.x.block_until_ready()
         report()
     return np.asarray(history.x)
 
@@ -138,10 +149,11 @@ def multistep_clip(
 def stream_pixels(
     params: Params, config: VAEConfig, chunks: Iterable[np.ndarray], dtype: Any, tile: int = 0
 ) -> Iterator[np.ndarray]:
-    """Latent chunks of a video, [B, f, h, w, 16] each -> its frames, uint8 [B, t, H, W, 3], chunk by chunk.
+    """Latent chunks of a video, [B, f, h, w, 16] each -> its frames, uint8 [B, t, H, W, 3], chunk
+    by chunk.
 
-    `tile` > 0 decodes the whole video at its end instead, in tiles of so many latent rows and columns a quarter of
-    which overlaps: less memory, and seams may be seen.
+    `tile` > 0 decodes the whole video at its end instead, in tiles of so many latent rows and
+    columns a quarter of which overlaps: less memory, and seams may be seen.
     """
     if tile:
         whole = np.concatenate(list(chunks), axis=1)
@@ -183,12 +195,13 @@ def stream_chunks(
       keys: [B], from `clip_keys`.
       sampler: with a memory.
       shape: (F, H, W, C); F of any length that splits into chunks.
-      given: float32 [B, f, H, W, C], the first chunks, which are not made but continued: a picture where the first
-        chunk is one frame, or a clip. They are yielded first.
+      given: float32 [B, f, H, W, C], the first chunks, which are not made but continued: a picture
+        where the first chunk is one frame, or a clip. They are yielded first.
 
     Raises:
-      ValueError: F does not split into chunks or does not fit the cache, or a cue is not at the start of a chunk, or a
-        cut is asked of absolute positions, or `given` is no number of chunks below F.
+      ValueError: F does not split into chunks or does not fit the cache, or a cue is not at the
+        start of a chunk, or a cut is asked of absolute positions, or `given` is no number of chunks
+        below F.
     """
     policy = sampler.memory
     assert policy, "the sampler has a memory"
@@ -214,9 +227,22 @@ def stream_chunks(
             continue
         levels = sampler.levels if at else first
         padded = jnp.asarray(np.pad(levels, (0, longest - len(levels))))
-        exit_update, jump = jnp.int32(len(levels) - 2), jnp.int32(CUT_AHEAD if cue and cue.cut else 0)
+        exit_update, jump = (
+            jnp.int32(len(levels) - 2),
+            jnp.int32(CUT_AHEAD if cue and cue.cut else 0),
+        )
         x0, cache = _next_chunk(
-            network, params, cache, text, padded, exit_update, sampler.solver, keys, size, policy, jump
+            network,
+            params,
+            cache,
+            text,
+            padded,
+            exit_update,
+            sampler.solver,
+            keys,
+            size,
+            policy,
+            jump,
         )
         yield np.asarray(x0)
 
@@ -227,11 +253,13 @@ def _refuse(cues, starts, slots, policy, given, shape) -> None:
         b, f, *place = given.shape
         if (b, *place) != (shape[0], *shape[2:]) or f not in starts[1:]:
             raise ValueError(
-                f"the given frames are {given.shape}, a video of {shape} goes on from whole chunks: {starts[1:]} frames"
+                f"the given frames are {given.shape}, a video of {shape} goes on from whole "
+                f"chunks: {starts[1:]} frames"
             )
     if 0 not in cues or not set(cues) <= set(starts):
         raise ValueError(
-            f"prompts begin at frames {sorted(cues)}; these must be starts of chunks, and 0 among them"
+            f"prompts begin at frames {sorted(cues)}; these must be starts of chunks, and 0 among "
+            "them"
         )
     if policy.positions == "absolute" and any(cue.cut for cue in cues.values()):
         raise ValueError("a scene cut moves relative positions; set positions to relative")

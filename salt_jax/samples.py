@@ -1,9 +1,11 @@
-"""Videos on disk, each with a record of what made it: one line of JSON a file in an index, `samples.jsonl`.
+"""Videos on disk, each with a record of what made it: one line of JSON a file in an index,
+`samples.jsonl`.
 
-A line holds the name of a file, the SHA-256 of its bytes, `source`, which says where the network was read, and
-`made_with`: everything its pixels depend on. So a file is left alone only where it is what would be made again, and
-nothing is ever put in the place of somebody else's work. Lines are added and never changed; the one that counts is the
-last about the bytes that are there. A line is written before its file, so work that was stopped leaves no file without.
+A line holds the name of a file, the SHA-256 of its bytes, `source`, which says where the network
+was read, and `made_with`: everything its pixels depend on. So a file is left alone only where it is
+what would be made again, and nothing is ever put in the place of somebody else's work. Lines are
+added and never changed; the one that counts is the last about the bytes that are there. A line is
+written before its file, so work that was stopped leaves no file without.
 """
 
 import hashlib
@@ -38,8 +40,8 @@ def look_up(index: Path, wanted: Sequence[Sample]) -> Found:
     """Which of the wanted files are there, and which would be replaced.
 
     Raises:
-      UserError: a file is there that nothing is recorded of, or whose bytes have changed since, or that another source
-        made.
+      UserError: a file is there that nothing is recorded of, or whose bytes have changed since, or
+        that another source made.
     """
     lines: dict[tuple[str, str], dict[str, Any]] = {}
     for line in _read(index):

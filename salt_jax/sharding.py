@@ -1,4 +1,5 @@
-"""Where every array lives: one mesh with four named axes, and rules from a parameter's path to its PartitionSpec.
+"""Where every array lives: one mesh with four named axes, and rules from a parameter's path to its
+PartitionSpec.
 
 | axis    | cuts                                | note                                      |
 |---------|-------------------------------------|-------------------------------------------|
@@ -7,8 +8,8 @@
 | context | the tokens of a clip                | exchanged for heads to attend; no parameters |
 | tensor  | the width of the matrix products    |                                           |
 
-A single device is a mesh of one: axes of size 1 stay, so no spec ever changes. The compiler propagates (Auto axes);
-a jitted step fixes its inputs and outputs with the shardings made here.
+A single device is a mesh of one: axes of size 1 stay, so no spec ever changes. The compiler
+propagates (Auto axes); a jitted step fixes its inputs and outputs with the shardings made here.
 """
 
 import math
@@ -26,8 +27,9 @@ from salt_jax.models.layout import BATCH, cache_spec, fitting
 
 AXES = ("data", "fsdp", "context", "tensor")
 
-# The first rule that matches a path wins. Moments and EMA end in the path of their parameter, so they follow it.
-# Column-parallel kernels feed row-parallel ones: along `tensor` the wide activation between the two is never gathered.
+# The first rule that matches a path wins. Moments and EMA end in the path of their parameter, so
+# they follow it. Column-parallel kernels feed row-parallel ones: along `tensor` the wide activation
+# between the two is never gathered.
 RULES = (
     (r"(^|/)blocks/((self|cross)_attn/[qkv]|ffn_in)/kernel$", P(None, "fsdp", "tensor")),
     (r"(^|/)blocks/((self|cross)_attn/o|ffn_out)/kernel$", P(None, "tensor", "fsdp")),
@@ -55,7 +57,8 @@ def make_mesh(sizes: Mapping[str, Any], devices: Sequence[Any] | None = None) ->
     types = (AxisType.Auto,) * len(AXES)
     try:
         return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
-    except NotImplementedError:  # on a TPU: 8 x 8 on a torus of 4 x 4 x 4 cuts one of its axes in two
+    # on a TPU: 8 x 8 on a torus of 4 x 4 x 4 cuts one of its axes in two
+    except NotImplementedError:
         grid = mesh_utils.create_device_mesh(shape, there, allow_split_physical_axes=True)
         return Mesh(grid, AXES, axis_types=types)
 
@@ -64,10 +67,12 @@ def axis_sizes(sizes: Mapping[str, Any], count: int) -> dict[str, int]:
     """How many of `count` devices each axis has, in the order of `AXES`.
 
     Args:
-        sizes: one size for each of `AXES`; one of them may be -1, which takes all devices that are left.
+        sizes: one size for each of `AXES`; one of them may be -1, which takes all devices that are
+          left.
 
     Raises:
-        UserError: an axis is missing, unknown or not a positive number, or the sizes do not make up the devices.
+        UserError: an axis is missing, unknown or not a positive number, or the sizes do not make up
+          the devices.
     """
     asked: dict[str, Any] = {axis: sizes.get(axis) for axis in AXES} | dict(sizes)
     told = ", ".join(f"{axis}={size}" for axis, size in asked.items())
@@ -75,20 +80,24 @@ def axis_sizes(sizes: Mapping[str, Any], count: int) -> dict[str, int]:
     whole = all(isinstance(size, int) and size > 0 for size in known)
     if set(asked) != set(AXES) or len(known) < len(AXES) - 1 or not whole:
         raise UserError(
-            f"config.mesh is ({told}), but it needs {', '.join(AXES)} and no other, each a whole number >= 1; "
+            f"config.mesh is ({told}), but it needs {', '.join(AXES)} and no other, each a whole "
+            "number >= 1; "
             "one of them may be -1, which takes the devices that are left"
         )
     rest = count // math.prod(known) if len(known) < len(AXES) else 1
     if math.prod(known) * rest != count:
         raise UserError(
-            f"config.mesh ({told}) does not fit {count} device(s): the product of the sizes has to be {count}; "
+            f"config.mesh ({told}) does not fit {count} device(s): the product of the sizes has to "
+            f"be {count}; "
             "set one of them to -1 to take the devices that are left, or change the others"
         )
     return {axis: rest if asked[axis] == -1 else asked[axis] for axis in AXES}
 
 
 def partition_spec(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
-    """How an array of `shape` at `path` (keys joined by "/") is cut; an axis that does not divide stays whole."""
+    """How an array of `shape` at `path` (keys joined by "/") is cut; an axis that does not divide
+    stays whole.
+    """
     if re.search(CACHE, path):
         return cache_spec(sizes, shape)
     if re.search(VIDEOS, path):
@@ -107,7 +116,8 @@ def partition_spec(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) 
 
 
 def state_shardings(mesh: Mesh, abstract_state: Any, host: bool = False) -> Any:
-    """A sharding for every array of a tree: parameters, EMA, moments, or a whole TrainState (see `jax.eval_shape`).
+    """A sharding for every array of a tree: parameters, EMA, moments, or a whole TrainState (see
+    `jax.eval_shape`).
 
     `host`: moments and EMA of a TrainState lie in the host's memory, cut alike; counters stay.
     """
@@ -115,7 +125,11 @@ def state_shardings(mesh: Mesh, abstract_state: Any, host: bool = False) -> Any:
     def sharding(path: tuple, leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         where = NamedSharding(mesh, partition_spec(name, leaf.shape, mesh.shape))
-        return where.with_memory_kind(HOST) if host and leaf.ndim and re.search(WAITING, name) else where
+        return (
+            where.with_memory_kind(HOST)
+            if host and leaf.ndim and re.search(WAITING, name)
+            else where
+        )
 
     return jax.tree_util.tree_map_with_path(sharding, abstract_state)
 

@@ -1,7 +1,8 @@
-"""What training carries from one iteration to the next, and the two ways it moves: by gradient and by averaging.
+"""What training carries from one iteration to the next, and the two ways it moves: by gradient and
+by averaging.
 
-Fields are Any because the same trees also hold shapes (`jax.eval_shape`), shardings and what jax puts there. On disk
-the state is nested dicts, one for each thing that somebody may want alone.
+Fields are Any because the same trees also hold shapes (`jax.eval_shape`), shardings and what jax
+puts there. On disk the state is nested dicts, one for each thing that somebody may want alone.
 """
 
 from typing import Any
@@ -19,7 +20,9 @@ from salt_jax.types import Params
 
 @flax.struct.dataclass
 class Learner:
-    """A network under training: float32 parameters, optimizer moments, and the updates that were thrown away."""
+    """A network under training: float32 parameters, optimizer moments, and the updates that were
+    thrown away.
+    """
 
     params: Any
     opt_state: Any
@@ -29,7 +32,9 @@ class Learner:
 
 @flax.struct.dataclass
 class Stream:
-    """The videos that streaming long tuning is making: an update goes on where the last one stopped."""
+    """The videos that streaming long tuning is making: an update goes on where the last one
+    stopped.
+    """
 
     cache: Any  # KVCache of the student, every slot filled
     text: Any  # [B, T, D], the prompts
@@ -37,7 +42,10 @@ class Stream:
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything a run needs to go on as if it had never stopped. The teacher never changes and is not in here."""
+    """Everything a run needs to go on as if it had never stopped.
+
+    The teacher never changes and is not in here.
+    """
 
     step: Any  # int32[], finished iterations = student updates
     student: Any  # Learner
@@ -47,20 +55,27 @@ class TrainState:
 
 
 def init_learner(params: Params, tx: optax.GradientTransformation) -> Learner:
-    """A learner that starts at `params`: copied, so that donating it never frees the teacher it started from."""
+    """A learner that starts at `params`: copied, so that donating it never frees the teacher it
+    started from.
+    """
     params = _float32_copy(params)
     return Learner(params, tx.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
-def init_state(student: Learner, critic: Learner | None, stream: Stream | None = None) -> TrainState:
+def init_state(
+    student: Learner, critic: Learner | None, stream: Stream | None = None
+) -> TrainState:
     """The state before the first iteration; the EMA starts as a copy of the student."""
-    return TrainState(jnp.zeros((), jnp.int32), student, _float32_copy(student.params), critic, stream)
+    return TrainState(
+        jnp.zeros((), jnp.int32), student, _float32_copy(student.params), critic, stream
+    )
 
 
 def apply_gradients(
     learner: Learner, grads: Params, loss: Float[Array, "..."], tx: optax.GradientTransformation
 ) -> Learner:
-    """One optimizer update, or none: a gradient or loss that is not finite leaves parameters and moments bit for bit.
+    """One optimizer update, or none: a gradient or loss that is not finite leaves parameters and
+    moments bit for bit.
 
     Args:
         learner: what moves.
@@ -69,7 +84,8 @@ def apply_gradients(
         tx: the optimizer that made `learner.opt_state`.
 
     Returns:
-        The learner after the update, or the same one with `skipped` and `skipped_in_a_row` one higher.
+        The learner after the update, or the same one with `skipped` and `skipped_in_a_row` one
+        higher.
     """
     finite = jnp.isfinite(optax.tree.norm(grads)) & jnp.all(jnp.isfinite(loss))
     updates, opt_state = tx.update(grads, learner.opt_state, learner.params)
@@ -77,7 +93,9 @@ def apply_gradients(
     old = learner.params, learner.opt_state
     params, opt_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
     missed = 1 - finite.astype(jnp.int32)
-    return Learner(params, opt_state, learner.skipped + missed, (learner.skipped_in_a_row + 1) * missed)
+    return Learner(
+        params, opt_state, learner.skipped + missed, (learner.skipped_in_a_row + 1) * missed
+    )
 
 
 def fetched(tree: Any, host: bool) -> Any:
@@ -92,11 +110,17 @@ def put_back(tree: Any, host: bool) -> Any:
 
 
 def update_ema(
-    ema: Params, params: Params, decay: float | Float[Array, ""], step: int | Int[Array, ""], start: int
+    ema: Params,
+    params: Params,
+    decay: float | Float[Array, ""],
+    step: int | Int[Array, ""],
+    start: int,
 ) -> Params:
-    """The averaged student: ema <- decay * ema + (1 - decay) * params, in float32; a plain copy while step < start.
+    """The averaged student: ema <- decay * ema + (1 - decay) * params, in float32; a plain copy
+    while step < start.
 
-    `step` counts the updates finished before the one that made `params`: `state.step` as the iteration began.
+    `step` counts the updates finished before the one that made `params`: `state.step` as the
+    iteration began.
     """
     params = _float32_copy(params)
     averaged = optax.incremental_update(params, ema, step_size=1 - decay)
@@ -108,7 +132,9 @@ def _float32_copy(tree: Params) -> Params:
 
 
 def to_items(state: TrainState) -> dict[str, Any]:
-    """student, ema, critic: parameters; student_opt, critic_opt: the rest of the learners; stream."""
+    """student, ema, critic: parameters; student_opt, critic_opt: the rest of the learners;
+    stream.
+    """
     tree = nested(state)
     learners = [name for name in ("student", "critic") if name in tree]
     params = {name: tree[name].pop("params") for name in learners}
@@ -127,7 +153,10 @@ def from_items(items: dict[str, Any], like: TrainState, step: int) -> TrainState
 
 
 def by_path(tree: Any) -> dict[str, Any]:
-    """Every leaf by its path. Optax' tuples and empty states vanish: what is on disk does not depend on them."""
+    """Every leaf by its path.
+
+    Optax' tuples and empty states vanish: what is on disk does not depend on them.
+    """
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 

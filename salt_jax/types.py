@@ -54,7 +54,10 @@ Params = Any
 
 
 class Prediction(NamedTuple):
-    """What a denoiser says about x at sigma. The two always travel together: x0 = x - sigma * velocity."""
+    """What a denoiser says about x at sigma.
+
+    The two always travel together: x0 = x - sigma * velocity.
+    """
 
     velocity: Latent
     x0: Latent

@@ -1,8 +1,10 @@
-"""python -m tests.beside_diffusers [ROUNDS]: the time of a gradient of Wan beside diffusers', on this CPU.
+"""python -m tests.beside_diffusers [ROUNDS]: the time of a gradient of Wan beside diffusers', on
+this CPU.
 
-Width 768, 6 layers, 576 tokens, 64 rows of text, float32, the same random weights; mean square of the output, its
-gradient by all parameters. Networks take turns in one process; printed are medians of the ratios to diffusers' turn of
-the same round, and their quartiles. Needs torch and diffusers (requirements-dev.txt).
+Width 768, 6 layers, 576 tokens, 64 rows of text, float32, the same random weights; mean square of
+the output, its gradient by all parameters. Networks take turns in one process; printed are medians
+of the ratios to diffusers' turn of the same round, and their quartiles. Needs torch and diffusers
+(requirements-dev.txt).
 """
 
 import sys
@@ -51,7 +53,9 @@ def main():
     params = jax.tree.map(jnp.asarray, randomised(init_wan(jax.random.key(0), CONFIG), 1))
     given = inputs(2, CONFIG, batch=1, frames=4, height=24, width=24, rows=64)
     kernel = compute_here(CONFIG, jnp.float32).kernel
-    runs = {f"remat={how}": ours(Compute(remat=how, kernel=kernel), params, *given) for how in REMAT}
+    runs = {
+        f"remat={how}": ours(Compute(remat=how, kernel=kernel), params, *given) for how in REMAT
+    }
     runs["diffusers"] = theirs(params, *given)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():  # compiles
@@ -64,7 +68,10 @@ def main():
     for name, taken in seconds.items():
         ratio = np.array(taken) / seconds["diffusers"]
         low, middle, high = np.percentile(ratio, [25, 50, 75])
-        print(f"{name:20} {np.median(taken):.3f} s, {middle:.2f} of diffusers ({low:.2f} to {high:.2f})")
+        print(
+            f"{name:20} {np.median(taken):.3f} s, {middle:.2f} of diffusers ({low:.2f} to "
+            f"{high:.2f})"
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""How every test sees JAX: float32 for real on 8 virtual CPU devices, nothing broadcast by accident.
+"""How every test sees JAX: float32 for real on 8 virtual CPU devices, nothing broadcast by
+accident.
 
-A test runs on the first device unless it builds a mesh from `jax.devices()`. `JAX_PLATFORMS=cuda pytest -m gpu`
-runs the tests that need a GPU.
+A test runs on the first device unless it builds a mesh from `jax.devices()`. `JAX_PLATFORMS=cuda
+pytest -m gpu` runs the tests that need a GPU.
 """
 
 import os
@@ -12,21 +13,26 @@ import pytest
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "salt_jax" / "jax_tests"
 
-# Also of the programs that tests start: with the compilers for TPU installed, jax would look for one and say so.
+# Also of the programs that tests start: with the compilers for TPU installed, jax would look for
+# one and say so.
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_disable_most_optimizations", True)  # also for what a file makes when it is read
-# A collective on virtual devices blocks a thread, and XLA takes no more threads than there are devices: where a
-# program has collectives that may go in any order, all threads may wait for one that none is left to run.
+# also for what a file makes when it is read
+jax.config.update("jax_disable_most_optimizations", True)
+# A collective on virtual devices blocks a thread, and XLA takes no more threads than there are
+# devices: where a program has collectives that may go in any order, all threads may wait for one
+# that none is left to run.
 os.environ["NPROC"] = "32"
 jax.devices()
 del os.environ["NPROC"]
-# Compiled programs are kept between runs, outside the repository: they fit the CPU they were made on.
+# Compiled programs are kept between runs, outside the repository: they fit the CPU they were made
+# on.
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)  # the programs of launch would choose their own
+# the programs of launch would choose their own
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
@@ -43,6 +49,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
     What most tests compile runs for milliseconds: half the effort of compiling it is enough.
     """
-    jax.config.update("jax_disable_most_optimizations", item.get_closest_marker("optimized") is None)
+    jax.config.update(
+        "jax_disable_most_optimizations", item.get_closest_marker("optimized") is None
+    )
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip("needs a GPU: run with JAX_PLATFORMS=cuda")

@@ -1,9 +1,11 @@
-"""python -m tests.same_bits COMMIT [CASE ...]: does this checkout compute what COMMIT did, bit for bit?
+"""python -m tests.same_bits COMMIT [CASE ...]: does this checkout compute what COMMIT did, bit for
+bit?
 
-Runs each recipe for three iterations, small, then makes a clip, with the code of COMMIT and with that of this checkout,
-on this machine. Compares every array of the checkpoints by name, every number of the log, and the video's bytes. For
-changes that must not change numbers: moves, new names. Both share one cache of compiled programs, so a program that
-is the same is compiled once. Exit code 1 and the first differences if there are any.
+Runs each recipe for three iterations, small, then makes a clip, with the code of COMMIT and with
+that of this checkout, on this machine. Compares every array of the checkpoints by name, every
+number of the log, and the video's bytes. For changes that must not change numbers: moves, new
+names. Both share one cache of compiled programs, so a program that is the same is compiled once.
+Exit code 1 and the first differences if there are any.
 """
 
 import subprocess
@@ -17,7 +19,14 @@ from tests.train.test_resume import arrays, scalars
 
 # What COMMIT calls a key or flag of today, for those that were renamed since.
 RENAMED: dict[str, str] = {}
-SHORT = {"updates": 3, "save_every": 3, "log_every": 1, "batch_size": 2, "critic_updates": 1, "init_from": ""}
+SHORT = {
+    "updates": 3,
+    "save_every": 3,
+    "log_every": 1,
+    "batch_size": 2,
+    "critic_updates": 1,
+    "init_from": "",
+}
 SHORT |= {"data.num_train": 8, "data.num_test": 1, "ema.start": 1, "align.start": 0}
 ODE = {"ode.updates": 8, "ode.trajectories": 4}
 WAN = {"weights": "", "teacher.weights": "", "model.dtype": "float32", "text_encoder": "wan-tiny"}
@@ -84,7 +93,9 @@ def main() -> None:
     commit, *cases = sys.argv[1:]
     with tempfile.TemporaryDirectory() as made:
         base, found = Path(made) / "base", 0
-        subprocess.run(["git", "worktree", "add", "-q", "--detach", base, commit], cwd=ROOT, check=True)
+        subprocess.run(
+            ["git", "worktree", "add", "-q", "--detach", base, commit], cwd=ROOT, check=True
+        )
         try:
             for case in cases or CASES:
                 before = make(case, base, Path(made) / f"{case}_before", today=False)

@@ -1,4 +1,6 @@
-"""The rules of CONTRIBUTING.md that a machine can check: who may import whom, and how long code may be."""
+"""The rules of CONTRIBUTING.md that a machine can check: who may import whom, and how long code may
+be.
+"""
 
 import ast
 from pathlib import Path
@@ -6,7 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MODULES = sorted(path for room in ("salt_jax", "configs", "launch") for path in (ROOT / room).rglob("*.py"))
+MODULES = sorted(
+    path for room in ("salt_jax", "configs", "launch") for path in (ROOT / room).rglob("*.py")
+)
 NAMES = [str(path.relative_to(ROOT)) for path in MODULES]
 
 BOTTOM = {"types", "errors", "choices"}
@@ -33,7 +37,17 @@ MAY_IMPORT = {  # none imports a later one
     | {"state", "checkpoint"},
     "evaluate": BOTTOM | {"flow", "models", "moving_shapes", "io", "data", "rollout", "sample"},
     "planning": BOTTOM
-    | {"flow", "models", "sharding", "moving_shapes", "config", "rollout", "sample", "state", "train"},
+    | {
+        "flow",
+        "models",
+        "sharding",
+        "moving_shapes",
+        "config",
+        "rollout",
+        "sample",
+        "state",
+        "train",
+    },
     "compile": BOTTOM
     | {"models", "sharding", "moving_shapes", "config", "rollout", "sample", "train", "planning"},
 }
@@ -41,7 +55,9 @@ READS_CONFIG = {"configs", "launch"}  # rooms; in salt_jax only config/schema.py
 
 # Longer than the rule, each with the reason why splitting it would make it worse.
 LONG_FILES: dict[str, str] = {}
-LONG_FUNCTIONS = {"configs/base.py:get_config": "a table: every key with its unit, no logic to follow"}
+LONG_FUNCTIONS = {
+    "configs/base.py:get_config": "a table: every key with its unit, no logic to follow"
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -59,16 +75,26 @@ def imports(path: Path) -> set[str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_imports_point_down(name):
     path = ROOT / name
-    room = Path(name).parts[1].removesuffix(".py") if name.startswith("salt_jax/") else Path(name).parts[0]
+    room = (
+        Path(name).parts[1].removesuffix(".py")
+        if name.startswith("salt_jax/")
+        else Path(name).parts[0]
+    )
     for target in imports(path):
         top, *rest = target.split(".")
-        assert top not in {"torch", "diffusers", "transformers", "tensorflow"}, f"{name} imports {target}"
+        assert top not in {"torch", "diffusers", "transformers", "tensorflow"}, (
+            f"{name} imports {target}"
+        )
         if top == "ml_collections":
-            assert room in READS_CONFIG or name == "salt_jax/config/schema.py", f"{name} imports {target}"
+            assert room in READS_CONFIG or name == "salt_jax/config/schema.py", (
+                f"{name} imports {target}"
+            )
         if name.startswith("salt_jax/") and room != "__init__":
             assert top not in {"configs", "launch", "tests"}, f"{name} imports {target}"
             if top == "salt_jax":
-                assert rest[0] in MAY_IMPORT[room] | {room}, f"{name}: {room} may not import {target}"
+                assert rest[0] in MAY_IMPORT[room] | {room}, (
+                    f"{name}: {room} may not import {target}"
+                )
 
 
 @pytest.mark.parametrize("name", NAMES)

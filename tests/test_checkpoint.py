@@ -34,11 +34,13 @@ from salt_jax.sharding import make_mesh, state_shardings
 from salt_jax.state import Stream, apply_gradients, init_learner, init_state
 from salt_jax.train.optimizer import make_optimizer
 
-# Orbax abandons its other reads when one fails; Python reports those coroutines when it collects them.
+# Orbax abandons its other reads when one fails; Python reports those coroutines when it collects
+# them.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 TX = optax.chain(
-    optax.clip_by_global_norm(1.0), optax.adamw(1e-2, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p))
+    optax.clip_by_global_norm(1.0),
+    optax.adamw(1e-2, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
 )
 
 
@@ -52,8 +54,13 @@ def make(step=0, width=64, critic=True, tx=TX):
     def learner(seed):
         k_kernel, k_head, k_grad = jax.random.split(jax.random.key(seed), 3)
         params = {
-            "blocks": {"self_attn": {"q": {"kernel": jax.random.normal(k_kernel, (2, width, width))}}},
-            "head": {"kernel": jax.random.normal(k_head, (width, 4)), "bias": jnp.array([-0.0, 1e-40, 1.0])},
+            "blocks": {
+                "self_attn": {"q": {"kernel": jax.random.normal(k_kernel, (2, width, width))}}
+            },
+            "head": {
+                "kernel": jax.random.normal(k_head, (width, 4)),
+                "bias": jnp.array([-0.0, 1e-40, 1.0]),
+            },
         }
         grads = jax.tree.map(lambda x: jax.random.normal(k_grad, x.shape), params)
         moved = apply_gradients(init_learner(params, tx), grads, jnp.float32(0), tx)
@@ -72,7 +79,9 @@ def on(mesh, make=make, **how):
 def abstract(mesh, make=make, **how):
     state = jax.eval_shape(lambda: make(**how))
     return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, state_shardings(mesh, state)
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        state,
+        state_shardings(mesh, state),
     )
 
 
@@ -83,7 +92,10 @@ def assert_same_bits(found, wanted):
 
 
 def meta_of(step):
-    return {"config": json.dumps({"seed": step}), "mesh": {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}}
+    return {
+        "config": json.dumps({"seed": step}),
+        "mesh": {"data": 1, "fsdp": 1, "context": 1, "tensor": 1},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +117,8 @@ def copy(saved, tmp_path):
 
 def largest_file(directory: Path) -> Path:
     return max(
-        (path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+        (path for path in directory.rglob("*") if path.is_file()),
+        key=lambda path: path.stat().st_size,
     )
 
 
@@ -144,13 +157,16 @@ def test_videos_under_way_come_back_bit_for_bit_on_this_and_on_another_mesh(tmp_
             state, _ = restore(manager, abstract(mesh_of(count), streaming))
             assert_same_bits(state, streaming())
             assert state.stream.cache.k.addressable_shards[0].data.shape[1] == 8 // count
-        with pytest.raises(UserError, match=r"stream/cache/end is int32\[\] there and absent in this"):
+        with pytest.raises(
+            UserError, match=r"stream/cache/end is int32\[\] there and absent in this"
+        ):
             restore(manager, abstract(mesh_of(1), step=5))
         with pytest.raises(
             UserError, match=r"stream/cache/frames is int32\[6\] there and int32\[3\] in this"
         ):
             restore(manager, abstract(mesh_of(1), streaming, slots=3))
-    assert_same_bits(restore_params(tmp_path, "ema", mesh_of(1)), make(step=5).ema)  # needs none of them
+    # needs none of them
+    assert_same_bits(restore_params(tmp_path, "ema", mesh_of(1)), make(step=5).ema)
 
 
 def test_a_step_whose_videos_under_way_are_lost_is_damaged(tmp_path):
@@ -173,7 +189,9 @@ def test_a_teacher_in_the_making_has_no_critic(tmp_path):
 def test_what_is_saved_does_not_change_when_the_next_step_overwrites_the_donated_state(tmp_path):
     x = jnp.arange(2**21, dtype=jnp.float32)
     state = init_state(init_learner({"w": x}, optax.sgd(0.1)), None)
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+    shapes = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
+    )
     step = jax.jit(lambda s: jax.tree.map(lambda a: a + 1, s), donate_argnums=0)
     with open_checkpoints(tmp_path, keep=1) as manager, jax.transfer_guard("disallow"):
         save(manager, state, meta_of(0))
@@ -192,7 +210,9 @@ def test_the_newest_few_are_kept_and_a_step_is_saved_once(tmp_path):
     assert not [path for path in tmp_path.rglob("*") if "teacher" in path.name]
 
 
-@pytest.mark.parametrize(("keep", "every", "left"), [(2, 3, "3 6 7 8"), (1, 4, "4 8"), (3, 0, "6 7 8")])
+@pytest.mark.parametrize(
+    ("keep", "every", "left"), [(2, 3, "3 6 7 8"), (1, 4, "4 8"), (3, 0, "6 7 8")]
+)
 def test_every_so_many_updates_a_checkpoint_stays_beside_the_newest(tmp_path, keep, every, left):
     """Also when the run is started again in between, and without a deprecated option of Orbax."""
     state = init_state(init_learner({"w": jnp.arange(3.0)}, optax.sgd(0.1)), None)
@@ -226,7 +246,8 @@ def test_a_damaged_step_is_named_set_aside_and_the_one_before_it_is_used(copy, c
         assert meta == meta_of(1)
         told = [r.getMessage() for r in caplog.records if "is damaged" in r.getMessage()]
         assert len(told) == 1 and "checkpoint step 2 in" in told[0] and "the one before" in told[0]
-        # Training goes on from 1 and reaches 2 again: it has to be saved, and the broken one is not lost.
+        # Training goes on from 1 and reaches 2 again: it has to be saved, and the broken one is not
+        # lost.
         save(manager, on(mesh_of(8), step=2), meta_of(2))
     names = sorted(path.name for path in (copy / "checkpoints").iterdir())
     assert names[:2] == ["1", "2"] and re.fullmatch(r"2\.damaged\.\d+", names[2])
@@ -238,7 +259,9 @@ def test_a_damaged_step_is_named_set_aside_and_the_one_before_it_is_used(copy, c
 @pytest.mark.parametrize("left", [0.5, 0.0, None])
 def test_whatever_file_is_cut_or_lost_a_state_comes_back_whole_or_from_the_step_before(copy, left):
     others = ("student_opt", "ema", "critic", "critic_opt")  # the same format as "student"
-    files = [path.relative_to(copy) for path in (copy / "checkpoints" / "2").rglob("*") if path.is_file()]
+    files = [
+        path.relative_to(copy) for path in (copy / "checkpoints" / "2").rglob("*") if path.is_file()
+    ]
     wanted, steps = abstract(mesh_of(1)), []
     for file in (file for file in files if not set(file.parts) & set(others)):
         shutil.copytree(copy / "checkpoints", copy / "trial" / "checkpoints")
@@ -265,7 +288,10 @@ def test_no_readable_step_is_an_error_and_never_a_fresh_start(copy):
         restore(manager, abstract(mesh_of(8)))
     told = str(error.value)
     assert "could be read" in told and "step 1" in told and "step 2" in told and "--workdir" in told
-    assert "\n" not in told and sorted(path.name for path in (copy / "checkpoints").iterdir()) == before
+    assert (
+        "\n" not in told
+        and sorted(path.name for path in (copy / "checkpoints").iterdir()) == before
+    )
 
 
 @pytest.mark.parametrize(
@@ -295,7 +321,9 @@ def test_another_preset_or_optimizer_is_refused_by_name_and_nothing_is_touched(c
 
 def test_a_first_moment_of_earlier_versions_is_left_where_it_is(tmp_path):
     """They kept it also where b1 is 0, where it is of no use."""
-    how = dict(learning_rate=1e-2, warmup=0, decay=False, b2=0.999, eps=1e-8, weight_decay=0.1, clip=1.0)
+    how = dict(
+        learning_rate=1e-2, warmup=0, decay=False, b2=0.999, eps=1e-8, weight_decay=0.1, clip=1.0
+    )
     before = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, 0.0, weight_decay=0.1))
     now = make_optimizer(Optimizer(b1=0.0, **how), 10)
     with open_checkpoints(tmp_path, keep=1) as manager:
@@ -319,7 +347,11 @@ def test_parameters_load_alone_and_nothing_is_written(copy, what):
     params = restore_params(copy, what, mesh_of(4))
     state = make(step=2)
     assert_same_bits(params, state.ema if what == "ema" else state.student.params)
-    assert params["blocks"]["self_attn"]["q"]["kernel"].addressable_shards[0].data.shape == (2, 16, 64)
+    assert params["blocks"]["self_attn"]["q"]["kernel"].addressable_shards[0].data.shape == (
+        2,
+        16,
+        64,
+    )
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
 
 
@@ -332,12 +364,18 @@ def test_parameters_of_a_damaged_step_come_from_the_one_before(copy, caplog):
 
 def test_a_step_that_is_named_is_read_or_refused(copy):
     for step in (1, 2):
-        assert_same_bits(restore_params(copy, "student", mesh_of(1), step), make(step=step).student.params)
-    with pytest.raises(UserError, match=r"no checkpoint of step 3 in \S+checkpoints; there are 2, 1$"):
+        assert_same_bits(
+            restore_params(copy, "student", mesh_of(1), step), make(step=step).student.params
+        )
+    with pytest.raises(
+        UserError, match=r"no checkpoint of step 3 in \S+checkpoints; there are 2, 1$"
+    ):
         restore_params(copy, "ema", mesh_of(1), 3)
     path = largest_file(copy / "checkpoints" / "2" / "ema")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(UserError, match=r"step 2 in .* is damaged \(.*choose another step \(1\)") as error:
+    with pytest.raises(
+        UserError, match=r"step 2 in .* is damaged \(.*choose another step \(1\)"
+    ) as error:
         restore_params(copy, "ema", mesh_of(1), 2)
     assert "\n" not in str(error.value)
     for number in range(3, 15):
@@ -358,9 +396,15 @@ def test_the_newest_step_is_the_newest_that_was_finished(copy, caplog):
 def test_the_digest_of_an_item_is_that_of_its_files(saved, copy):
     item, read = copy / "checkpoints" / "2" / "ema", []
     names = sorted(str(path.relative_to(item)) for path in item.rglob("*") if path.is_file())
-    whole = "".join(f"{name}\0{hashlib.sha256((item / name).read_bytes()).hexdigest()}\0" for name in names)
+    whole = "".join(
+        f"{name}\0{hashlib.sha256((item / name).read_bytes()).hexdigest()}\0" for name in names
+    )
     wanted = hashlib.sha256(whole.encode()).hexdigest()
-    assert checkpoint_digest(copy, 2, "ema", read.append) == wanted == checkpoint_digest(saved, 2, "ema")
+    assert (
+        checkpoint_digest(copy, 2, "ema", read.append)
+        == wanted
+        == checkpoint_digest(saved, 2, "ema")
+    )
     assert sum(read) == sum((item / name).stat().st_size for name in names)
     others = {checkpoint_digest(copy, step, what) for step in (1, 2) for what in ("ema", "student")}
     path = largest_file(item)
@@ -372,7 +416,9 @@ def test_the_digest_of_an_item_is_that_of_its_files(saved, copy):
 
 def test_sampling_without_a_checkpoint_says_what_to_do(tmp_path):
     for workdir in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(UserError, match=r"there is no checkpoint in .*train with this --workdir first"):
+        with pytest.raises(
+            UserError, match=r"there is no checkpoint in .*train with this --workdir first"
+        ):
             restore_params(workdir, "ema", mesh_of(1))
     assert not list(tmp_path.iterdir())
 
@@ -380,7 +426,9 @@ def test_sampling_without_a_checkpoint_says_what_to_do(tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="POSIX paths")
 def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("I am no directory")  # binds root too, unlike permissions
-    with pytest.raises(UserError, match=r"cannot write to the workdir .*file/run \(.+\); pass a --workdir"):
+    with pytest.raises(
+        UserError, match=r"cannot write to the workdir .*file/run \(.+\); pass a --workdir"
+    ):
         open_checkpoints(tmp_path / "file" / "run", keep=1)
 
 
@@ -404,10 +452,16 @@ def test_a_process_that_dies_while_saving_leaves_the_step_before(tmp_path):
         timeout=120,
     )
     assert died.returncode == 9
-    assert not (tmp_path / "checkpoints" / "2").exists(), "the save was over before the process died"
-    shapes = jax.eval_shape(lambda: init_state(init_learner({"w": jnp.zeros(2**23)}, optax.sgd(0.1)), None))
+    assert not (tmp_path / "checkpoints" / "2").exists(), (
+        "the save was over before the process died"
+    )
+    shapes = jax.eval_shape(
+        lambda: init_state(init_learner({"w": jnp.zeros(2**23)}, optax.sgd(0.1)), None)
+    )
     shardings = state_shardings(mesh_of(1), shapes)
-    shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    shapes = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
     with open_checkpoints(tmp_path, keep=3) as manager:
         state, _ = restore(manager, shapes)
     assert int(state.step) == 1

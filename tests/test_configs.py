@@ -1,4 +1,6 @@
-"""Every config builds, tells how to run it, and stays a short delta of base.py; those at Wan size trace."""
+"""Every config builds, tells how to run it, and stays a short delta of base.py; those at Wan size
+trace.
+"""
 
 import ast
 import importlib
@@ -35,7 +37,9 @@ def load(path):
 
 
 def variants(path):
-    """What may stand after the colon: read off the config's own refusal; [()] for one without variants."""
+    """What may stand after the colon: read off the config's own refusal; [()] for one without
+    variants.
+    """
     try:
         load(path).get_config("no such variant")
     except ValueError as error:
@@ -45,7 +49,9 @@ def variants(path):
     raise AssertionError(f"{path.name} accepts any variant")
 
 
-CASES = [pytest.param(path, v, id=":".join((path.stem, *v))) for path in FILES for v in variants(path)]
+CASES = [
+    pytest.param(path, v, id=":".join((path.stem, *v))) for path in FILES for v in variants(path)
+]
 WAN = [case for case in CASES if case.values[0].stem.startswith("wan_")]
 
 
@@ -61,7 +67,9 @@ def test_a_delta_is_short_has_only_known_keys_and_tells_its_command(path):
     assert f"python -m launch.train --config=configs/{path.name} --workdir=" in docstring
     for (variant,) in filter(None, variants(path)):
         assert variant in docstring or variant in ("chunk", "plain", "lora_salt")
-    keys = lambda config: {name: keys(v) if hasattr(v, "items") else None for name, v in config.items()}
+    keys = lambda config: {
+        name: keys(v) if hasattr(v, "items") else None for name, v in config.items()
+    }
     base = load(path.with_name("base.py")).get_config()
     assert keys(load(path).get_config()) == keys(base)
 
@@ -76,7 +84,9 @@ def test_two_calls_of_a_config_share_nothing():
 def test_the_guide_lists_every_config_key_with_its_default():
     """The optimizers' keys are listed without values; the rest as in configs/base.py."""
     known, told = flatten_dict(load(ROOT / "configs/base.py").get_config().to_dict(), sep="."), {}
-    table = (ROOT / "docs/guide.md").read_text().split("\n## 3. ")[1].split("**From a Self-Forcing")[0]
+    table = (
+        (ROOT / "docs/guide.md").read_text().split("\n## 3. ")[1].split("**From a Self-Forcing")[0]
+    )
     for row in table.splitlines():
         keys, default = [*row.split(" | "), ""][:2]
         names = re.findall(r"`([\w.]+)`", keys)
@@ -104,10 +114,16 @@ def abstract_run(recipe):
     def state():
         params = init_wan(jax.random.key(0), recipe.wan)
         adapt = (
-            (lambda p: init_lora(jax.random.key(0), p, recipe.lora.rank)) if recipe.lora.rank else lambda p: p
+            (lambda p: init_lora(jax.random.key(0), p, recipe.lora.rank))
+            if recipe.lora.rank
+            else lambda p: p
         )
-        student = init_learner(adapt(params), make_optimizer(recipe.student_optimizer, recipe.updates))
-        critic = init_learner(adapt(params), make_optimizer(recipe.critic_optimizer, recipe.updates))
+        student = init_learner(
+            adapt(params), make_optimizer(recipe.student_optimizer, recipe.updates)
+        )
+        critic = init_learner(
+            adapt(params), make_optimizer(recipe.critic_optimizer, recipe.updates)
+        )
         distil = recipe.stage == "distil"
         return init_state(
             student,
@@ -134,7 +150,9 @@ def abstract_run(recipe):
 @pytest.mark.slow
 @pytest.mark.parametrize(("path", "variant"), WAN)
 def test_full_size_steps_trace(path, variant):
-    """480p for five seconds in bfloat16, every program of the run: the state keeps its shapes and float32 masters."""
+    """480p for five seconds in bfloat16, every program of the run: the state keeps its shapes and
+    float32 masters.
+    """
     config = load(path).get_config(*variant)
     config.batch_size = 2
     recipe = read_recipe(config)
@@ -152,7 +170,9 @@ def test_full_size_steps_trace(path, variant):
         network = make_network(recipe, None)
         nets, steps = Networks(network, network.denoise, network.denoise), [(stage_step, {}, None)]
     for step, static, draw in steps:
-        run = lambda s, f, b, k, d, step=step, static=static: step(s, f, b, k, d, nets, recipe, **static)
+        run = lambda s, f, b, k, d, step=step, static=static: step(
+            s, f, b, k, d, nets, recipe, **static
+        )
         after, metrics = jax.eval_shape(run, state, frozen, batch, key, draw)
         assert jax.tree.structure(after) == jax.tree.structure(state)
         for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):

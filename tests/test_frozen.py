@@ -1,7 +1,8 @@
-"""Configs, workdirs and an export of 0.1, kept in tests/frozen: later versions read them and go on with them.
+"""Configs, workdirs and an export of 0.1, kept in tests/frozen: later versions read them and go on
+with them.
 
-What is compared bit for bit is what does not depend on the machine: parameters that were stored and are read. Whether
-training itself keeps its bits, `python -m tests.same_bits` asks on one machine.
+What is compared bit for bit is what does not depend on the machine: parameters that were stored and
+are read. Whether training itself keeps its bits, `python -m tests.same_bits` asks on one machine.
 """
 
 import json
@@ -32,7 +33,9 @@ def test_a_workdir_of_0_1_goes_on(name, tmp_path):
     unpack("data", tmp_path)
     train(name, tmp_path, 3)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["2", "3"]
-    succeed("sample", f"--workdir={run}", "--step=2", "--num_updates=2", "--prompt=A cat", "--count=1")
+    succeed(
+        "sample", f"--workdir={run}", "--step=2", "--num_updates=2", "--prompt=A cat", "--count=1"
+    )
     assert len(frames(run / "samples" / "2_000.mp4")[0]) == 9
 
 

@@ -20,12 +20,15 @@ def requirements(name: str) -> list[str]:
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
 def test_requirements_have_both_bounds(name):
     for line in requirements(name):
-        assert "==" in line or re.search(r">=[\d.]+,<[\d.]+$", line), f"{name}: {line} lacks a bound"
+        assert "==" in line or re.search(r">=[\d.]+,<[\d.]+$", line), (
+            f"{name}: {line} lacks a bound"
+        )
 
 
 def test_torch_is_no_runtime_requirement():
     assert not any(
-        line.startswith(("torch", "diffusers", "transformers")) for line in requirements("requirements.txt")
+        line.startswith(("torch", "diffusers", "transformers"))
+        for line in requirements("requirements.txt")
     )
 
 
@@ -85,13 +88,17 @@ def test_the_version_is_told_alike():
 
 def test_files_of_the_repositorys_host_are_read():
     """They run elsewhere, so here only that they are YAML and say what they have to."""
-    told = {path.name: yaml.safe_load(path.read_text()) for path in (ROOT / ".github").rglob("*.yml")}
+    told = {
+        path.name: yaml.safe_load(path.read_text()) for path in (ROOT / ".github").rglob("*.yml")
+    }
     (job,) = told["ci.yml"]["jobs"].values()
     assert job["steps"][-1]["run"] == "bash .ci/run" and job["strategy"]["matrix"]["python"] == [
         "3.11",
         "3.12",
     ]
     for name in ("problem.yml", "wish.yml"):
-        assert told[name]["name"] and all(field["type"] == "textarea" for field in told[name]["body"])
+        assert told[name]["name"] and all(
+            field["type"] == "textarea" for field in told[name]["body"]
+        )
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     assert [hook["id"] for hook in hooks] == ["ruff", "format", "types"]

@@ -1,4 +1,6 @@
-"""Videos of any length: chunk by chunk they are what training's rollout makes, with one program and constant memory."""
+"""Videos of any length: chunk by chunk they are what training's rollout makes, with one program and
+constant memory.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +62,9 @@ def test_chunk_by_chunk_is_the_rollout_of_training(params, policy):
 
 @pytest.mark.parametrize("policy", [WINDOW, SINK])
 def test_a_long_video_runs_one_program_on_a_cache_of_fixed_size(params, policy):
-    """120 latent frames, as many as 30 seconds of Wan have: no more programs and no larger cache than for 12."""
+    """120 latent frames, as many as 30 seconds of Wan have: no more programs and no larger cache
+    than for 12.
+    """
     before = video(params, 12, policy)
     programs = sample._next_chunk._cache_size()
     longer = video(params, 120, policy)
@@ -83,7 +87,9 @@ def test_a_prompt_switch_changes_what_follows_and_nothing_before(params, flush):
 
 
 def test_a_cut_moves_one_chunk_only(params):
-    """The frames before the cut stay as they are; the next chunk after it stands where it would stand anyway."""
+    """The frames before the cut stay as they are; the next chunk after it stands where it would
+    stand anyway.
+    """
     plain = video(params, 12, WINDOW)
     cut = video(params, 12, WINDOW, {0: Cue(text(0)), 6: Cue(text(0), flush=True, cut=True)})
     flushed = video(params, 12, WINDOW, {0: Cue(text(0)), 6: Cue(text(0), flush=True)})
@@ -100,7 +106,9 @@ def test_the_first_chunk_may_take_more_updates(params):
 
 @pytest.mark.slow
 def test_a_given_picture_is_continued(params):
-    """Image to video: the first frame of a video, given, leads to the same video; another one to another."""
+    """Image to video: the first frame of a video, given, leads to the same video; another one to
+    another.
+    """
     policy = CachePolicy(3, 1, 0, 0, "absolute")
     made = video(params, 7, policy)
     np.testing.assert_allclose(video(params, 7, policy, given=made[:, :1]), made, atol=1e-5)
@@ -112,7 +120,9 @@ def test_a_given_picture_is_continued(params):
 
 
 def test_a_given_clip_is_continued(params):
-    """Its chunks are committed one by one: the beginning of a video, given, leads to the same video."""
+    """Its chunks are committed one by one: the beginning of a video, given, leads to the same
+    video.
+    """
     made = video(params, 15, SINK)
     np.testing.assert_allclose(video(params, 15, SINK, given=made[:, :12]), made, atol=1e-5)
     switched = {0: Cue(text(0)), 12: Cue(text(1))}

@@ -1,4 +1,6 @@
-"""Records of what made a file: who is left alone, who is replaced, and whose work is never touched."""
+"""Records of what made a file: who is left alone, who is replaced, and whose work is never
+touched.
+"""
 
 import hashlib
 import json
@@ -37,7 +39,10 @@ def test_a_file_is_left_alone_where_it_would_be_made_again(index):
 
 @pytest.mark.parametrize(
     "changed",
-    [{"prompt": "a dog"}, {"levels": [1.0, 0.0]}, {"memory": {"window": 9}}, {"network": {"sha256": "cd", "step": 4}},
+
+
+
+                         [{"prompt": "a dog"}, {"levels": [1.0, 0.0]}, {"memory": {"window": 9}}, {"network": {"sha256": "cd", "step": 4}},
      {"guidance": 3.0}],
     ids=lambda changed: next(iter(changed)),
 )  # fmt: skip
@@ -75,7 +80,10 @@ def test_a_stop_at_any_moment_leaves_no_file_without_its_line(index, monkeypatch
         patch.setattr(samples, "write_bytes", killed)
         with pytest.raises(KeyboardInterrupt):
             put(index, sample(index, prompt="a dog"), b"new")
-    assert look_up(index, [sample(index)]).there and look_up(index, [sample(index, prompt="a dog")]).older
+    assert (
+        look_up(index, [sample(index)]).there
+        and look_up(index, [sample(index, prompt="a dog")]).older
+    )
     with open(index, "a") as lines:
         lines.write('{"file": "4_0')
     put(index, sample(index, "4_001.mp4"), b"next")

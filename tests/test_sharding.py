@@ -1,4 +1,6 @@
-"""Parameters, moments and EMA are cut as the rules say, stay cut through an update, and give the same numbers."""
+"""Parameters, moments and EMA are cut as the rules say, stay cut through an update, and give the
+same numbers.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,8 @@ from salt_jax.sharding import (
 from salt_jax.state import apply_gradients, init_learner, init_state, update_ema
 from tests.placing import place
 
-# eps is large: a gradient of almost zero would turn the rounding of a sharded sum into a whole step of Adam.
+# eps is large: a gradient of almost zero would turn the rounding of a sharded sum into a whole step
+# of Adam.
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, eps=1e-3))
 
 
@@ -89,7 +92,11 @@ def test_sizes_that_make_no_mesh_are_refused_in_one_sentence(asked, told):
     [
         ("blocks/self_attn/q/kernel", (2, 64, 64), P(None, "fsdp", "tensor")),
         ("student/params/blocks/cross_attn/v/kernel", (2, 64, 64), P(None, "fsdp", "tensor")),
-        ("critic/opt_state/1/0/nu/wan/blocks/ffn_in/kernel", (2, 64, 256), P(None, "fsdp", "tensor")),
+        (
+            "critic/opt_state/1/0/nu/wan/blocks/ffn_in/kernel",
+            (2, 64, 256),
+            P(None, "fsdp", "tensor"),
+        ),
         ("ema/blocks/self_attn/o/kernel", (2, 64, 64), P(None, "tensor", "fsdp")),
         ("blocks/ffn_out/kernel", (2, 256, 64), P(None, "tensor", "fsdp")),
         ("blocks/self_attn/q/bias", (2, 64), P()),
@@ -102,12 +109,18 @@ def test_sizes_that_make_no_mesh_are_refused_in_one_sentence(asked, told):
         ("blocks/self_attn/k/kernel", (2, 6, 64), P(None, None, "tensor")),
         ("blocks/self_attn/o/kernel", (2, 9, 64), P(None, None, "fsdp")),
         ("head/linear/kernel", (6, 10), P()),
-        # Layers are never cut, though 64 of them would divide; factored moments have fewer axes than their parameter.
+        # Layers are never cut, though 64 of them would divide; factored moments have fewer axes
+        # than their parameter.
         ("blocks/wi/kernel", (64, 6, 8), P(None, None, "fsdp")),
         ("opt_state/0/v_row/blocks/self_attn/q/kernel", (64, 6), P()),
         ("student/opt_state/1/0/count", (), P()),
-        # Videos under way are spread as the batch is, if there are enough of them; of a cache heads are cut too.
-        ("stream/cache/k", (2, 8, 6, 4, 2, 8), P(None, ("data", "fsdp"), None, None, ("tensor", "context"))),
+        # Videos under way are spread as the batch is, if there are enough of them; of a cache heads
+        # are cut too.
+        (
+            "stream/cache/k",
+            (2, 8, 6, 4, 2, 8),
+            P(None, ("data", "fsdp"), None, None, ("tensor", "context")),
+        ),
         ("stream/cache/x0", (8, 6, 4, 4, 3), P(("data", "fsdp"))),
         ("stream/text", (8, 12, 64), P(("data", "fsdp"))),
         ("stream/cache/v", (2, 6, 6, 4, 3, 8), P(None, None, None, None, None)),
@@ -129,10 +142,15 @@ def test_a_full_size_state_is_cut_evenly_and_moments_and_ema_follow_their_parame
     local = sum(count(shardings[path].shard_shape(x.shape)) for path, x in leaves.items())
     # 8 would be a perfect cut; embeddings and head know only fsdp, vectors are copied.
     assert 7 < whole / local < 8
-    params = {path.removeprefix("ema/"): s.spec for path, s in shardings.items() if path.startswith("ema/")}
+    params = {
+        path.removeprefix("ema/"): s.spec
+        for path, s in shardings.items()
+        if path.startswith("ema/")
+    }
     for path, spec in params.items():
         twins = [s.spec for name, s in shardings.items() if name.endswith("/" + path)]
-        assert len(twins) == 7 and set(twins) == {spec}  # EMA; student and critic: parameter and two moments
+        # EMA; student and critic: parameter and two moments
+        assert len(twins) == 7 and set(twins) == {spec}
 
 
 def test_an_update_keeps_everything_cut_compiles_once_and_gives_the_single_device_numbers():
@@ -147,9 +165,9 @@ def test_an_update_keeps_everything_cut_compiles_once_and_gives_the_single_devic
 
     def loss_of(params, x):
         def block(h, w):
-            return h + jnp.tanh(h @ w["ffn_in"]["kernel"] + w["ffn_in"]["bias"][None]) @ w["ffn_out"][
-                "kernel"
-            ], None
+            return h + jnp.tanh(h @ w["ffn_in"]["kernel"] + w["ffn_in"]["bias"][None]) @ w[
+                "ffn_out"
+            ]["kernel"], None
 
         h, _ = jax.lax.scan(block, x, params["blocks"])
         return jnp.mean((h @ params["head"]["kernel"]) ** 2)

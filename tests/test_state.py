@@ -18,7 +18,9 @@ def params():
 def moved_once():
     """A learner whose moments are not zero any more."""
     learner = init_learner(params(), TX)
-    return apply_gradients(learner, jax.tree.map(jnp.ones_like, learner.params), jnp.float32(1.0), TX)
+    return apply_gradients(
+        learner, jax.tree.map(jnp.ones_like, learner.params), jnp.float32(1.0), TX
+    )
 
 
 def bits(tree):
@@ -46,7 +48,9 @@ def test_an_update_that_is_not_finite_leaves_every_bit_and_is_counted(bad_gradie
     move = jax.jit(move) if jit else move
     learner = moved_once()
     good = jax.tree.map(jnp.ones_like, learner.params)
-    bad = {"q": {"kernel": good["q"]["kernel"].at[1, 0].add(bad_gradient), "bias": good["q"]["bias"]}}
+    bad = {
+        "q": {"kernel": good["q"]["kernel"].at[1, 0].add(bad_gradient), "bias": good["q"]["bias"]}
+    }
     once = move(learner, bad, jnp.float32(loss))
     twice = move(once, bad, jnp.float32(loss))
     assert bits(twice.params) == bits(learner.params)
@@ -62,7 +66,9 @@ def test_an_update_that_is_not_finite_leaves_every_bit_and_is_counted(bad_gradie
 def test_ema_copies_before_its_start_and_averages_from_there_on():
     ema, new = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, -2.0])}
     np.testing.assert_array_equal(update_ema(ema, new, 0.75, jnp.int32(4), 5)["w"], [3.0, -2.0])
-    np.testing.assert_allclose(update_ema(ema, new, 0.75, jnp.int32(5), 5)["w"], [1.5, 1.0], rtol=1e-7)
+    np.testing.assert_allclose(
+        update_ema(ema, new, 0.75, jnp.int32(5), 5)["w"], [1.5, 1.0], rtol=1e-7
+    )
     np.testing.assert_allclose(update_ema(ema, new, 0.75, 0, 0)["w"], [1.5, 1.0], rtol=1e-7)
 
 

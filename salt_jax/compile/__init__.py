@@ -1,1 +1,3 @@
-"""Whole programs through the compilers of TPU and GPU, with the device or without: does it compile, does it fit."""
+"""Whole programs through the compilers of TPU and GPU, with the device or without: does it compile,
+does it fit.
+"""

@@ -53,7 +53,10 @@ def largest(folder: Path, count: int) -> list[Buffer]:
     names = {name for where in chosen for name in found[where]}
     sources = _sources(file.with_name(file.name.replace("-buffer-assignment", "")), names)
     # Loops hand arrays on under names that say nothing.
-    telling = [next((n for n in found[where] if n in sources), next(iter(found[where]))) for where in chosen]
+    telling = [
+        next((n for n in found[where] if n in sources), next(iter(found[where])))
+        for where in chosen
+    ]
     return [
         Buffer(found[where][name], where[0], sources.get(name, name))
         for where, name in zip(chosen, telling, strict=True)
@@ -61,7 +64,9 @@ def largest(folder: Path, count: int) -> list[Buffer]:
 
 
 def _values(file: Path) -> Iterator[tuple[tuple[int, int, int], str, str]]:
-    """(Size, allocation, offset in it), instruction and shape of every array in the device's main memory."""
+    """(Size, allocation, offset in it), instruction and shape of every array in the device's main
+    memory.
+    """
     place = None  # an allocation; None in another memory, which a TPU has on the chip
     with file.open() as lines:
         for line in lines:

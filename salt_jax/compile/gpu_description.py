@@ -1,7 +1,7 @@
 """GPUs in the words of XLA's compiler: a GpuTargetConfigProto as text. No jax in here.
 
-All but name, memory and bandwidth is that of XLA's own h100_sxm (xla/backends/gpu/target_config/specs); an H200 is
-the same chip with other memory.
+All but name, memory and bandwidth is that of XLA's own h100_sxm
+(xla/backends/gpu/target_config/specs); an H200 is the same chip with other memory.
 """
 
 from salt_jax.compile.target import Gpu
@@ -34,7 +34,8 @@ def describe(gpu: Gpu, cudnn: tuple[int, ...], jax_version: tuple[int, ...]) -> 
       jax_version: what reads it, such as (0, 12).
     """
     major, minor, patch = cudnn[:3]
-    granularity = "collective_memory_granularity: 2097152" if jax_version >= (0, 12) else ""  # unknown before
+    # unknown before
+    granularity = "collective_memory_granularity: 2097152" if jax_version >= (0, 12) else ""
     return f"""gpu_device_info {{
   name: "{gpu.name}" device_vendor: "NVIDIA Corporation" model_str: "sm_9.0a"
   platform_version: "Compute Capability 9.0a"
@@ -60,7 +61,8 @@ device_description_str: "{gpu.name}"
 
 def _rates(unit: str, table: dict[int, tuple[float, int, int]]) -> str:
     rows = (
-        f"rate_infos {{ key: {key} value {{ clock_rate_ghz: {clock} units_per_core: {units} ops_per_clock: {ops} }} }}"
+        f"rate_infos "
+        f"{{ key: {key} value {{ clock_rate_ghz: {clock} units_per_core: {units} ops_per_clock: {ops} }} }}"
         for key, (clock, units, ops) in table.items()
     )
     return f"{unit} {{ {' '.join(rows)} }}"

@@ -1,7 +1,9 @@
-"""What the text of a compiled program says: what its devices send each other, and which attention kernels it has.
+"""What the text of a compiled program says: what its devices send each other, and which attention
+kernels it has.
 
-The text is that of one device. Bytes are those that one device sends where n of them pass their parts around a ring,
-the least that a large array takes: gather and scatter (n - 1) / n of the whole, a sum of all twice that.
+The text is that of one device. Bytes are those that one device sends where n of them pass their
+parts around a ring, the least that a large array takes: gather and scatter (n - 1) / n of the
+whole, a sum of all twice that.
 """
 
 import math
@@ -60,14 +62,16 @@ def read(text: str) -> Read:
     found: dict[str, Moved] = {}
     kernels: Counter[str] = Counter()
     open_loops = 0
-    for name in reversed(computations):  # callers stand behind what they call; the entry is the last
+    # callers stand behind what they call; the entry is the last
+    for name in reversed(computations):
         runs = times[name] or (name == next(reversed(computations)))
         for i in computations[name]:
             loop, length = i.opcode == "while", 1
             if loop:
                 length = _told_length(i) or lengths.get(_callees(i, "condition")[0])
                 open_loops += not length
-            if not i.opcode.endswith(("-done", "-update")):  # they name again what their start has called
+            # they name again what their start has called
+            if not i.opcode.endswith(("-done", "-update")):
                 for callee in _callees(i):
                     times[callee] += runs * ((length or 1) if loop else 1)
             if match := COLLECTIVE.match(i.opcode):
@@ -96,7 +100,9 @@ def _computations(text: str) -> dict[str, list[Instruction]]:
 
 
 def _type_end(rest: str) -> int:
-    """Where the type ends that an instruction begins with: at the first space outside of all brackets."""
+    """Where the type ends that an instruction begins with: at the first space outside of all
+    brackets.
+    """
     if not rest.startswith("("):
         return rest.index(" ")
     depth = 0
@@ -115,7 +121,9 @@ def _everyone(text: str) -> int:
 
 def _callees(i: Instruction, attribute: str = "") -> list[str]:
     told = CALLED.findall(i.rest)
-    return [n.strip("{},") for kind, names in told if attribute in ("", kind) for n in names.split(", ")]
+    return [
+        n.strip("{},") for kind, names in told if attribute in ("", kind) for n in names.split(", ")
+    ]
 
 
 def _told_length(i: Instruction) -> int | None:
@@ -133,11 +141,18 @@ def _length(condition: list[Instruction]) -> int | None:
 
 
 def _is_whole(i: Instruction) -> bool:
-    return i.opcode == "constant" and re.match(r"\d+\)", i.rest) is not None and i.type.startswith("s32[]")
+    return (
+        i.opcode == "constant"
+        and re.match(r"\d+\)", i.rest) is not None
+        and i.type.startswith("s32[]")
+    )
 
 
 def _result(i: Instruction) -> str:
-    """The type of what a collective leaves. Starts have what they read in front of it: (read, left, ...)."""
+    """The type of what a collective leaves.
+
+    Starts have what they read in front of it: (read, left, ...).
+    """
     if not i.opcode.endswith("-start") or not i.type.startswith("("):
         return i.type
     parts, depth, start = [], 0, 1

@@ -1,4 +1,6 @@
-"""One program through a compiler: its memory on a device, its collectives and kernels, or why there is none."""
+"""One program through a compiler: its memory on a device, its collectives and kernels, or why there
+is none.
+"""
 
 import math
 import re
@@ -38,7 +40,9 @@ def devices_of(target: Target) -> list[Any]:
     try:
         return topologies.get_topology_desc(f"{target.chip}:{grid}", platform="tpu").devices
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"--target=tpu:{target.chip}:{grid} cannot be built: {one_line(error)}") from error
+        raise UserError(
+            f"--target=tpu:{target.chip}:{grid} cannot be built: {one_line(error)}"
+        ) from error
 
 
 def memory_of(target: Target, device: Any) -> int | None:
@@ -46,8 +50,11 @@ def memory_of(target: Target, device: Any) -> int | None:
     return target.memory or (device.memory_stats() or {}).get("bytes_limit")
 
 
-def compile_program(program: Program, platform: str, memory: int | None, dump: Path) -> dict[str, Any]:
-    """Everything that is told of a program, as values for JSON. `problem` is a sentence's end, or None.
+def compile_program(
+    program: Program, platform: str, memory: int | None, dump: Path
+) -> dict[str, Any]:
+    """Everything that is told of a program, as values for JSON. `problem` is a sentence's end, or
+    None.
 
     Args:
       platform: of the devices: "cpu", "gpu" or "tpu".
@@ -60,7 +67,8 @@ def compile_program(program: Program, platform: str, memory: int | None, dump: P
         lowered = program.jitted.lower(*program.args)
         row["trace_seconds"], start = time.perf_counter() - start, time.perf_counter()
         compiled = lowered.compile()
-    except Exception as error:  # whatever it is, the program does not compile, and that is what is asked
+    # whatever it is, the program does not compile, and that is what is asked
+    except Exception as error:
         return row | refusal(error, dump)
     row["compile_seconds"] = time.perf_counter() - start
     row |= memory_row(compiled.memory_analysis(), platform)
@@ -80,7 +88,8 @@ def compile_program(program: Program, platform: str, memory: int | None, dump: P
 def bytes_given(program: Program) -> int:
     """Bytes on one device of everything that the program is called with, read by it or not.
 
-    A compiled program takes what it reads. The rest of the state and of what is frozen waits on the device meanwhile.
+    A compiled program takes what it reads. The rest of the state and of what is frozen waits on the
+    device meanwhile.
     """
     leaves = (x for x in jax.tree.leaves(program.args) if getattr(x, "sharding", None))
     numbers = (x for x in leaves if not jnp.issubdtype(x.dtype, jax.dtypes.extended))
@@ -89,14 +98,17 @@ def bytes_given(program: Program) -> int:
 
 
 def memory_row(m: Any, platform: str) -> dict[str, Any]:
-    """What XLA plans for one device. Its own peak is what a TPU's compiler refuses by, and the sum elsewhere.
+    """What XLA plans for one device. Its own peak is what a TPU's compiler refuses by, and the sum
+    elsewhere.
 
-    For TPU (libtpu 0.0.42 and 0.0.50) temporaries have the arguments in them, and other memories than HBM, so a sum
-    says nothing there.
+    For TPU (libtpu 0.0.42 and 0.0.50) temporaries have the arguments in them, and other memories
+    than HBM, so a sum says nothing there.
     """
     parts = {"argument": m.argument_size_in_bytes, "output": m.output_size_in_bytes}
     parts |= {"temporary": m.temp_size_in_bytes, "alias": m.alias_size_in_bytes}
-    peak = getattr(m, "total_allocation_bytes", 0) or (m.peak_memory_in_bytes if platform == "tpu" else 0)
+    peak = getattr(m, "total_allocation_bytes", 0) or (
+        m.peak_memory_in_bytes if platform == "tpu" else 0
+    )
     row = {f"{name}_bytes": size for name, size in parts.items()}
     row["peak_bytes"] = peak or sum(parts.values()) - 2 * parts["alias"]
     row["peak_is"] = "the compiler's own" if peak else "arguments + outputs + temporaries - aliases"

@@ -1,6 +1,7 @@
 """The programs of a run, by name, each with arguments that have shapes and places and no values.
 
-Nothing is allocated: a program at full size can be named, and compiled for devices that are not there.
+Nothing is allocated: a program at full size can be named, and compiled for devices that are not
+there.
 """
 
 from collections.abc import Callable
@@ -64,7 +65,9 @@ def _weights(init: Callable, config: Any, dtype: Any, mesh: Mesh) -> Any:
 
 def _teacher_weights(recipe: Recipe, config: WanConfig, mesh: Mesh) -> Any:
     """A teacher in the dtype that it is kept in."""
-    params = jax.eval_shape(lambda: in_dtype(init_wan(jax.random.key(0), config), recipe.teacher.dtype))
+    params = jax.eval_shape(
+        lambda: in_dtype(init_wan(jax.random.key(0), config), recipe.teacher.dtype)
+    )
     return place(params, sharding.state_shardings(mesh, params))
 
 
@@ -100,7 +103,9 @@ def _step(recipe: Recipe, mesh: Mesh, step: Callable, draw: Any, **static: Choic
         judge = closed_form_denoiser if recipe.stage == "denoising" else network.denoise
         nets = Networks(network, network.denoise, judge)
     jitted = compile_step(step, nets, recipe, shardings, **static)
-    rest = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0), jax.tree.map(jnp.asarray, draw)))
+    rest = jax.eval_shape(
+        lambda: (jax.random.key(0), jnp.int32(0), jax.tree.map(jnp.asarray, draw))
+    )
     batch = place(jax.eval_shape(lambda: _batch(recipe)), over_batch)
     return Program(jitted, (*map(place, shapes, shardings[:2]), batch, *place(rest, everywhere)))
 
@@ -108,7 +113,8 @@ def _step(recipe: Recipe, mesh: Mesh, step: Callable, draw: Any, **static: Choic
 def _teacher(recipe: Recipe) -> dict[str, Callable[[Mesh], Program]]:
     """One evaluation of the teacher's network on a batch, without guidance and without gradient.
 
-    Of ODE regression: a batch of the causal teacher's trajectories, as `make_trajectories` makes them.
+    Of ODE regression: a batch of the causal teacher's trajectories, as `make_trajectories` makes
+    them.
     """
     if recipe.stage == "ode_regression":
         return {"trajectories": partial(_trajectories, recipe)}
@@ -118,7 +124,9 @@ def _teacher(recipe: Recipe) -> dict[str, Callable[[Mesh], Program]]:
     def forward(mesh: Mesh) -> Program:
         network = make_network(recipe, mesh, recipe.teacher_wan)
         batch = place(jax.eval_shape(lambda: _batch(recipe)), sharding.batch_sharding(mesh))
-        sigma = place(jax.eval_shape(lambda: jnp.zeros(recipe.batch_size)), sharding.batch_sharding(mesh))
+        sigma = place(
+            jax.eval_shape(lambda: jnp.zeros(recipe.batch_size)), sharding.batch_sharding(mesh)
+        )
         jitted = jax.jit(lambda p, x, sigma, told: network.denoise(p, x, sigma, told).velocity)
         params = _teacher_weights(recipe, recipe.teacher_wan, mesh)
         return Program(jitted, (params, batch["video"], sigma, batch["text"]))
@@ -130,13 +138,19 @@ def _trajectories(recipe: Recipe, mesh: Mesh) -> Program:
     network, everywhere = make_network(recipe, mesh), sharding.replicated(mesh)
     params = _teacher_weights(recipe, recipe.wan, mesh)
     null = lambda: jnp.zeros((1, recipe.wan.text_length, recipe.wan.text_dim))
-    rest = lambda: ({name: _batch(recipe)[name] for name in ("video", "text")}, null(), jax.random.key(0))
+    rest = lambda: (
+        {name: _batch(recipe)[name] for name in ("video", "text")},
+        null(),
+        jax.random.key(0),
+    )
     make = jax.jit(lambda p, batch, null, key: trajectory(network, p, batch, null, key, recipe))
     return Program(make, (params, *place(jax.eval_shape(rest), everywhere)))
 
 
 def _streaming(recipe: Recipe) -> dict[str, Callable[[Mesh], Program]]:
-    """Of `sample.stream_chunks`: one video chunk by chunk, bfloat16 weights spread over all devices."""
+    """Of `sample.stream_chunks`: one video chunk by chunk, bfloat16 weights spread over all
+    devices.
+    """
     policy, solver, shape = recipe.memory, recipe.sample.solver, recipe.clip_shape
 
     def parts(mesh: Mesh) -> tuple[Any, ...]:
@@ -204,6 +218,8 @@ def _vae(recipe: Recipe) -> dict[str, Callable[[Mesh], Program]]:
 def _text_encoder(recipe: Recipe, mesh: Mesh) -> Program:
     """One prompt of full length."""
     dtype, everywhere = recipe.compute.dtype, sharding.replicated(mesh)
-    tokens = place(jax.eval_shape(lambda: jnp.ones((1, recipe.wan.text_length), jnp.int32)), everywhere)
+    tokens = place(
+        jax.eval_shape(lambda: jnp.ones((1, recipe.wan.text_length), jnp.int32)), everywhere
+    )
     encode = jax.jit(partial(encode_text, config=recipe.text, dtype=dtype))
     return Program(encode, (_weights(init_text_encoder, recipe.text, dtype, mesh), tokens))

@@ -1,7 +1,9 @@
-"""What the compilers of an absent TPU or GPU need around them: packages, a driver, environment variables.
+"""What the compilers of an absent TPU or GPU need around them: packages, a driver, environment
+variables.
 
-No jax in here. It is about processes that are not started yet: whoever compiles must find all this when it begins.
-What differs between releases of jax stands here and in `gpu_description`, nowhere else.
+No jax in here. It is about processes that are not started yet: whoever compiles must find all this
+when it begins. What differs between releases of jax stands here and in `gpu_description`, nowhere
+else.
 """
 
 import hashlib
@@ -18,10 +20,17 @@ from salt_jax.errors import UserError
 
 TPU_PACKAGES = ("libtpu",)
 GPU_PACKAGES = (
-    *("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cudnn-cu13", "nvidia-cublas", "nvidia-cuda-nvcc"),
+    *(
+        "jax-cuda13-plugin",
+        "jax-cuda13-pjrt",
+        "nvidia-cudnn-cu13",
+        "nvidia-cublas",
+        "nvidia-cuda-nvcc",
+    ),
     *("nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-runtime", "nvidia-cuda-nvrtc"),
 )
-CUDNN = ((9, 23), (9, 26))  # first and last release of cuDNN that plans for a GPU which is only described
+# first and last release of cuDNN that plans for a GPU which is only described
+CUDNN = ((9, 23), (9, 26))
 STUB = Path(__file__).with_name("libcuda_stub.c")
 
 
@@ -31,8 +40,12 @@ def version(package: str) -> tuple[int, ...]:
 
 
 def refuse_absent(target: Target) -> None:
-    """Raises UserError where a package that the target's compiler is made of is not there, or of another release."""
-    packages, file = (GPU_PACKAGES, "gpu-compile") if target.platform == "gpu" else (TPU_PACKAGES, "tpu")
+    """Raises UserError where a package that the target's compiler is made of is not there, or of
+    another release.
+    """
+    packages, file = (
+        (GPU_PACKAGES, "gpu-compile") if target.platform == "gpu" else (TPU_PACKAGES, "tpu")
+    )
     absent = [name for name in packages if not _installed(name)]
     install = f"pip install --no-deps -r requirements-{file}.txt"
     if absent:
@@ -49,7 +62,8 @@ def refuse_absent(target: Target) -> None:
     first, last = CUDNN
     if not first <= version("nvidia-cudnn-cu13")[:2] <= last:
         raise UserError(
-            f"nvidia-cudnn-cu13 {metadata.version('nvidia-cudnn-cu13')} cannot plan for a GPU that is not there, "
+            f"nvidia-cudnn-cu13 {metadata.version('nvidia-cudnn-cu13')} cannot plan for a GPU that "
+            "is not there, "
             f"{'.'.join(map(str, first))} to {'.'.join(map(str, last))} can; {install}"
         )
 
@@ -78,7 +92,15 @@ def build_driver(cache: Path) -> Path:
         )
     folder.mkdir(parents=True, exist_ok=True)
     draft = library.with_suffix(f".{os.getpid()}")
-    command = [compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(draft), str(STUB)]
+    command = [
+        compiler,
+        "-shared",
+        "-fPIC",
+        "-Wl,-soname,libcuda.so.1",
+        "-o",
+        str(draft),
+        str(STUB),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise UserError(
@@ -96,7 +118,8 @@ def last_line(text: str) -> str:
 
 
 def surroundings(target: Target, cache: Path, around: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process that compiles for the target; `around` is that of this one, and is kept.
+    """The environment of a process that compiles for the target; `around` is that of this one, and
+    is kept.
 
     Raises:
       UserError: something is absent that this needs.
@@ -111,14 +134,18 @@ def surroundings(target: Target, cache: Path, around: Mapping[str, str]) -> dict
             "TPU_SKIP_MDS_QUERY": "1",
             "TPU_WORKER_HOSTNAMES": "localhost",
             "TPU_ACCELERATOR_TYPE": TPUS[target.chip].accelerator,
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # others of this machine may be at it too; no chip is involved
+            # others of this machine may be at it too; no chip is involved
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         }
-    # Triton's products are chosen by timing them; without the device they get tiles that nobody measured. cuBLASLt's
-    # are those that a run mostly has, and compile in a half to a third of the time.
+    # Triton's products are chosen by timing them; without the device they get tiles that nobody
+    # measured. cuBLASLt's are those that a run mostly has, and compile in a half to a third of the
+    # time.
     options = ["--xla_gpu_enable_triton_gemm=false"]
     # Without it cuDNN's calls are compiled unplanned; before jax 0.12 it ends the process.
     if version("jax") >= (0, 12):
-        options.append("--xla_gpu_cudnn_deviceless_compilation_mode=CUDNN_DEVICELESS_COMPILATION_ALWAYS")
+        options.append(
+            "--xla_gpu_cudnn_deviceless_compilation_mode=CUDNN_DEVICELESS_COMPILATION_ALWAYS"
+        )
     libraries = [str(build_driver(cache)), *filter(None, [around.get("LD_LIBRARY_PATH")])]
     return told | {
         "LD_LIBRARY_PATH": ":".join(libraries),

@@ -1,4 +1,7 @@
-"""The machine that programs are compiled for, by name. No jax in here: a wrong name is told at once."""
+"""The machine that programs are compiled for, by name.
+
+No jax in here: a wrong name is told at once.
+"""
 
 import math
 import re
@@ -15,7 +18,8 @@ class Tpu(NamedTuple):
     """A TPU chip."""
 
     axes: int  # of its torus
-    memory: int  # bytes that a program may use: what the compiler of libtpu 0.0.50.1 calls "available HBM"
+    # bytes that a program may use: what the compiler of libtpu 0.0.50.1 calls "available HBM"
+    memory: int
     accelerator: str  # a machine of such chips, in the words of TPU_ACCELERATOR_TYPE
     flops: float  # a second at best, in bfloat16: Google's data sheets
 
@@ -39,8 +43,10 @@ GPUS = {
     "h200": Gpu("NVIDIA H200", 150_754_820_096, 4_800_000_000_000, 989e12),
 }
 FORM = (
-    f"it must be here, tpu:CHIP:AxB of {', '.join(c for c in TPUS if TPUS[c].axes == 2)}, tpu:CHIP:AxBxC of "
-    f"{', '.join(c for c in TPUS if TPUS[c].axes == 3)}, or gpu:CHIP:DEVICES or gpu:CHIP:HOSTSxDEVICES of "
+    f"it must be here, tpu:CHIP:AxB of {', '.join(c for c in TPUS if TPUS[c].axes == 2)}, "
+    "tpu:CHIP:AxBxC of "
+    f"{', '.join(c for c in TPUS if TPUS[c].axes == 3)}, or gpu:CHIP:DEVICES or "
+    "gpu:CHIP:HOSTSxDEVICES of "
     f"{', '.join(GPUS)}"
 )
 

@@ -11,8 +11,8 @@ from salt_jax.errors import UserError
 if TYPE_CHECKING:
     from salt_jax.config.schema import Recipe
 
-# Keys, or whole sections, that may differ: how long, how often, where and in which portions, and numbers of the
-# optimizers that their moments do not depend on.
+# Keys, or whole sections, that may differ: how long, how often, where and in which portions, and
+# numbers of the optimizers that their moments do not depend on.
 MAY_CHANGE = {
     "updates",
     "accumulate",
@@ -34,7 +34,8 @@ MAY_CHANGE |= {
     for who in ("student", "critic")
     for key in ("learning_rate", "weight_decay", "clip")
 }
-FILES = {"init_from", "weights", "teacher.weights"}  # may be moved: `train.roles` compares what is in them
+# may be moved: `train.roles` compares what is in them
+FILES = {"init_from", "weights", "teacher.weights"}
 
 # Keys that configs written earlier lack, with the value that says what those runs did.
 SINCE = {
@@ -72,7 +73,9 @@ def as_of_today(told: dict[str, Any]) -> dict[str, Any]:
 
 
 def changes(before: str, r: "Recipe") -> list[Change]:
-    """Every key whose value in the config `before` (JSON) the recipe does not share; an absent value is None."""
+    """Every key whose value in the config `before` (JSON) the recipe does not share; an absent
+    value is None.
+    """
     was, now = (
         flat(json.loads(json.dumps(config)))
         for config in (as_of_today(json.loads(before)), dataclasses.asdict(r))
@@ -81,7 +84,8 @@ def changes(before: str, r: "Recipe") -> list[Change]:
 
 
 def refuse_another_run(before: str, r: "Recipe", files_may_move: bool = False) -> None:
-    """Raises UserError for the first value that what is there, made with the config `before`, does not share.
+    """Raises UserError for the first value that what is there, made with the config `before`, does
+    not share.
 
     `files_may_move`: the caller compares what is in the files that the config names.
     """
@@ -97,7 +101,8 @@ def refuse_another_run(before: str, r: "Recipe", files_may_move: bool = False) -
 
 
 def record_changes(workdir: str | Path, before: str, r: "Recipe", step: int) -> None:
-    """Prints what is not as in the config `before`, the last start's, and adds it to WORKDIR/changes.jsonl.
+    """Prints what is not as in the config `before`, the last start's, and adds it to
+    WORKDIR/changes.jsonl.
 
     `step`: the update after which it begins.
     """
@@ -106,9 +111,13 @@ def record_changes(workdir: str | Path, before: str, r: "Recipe", step: int) -> 
     except (ValueError, AttributeError):
         return  # nobody has kept what the last start was
     time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    lines = [{"step": step, "key": key, "from": was, "to": now, "time": time} for key, was, now in found]
+    lines = [
+        {"step": step, "key": key, "from": was, "to": now, "time": time} for key, was, now in found
+    ]
     for line in lines:
-        print(f"changed after update {step}: config.{line['key']} was {line['from']}, is {line['to']}")
+        print(
+            f"changed after update {step}: config.{line['key']} was {line['from']}, is {line['to']}"
+        )
     if lines:
         with open(Path(workdir) / "changes.jsonl", "a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
@@ -118,5 +127,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Values of a nested dict by keys that are joined with dots."""
     found: dict[str, Any] = {}
     for name, value in tree.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        found |= (
+            flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
     return found

@@ -1,4 +1,5 @@
-"""The numbers of a run as frozen values. The only reader of a ConfigDict inside salt_jax; it adds no default.
+"""The numbers of a run as frozen values. The only reader of a ConfigDict inside salt_jax; it adds
+no default.
 
 No jax in here, as in `choices`.
 """
@@ -220,7 +221,9 @@ class Recipe:
         return works_causally(self.stage, self.video)
 
     def levels(self, num_updates: int) -> np.ndarray:
-        """Noise levels of a student's updates, float32 [K + 1]: those that are listed if they are K, else the grid."""
+        """Noise levels of a student's updates, float32 [K + 1]: those that are listed if they are
+        K, else the grid.
+        """
         return student_levels(num_updates, self.schedule.shift, self.schedule.levels)
 
     @property
@@ -237,7 +240,8 @@ def read_recipe(config: ConfigDict) -> Recipe:
     """ConfigDict -> Recipe.
 
     Raises:
-      UserError: a key is missing or unknown, a value is not one of the choices, or numbers contradict each other.
+      UserError: a key is missing or unknown, a value is not one of the choices, or numbers
+        contradict each other.
     """
     recipe = build(Recipe, config, "config")
     for name, value, known in (
@@ -266,11 +270,14 @@ def read_workdir(workdir: str | Path) -> Recipe:
     try:
         return from_json(path.read_text(encoding="utf-8"), path)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({error}); put the file of launch.train back") from error
+        raise UserError(
+            f"cannot read {path} ({error}); put the file of launch.train back"
+        ) from error
 
 
 def from_json(text: str, where: str | Path = "config.json") -> Recipe:
-    """Reads back what `to_json` wrote, also before the last keys came. `where` it was: a name for errors.
+    """Reads back what `to_json` wrote, also before the last keys came. `where` it was: a name for
+    errors.
 
     Raises:
       UserError: it is no config, or one that `read_recipe` refuses.
@@ -278,7 +285,9 @@ def from_json(text: str, where: str | Path = "config.json") -> Recipe:
     try:
         told = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON ({error}); put the file of launch.train back") from error
+        raise UserError(
+            f"{where} is not JSON ({error}); put the file of launch.train back"
+        ) from error
     if not isinstance(told, dict):
         raise UserError(f"{where} is no config of a run; put the file of launch.train back")
     try:

@@ -1,4 +1,6 @@
-"""Values of a recipe that cannot stand together, each refused in one sentence that names the key and the remedy."""
+"""Values of a recipe that cannot stand together, each refused in one sentence that names the key
+and the remedy.
+"""
 
 import dataclasses
 import math
@@ -19,7 +21,14 @@ RANGES = {  # what a value must be -> whether it is, and of which keys
     "above 0": (lambda x: x > 0, ["schedule.shift", "view.shift", *(f"{o}clip" for o in ADAM)]),
     "at least 0": (
         lambda x: x >= 0,
-        ["keep_every", "ema.start", "loss.self_consistency", "align.weight", "align.start", "align.margin"]
+        [
+            "keep_every",
+            "ema.start",
+            "loss.self_consistency",
+            "align.weight",
+            "align.start",
+            "align.margin",
+        ]
         + ["lora.rank", "stream.max_frames"]
         + [o + key for o in ADAM for key in ("learning_rate", "warmup", "weight_decay", "eps")],
     ),
@@ -41,17 +50,31 @@ RANGES = {  # what a value must be -> whether it is, and of which keys
 
 def refuse_contradictions(r: "Recipe") -> None:
     """Raises UserError for the first contradiction."""
-    checks = _counts, _ranges, _stage, _clip, _schedule, _levels, _rollout, _align, _stream, _optimizers
+    checks = (
+        _counts,
+        _ranges,
+        _stage,
+        _clip,
+        _schedule,
+        _levels,
+        _rollout,
+        _align,
+        _stream,
+        _optimizers,
+    )
     for check in checks:
         for told in check(r):
             raise UserError(told)
 
 
 def refuse_uneven(r: "Recipe", ways: int) -> None:
-    """Raises UserError where the batch does not spread over `ways` devices (mesh data x fsdp) in equal parts."""
+    """Raises UserError where the batch does not spread over `ways` devices (mesh data x fsdp) in
+    equal parts.
+    """
     if r.batch_size % (ways * r.accumulate):
         raise UserError(
-            f"config.batch_size={r.batch_size} must be a multiple of mesh data x fsdp = {ways}, times "
+            f"config.batch_size={r.batch_size} must be a multiple of mesh data x fsdp = {ways}, "
+            "times "
             f"config.accumulate={r.accumulate}; change one of them"
         )
 
@@ -69,7 +92,8 @@ def _counts(r: "Recipe") -> Iterator[str]:
     )
     least_one = {name: getattr(r, name) for name in names}
     least_one |= {
-        f"schedule.{name}": getattr(r.schedule, name) for name in ("train_updates", "anchor_updates")
+        f"schedule.{name}": getattr(r.schedule, name)
+        for name in ("train_updates", "anchor_updates")
     }
     least_one |= {"ode.updates": r.ode.updates, "ode.trajectories": r.ode.trajectories}
     least_one |= {"world.size": r.world.size, "world.frames": r.world.frames}
@@ -77,7 +101,10 @@ def _counts(r: "Recipe") -> Iterator[str]:
         if value < 1:
             yield f"config.{name}={value} must be at least 1"
     if r.accumulate > 0 and r.batch_size % r.accumulate:
-        yield f"config.batch_size={r.batch_size} must be a multiple of config.accumulate={r.accumulate}"
+        yield (
+            f"config.batch_size={r.batch_size} must be a multiple of "
+            f"config.accumulate={r.accumulate}"
+        )
 
 
 def _ranges(r: "Recipe") -> Iterator[str]:
@@ -88,20 +115,36 @@ def _ranges(r: "Recipe") -> Iterator[str]:
             if not holds(values[name]):
                 yield f"config.{name}={values[name]} must be {what}"
     if r.view.lowest > r.view.highest:
-        yield f"config.view.lowest={r.view.lowest} must not be above config.view.highest={r.view.highest}"
+        yield (
+            f"config.view.lowest={r.view.lowest} must not be above "
+            f"config.view.highest={r.view.highest}"
+        )
     if r.data.kind == "latents" and (len(r.data.clip) != 3 or min(r.data.clip) < 1):
-        yield f"config.data.clip={r.data.clip} must be frames, height and width of a latent clip, such as (21, 60, 104)"
+        yield (
+            f"config.data.clip={r.data.clip} must be frames, height and width of a latent clip, "
+            "such as (21, 60, 104)"
+        )
 
 
 def _stage(r: "Recipe") -> Iterator[str]:
     if r.stage == "denoising" and r.teacher.kind == "network":
-        yield "config.stage=denoising makes a teacher; set config.teacher.kind to data or closed_form"
+        yield (
+            "config.stage=denoising makes a teacher; set config.teacher.kind to data or closed_form"
+        )
     if r.stage == "distil" and r.teacher.kind == "data":
-        yield "config.teacher.kind=data leaves no teacher to distil; set it to network or closed_form"
+        yield (
+            "config.teacher.kind=data leaves no teacher to distil; set it to network or closed_form"
+        )
     if r.lora.rank and r.stage != "distil":
-        yield f"config.lora.rank={r.lora.rank} is for config.stage=distil; set it to 0 in stage {r.stage}"
+        yield (
+            f"config.lora.rank={r.lora.rank} is for config.stage=distil; set it to 0 in stage "
+            f"{r.stage}"
+        )
     if r.lora.rank and not r.lora.alpha:
-        yield f"config.lora.alpha=0.0 leaves the product of config.lora.rank={r.lora.rank} out; set it to the rank"
+        yield (
+            f"config.lora.alpha=0.0 leaves the product of config.lora.rank={r.lora.rank} out; "
+            "set it to the rank"
+        )
 
 
 def _clip(r: "Recipe") -> Iterator[str]:
@@ -109,26 +152,38 @@ def _clip(r: "Recipe") -> Iterator[str]:
     preset = f"config.model.preset={r.model.preset}"
     if frames % patch[0] or height % patch[1] or width % patch[2]:
         yield (
-            f"a clip of {frames} frames of {height} x {width} does not split into the {patch} patches of {preset}; "
+            f"a clip of {frames} frames of {height} x {width} does not split into the {patch} "
+            f"patches of {preset}; "
             "change config.world, config.data.clip or config.model.preset"
         )
     if r.data.kind == "moving_shapes" and channels != 3:
         yield f"{preset} makes {channels} channels, Moving Shapes has 3; choose tiny or small"
     if r.data.kind == "latents" and (r.teacher.kind != "network" or r.stage == "denoising"):
         yield (
-            f"config.teacher.kind={r.teacher.kind} and config.stage={r.stage} do not go with config.data.kind=latents; "
+            f"config.teacher.kind={r.teacher.kind} and config.stage={r.stage} do not go with "
+            "config.data.kind=latents; "
             "set the kind of teacher to network and the stage to another one"
         )
-    if r.teacher.kind == "network" and r.teacher_wan != r.wan and r.weights and not r.teacher.weights:
+    if (
+        r.teacher.kind == "network"
+        and r.teacher_wan != r.wan
+        and r.weights
+        and not r.teacher.weights
+    ):
         yield (
-            f"config.teacher.preset={r.teacher.preset} does not fit the weights of {preset}; name its own in "
+            f"config.teacher.preset={r.teacher.preset} does not fit the weights of {preset}; name "
+            "its own in "
             "config.teacher.weights, or leave the preset empty"
         )
     if r.wan.image_dim and (r.causal or r.stage == "denoising"):
-        yield f"{preset} makes whole clips of a picture; set config.stage=distil and config.video=noised"
+        yield (
+            f"{preset} makes whole clips of a picture; set config.stage=distil and "
+            "config.video=noised"
+        )
     if r.wan.text_dim != r.text.dim:
         yield (
-            f"config.text_encoder={r.text_encoder} writes rows of {r.text.dim}, {preset} reads rows of "
+            f"config.text_encoder={r.text_encoder} writes rows of {r.text.dim}, {preset} reads "
+            "rows of "
             f"{r.wan.text_dim}; choose two that fit"
         )
     if r.causal:
@@ -141,10 +196,18 @@ def _clip(r: "Recipe") -> Iterator[str]:
 def _schedule(r: "Recipe") -> Iterator[str]:
     s = r.schedule
     if s.train_updates % s.anchor_updates:
-        yield f"config.schedule.anchor_updates={s.anchor_updates} must divide train_updates={s.train_updates}"
-    if r.stage in ("ode_regression", "consistency") and r.ode.updates % s.train_updates and not s.levels:
         yield (
-            f"config.schedule.train_updates={s.train_updates} must divide config.ode.updates={r.ode.updates}: "
+            f"config.schedule.anchor_updates={s.anchor_updates} must divide "
+            f"train_updates={s.train_updates}"
+        )
+    if (
+        r.stage in ("ode_regression", "consistency")
+        and r.ode.updates % s.train_updates
+        and not s.levels
+    ):
+        yield (
+            f"config.schedule.train_updates={s.train_updates} must divide "
+            f"config.ode.updates={r.ode.updates}: "
             "trajectories are kept at the student's levels"
         )
 
@@ -159,7 +222,10 @@ def _levels(r: "Recipe") -> Iterator[str]:
         yield f"config.schedule.{error}; leave it () for the grid of train_updates and shift"
         return
     if r.stage == "denoising":
-        yield f"config.schedule.levels={s.levels} are a student's, and stage denoising makes a teacher; leave them ()"
+        yield (
+            f"config.schedule.levels={s.levels} are a student's, and stage denoising makes a "
+            "teacher; leave them ()"
+        )
     for name, value, wanted in (
         ("schedule.train_updates", s.train_updates, count),
         ("rollout.updates", r.rollout.updates, (count,)),
@@ -168,7 +234,8 @@ def _levels(r: "Recipe") -> Iterator[str]:
         used = name != "rollout.updates" or (r.stage == "distil" and r.video == "rollout")
         if used and value != wanted:
             yield (
-                f"config.{name}={value} does not go with the {count} levels of config.schedule.levels={s.levels}; "
+                f"config.{name}={value} does not go with the {count} levels of "
+                f"config.schedule.levels={s.levels}; "
                 f"set it to {wanted}, or leave the levels ()"
             )
     if r.rollout.first_updates not in (0, count):
@@ -188,7 +255,8 @@ def _rollout(r: "Recipe") -> Iterator[str]:
         or min(o.probabilities) < 0
     ):
         yield (
-            f"config.rollout.probabilities={o.probabilities} must be one for each of updates={o.updates} and sum to 1"
+            f"config.rollout.probabilities={o.probabilities} must be one for each of "
+            f"updates={o.updates} and sum to 1"
         )
     if max(o.updates) != longest or any(longest % k for k in o.updates):
         yield (
@@ -196,11 +264,16 @@ def _rollout(r: "Recipe") -> Iterator[str]:
             f"config.schedule.train_updates={longest}: self-consistency is trained there"
         )
     if o.first_updates < 0:
-        yield f"config.rollout.first_updates={o.first_updates} must be 0 (as the other chunks) or more"
+        yield (
+            f"config.rollout.first_updates={o.first_updates} must be 0 (as the other chunks) or "
+            "more"
+        )
     if o.first_updates and r.loss.self_consistency:
         yield (
-            f"config.rollout.first_updates={o.first_updates} gives the first chunk levels of its own, and "
-            "self-consistency is trained at one level for all; set it or config.loss.self_consistency to 0"
+            f"config.rollout.first_updates={o.first_updates} gives the first chunk levels of its "
+            "own, and "
+            "self-consistency is trained at one level for all; set it or "
+            "config.loss.self_consistency to 0"
         )
 
 
@@ -210,11 +283,15 @@ def _align(r: "Recipe") -> Iterator[str]:
         return
     if r.stage != "distil" or r.video != "rollout" or len(r.rollout.updates) < 2:
         yield (
-            f"config.align.weight={a.weight} aligns rollouts of different numbers of updates; set it to 0, or "
+            f"config.align.weight={a.weight} aligns rollouts of different numbers of updates; set "
+            "it to 0, or "
             "config.video=rollout and more than one of config.rollout.updates"
         )
     if not 1 <= a.layers <= r.wan.num_layers:
-        yield f"config.align.layers={a.layers} must be between 1 and the {r.wan.num_layers} layers of the network"
+        yield (
+            f"config.align.layers={a.layers} must be between 1 and the {r.wan.num_layers} layers "
+            "of the network"
+        )
     if not 0 < a.probability <= 1:
         yield f"config.align.probability={a.probability} must be in (0, 1]"
 
@@ -225,19 +302,33 @@ def _stream(r: "Recipe") -> Iterator[str]:
         return
     if r.stage != "distil" or r.video != "rollout" or not m.window or m.first != m.chunk:
         yield (
-            "config.stream.max_frames continues rollouts on a cache of fixed size: set config.stage=distil, "
-            "config.video=rollout, config.memory.window and memory.first=memory.chunk, or max_frames=0"
+            "config.stream.max_frames continues rollouts on a cache of fixed size: set "
+            "config.stage=distil, "
+            "config.video=rollout, config.memory.window and memory.first=memory.chunk, or "
+            "max_frames=0"
         )
         return
-    if s.overlap % m.chunk or not m.chunk <= s.overlap <= m.window - m.chunk - m.sink or s.overlap >= frames:
+    if (
+        s.overlap % m.chunk
+        or not m.chunk <= s.overlap <= m.window - m.chunk - m.sink
+        or s.overlap >= frames
+    ):
         yield (
-            f"config.stream.overlap={s.overlap} must be a multiple of memory.chunk={m.chunk} that a cache of "
-            f"{m.window - m.chunk} frames keeps behind its sink={m.sink}, and less than the clip's {frames}"
+            f"config.stream.overlap={s.overlap} must be a multiple of memory.chunk={m.chunk} that "
+            "a cache of "
+            f"{m.window - m.chunk} frames keeps behind its sink={m.sink}, and less than the clip's "
+            f"{frames}"
         )
     if frames < m.window - m.chunk:
-        yield f"config.memory.window={m.window} must be filled by the first clip of {frames} frames; lower it"
+        yield (
+            f"config.memory.window={m.window} must be filled by the first clip of {frames} "
+            "frames; lower it"
+        )
     if s.max_frames < 2 * frames - s.overlap:
-        yield f"config.stream.max_frames={s.max_frames} leaves no room to go on; set at least {2 * frames - s.overlap}"
+        yield (
+            f"config.stream.max_frames={s.max_frames} leaves no room to go on; set at least "
+            f"{2 * frames - s.overlap}"
+        )
 
 
 def _optimizers(r: "Recipe") -> Iterator[str]:
@@ -246,4 +337,7 @@ def _optimizers(r: "Recipe") -> Iterator[str]:
         ("critic_optimizer", r.critic_optimizer, r.updates * r.critic_updates),
     ):
         if o.decay and o.warmup >= updates:
-            yield f"config.{name}.warmup={o.warmup} leaves no update of {updates} to decay in; lower it"
+            yield (
+                f"config.{name}.warmup={o.warmup} leaves no update of {updates} to decay in; "
+                "lower it"
+            )

@@ -1,4 +1,6 @@
-"""The tensors in files of others, whatever the files are called: safetensors, or what torch.save wrote."""
+"""The tensors in files of others, whatever the files are called: safetensors, or what torch.save
+wrote.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +41,9 @@ def open_tensors(files: Sequence[Path]) -> Opened:
         found, metadata = _open(path)
         twice = tensors.keys() & found.keys()
         if twice:
-            raise UserError(f"{path} and another file both hold {min(twice)}; convert one model at a time")
+            raise UserError(
+                f"{path} and another file both hold {min(twice)}; convert one model at a time"
+            )
         tensors |= found
         first = first or metadata
     return Opened(tensors, first)
@@ -50,9 +54,16 @@ def _open(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         with open(path, "rb") as file:
             start = file.read(64)
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror or error}); check the name") from error
-    headed = start[8:9] == b"{"  # as safetensors begin: the length of a JSON object, and this object
-    what = "" if headed else next((told for first, told in NO_WEIGHTS.items() if start.startswith(first)), "")
+        raise UserError(
+            f"cannot read {path} ({error.strerror or error}); check the name"
+        ) from error
+    # as safetensors begin: the length of a JSON object, and this object
+    headed = start[8:9] == b"{"
+    what = (
+        ""
+        if headed
+        else next((told for first, told in NO_WEIGHTS.items() if start.startswith(first)), "")
+    )
     if what or not start:
         raise UserError(f"{path} is {what or 'empty; download it again'}")
     if not headed and (path.suffix != ".safetensors" or start.startswith((b"PK\3\4", b"\x80"))):
@@ -61,7 +72,8 @@ def _open(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         return list_tensors(path)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"cannot read {path} ({error}); download it again, or one in float32, bfloat16, float16 or fp8"
+            f"cannot read {path} ({error}); download it again, or one in float32, bfloat16, "
+            "float16 or fp8"
         ) from error
 
 

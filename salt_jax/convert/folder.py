@@ -1,4 +1,6 @@
-"""Which files in a folder are the networks and the tokenizer of Wan 2.1, whatever they are called."""
+"""Which files in a folder are the networks and the tokenizer of Wan 2.1, whatever they are
+called.
+"""
 
 import re
 from collections import defaultdict
@@ -16,7 +18,9 @@ from salt_jax.io.model_folder import TOKENIZERS
 SHARD = r"-\d+-of-(\d+)(?=\.\w+$)"
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 # What trainings leave beside weights.
-NO_NETWORK = r"(training_args|optimizer|scheduler|scaler|random_states.*|rng_state.*)\.(bin|pt|pth)|.*\.gguf"
+NO_NETWORK = (
+    r"(training_args|optimizer|scheduler|scaler|random_states.*|rng_state.*)\.(bin|pt|pth)|.*\.gguf"
+)
 
 
 def find_networks(src: Path, unused: Callable[[Path], Any], key: str = "") -> dict[str, Found]:
@@ -43,18 +47,23 @@ def find_networks(src: Path, unused: Callable[[Path], Any], key: str = "") -> di
         for one in found:
             if one.network in networks:
                 both = f"{networks[one.network].files[0]} and {one.files[0]}"
-                raise UserError(f"{both} are both a {one.network}; name the folder or file of one of them")
+                raise UserError(
+                    f"{both} are both a {one.network}; name the folder or file of one of them"
+                )
             networks[one.network] = one
     if not networks:
         told = told_by_names(seen) or (
             f"its names are {listed(seen)}" if seen else "there are no weights in it"
         )
         raise UserError(
-            f"{src} holds none of {', '.join(PARTS)} of Wan 2.1: {told}; name another folder or file"
+            f"{src} holds none of {', '.join(PARTS)} of Wan 2.1: {told}; name another folder or "
+            "file"
         )
     students = {one.student for one in networks.values()} - {""}
     if key and not any(key in (student, *re.split(r"[./]", student)) for student in students):
-        raise UserError(f"{src} has no network under --key={key}; there is {listed(students) or 'one alone'}")
+        raise UserError(
+            f"{src} has no network under --key={key}; there is {listed(students) or 'one alone'}"
+        )
     return networks
 
 
@@ -73,18 +82,26 @@ def weight_files(src: Path) -> list[list[Path]]:
             if path.suffix in (*SUFFIXES, ".gguf") and path.is_file() and not hidden:
                 models[_model(path)].append(path)
     else:
-        models[_model(src)] = sorted(path for path in src.parent.iterdir() if _model(path) == _model(src))
+        models[_model(src)] = sorted(
+            path for path in src.parent.iterdir() if _model(path) == _model(src)
+        )
     for model, files in models.items():
         count = re.search(SHARD, files[0].name)
         if count and len(files) != int(count[1]):
-            raise UserError(f"{model.parent} has {len(files)} files {model.name}; download the rest")
+            raise UserError(
+                f"{model.parent} has {len(files)} files {model.name}; download the rest"
+            )
     return list(models.values())
 
 
 def tokenizer_files(src: Path) -> list[Path]:
-    """umT5's, of the release or the Diffusers layout; the release of image-to-video models has another one too."""
+    """umT5's, of the release or the Diffusers layout; the release of image-to-video models has
+    another one too.
+    """
     folders = sorted(path for path in src.rglob("*") if path.name in ("umt5-xxl", "tokenizer"))
-    files = [[folder / name for name in TOKENIZERS if (folder / name).is_file()] for folder in folders]
+    files = [
+        [folder / name for name in TOKENIZERS if (folder / name).is_file()] for folder in folders
+    ]
     return next((some for some in files if some), [])
 
 

@@ -1,4 +1,6 @@
-"""What looks like Wan 2.1 and is not, told by what is seen: names in a file, and what stands beside it."""
+"""What looks like Wan 2.1 and is not, told by what is seen: names in a file, and what stands beside
+it.
+"""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -37,7 +39,10 @@ WAN_2_2 = re.compile(r"(high|low)[_-]?noise|wan2[._-]?2|(?<![a-z])a14b", re.IGNO
 def told_by_names(names: Iterable[str]) -> str:
     """A sentence about names that tell another model or a quantised one; "" where none does."""
     names = sorted(names)
-    for table, told in ((QUANTISED, "is quantised as {what}"), (FOREIGN, "is not Wan 2.1 but of {what}")):
+    for table, told in (
+        (QUANTISED, "is quantised as {what}"),
+        (FOREIGN, "is not Wan 2.1 but of {what}"),
+    ):
         for pattern, what in table.items():
             seen = [name for name in names if re.search(pattern, name)]
             if seen:
@@ -47,7 +52,8 @@ def told_by_names(names: Iterable[str]) -> str:
 
 
 def check_surroundings(files: Sequence[Path]) -> None:
-    """Refuses a transformer whose shapes are those of Wan 2.1 and whose folder says that it is another model.
+    """Refuses a transformer whose shapes are those of Wan 2.1 and whose folder says that it is
+    another model.
 
     Raises:
       UserError: the name of the file or folder, a config.json or a model_index.json says so.
@@ -70,5 +76,6 @@ def check_surroundings(files: Sequence[Path]) -> None:
         second = told.get("transformer_2") not in (None, [], [None, None])
         if second or told.get("boundary_ratio") is not None:
             raise UserError(
-                f"{files[0]} is one of two transformers of Wan 2.2, as {index} says; only Wan 2.1 is read"
+                f"{files[0]} is one of two transformers of Wan 2.2, as {index} says; only Wan 2.1 "
+                "is read"
             )

@@ -44,7 +44,9 @@ class Lora(NamedTuple):
     @property
     def alphas(self) -> list[float]:
         """As if every matrix were scaled by alpha / rank."""
-        return sorted({round(adapter.scale * adapter.rank, 6) for adapter in self.adapters.values()})
+        return sorted(
+            {round(adapter.scale * adapter.rank, 6) for adapter in self.adapters.values()}
+        )
 
 
 def find_lora(path: Path, found: Found, key: str = "") -> Lora:
@@ -54,7 +56,8 @@ def find_lora(path: Path, found: Found, key: str = "") -> Lora:
       key: which one, where the file holds several; "": the averaged student's.
 
     Raises:
-      UserError: it cannot be read, holds something else, asks for what is not applied, or adapts another network.
+      UserError: it cannot be read, holds something else, asks for what is not applied, or adapts
+        another network.
     """
     where = str(path)
     opened = open_tensors([path])
@@ -68,7 +71,11 @@ def find_lora(path: Path, found: Found, key: str = "") -> Lora:
     wrong = []
     for module, parts in modules.parts.items():
         low, slots, scale = {"down", "up"} & parts.keys(), modules.targets[module], 1.0
-        if len(low) == 1 or (not low and parts.keys() & {"alpha", "up_bias"}) or (low and "weight" in parts):
+        if (
+            len(low) == 1
+            or (not low and parts.keys() & {"alpha", "up_bias"})
+            or (low and "weight" in parts)
+        ):
             wrong.append(f"{module} has {' and '.join(sorted(parts))}, no two factors")
             continue
         if low:
@@ -76,7 +83,9 @@ def find_lora(path: Path, found: Found, key: str = "") -> Lora:
             if not down.shape or not down.shape[0]:
                 raise UserError(f"{where} has rank 0 at {module}; name another file")
             own = (
-                number(_value(parts["alpha"]), f"alpha of {module} in {where}") if "alpha" in parts else None
+                number(_value(parts["alpha"]), f"alpha of {module} in {where}")
+                if "alpha" in parts
+                else None
             )
             scale = scale_of(module, down.shape[0], own, told, kohya, where)
         for part, slot, by in (("up", "weight", scale), ("weight", "weight", 1.0), ("bias", "bias", 1.0),
@@ -103,14 +112,17 @@ def merge_lora(found: Found, lora: Lora, strength: float = 1.0) -> Found:
         (deltas[place]._replace(scale=strength * deltas[place].scale),) if place in deltas else ()
     )
     pieces = {
-        ours: tuple(piece._replace(deltas=piece.deltas + added((ours, i))) for i, piece in enumerate(pieces))
+        ours: tuple(
+            piece._replace(deltas=piece.deltas + added((ours, i))) for i, piece in enumerate(pieces)
+        )
         for ours, pieces in found.pieces.items()
     }
     return found._replace(pieces=pieces)
 
 
 def lora_alpha(lora: Lora) -> tuple[int, float]:
-    """Rank and alpha of a LoRA that `models.lora` can hold: low rank in whole blocks, of one rank and one scale.
+    """Rank and alpha of a LoRA that `models.lora` can hold: low rank in whole blocks, of one rank
+    and one scale.
 
     Raises:
       UserError: it is another one.
@@ -119,16 +131,17 @@ def lora_alpha(lora: Lora) -> tuple[int, float]:
     scales = {adapter.scale for adapter in lora.adapters.values()}
     reason = ""
     if lora.differences or not lora.adapters:
-        reason = f"changes {len(lora.differences)} arrays as a whole, such as {min(lora.differences)[0]}"
+        reason = (
+            f"changes {len(lora.differences)} arrays as a whole, such as {min(lora.differences)[0]}"
+        )
     elif apart:
         reason = f"adapts {listed(apart)} outside of the blocks"
     elif len(lora.ranks) > 1 or len(scales) > 1:
-        reason = (
-            f"has ranks {listed(map(str, lora.ranks))} and scales {listed(f'{scale:g}' for scale in scales)}"
-        )
+        reason = f"has ranks {listed(map(str, lora.ranks))} and scales {listed(f'{scale:g}' for scale in scales)}"
     if reason:
         raise UserError(
-            f"{lora.path} {reason}, which lora.safetensors cannot tell; leave out --keep_lora to merge it"
+            f"{lora.path} {reason}, which lora.safetensors cannot tell; leave out --keep_lora to "
+            "merge it"
         )
     return lora.ranks[0], scales.pop() * lora.ranks[0]
 
@@ -144,7 +157,8 @@ def lora_outgoing(lora: Lora, layers: int, dtype: Any) -> dict[str, Outgoing]:
         each = [lora.adapters.get((ours, i)) for i in range(layers)]
         if None in each:
             raise UserError(
-                f"{lora.path} leaves out {ours} of layer {each.index(None)}; leave out --keep_lora to merge it"
+                f"{lora.path} leaves out {ours} of layer {each.index(None)}; leave out --keep_lora "
+                "to merge it"
             )
         for half, ab in (("down", "lora_a"), ("up", "lora_b")):
             stored = [getattr(adapter, half) for adapter in each]
@@ -154,13 +168,17 @@ def lora_outgoing(lora: Lora, layers: int, dtype: Any) -> dict[str, Outgoing]:
             flat = lambda tensor: view(tensor).reshape(len(view(tensor)), -1)
             parts = lambda stored=stored, flat=flat: (flat(tensor).T for tensor in stored)
             rows = stored[0].shape[0]
-            arrays[f"{ours}/{ab}"] = Outgoing(kind, (layers, math.prod(stored[0].shape[1:]), rows), parts)
+            arrays[f"{ours}/{ab}"] = Outgoing(
+                kind, (layers, math.prod(stored[0].shape[1:]), rows), parts
+            )
     return arrays
 
 
 def describe(lora: Lora) -> str:
     """In one line."""
-    many = lambda numbers: f"{numbers[0]:g}" if len(numbers) == 1 else f"{numbers[0]:g} to {numbers[-1]:g}"
+    many = lambda numbers: (
+        f"{numbers[0]:g}" if len(numbers) == 1 else f"{numbers[0]:g} to {numbers[-1]:g}"
+    )
     low = f"rank {many(lora.ranks)}, alpha {many(lora.alphas)}, " if lora.adapters else ""
     whole = f", {len(lora.differences)} differences of whole arrays" if lora.differences else ""
     key = f", {lora.key} of the file" if lora.key else ""
@@ -183,13 +201,15 @@ def _check_network(modules: Modules, found: Found, where: str) -> None:
     absent = {ours for ours, _ in places if ours not in found.pieces}
     if absent:
         raise UserError(
-            f"{where} adapts {listed(absent)}, of image-to-video models, and {found.files[0]} is text-to-video; name a "
+            f"{where} adapts {listed(absent)}, of image-to-video models, and {found.files[0]} is "
+            "text-to-video; name a "
             "LoRA of this network"
         )
     layers, deepest = len(found.pieces["blocks/modulation"]), max(i for _, i in places)
     if deepest >= layers:
         raise UserError(
-            f"{where} adapts layer {deepest}, and {found.files[0]} has {layers}, counted from 0; name a LoRA of this "
+            f"{where} adapts layer {deepest}, and {found.files[0]} has {layers}, counted from 0; "
+            "name a LoRA of this "
             "network"
         )
 
@@ -211,7 +231,9 @@ def _check_shapes(
     arrays = [half for one in adapters.values() for half in one[:2]] + [
         delta.up for delta in differences.values()
     ]
-    wrong += [f"an array is {kind}" for kind in {array.dtype for array in arrays} if kind.kind in "iub"]
+    wrong += [
+        f"an array is {kind}" for kind in {array.dtype for array in arrays} if kind.kind in "iub"
+    ]
     if wrong:
         raise UserError(
             f"{where} does not fit {found.files[0]}: {listed(wrong)}; name a LoRA of this network"

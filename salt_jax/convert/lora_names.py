@@ -1,8 +1,10 @@
-"""What the arrays in a LoRA file of others are: which module of Wan 2.1 each belongs to, and as which part of it.
+"""What the arrays in a LoRA file of others are: which module of Wan 2.1 each belongs to, and as
+which part of it.
 
-Spellings: PEFT's and Diffusers' X.lora_A.weight with any prefix, ComfyUI's and LightX2V's X.lora_down.weight, X.diff
-and X.diff_b, and those of kohya and musubi-tuner, where the dots of a module's name are underscores. X is a name of
-the official release or of Diffusers: the names that are known are flattened, and no name is guessed.
+Spellings: PEFT's and Diffusers' X.lora_A.weight with any prefix, ComfyUI's and LightX2V's
+X.lora_down.weight, X.diff and X.diff_b, and those of kohya and musubi-tuner, where the dots of a
+module's name are underscores. X is a name of the official release or of Diffusers: the names that
+are known are flattened, and no name is guessed.
 """
 
 import re
@@ -66,7 +68,8 @@ def read_modules(tensors: Mapping[str, Stored], where: str, key: str = "") -> Mo
     front = Counter(part[0] for part in here.values() if part).most_common(1)[0][0]
     if re.search(r"transformer_2|(high|low)_noise", front):
         raise UserError(
-            f"{where} adapts {front.strip('./')}, the second transformer of Wan 2.2; name another file"
+            f"{where} adapts {front.strip('./')}, the second transformer of Wan 2.2; name another "
+            "file"
         )
     left = [name for name, part in here.items() if not part or part[0] != front]
     if left:

@@ -1,7 +1,7 @@
 """By how much a LoRA is multiplied: everything that says so is applied, or refused.
 
-Sources: PEFT (adapter_config.json; get_pattern_key for patterns), diffusers 0.42 (metadata lora_adapter_metadata),
-kohya (alpha of each module as a tensor; ss_network_alpha in the metadata).
+Sources: PEFT (adapter_config.json; get_pattern_key for patterns), diffusers 0.42 (metadata
+lora_adapter_metadata), kohya (alpha of each module as a tensor; ss_network_alpha in the metadata).
 """
 
 import json
@@ -17,11 +17,20 @@ DIFFUSERS = "lora_adapter_metadata"  # key of the metadata that diffusers writes
 APPLIED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias"}
 # Of PEFT's LoraConfig: what does not change the sum W + scale B A.
 HARMLESS = {
-    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "target_modules", "exclude_modules", "lora_dropout", "layers_to_transform", "layers_pattern", "megatron_core",
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode",
+    "target_modules", "exclude_modules", "lora_dropout", "layers_to_transform", "layers_pattern",
+    "megatron_core",
     "eva_config", "qalora_group_size", "runtime_config", "ensure_weight_tying", "init_lora_weights",
 }  # fmt: skip
-MATTERS = {"use_dora", "fan_in_fan_out", "bias", "modules_to_save", "use_qalora", "layer_replication"}
+MATTERS = {
+    "use_dora",
+    "fan_in_fan_out",
+    "bias",
+    "modules_to_save",
+    "use_qalora",
+    "layer_replication",
+}
 NO = (None, False, [], {}, "", "none", "None", "false", "False")
 # Ways to begin that leave the network as it is. The others take something away from it first.
 STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -52,10 +61,16 @@ def read_told(path: Path, metadata: Mapping[str, str]) -> list[Told]:
         told.append(_told(_json(beside.read_bytes(), beside), str(beside), strict=True))
     for key, text in metadata.items():
         if key == DIFFUSERS:
-            told.append(_told(_json(text, f"{path}, metadata {key}"), f"{path}, metadata {key}", strict=True))
+            told.append(
+                _told(
+                    _json(text, f"{path}, metadata {key}"), f"{path}, metadata {key}", strict=True
+                )
+            )
         elif text.lstrip().startswith("{") and re.search(r"lora_alpha|use_rslora|use_dora", text):
             told.append(
-                _told(_json(text, f"{path}, metadata {key}"), f"{path}, metadata {key}", strict=False)
+                _told(
+                    _json(text, f"{path}, metadata {key}"), f"{path}, metadata {key}", strict=False
+                )
             )
     flat = {FLAT[key]: _plain(text) for key, text in metadata.items() if key in FLAT}
     told += [_told(flat, f"{path}, metadata", strict=False)] if flat else []
@@ -63,15 +78,24 @@ def read_told(path: Path, metadata: Mapping[str, str]) -> list[Told]:
 
 
 def kohya_alpha(metadata: Mapping[str, str], where: str) -> float | None:
-    """What kohya's metadata say of alpha. The alpha of each module counts; tools leave these metadata as they were."""
+    """What kohya's metadata say of alpha.
+
+    The alpha of each module counts; tools leave these metadata as they were.
+    """
     told = _plain(metadata.get("ss_network_alpha", "None"))
     return None if told in (None, "None", "") else number(told, f"ss_network_alpha of {where}")
 
 
 def scale_of(
-    module: str, rank: int, alpha: float | None, told: Sequence[Told], kohya: float | None, where: str
+    module: str,
+    rank: int,
+    alpha: float | None,
+    told: Sequence[Told],
+    kohya: float | None,
+    where: str,
 ) -> float:
-    """alpha / rank, or alpha / sqrt(rank) where a source says rsLoRA; 1 where nothing says anything.
+    """alpha / rank, or alpha / sqrt(rank) where a source says rsLoRA; 1 where nothing says
+    anything.
 
     Args:
       alpha: of the module itself, as a tensor.
@@ -86,7 +110,8 @@ def scale_of(
         a = one.alphas.get(_pattern(one.alphas, module), one.alpha)
         if r is not None and r != rank:
             raise UserError(
-                f"{where} has rank {rank} at {module}, {one.source} says {r:g}; name the file it belongs to"
+                f"{where} has rank {rank} at {module}, {one.source} says {r:g}; name the file it "
+                "belongs to"
             )
         if a is None and one.rslora:
             raise UserError(f"{one.source} says use_rslora and no lora_alpha; add it")
@@ -96,12 +121,14 @@ def scale_of(
         first, other = next(iter(options.items()))
         if not math.isclose(scale, other, rel_tol=4e-3):  # an alpha may be stored in bfloat16
             raise UserError(
-                f"{first} and {source} contradict each other: {module} is scaled by {other:g} or by {scale:g}; "
+                f"{first} and {source} contradict each other: {module} is scaled by {other:g} or "
+                f"by {scale:g}; "
                 "remove the one that is wrong"
             )
     if not options and kohya not in (None, rank):
         raise UserError(
-            f"{where} says ss_network_alpha {kohya:g} in its metadata, and {module} of rank {rank} has no alpha, which "
+            f"{where} says ss_network_alpha {kohya:g} in its metadata, and {module} of rank {rank} "
+            "has no alpha, which "
             "programs take for another scale; add the alphas, or remove that key"
         )
     return next(reversed(options.values()), 1.0)
@@ -114,7 +141,9 @@ def number(value: Any, what: str) -> float:
     except (TypeError, ValueError):
         read = math.nan
     if not math.isfinite(read) or not read or isinstance(value, bool):
-        raise UserError(f"{what} is {str(value)[:40]!r}, not a finite number other than 0; correct it")
+        raise UserError(
+            f"{what} is {str(value)[:40]!r}, not a finite number other than 0; correct it"
+        )
     return read
 
 
@@ -130,18 +159,25 @@ def _told(told: Any, source: str, strict: bool) -> Told:
     if other:
         key = min(other)
         raise UserError(
-            f"{source} says {key} {str(other[key])[:60]!r}, which is not applied here; merge it with PEFT"
+            f"{source} says {key} {str(other[key])[:60]!r}, which is not applied here; merge it "
+            "with PEFT"
         )
-    number_of = lambda key: None if config.get(key) is None else number(config[key], f"{key} of {source}")
+    number_of = lambda key: (
+        None if config.get(key) is None else number(config[key], f"{key} of {source}")
+    )
     patterns = {}
     for key in ("rank_pattern", "alpha_pattern"):
         each = config.get(key) or {}
         if not isinstance(each, dict):
             raise UserError(f"{key} of {source} is no table of patterns; correct it")
-        patterns[key] = {str(pattern): number(value, f"{key} of {source}") for pattern, value in each.items()}
+        patterns[key] = {
+            str(pattern): number(value, f"{key} of {source}") for pattern, value in each.items()
+        }
     rslora = asked.get("use_rslora", False)
     if rslora not in (False, True, "True", "true"):
-        raise UserError(f"use_rslora of {source} is {str(rslora)[:40]!r}, neither true nor false; correct it")
+        raise UserError(
+            f"use_rslora of {source} is {str(rslora)[:40]!r}, neither true nor false; correct it"
+        )
     return Told(source, number_of("r"), number_of("lora_alpha"), bool(rslora), *patterns.values())
 
 
@@ -155,7 +191,9 @@ def _component(told: Any, source: str) -> dict[str, Any]:
         parts.setdefault(front, {})[last] = value
     front = next((front for front in ("transformer", "", *parts) if front in parts), "")
     if front == "transformer_2":
-        raise UserError(f"{source} is of transformer_2, the second transformer of Wan 2.2; name another file")
+        raise UserError(
+            f"{source} is of transformer_2, the second transformer of Wan 2.2; name another file"
+        )
     return parts.get(front, {})
 
 

@@ -1,7 +1,9 @@
-"""How the files of others name what our trees hold: the official Wan 2.1 release, and the Diffusers layout.
+"""How the files of others name what our trees hold: the official Wan 2.1 release, and the Diffusers
+layout.
 
-One row for each array. `{i}` counts layers: ours are stacked on a leading axis, theirs are apart. `form` tells in
-einops' words how an array of theirs becomes ours. Sources: Wan-Video/Wan2.1, diffusers 0.42, transformers 5.23.
+One row for each array. `{i}` counts layers: ours are stacked on a leading axis, theirs are apart.
+`form` tells in einops' words how an array of theirs becomes ours. Sources: Wan-Video/Wan2.1,
+diffusers 0.42, transformers 5.23.
 """
 
 from typing import NamedTuple
@@ -9,14 +11,18 @@ from typing import NamedTuple
 SAME = "... -> ..."
 LINEAR = "o i -> i o"
 ONE = "1 ... -> ..."  # a table that is broadcast over the batch there
-PATCH = "d c pt ph pw -> (c pt ph pw) d"  # a convolution whose stride is its kernel, as one matrix product
+# a convolution whose stride is its kernel, as one matrix product
+PATCH = "d c pt ph pw -> (c pt ph pw) d"
 CONV2 = "o i h w -> h w i o"
 CONV3 = "o i t h w -> t h w i o"
 GAIN2, GAIN3 = "c 1 1 -> c", "c 1 1 1 -> c"
 
 
 class Row(NamedTuple):
-    """One array. `official_form` where the two layouts differ in shape. `#k`: the k-th third of their rows."""
+    """One array.
+
+    `official_form` where the two layouts differ in shape. `#k`: the k-th third of their rows.
+    """
 
     ours: str
     official: str
@@ -26,13 +32,17 @@ class Row(NamedTuple):
 
 
 def _pairs(table: str, kernel: str, bias: str = SAME, gain: str = "kernel") -> tuple[Row, ...]:
-    """Lines of "ours official diffusers", each a weight and a bias; `gain` is what ours calls the weight."""
+    """Lines of "ours official diffusers", each a weight and a bias; `gain` is what ours calls the
+    weight.
+    """
     rows = []
     for line in table.strip().splitlines():
         ours, official, diffusers = line.split()
         for mine, theirs, form in ((gain, "weight", kernel), ("bias", "bias", bias)):
             if form:
-                rows.append(Row(f"{ours}/{mine}", f"{official}.{theirs}", f"{diffusers}.{theirs}", form))
+                rows.append(
+                    Row(f"{ours}/{mine}", f"{official}.{theirs}", f"{diffusers}.{theirs}", form)
+                )
     return tuple(rows)
 
 
@@ -122,8 +132,14 @@ TEXT_ENCODER = (
 
 _LAYER, _THEIRS = "visual.transformer.{i}", "encoder.layers.{i}"
 IMAGE_ENCODER = (
-    Row("class_embedding", "visual.cls_embedding", "embeddings.class_embedding", SAME, "1 1 d -> d"),
-    Row("patch_embedding/kernel", "visual.patch_embedding.weight", "embeddings.patch_embedding.weight", CONV2),
+
+
+
+                         Row("class_embedding", "visual.cls_embedding", "embeddings.class_embedding", SAME, "1 1 d -> d"),
+
+
+
+                         Row("patch_embedding/kernel", "visual.patch_embedding.weight", "embeddings.patch_embedding.weight", CONV2),
     Row(
         "position_embedding", "visual.pos_embedding", "embeddings.position_embedding.weight", SAME, "1 n d -> n d"
     ),
@@ -155,7 +171,10 @@ def _residual(ours: str, official: str, diffusers: str, shortcut: bool) -> tuple
     pieces = (("conv1", "residual.2", "conv1"), ("conv2", "residual.6", "conv2"))
     pieces += (("shortcut", "shortcut", "conv_shortcut"),) if shortcut else ()
     norm = lambda k, there: Row(
-        f"{ours}/norm{k}/scale", f"{official}.residual.{there}.gamma", f"{diffusers}.norm{k}.gamma", GAIN3
+        f"{ours}/norm{k}/scale",
+        f"{official}.residual.{there}.gamma",
+        f"{diffusers}.norm{k}.gamma",
+        GAIN3,
     )
     lines = "\n".join(f"{ours}/{a} {official}.{b} {diffusers}.{c}" for a, b, c in pieces)
     return norm(1, 0), norm(2, 3), *_pairs(lines, CONV3)
@@ -181,10 +200,15 @@ def _coder(x: str) -> tuple[Row, ...]:
     )
 
 
-_DOWN = [(f"encoder/down/{i}", f"encoder.downsamples.{i}", f"encoder.down_blocks.{i}", i) for i in range(11)]
-# The decoder is flat there too; Diffusers groups it by resolution: three residual blocks, then what samples up.
+_DOWN = [
+    (f"encoder/down/{i}", f"encoder.downsamples.{i}", f"encoder.down_blocks.{i}", i)
+    for i in range(11)
+]
+# The decoder is flat there too; Diffusers groups it by resolution: three residual blocks, then what
+# samples up.
 _UP = [
-    (f"decoder/up/{i}", f"decoder.upsamples.{i}", f"decoder.up_blocks.{i // 4}", i, i % 4) for i in range(15)
+    (f"decoder/up/{i}", f"decoder.upsamples.{i}", f"decoder.up_blocks.{i // 4}", i, i % 4)
+    for i in range(15)
 ]
 VAE = (
     *_coder("encoder"),
@@ -193,7 +217,12 @@ VAE = (
     *(row for a, b, c, i in _DOWN if i not in (2, 5, 8) for row in _residual(a, b, c, i in (3, 6))),
     *(row for a, b, c, i in _DOWN if i in (2, 5, 8) for row in _sampler(a, b, c, i > 2)),
     *(row for a, b, c, i, j in _UP if j < 3 for row in _residual(a, b, f"{c}.resnets.{j}", i == 4)),
-    *(row for a, b, c, i, j in _UP if j == 3 for row in _sampler(a, b, f"{c}.upsamplers.0", i < 11)),
+    *(
+        row
+        for a, b, c, i, j in _UP
+        if j == 3
+        for row in _sampler(a, b, f"{c}.upsamplers.0", i < 11)
+    ),
 )
 
 TABLES = {"wan": WAN, "vae": VAE, "text_encoder": TEXT_ENCODER, "image_encoder": IMAGE_ENCODER}
@@ -204,9 +233,11 @@ IMAGE_TO_VIDEO = r"image_embedding/|_img/"
 # Wrappers of training between the parts of names.
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
-# What a training keeps several networks of one kind under: the first of these that is there is the student's.
+# What a training keeps several networks of one kind under: the first of these that is there is the
+# student's.
 STUDENTS = (
-    "generator_ema", "ema_generator", "student_ema", "ema_student", "ema", "generator_lora", "generator", "student",
+    "generator_ema", "ema_generator", "student_ema", "ema_student", "ema", "generator_lora",
+    "generator", "student",
     "model", "module", "state_dict", "net",
 )  # fmt: skip
 AVERAGE = r"(^|_)ema(_|$)"  # in the name of any other average
@@ -222,7 +253,8 @@ ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}
 # Layers at the end that Wan does not run.
 UNUSED_LAYERS = {"wan": 0, "vae": 0, "text_encoder": 0, "image_encoder": 1}
 
-# What files hold beside what is used, as regular expressions of whole names; `LAST` is an unused layer.
+# What files hold beside what is used, as regular expressions of whole names; `LAST` is an unused
+# layer.
 IGNORED = {
     "wan": r"blocks\.\d+\.attn2\.norm_added_q\.weight",
     "vae": r"(?!)",

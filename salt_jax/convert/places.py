@@ -1,4 +1,6 @@
-"""Where in a file the networks of Wan 2.1 are: told by the names in it, whatever stands in front of these."""
+"""Where in a file the networks of Wan 2.1 are: told by the names in it, whatever stands in front of
+these.
+"""
 
 import itertools
 import math
@@ -29,13 +31,17 @@ def bare(tensors: Mapping[str, Stored], where: str) -> dict[str, Stored]:
         for wrapper in names.WRAPPERS:
             short = short.replace(wrapper, "")
         if short in found:
-            raise UserError(f"{where} holds {short} twice, once as {name}; convert one model at a time")
+            raise UserError(
+                f"{where} holds {short} twice, once as {name}; convert one model at a time"
+            )
         found[short] = tensor
     return found
 
 
 def find_places(tensors: Iterable[str]) -> list[Place]:
-    """Where more than half of the names of a network stand, whatever one prefix is in front of all of them."""
+    """Where more than half of the names of a network stand, whatever one prefix is in front of all
+    of them.
+    """
     tails = defaultdict(set)  # each name without its first parts, and what these were
     for name in tensors:
         for cut in [0, *(match.end() for match in re.finditer(r"[./]", name))]:
@@ -55,7 +61,8 @@ def find_places(tensors: Iterable[str]) -> list[Place]:
 
 
 def choose(prefixes: Sequence[str], key: str, where: str) -> int:
-    """Which of several places is the student: the one that `key` names, or else by `names.STUDENTS`.
+    """Which of several places is the student: the one that `key` names, or else by
+    `names.STUDENTS`.
 
     Raises:
       UserError: several may be.
@@ -66,7 +73,9 @@ def choose(prefixes: Sequence[str], key: str, where: str) -> int:
         able = keyed
     else:
         able = [i for i, prefix in enumerate(prefixes) if not re.search(names.HELPERS, prefix)]
-    known = lambda part: part if part in names.STUDENTS else "ema" if re.search(names.AVERAGE, part) else ""
+    known = lambda part: (
+        part if part in names.STUDENTS else "ema" if re.search(names.AVERAGE, part) else ""
+    )
     rank = lambda i: min((names.STUDENTS.index(known(p)) for p in parts[i] if known(p)), default=99)
     first = [i for i in able if rank(i) == min(map(rank, able))] if able else []
     if len(first) != 1:
@@ -76,13 +85,17 @@ def choose(prefixes: Sequence[str], key: str, where: str) -> int:
 
 
 def inside(tensors: Mapping[str, Stored], prefix: str, others: Sequence[str]) -> dict[str, Stored]:
-    """What stands under a prefix, the prefix cut off, without what other networks there have and without counters."""
+    """What stands under a prefix, the prefix cut off, without what other networks there have and
+    without counters.
+    """
     counter = lambda tensor: tensor.dtype.kind in "iu" and math.prod(tensor.shape) == 1
     other = tuple(other for other in others if other and other.startswith(prefix))
     inside = {
         name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()
-        if name.startswith(prefix) and not (other and name.startswith(other)) and not counter(tensor)
+        if name.startswith(prefix)
+        and not (other and name.startswith(other))
+        and not counter(tensor)
     }
     for name, first in names.ALIASES.items():
         if name in inside:
@@ -100,12 +113,19 @@ def names_of(table: Iterable[Row], layout: str) -> list[str]:
 
 def layers(tensors: Iterable[str], table: Iterable[Row], layout: str) -> dict[str, int]:
     """The names that belong to a layer, and which. The names of a layer all begin alike."""
-    front = next((name.partition("{i}")[0] for name in names_of(table, layout) if "{i}" in name), None)
-    numbered = {name: front and re.match(re.escape(front) + r"(\d{1,4})\.", name) for name in tensors}
+    front = next(
+        (name.partition("{i}")[0] for name in names_of(table, layout) if "{i}" in name), None
+    )
+    numbered = {
+        name: front and re.match(re.escape(front) + r"(\d{1,4})\.", name) for name in tensors
+    }
     return {name: int(match[1]) for name, match in numbered.items() if match}
 
 
 def unnumbered(tensors: Iterable[str], table: Iterable[Row], layout: str) -> set[str]:
     """The names with {i} for the layer."""
     each = layers(tensors, table, layout)
-    return {re.sub(rf"\b{each[name]}\b", "{i}", name, count=1) if name in each else name for name in tensors}
+    return {
+        re.sub(rf"\b{each[name]}\b", "{i}", name, count=1) if name in each else name
+        for name in tensors
+    }

@@ -1,7 +1,8 @@
-"""Networks of Wan 2.1 in files of others -> our files, array by array, so that no network is ever in memory.
+"""Networks of Wan 2.1 in files of others -> our files, array by array, so that no network is ever
+in memory.
 
-A file is recognised by the names in it, its sizes follow from the shapes, and nothing is written before every name and
-shape has been checked. `names` has the tables.
+A file is recognised by the names in it, its sizes follow from the shapes, and nothing is written
+before every name and shape has been checked. `names` has the tables.
 """
 
 import functools
@@ -21,7 +22,16 @@ from salt_jax.convert.files import Opened, open_tensors
 from salt_jax.convert.foreign import check_surroundings, told_by_names
 from salt_jax.convert.fp8 import FP8, fits, rescaled, split_scales
 from salt_jax.convert.names import TABLES
-from salt_jax.convert.places import Place, bare, choose, find_places, inside, layers, names_of, unnumbered
+from salt_jax.convert.places import (
+    Place,
+    bare,
+    choose,
+    find_places,
+    inside,
+    layers,
+    names_of,
+    unnumbered,
+)
 from salt_jax.convert.sizes import PARTS, Size, infer_config, read_json
 from salt_jax.errors import UserError, listed
 from salt_jax.io import model_folder
@@ -31,7 +41,9 @@ FLOATS = tuple(map(np.dtype, (np.float32, np.float16, jnp.bfloat16)))  # stored 
 
 
 class Delta(NamedTuple):
-    """What a LoRA adds to an array: scale * up, or scale * up @ down of a matrix or of a convolution."""
+    """What a LoRA adds to an array: scale * up, or scale * up @ down of a matrix or of a
+    convolution.
+    """
 
     scale: float
     up: Stored  # [O, R], or of the array's shape
@@ -50,7 +62,9 @@ class Piece(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A network in files of others: recognised, complete and of the right shapes; nothing of it is read yet."""
+    """A network in files of others: recognised, complete and of the right shapes; nothing of it is
+    read yet.
+    """
 
     network: str
     layout: str
@@ -85,7 +99,9 @@ def networks_in(opened: Opened, files: Sequence[Path], key: str = "") -> list[Fo
         prefixes = [other.prefix for other in places if other.prefix != place.prefix]
         here = inside(tensors, place.prefix, prefixes)
         pieces = _match(place, here, inside(scales, place.prefix, prefixes), where)
-        config = infer_config(network, _sizes(pieces), read_json(files[0].with_name("config.json")), where)
+        config = infer_config(
+            network, _sizes(pieces), read_json(files[0].with_name("config.json")), where
+        )
         _check(pieces, PARTS[network], config, where)
         if network == "wan":
             check_surroundings(files)
@@ -95,7 +111,9 @@ def networks_in(opened: Opened, files: Sequence[Path], key: str = "") -> list[Fo
         student = (place.prefix if several or (key and asked) else path).strip("./")
         tokenizer = here.get(names.TOKENIZER) if network == "text_encoder" else None
         record = opened.metadata.get("salt_jax", "")
-        found.append(Found(network, place.layout, student, config, tuple(files), pieces, record, tokenizer))
+        found.append(
+            Found(network, place.layout, student, config, tuple(files), pieces, record, tokenizer)
+        )
     return found
 
 
@@ -107,7 +125,10 @@ def outgoing_dtype(piece: Piece) -> np.dtype:
 
 
 def outgoing(found: Found, dtype: Any) -> dict[str, Outgoing]:
-    """Our arrays of a network, stored as `dtype`, or as they are stored there where it is None. Nothing is read yet."""
+    """Our arrays of a network, stored as `dtype`, or as they are stored there where it is None.
+
+    Nothing is read yet.
+    """
     arrays = {}
     for ours, pieces in found.pieces.items():
         kinds = {outgoing_dtype(piece) for piece in pieces}
@@ -121,10 +142,15 @@ def outgoing(found: Found, dtype: Any) -> dict[str, Outgoing]:
 def _match(
     place: Place, tensors: Mapping[str, Stored], scales: Mapping[str, Stored], where: str
 ) -> dict[str, tuple[Piece, ...]]:
-    """Every array of ours with those of theirs that it is made of. Raises UserError about those that do not match."""
+    """Every array of ours with those of theirs that it is made of.
+
+    Raises UserError about those that do not match.
+    """
     network, layout, _ = place
     table = TABLES[network]
-    used = 1 + max(layers(tensors, table, layout).values(), default=-1) - names.UNUSED_LAYERS[network]
+    used = (
+        1 + max(layers(tensors, table, layout).values(), default=-1) - names.UNUSED_LAYERS[network]
+    )
     image = [row for row in table if re.search(names.IMAGE_TO_VIDEO, row.ours)]
     with_image = not unnumbered(tensors, table, layout).isdisjoint(names_of(image, layout))
     pieces, missing, left = {}, [], set(tensors)
@@ -162,7 +188,9 @@ def _sizes(pieces: Mapping[str, Sequence[Piece]]) -> dict[str, Size]:
             return ()
 
     return {
-        path: Size(len(each), each[0].stored.shape, ours(each[0])) for path, each in pieces.items() if each
+        path: Size(len(each), each[0].stored.shape, ours(each[0]))
+        for path, each in pieces.items()
+        if each
     }
 
 
@@ -178,19 +206,25 @@ def _like(part: model_folder.Part, config: Any) -> dict[Any, Any]:
     return flatten_dict(jax.eval_shape(lambda: part.init(jax.random.key(0), config)), sep="/")
 
 
-def _check(pieces: Mapping[str, Sequence[Piece]], part: model_folder.Part, config: Any, where: str) -> None:
+def _check(
+    pieces: Mapping[str, Sequence[Piece]], part: model_folder.Part, config: Any, where: str
+) -> None:
     like, wrong = _like(part, config), []
     for ours, each in pieces.items():
         want = like[ours].shape[1:] if ours.startswith("blocks/") else like[ours].shape
         for piece in each:
             try:
-                right = _shape(piece) == want and (piece.third is None or piece.stored.shape[0] % 3 == 0)
+                right = _shape(piece) == want and (
+                    piece.third is None or piece.stored.shape[0] % 3 == 0
+                )
             except EinopsError:
                 right = False
             if not right:
                 wrong.append(f"{piece.name} is {piece.stored.shape}, which does not give {want}")
             if piece.stored.dtype not in (*FLOATS, *FP8, np.float64):
-                wrong.append(f"{piece.name} is {piece.stored.dtype}, no floating point: quantised or damaged")
+                wrong.append(
+                    f"{piece.name} is {piece.stored.dtype}, no floating point: quantised or damaged"
+                )
             if piece.scale is not None and not fits(piece.scale, piece.stored.shape):
                 wrong.append(f"{piece.name} is {piece.stored.shape}, its scale {piece.scale.shape}")
     if wrong:

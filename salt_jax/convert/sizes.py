@@ -1,4 +1,6 @@
-"""The sizes of a network in files of others: from the shapes in it, and its config.json for what these do not tell."""
+"""The sizes of a network in files of others: from the shapes in it, and its config.json for what
+these do not tell.
+"""
 
 import json
 import math
@@ -43,7 +45,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return told if isinstance(told, dict) else {}
 
 
-def infer_config(network: str, sizes: Mapping[str, Size], told: Mapping[str, Any], where: str) -> Any:
+def infer_config(
+    network: str, sizes: Mapping[str, Size], told: Mapping[str, Any], where: str
+) -> Any:
     """The config of a network of `PARTS`.
 
     Args:
@@ -53,11 +57,18 @@ def infer_config(network: str, sizes: Mapping[str, Size], told: Mapping[str, Any
     Raises:
       UserError: no config has these shapes, or they do not tell it all.
     """
-    infer = {"wan": _wan, "vae": _vae, "text_encoder": _text_encoder, "image_encoder": _image_encoder}
+    infer = {
+        "wan": _wan,
+        "vae": _vae,
+        "text_encoder": _text_encoder,
+        "image_encoder": _image_encoder,
+    }
     try:
         return infer[network](sizes, told, where)
     except (TypeError, ValueError, LookupError, ZeroDivisionError) as error:
-        raise UserError(f"{where} has shapes that no {network} has ({error}); name another file") from error
+        raise UserError(
+            f"{where} has shapes that no {network} has ({error}); name another file"
+        ) from error
 
 
 def _wan(sizes: Mapping[str, Size], told: Mapping[str, Any], where: str) -> Any:
@@ -97,7 +108,9 @@ def _check_channels(config: Any, where: str) -> None:
 
 
 def _vae(sizes: Mapping[str, Size], told: Mapping[str, Any], where: str) -> Any:
-    return model_folder.VAE.config(sizes["encoder/conv_in/bias"].ours[0], sizes["from_latent/bias"].ours[0])
+    return model_folder.VAE.config(
+        sizes["encoder/conv_in/bias"].ours[0], sizes["from_latent/bias"].ours[0]
+    )
 
 
 def _text_encoder(sizes: Mapping[str, Size], told: Mapping[str, Any], where: str) -> Any:
@@ -112,7 +125,8 @@ def _image_encoder(sizes: Mapping[str, Size], told: Mapping[str, Any], where: st
     layers, _, (_, mlp) = sizes["blocks/fc_in/kernel"]
     patch = sizes["patch_embedding/kernel"].ours[0]
     published = image_encoder.PRESETS["vit-h-14"]
-    # The official release keeps it in one folder with the transformer, whose config.json tells other heads.
+    # The official release keeps it in one folder with the transformer, whose config.json tells
+    # other heads.
     known = published.num_heads if dim == published.dim else None
     heads = known or _heads(told, ("num_attention_heads",), None, where)
     return model_folder.IMAGE.config(dim, layers, heads, mlp, math.isqrt(rows - 1) * patch, patch)
@@ -122,7 +136,8 @@ def _heads(told: Mapping[str, Any], keys: Sequence[str], known: int | None, wher
     value = next((told[key] for key in keys if isinstance(told.get(key), int)), known)
     if not value:
         raise UserError(
-            f"{where} is of a size not published, and shapes do not tell the number of heads; put a config.json with "
+            f"{where} is of a size not published, and shapes do not tell the number of heads; put "
+            "a config.json with "
             f"{keys[0]} beside it"
         )
     return value

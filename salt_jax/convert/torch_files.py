@@ -1,7 +1,7 @@
 """Tensors in files of torch.save, read without torch and without running anything that a file says.
 
-Such a file is a zip with NAME/data.pkl, a pickle that describes dicts and tensors (read by `torch_pickle`), and
-NAME/data/KEY, the numbers of each storage.
+Such a file is a zip with NAME/data.pkl, a pickle that describes dicts and tensors (read by
+`torch_pickle`), and NAME/data/KEY, the numbers of each storage.
 """
 
 import struct
@@ -18,12 +18,14 @@ DAMAGED = (zipfile.BadZipFile, struct.error, EOFError, NotImplementedError)  # w
 
 
 def read_torch(path: str | Path) -> dict[Any, Any]:
-    """The dict that torch.save wrote: nested dicts with a `Stored` for each tensor; no tensor is read.
+    """The dict that torch.save wrote: nested dicts with a `Stored` for each tensor; no tensor is
+    read.
 
     Numbers, strings, lists and tuples stay as they are.
 
     Raises:
-      UserError: the file is absent, damaged or of another kind, or asks for anything but tensors in dicts.
+      UserError: the file is absent, damaged or of another kind, or asks for anything but tensors in
+        dicts.
     """
     path = Path(path)
     try:
@@ -31,15 +33,20 @@ def read_torch(path: str | Path) -> dict[Any, Any]:
         found = follow(_read_pickle(path, root, entries), _storages(root, entries), path)
     except Refused as error:
         raise UserError(
-            f"{path} is refused: {error}. Nothing of it was run. If you trust the file, load it with torch and save "
+            f"{path} is refused: {error}. Nothing of it was run. If you trust the file, load it "
+            "with torch and save "
             "only the dict of its tensors"
         ) from error
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror or error}); check the name") from error
+        raise UserError(
+            f"cannot read {path} ({error.strerror or error}); check the name"
+        ) from error
     except (*DAMAGED, ValueError, TypeError, LookupError) as error:
         raise UserError(f"cannot read {path}: {_remedy(path)} ({error})") from error
     if not isinstance(found, dict):
-        raise UserError(f"{path} holds a {type(found).__name__}, not a dict of tensors; name another file")
+        raise UserError(
+            f"{path} holds a {type(found).__name__}, not a dict of tensors; name another file"
+        )
     return found
 
 
@@ -57,14 +64,18 @@ def _remedy(path: Path) -> str:
 
 
 def _zip_entries(path: Path) -> tuple[str, dict[str, tuple[int, int]]]:
-    """The folder all entries are in, and for each entry where its bytes begin and how many there are."""
+    """The folder all entries are in, and for each entry where its bytes begin and how many there
+    are.
+    """
     entries, total = {}, path.stat().st_size
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         for info in archive.infolist():
             if info.filename in entries:
                 raise Refused(f"it has two entries named {info.filename!r}")
             if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-                raise Refused(f"its {info.filename!r} is compressed or encrypted, torch.save does neither")
+                raise Refused(
+                    f"its {info.filename!r} is compressed or encrypted, torch.save does neither"
+                )
             file.seek(info.header_offset)
             signature, name, extra = struct.unpack("<4s22xHH", file.read(30))
             start = info.header_offset + 30 + name + extra
@@ -83,14 +94,17 @@ def _read_pickle(path: Path, root: str, entries: Mapping[str, tuple[int, int]]) 
         def read(name):
             start, size = entries[name]
             if size > MAX_PICKLE:
-                raise Refused(f"its {name} has {size} bytes, more than any description of tensors needs")
+                raise Refused(
+                    f"its {name} has {size} bytes, more than any description of tensors needs"
+                )
             file.seek(start)
             return file.read(size)
 
         order = read(f"{root}byteorder") if f"{root}byteorder" in entries else b"little"
         if order != b"little":
             raise Refused(
-                f"its numbers are stored in the byte order {order[:9]!r}, only little-endian is read"
+                f"its numbers are stored in the byte order {order[:9]!r}, only little-endian is "
+                "read"
             )
         return read(f"{root}data.pkl")
 
@@ -103,14 +117,18 @@ def _storages(root: str, entries: Mapping[str, tuple[int, int]]) -> Callable[[An
             case ("storage", Name(kind), str(key), str(_), int(count)) if kind in STORAGES:
                 dtype, name = STORAGES[kind], f"{root}data/{key}"
             case _:
-                raise Refused(f"it refers to {short(told)} outside of itself, which is no storage of numbers")
+                raise Refused(
+                    f"it refers to {short(told)} outside of itself, which is no storage of numbers"
+                )
         if not (key.isascii() and key.isdecimal()):
             raise Refused(f"it names a storage {key!r}, torch.save numbers them")
         if name not in entries:
             raise ValueError(f"storage {key} is absent")
         start, size = entries[name]
         if not 0 <= count * dtype.itemsize <= size:
-            raise ValueError(f"storage {key} has {size} bytes, too few for {count} numbers of {dtype}")
+            raise ValueError(
+                f"storage {key} has {size} bytes, too few for {count} numbers of {dtype}"
+            )
         return Storage(start, dtype, count)
 
     return storage

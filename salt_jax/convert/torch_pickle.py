@@ -1,8 +1,9 @@
 """The pickle in a file of torch.save, read as data: nothing that it says is ever run.
 
-Handing it to Python's unpickler would let it call what it names. Here the opcodes below are followed one by one, a
-function or class stays a string, and the few that mean something are looked up in the tables below. All else is
-refused, with its name. Nothing recurses, so depth cannot exhaust the stack.
+Handing it to Python's unpickler would let it call what it names. Here the opcodes below are
+followed one by one, a function or class stays a string, and the few that mean something are looked
+up in the tables below. All else is refused, with its name. Nothing recurses, so depth cannot
+exhaust the stack.
 """
 
 import math
@@ -19,14 +20,16 @@ from salt_jax.io.tensor_files import Stored
 STORAGES: dict[str, np.dtype] = {
     f"torch {name}Storage": np.dtype(dtype)
     for name, dtype in {
-        "Float": np.float32, "Half": np.float16, "BFloat16": jnp.bfloat16, "Double": np.float64, "Long": np.int64,
+        "Float": np.float32, "Half": np.float16, "BFloat16": jnp.bfloat16, "Double": np.float64,
+        "Long": np.int64,
         "Int": np.int32, "Short": np.int16, "Char": np.int8, "Byte": np.uint8, "Bool": np.bool_,
     }.items()
 } | {"torch.storage UntypedStorage": np.dtype(np.uint8)}  # fmt: skip
 DTYPES: dict[str, np.dtype] = {
     f"torch {name}": np.dtype(getattr(jnp, name, None) or getattr(np, name))
     for name in (
-        "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64", "int32", "int16",
+        "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64",
+        "int32", "int16",
         "int8", "uint64", "uint32", "uint16", "uint8",
     )
 } | {"torch bool": np.dtype(np.bool_)}  # fmt: skip
@@ -36,22 +39,38 @@ INERT = {"torch Tensor", "torch.nn.parameter Parameter", "typing Any", *DTYPES} 
     for module in ("builtins", "__builtin__")
     for name in ("dict", "list", "tuple", "str", "unicode", "int", "long", "float", "bool")
 }
-# Objects that stand beside tensors and that nobody reads: what makes one is noted, and neither called nor built.
+# Objects that stand beside tensors and that nobody reads: what makes one is noted, and neither
+# called nor built.
 DATA = {
-    *(f"{core}.multiarray {name}" for core in ("numpy.core", "numpy._core") for name in ("scalar", "_reconstruct")),
-    "numpy.core.numeric _frombuffer", "numpy._core.numeric _frombuffer", "numpy ndarray", "numpy dtype",
+
+
+
+                         *(f"{core}.multiarray {name}" for core in ("numpy.core", "numpy._core") for name in ("scalar", "_reconstruct")),
+    "numpy.core.numeric _frombuffer", "numpy._core.numeric _frombuffer", "numpy ndarray",
+    "numpy dtype",
     "_codecs encode", "torch device",
-    "argparse Namespace", "types SimpleNamespace", "pathlib PosixPath", "datetime datetime", "datetime timedelta",
+    "argparse Namespace", "types SimpleNamespace", "pathlib PosixPath", "datetime datetime",
+    "datetime timedelta",
     "collections Counter", "collections deque",
-    "omegaconf.dictconfig DictConfig", "omegaconf.listconfig ListConfig", "omegaconf.base ContainerMetadata",
-    "omegaconf.base Metadata", "ml_collections.config_dict.config_dict ConfigDict", "easydict EasyDict",
-    "lightning_fabric.utilities.data AttributeDict", "lightning.fabric.utilities.data AttributeDict",
+    "omegaconf.dictconfig DictConfig", "omegaconf.listconfig ListConfig",
+    "omegaconf.base ContainerMetadata",
+    "omegaconf.base Metadata", "ml_collections.config_dict.config_dict ConfigDict",
+    "easydict EasyDict",
+    "lightning_fabric.utilities.data AttributeDict",
+    "lightning.fabric.utilities.data AttributeDict",
     "pytorch_lightning.utilities.parsing AttributeDict",
-    *(f"omegaconf.nodes {kind}Node" for kind in ("Any", "String", "Integer", "Float", "Boolean", "Bytes", "Path")),
-    *(f"{module} {name}" for module in ("builtins", "__builtin__") for name in ("set", "frozenset", "bytearray")),
+
+
+
+                         *(f"omegaconf.nodes {kind}Node" for kind in ("Any", "String", "Integer", "Float", "Boolean", "Bytes", "Path")),
+
+
+
+                         *(f"{module} {name}" for module in ("builtins", "__builtin__") for name in ("set", "frozenset", "bytearray")),
 }  # fmt: skip
 CONSTANTS = {
-    "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE",
+    "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
+    "BINUNICODE",
     "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
 }  # fmt: skip
 EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list}
@@ -87,7 +106,10 @@ EMPTY |= {"EMPTY_SET": Opaque, "MARK": Mark}
 
 
 def follow(pickle: bytes, storage: Callable[[Any], Storage], path: Path) -> Any:
-    """What the pickle describes. The opcodes are those that pickling dicts of tensors gives, in protocols 2 to 5."""
+    """What the pickle describes.
+
+    The opcodes are those that pickling dicts of tensors gives, in protocols 2 to 5.
+    """
     stack: list[Any] = []
     memo: dict[Any, Any] = {}
     value: Any
@@ -195,7 +217,9 @@ def _rebuild(path: Path, called: Any, args: Any) -> Any:
 
 def _make(kind: Any, args: Any) -> Opaque:
     if not isinstance(kind, Name) or kind.text not in DATA:
-        raise Refused(f"its pickle uses NEWOBJ of {short(kind)}, which a dict of tensors does not need")
+        raise Refused(
+            f"its pickle uses NEWOBJ of {short(kind)}, which a dict of tensors does not need"
+        )
     return Opaque()
 
 
@@ -209,13 +233,19 @@ def _tensor(path, storage, offset, shape, strides, requires_grad, hooks, *_) -> 
     count = math.prod(shape)
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if count else -1
     if max(last + 1, count) > storage.count:
-        raise ValueError(f"a tensor of shape {short(shape)} is larger than its storage of {storage.count}")
+        raise ValueError(
+            f"a tensor of shape {short(shape)} is larger than its storage of {storage.count}"
+        )
     start = storage.offset + offset * storage.dtype.itemsize
     return Stored(path, start, storage.dtype, tuple(shape), tuple(strides))
 
 
-def _tensor_of_dtype(path, storage, offset, shape, strides, requires_grad, hooks, dtype, *_) -> Stored:
-    """As torch writes kinds of numbers that have no storage of their own: bytes, and what they stand for."""
+def _tensor_of_dtype(
+    path, storage, offset, shape, strides, requires_grad, hooks, dtype, *_
+) -> Stored:
+    """As torch writes kinds of numbers that have no storage of their own: bytes, and what they
+    stand for.
+    """
     if not isinstance(dtype, Name) or dtype.text not in DTYPES:
         raise Refused(f"it makes a tensor of numbers {short(dtype)}")
     kind = DTYPES[dtype.text]

@@ -31,7 +31,8 @@ def write_lora(
 ) -> Path:
     """Writes a LoRA of `models.lora` as one safetensors file in `dst`, and returns its name.
 
-    For Diffusers the metadata tells alpha, as its own load_lora_adapter reads it; for ComfyUI a tensor of each module.
+    For Diffusers the metadata tells alpha, as its own load_lora_adapter reads it; for ComfyUI a
+    tensor of each module.
 
     Args:
       params: arrays of jax or numpy, or `Stored` ones.
@@ -52,10 +53,15 @@ def write_lora(
             continue
         for i in range(flat[f"{row.ours}/lora_a"].shape[0]):
             name = (
-                (row.diffusers if layout == "diffusers" else row.official).format(i=i).removesuffix(".weight")
+                (row.diffusers if layout == "diffusers" else row.official)
+                .format(i=i)
+                .removesuffix(".weight")
             )
             modules.append(name)
-            for ab, theirs, comfy in (("lora_a", "lora_A", "lora_down"), ("lora_b", "lora_B", "lora_up")):
+            for ab, theirs, comfy in (
+                ("lora_a", "lora_A", "lora_down"),
+                ("lora_b", "lora_B", "lora_up"),
+            ):
                 leaf = flat[f"{row.ours}/{ab}"]
                 full = (
                     f"transformer.{name}.{theirs}"
@@ -63,21 +69,28 @@ def write_lora(
                     else f"diffusion_model.{name}.{comfy}"
                 )
                 part = lambda leaf=leaf, i=i: [layer_of(leaf, i).T]
-                tensors[f"{full}.weight"] = Outgoing(np.dtype(dtype or leaf.dtype), leaf.shape[:0:-1], part)
+                tensors[f"{full}.weight"] = Outgoing(
+                    np.dtype(dtype or leaf.dtype), leaf.shape[:0:-1], part
+                )
             if layout == "comfyui":
                 part = lambda: [np.array(alpha, np.float32)]
                 tensors[f"diffusion_model.{name}.alpha"] = Outgoing(np.dtype(np.float32), (), part)
     metadata = {"format": "pt"} | ({"salt_jax": record} if record else {})
     if layout == "diffusers":
         told = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": modules}
-        metadata[DIFFUSERS] = json.dumps({f"transformer.{key}": value for key, value in told.items()})
+        metadata[DIFFUSERS] = json.dumps(
+            {f"transformer.{key}": value for key, value in told.items()}
+        )
     with all_or_nothing(dst) as folder:
         write_tensors(folder / file.name, tensors, metadata, report)
     return file
 
 
 def open_lora(path: str | Path) -> tuple[Params, int, float] | None:
-    """Our file of a LoRA, with `Stored` for arrays, its rank and alpha. None: it is another file, or none."""
+    """Our file of a LoRA, with `Stored` for arrays, its rank and alpha.
+
+    None: it is another file, or none.
+    """
     try:
         tensors, metadata = list_tensors(path)
         told = json.loads(metadata["config"])

@@ -1,4 +1,7 @@
-"""A video file becomes a clip: decoded, resampled in time, brought to one size. A file of no use has a reason."""
+"""A video file becomes a clip: decoded, resampled in time, brought to one size.
+
+A file of no use has a reason.
+"""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -19,8 +22,9 @@ from salt_jax.data.frames import Tags, picture
 # Raised whenever the same file may give other pixels than before.
 READER = 2
 LONGEST_STILL = 10  # seconds: a longer gap is taken for a break in the times, as ffmpeg does
-# These store when a frame is decoded, not when it is shown; what FFmpeg gives as the latter is wrong with B-frames. So
-# do files of any kind in which the two never differ: then they tell nothing of frames that are stored out of order.
+# These store when a frame is decoded, not when it is shown; what FFmpeg gives as the latter is
+# wrong with B-frames. So do files of any kind in which the two never differ: then they tell nothing
+# of frames that are stored out of order.
 DECODE_TIMES = {"avi", "asf"}
 # What PyAV 19 does by itself.
 OPEN: dict[str, Any] = {"metadata_errors": "replace"} if av.__version__.startswith("18.") else {}
@@ -43,27 +47,35 @@ class Shown(NamedTuple):
 
 
 def read_clip(file: str | Path, max_frames: int, height: int, width: int, fps: int) -> np.ndarray:
-    """The beginning of a video: its longest 4k + 1 frames up to `max_frames`, uint8 [T, height, width, 3].
+    """The beginning of a video: its longest 4k + 1 frames up to `max_frames`, uint8 [T, height,
+    width, 3].
 
-    Frames are those nearest in time to 0, 1/fps, 2/fps, ... after the first one. Where the times at which frames are
-    to be shown do not grow, the n-th frame is shown at the n-th time of decoding. Pictures are turned and mirrored as
-    the file says, and `fit_picture` sees to the size.
+    Frames are those nearest in time to 0, 1/fps, 2/fps, ... after the first one. Where the times at
+    which frames are to be shown do not grow, the n-th frame is shown at the n-th time of decoding.
+    Pictures are turned and mirrored as the file says, and `fit_picture` sees to the size.
 
     Raises:
       ValueError: the reason why this file cannot be used.
     """
-    frames = _in_order(file, lambda timed: list(islice(_fitted(timed, height, width, fps), max_frames)))
+    frames = _in_order(
+        file, lambda timed: list(islice(_fitted(timed, height, width, fps), max_frames))
+    )
     return np.stack(frames[: (len(frames) - 1) // 4 * 4 + 1])
 
 
 def read_ending(file: str | Path, max_frames: int, height: int, width: int, fps: int) -> np.ndarray:
-    """The last frames of a video, at most so many, uint8 [T, height, width, 3]; else as `read_clip`."""
+    """The last frames of a video, at most so many, uint8 [T, height, width, 3]; else as
+    `read_clip`.
+    """
     keep = lambda timed: deque(_fitted(timed, height, width, fps), max_frames)
     return np.stack(_in_order(file, keep))
 
 
 def _in_order(file: str | Path, take: Callable[[Iterable[Any]], Any]) -> Any:
-    """What `take` makes of the frames with their times. Raises ValueError: they have none, or there is no frame."""
+    """What `take` makes of the frames with their times.
+
+    Raises ValueError: they have none, or there is no frame.
+    """
     try:
         frames = take(by_display(_decode(file)))
     except Disorder as error:
@@ -77,9 +89,11 @@ def _in_order(file: str | Path, take: Callable[[Iterable[Any]], Any]) -> Any:
 
 
 def resample(frames: Iterable[tuple[Fraction, Fraction, T]], fps: int) -> Iterator[T]:
-    """From (time, duration, frame) in order of time, the frame nearest to each of start + i/fps, the earlier of two.
+    """From (time, duration, frame) in order of time, the frame nearest to each of start + i/fps,
+    the earlier of two.
 
-    The last one is shown for its duration, or, where that is not known (0), for as long as the one before.
+    The last one is shown for its duration, or, where that is not known (0), for as long as the one
+    before.
 
     Raises:
       Disorder: a time is not later than the one before.
@@ -94,7 +108,8 @@ def resample(frames: Iterable[tuple[Fraction, Fraction, T]], fps: int) -> Iterat
     for number, (time, shown, frame) in enumerate(frames, 1):
         if time <= before:
             raise Disorder(
-                f"its times do not grow: {float(before):g} s, then {float(time):g} s at frame {number}"
+                f"its times do not grow: {float(before):g} s, then {float(time):g} s at frame "
+                f"{number}"
             )
         _refuse_still(time - before, number - 1)
         while 2 * (start + Fraction(count, fps)) <= before + time:
@@ -108,13 +123,15 @@ def resample(frames: Iterable[tuple[Fraction, Fraction, T]], fps: int) -> Iterat
 
 
 def fit_picture(picture: np.ndarray, height: int, width: int, pixel_aspect: Fraction) -> np.ndarray:
-    """uint8 [h, w, 3] -> [height, width, 3]: scaled with its aspect kept until it covers, the middle cut out.
+    """uint8 [h, w, 3] -> [height, width, 3]: scaled with its aspect kept until it covers, the
+    middle cut out.
 
-    One antialiased bicubic resize (PIL) of the middle, so no row is lost to rounding. `pixel_aspect` is the width of
-    a stored pixel over its height.
+    One antialiased bicubic resize (PIL) of the middle, so no row is lost to rounding.
+    `pixel_aspect` is the width of a stored pixel over its height.
     """
     h, w = picture.shape[:2]
-    scale = min(w * pixel_aspect / width, Fraction(h, height))  # of the wanted pixels, in stored rows
+    # of the wanted pixels, in stored rows
+    scale = min(w * pixel_aspect / width, Fraction(h, height))
     cut_w, cut_h = float(width * scale / pixel_aspect), float(height * scale)
     left, top = (w - cut_w) / 2, (h - cut_h) / 2
     box = (max(left, 0.0), max(top, 0.0), min(left + cut_w, w), min(top + cut_h, h))
@@ -123,7 +140,8 @@ def fit_picture(picture: np.ndarray, height: int, width: int, pixel_aspect: Frac
 
 
 def by_display(frames: Iterable[Shown]) -> Iterator[tuple[Fraction, Fraction, Shown]]:
-    """With the times at which they are to be shown; one that has none follows the frame before, as in ffmpeg.
+    """With the times at which they are to be shown; one that has none follows the frame before, as
+    in ffmpeg.
 
     Raises:
       Disorder: nothing says when a frame is shown.
@@ -161,12 +179,17 @@ def _fitted(timed: Iterable[Any], height: int, width: int, fps: int) -> Iterator
 
 
 def _decode(file: str | Path) -> Iterator[Shown]:
-    """The frames of the first video stream that is no cover picture. Raises ValueError where it cannot go on."""
+    """The frames of the first video stream that is no cover picture.
+
+    Raises ValueError where it cannot go on.
+    """
     count = 0
     try:
         # With the protocol named, no file's name is taken for the address of something else.
         with av.open(f"file:{Path(file)}", **OPEN) as container:
-            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+            streams = [
+                s for s in container.streams.video if not s.disposition & Disposition.attached_pic
+            ]
             if not streams:
                 raise ValueError("it has no video stream")
             if "mif1" in container.metadata.get(
@@ -176,9 +199,13 @@ def _decode(file: str | Path) -> Iterator[Shown]:
             stream = streams[0]
             codec = stream.codec_context
             if container.format.flags & Flags.no_timestamps.value and not codec.framerate:
-                raise ValueError("it is a bare stream that does not tell its frame rate; put it into an mp4")
+                raise ValueError(
+                    "it is a bare stream that does not tell its frame rate; put it into an mp4"
+                )
             if stream.metadata.get("alpha_mode") == "1":
-                raise ValueError("its transparency cannot be read; compose it over a background first")
+                raise ValueError(
+                    "its transparency cannot be read; compose it over a background first"
+                )
             stream.thread_type = "AUTO"
             unit, tags = stream.time_base or Fraction(1), _tags(stream)
             decoded: list[int | None] = []  # times of decoding of the packets so far
@@ -192,7 +219,9 @@ def _decode(file: str | Path) -> Iterator[Shown]:
                         raise ValueError(f"it is damaged after {count} frames")
                     dts = decoded[count] if count < len(decoded) else None
                     pts = dts if alike or container.format.name in DECODE_TIMES else frame.pts
-                    shown, decoding = (None if ticks is None else ticks * unit for ticks in (pts, dts))
+                    shown, decoding = (
+                        None if ticks is None else ticks * unit for ticks in (pts, dts)
+                    )
                     yield Shown(shown, decoding, frame.duration * unit, frame, tags)
                     count += 1
     except (FFmpegError, OSError) as error:
@@ -211,5 +240,6 @@ def _refuse_still(seconds: Fraction, number: int | None) -> None:
     if seconds > LONGEST_STILL:
         which = "its last frame" if number is None else f"frame {number}"
         raise ValueError(
-            f"{which} is shown for {float(seconds):g} s: its times jump, or it is a still; cut it before that"
+            f"{which} is shown for {float(seconds):g} s: its times jump, or it is a still; cut it "
+            "before that"
         )

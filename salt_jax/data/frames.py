@@ -1,6 +1,8 @@
-"""A decoded frame becomes a picture: its colours, its transparency and its orientation as the file's tags say.
+"""A decoded frame becomes a picture: its colours, its transparency and its orientation as the
+file's tags say.
 
-What a tag asks for and is not done here is a reason to reject the file: never are colours taken for others.
+What a tag asks for and is not done here is a reason to reject the file: never are colours taken for
+others.
 """
 
 import io
@@ -34,7 +36,12 @@ HDR_CURVES = {16: "PQ", 18: "HLG"}
 # Primaries that players take for BT.709's: BT.601 in both its variants is a few levels off at most.
 SDR_PRIMARIES = {1, 2, 5, 6, 7, 22}
 WIDE_PRIMARIES = {9: "BT.2020", 11: "DCI-P3", 12: "Display P3"}
-HDR_SIDE_DATA = {Type.DOVI_RPU_BUFFER, Type.DOVI_METADATA, Type.DYNAMIC_HDR_PLUS, Type.DYNAMIC_HDR_VIVID}
+HDR_SIDE_DATA = {
+    Type.DOVI_RPU_BUFFER,
+    Type.DOVI_METADATA,
+    Type.DYNAMIC_HDR_PLUS,
+    Type.DYNAMIC_HDR_VIVID,
+}
 MASTERED = {Type.MASTERING_DISPLAY_METADATA, Type.CONTENT_LIGHT_LEVEL}
 LIMITED, FULL = 1, 2
 TO_SDR = "convert it to SDR in BT.709 first, for instance with ffmpeg's zscale and tonemap"
@@ -53,8 +60,8 @@ class Tags(NamedTuple):
 def picture(frame: VideoFrame, tags: Tags) -> tuple[np.ndarray, Fraction]:
     """uint8 sRGB [h, w, 3] as it is meant to be seen, and the aspect of its pixels.
 
-    Without tags HD is BT.709 and anything smaller BT.601, as players have it. What is transparent is composed over
-    white.
+    Without tags HD is BT.709 and anything smaller BT.601, as players have it. What is transparent
+    is composed over white.
 
     Raises:
       ValueError: the reason why this frame cannot be shown rightly.
@@ -66,11 +73,15 @@ def picture(frame: VideoFrame, tags: Tags) -> tuple[np.ndarray, Fraction]:
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """An image whose numbers mean what an ICC profile says, in sRGB. Raises ValueError where the profile is no use."""
+    """An image whose numbers mean what an ICC profile says, in sRGB.
+
+    Raises ValueError where the profile is no use.
+    """
     try:
         told = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         return (
-            ImageCms.profileToProfile(image, told, ImageCms.createProfile("sRGB"), outputMode="RGB") or image
+            ImageCms.profileToProfile(image, told, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            or image
         )
     except (ImageCms.PyCMSError, OSError, ValueError) as error:
         raise ValueError(f"its colour profile does not fit it ({error})") from error
@@ -92,7 +103,10 @@ def _first(frame_says: int, stream_says: int) -> int:
 
 
 def _refuse_colours(frame: VideoFrame, tags: Tags) -> None:
-    curve, primaries = _first(frame.color_trc, tags.curve), _first(frame.color_primaries, tags.primaries)
+    curve, primaries = (
+        _first(frame.color_trc, tags.curve),
+        _first(frame.color_primaries, tags.primaries),
+    )
     beside = set(_side_data(frame))
     hdr = HDR_CURVES.get(curve, "Dolby Vision or HDR10+" if beside & HDR_SIDE_DATA else "")
     if not hdr and curve == UNKNOWN and beside & MASTERED:
@@ -117,7 +131,9 @@ def _rgb(frame: VideoFrame, tags: Tags) -> np.ndarray:
     if form.is_rgb or form.has_palette or len(form.components) < 3:  # grey, with or without alpha
         matrix = UNKNOWN
     elif matrix not in MATRICES and matrix != UNKNOWN:
-        raise ValueError(f"its colour matrix is number {matrix} of ITU-T H.273, which is not read; {TO_SDR}")
+        raise ValueError(
+            f"its colour matrix is number {matrix} of ITU-T H.273, which is not read; {TO_SDR}"
+        )
     if matrix == UNKNOWN:
         matrix = HD if frame.height >= 720 or frame.width >= 1280 else SD
     told: dict[str, Any] = {"src_colorspace": MATRICES[matrix], "dst_color_range": FULL}
@@ -138,15 +154,19 @@ def _stretched(grey: np.ndarray) -> np.ndarray:
     return ((grey.astype(np.float32) - 16) * (255 / 219)).round().clip(0, 255).astype(np.uint8)
 
 
-def _upright(frame: VideoFrame, pixels: np.ndarray, aspect: Fraction) -> tuple[np.ndarray, Fraction]:
+def _upright(
+    frame: VideoFrame, pixels: np.ndarray, aspect: Fraction
+) -> tuple[np.ndarray, Fraction]:
     """Turned and mirrored by the display matrix: (x, y) is seen at (a x + c y, b x + d y)."""
     data = _side_data(frame).get(Type.DISPLAYMATRIX)
     if data is None:
         return pixels, aspect
     rows = np.frombuffer(data, np.int32).reshape(3, 3)[:2, :2].astype(float)
-    unit = rows / np.maximum(np.hypot(*rows.T)[:, None], 1)  # it may scale; the size is chosen by others
+    # it may scale; the size is chosen by others
+    unit = rows / np.maximum(np.hypot(*rows.T)[:, None], 1)
     turn = unit.round().astype(int)
-    if np.abs(unit - turn).max() > 0.02 or (np.abs(turn).sum(0) != 1).any():  # a degree: matrices are rounded
+    # a degree: matrices are rounded
+    if np.abs(unit - turn).max() > 0.02 or (np.abs(turn).sum(0) != 1).any():
         degrees = -np.degrees(np.arctan2(rows[0, 1], rows[0, 0]))  # counter-clockwise
         raise ValueError(
             f"it is to be turned by {degrees:.0f} degrees, which is no multiple of 90, or sheared"

@@ -1,11 +1,13 @@
 """Encoded data on disk: what training at paper size reads instead of pixels and sentences.
 
-A record holds the latent of a clip, the embedding of its caption, and for image-to-video the features of its first
-frame and the latent of the clip that shows it alone; prompts without a clip have no latent. It is a TFDS data set in
-array_record, so `tfds.builder_from_directory` opens it too. Stored as float16, read as float32.
+A record holds the latent of a clip, the embedding of its caption, and for image-to-video the
+features of its first frame and the latent of the clip that shows it alone; prompts without a clip
+have no latent. It is a TFDS data set in array_record, so `tfds.builder_from_directory` opens it
+too. Stored as float16, read as float32.
 
-Writing is cut into parts, one file each. A part is a function of the settings and its number and is put in place whole,
-so work that was stopped goes on with the first part that is missing, and processes share parts without talking.
+Writing is cut into parts, one file each. A part is a function of the settings and its number and is
+put in place whole, so work that was stopped goes on with the first part that is missing, and
+processes share parts without talking.
 """
 
 import itertools
@@ -23,13 +25,15 @@ from tqdm import tqdm
 from salt_jax.errors import UserError
 
 FORMAT = 1  # of the records and of settings.json
-# Decoding and resizing videos release the interpreter lock; a clip of 81 frames at 832 x 480 is 97 MB.
+# Decoding and resizing videos release the interpreter lock; a clip of 81 frames at 832 x 480 is 97
+# MB.
 READ_AHEAD = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
-NAMES = {"latent": "video", "image": "image", "condition": "condition"}  # arrays on disk -> in a batch
+# arrays on disk -> in a batch
+NAMES = {"latent": "video", "image": "image", "condition": "condition"}
 
 Record = Mapping[str, Any]
-"""What is to be written: `caption` str, `text` [n, D] without padding, and of `latent`, `image`, `condition` those the
-data set has."""
+"""What is to be written: `caption` str, `text` [n, D] without padding, and of `latent`, `image`,
+`condition` those the data set has."""
 
 
 class Report(NamedTuple):
@@ -43,9 +47,11 @@ class Report(NamedTuple):
 class Encoded(NamedTuple):
     """A data set, opened for reading."""
 
-    records: Sequence  # dicts of caption str, text [T, D] and perhaps video, image, condition; float32
+    # dicts of caption str, text [T, D] and perhaps video, image, condition; float32
+    records: Sequence
     null_text: np.ndarray  # float32 [T, D], of the prompt that guidance leads away from
-    settings: dict[str, Any]  # what it was made from; "clip" is [F, h, w, C], or null without latents
+    # what it was made from; "clip" is [F, h, w, C], or null without latents
+    settings: dict[str, Any]
 
 
 def write_records(
@@ -59,15 +65,16 @@ def write_records(
     process_index: int,
     process_count: int,
 ) -> Report:
-    """Writes this process's share of the parts that are missing, and completes the data set if none is left.
+    """Writes this process's share of the parts that are missing, and completes the data set if none
+    is left.
 
     Args:
       settings: JSON values, everything the records depend on besides their number.
       shapes: of the arrays of every record, `text` as (None, D).
       null_text: [n, D], kept beside the records.
       names: of the sources, in a fixed order; a source becomes one record or is rejected.
-      make: sources' numbers -> for each of them its record, or the reason why there is none. Values that float16 cannot
-        hold are a reason too.
+      make: sources' numbers -> for each of them its record, or the reason why there is none. Values
+        that float16 cannot hold are a reason too.
 
     Raises:
       UserError: the directory holds other settings, or no source became a record.
@@ -81,7 +88,13 @@ def write_records(
         ) from error
     clip = list(shapes["latent"]) if "latent" in shapes else None
     count = -(-len(names) // per_part)
-    settings = {**settings, "format": FORMAT, "sources": len(names), "per_part": per_part, "clip": clip}
+    settings = {
+        **settings,
+        "format": FORMAT,
+        "sources": len(names),
+        "per_part": per_part,
+        "clip": clip,
+    }
     settings["shapes"] = {name: list(shape) for name, shape in shapes.items()}
     _keep_settings(directory, settings, null_text, process_index)
     features = _features(shapes)
@@ -94,7 +107,9 @@ def write_records(
             if not _part_file(directory, part).exists():
                 numbers = range(part * per_part, part * per_part + size(part))
                 called = [names[i] for i in numbers]
-                left_out += _write_part(directory, part, count, features, called, make(numbers), bar)
+                left_out += _write_part(
+                    directory, part, count, features, called, make(numbers), bar
+                )
                 bar.set_postfix(rejected=left_out)
     return _complete(directory, count, features)
 
@@ -109,8 +124,11 @@ class Records(Sequence):
         return len(self._stored)
 
     def __getitem__(self, index):
-        stored = self._stored[range(len(self))[index]]  # an IndexError past the end, as sequences give
-        arrays = {new: stored[old].astype(np.float32) for old, new in NAMES.items() if old in stored}
+        # an IndexError past the end, as sequences give
+        stored = self._stored[range(len(self))[index]]
+        arrays = {
+            new: stored[old].astype(np.float32) for old, new in NAMES.items() if old in stored
+        }
         return {
             "caption": stored["caption"].decode(),
             "text": _pad(stored["text"], self._text_length),
@@ -123,10 +141,11 @@ def in_groups(
     encode: Callable[[Sequence[Any]], Iterable[Record]],
     size: int,
 ) -> Iterator[Record | str]:
-    """For each number its record or the reason why there is none, a str that `load` gives; for `write_records`.
+    """For each number its record or the reason why there is none, a str that `load` gives; for
+    `write_records`.
 
-    `size` loaded ones are encoded together, while threads load the next. A group that is not full is filled with its
-    last one, so every program is compiled for one size.
+    `size` loaded ones are encoded together, while threads load the next. A group that is not full
+    is filled with its last one, so every program is compiled for one size.
     """
     loaded = iter(grain.MapDataset.source(numbers).map(load).to_iter_dataset(READ_AHEAD))
     while group := list(itertools.islice(loaded, size)):
@@ -147,16 +166,22 @@ def open_records(directory: str | Path, clip: Sequence[int], text_length: int) -
     directory = Path(directory)
     settings = _read_json(directory / "settings.json")
     if settings is None:
-        raise UserError(f"{directory} holds no encoded data; write it with launch.encode --dst={directory}")
+        raise UserError(
+            f"{directory} holds no encoded data; write it with launch.encode --dst={directory}"
+        )
     if settings["format"] != FORMAT:
         raise UserError(
-            f"{directory} has format {settings['format']}, this version of salt_jax reads {FORMAT}; encode again"
+            f"{directory} has format {settings['format']}, this version of salt_jax reads "
+            f"{FORMAT}; encode again"
         )
     if not (directory / "dataset_info.json").exists():
-        raise UserError(f"{directory} is not complete; run launch.encode again as before, it goes on")
+        raise UserError(
+            f"{directory} is not complete; run launch.encode again as before, it goes on"
+        )
     if settings["clip"] not in (None, list(clip)):
         raise UserError(
-            f"the latents in {directory} are {settings['clip']} (frames, height, width, channels), the run wants "
+            f"the latents in {directory} are {settings['clip']} (frames, height, width, channels), "
+            "the run wants "
             f"{list(clip)}; set config.data.clip, or encode again with another --size and --frames"
         )
     builder = tfds.builder_from_directory(str(directory))
@@ -179,7 +204,9 @@ def _features(shapes: Mapping[str, tuple[int | None, ...]]) -> tfds.features.Fea
     return tfds.features.FeaturesDict({"caption": tfds.features.Text(), **arrays})
 
 
-def _keep_settings(directory: Path, settings: dict, null_text: np.ndarray, process_index: int) -> None:
+def _keep_settings(
+    directory: Path, settings: dict, null_text: np.ndarray, process_index: int
+) -> None:
     """Writes the settings on the first call, compares afterwards."""
     settings = json.loads(json.dumps(settings))
     before = _read_json(directory / "settings.json")
@@ -187,7 +214,8 @@ def _keep_settings(directory: Path, settings: dict, null_text: np.ndarray, proce
         for key in sorted(set(before) | set(settings)):
             if before.get(key) != settings.get(key):
                 raise UserError(
-                    f"{directory} was begun with {key}={before.get(key)}, this run has {settings.get(key)}; "
+                    f"{directory} was begun with {key}={before.get(key)}, this run has "
+                    f"{settings.get(key)}; "
                     "make them equal, or choose another --dst"
                 )
         return
@@ -198,7 +226,10 @@ def _keep_settings(directory: Path, settings: dict, null_text: np.ndarray, proce
 
 
 def _write_part(directory, part, count, features, names, records, bar) -> int:
-    """One file of records, then the note that makes it count. Returns how many sources were rejected."""
+    """One file of records, then the note that makes it count.
+
+    Returns how many sources were rejected.
+    """
     file = Path(_template(directory).sharded_filepath(shard_index=part, num_shards=count))
     temporary = file.with_name(f"{file.name}.partial")
     rejected, length, size = [], 0, 0
@@ -216,7 +247,9 @@ def _write_part(directory, part, count, features, names, records, bar) -> int:
     finally:
         writer.close()
     temporary.replace(file)
-    _write_json(_part_file(directory, part), {"length": length, "bytes": size, "rejected": rejected}, part)
+    _write_json(
+        _part_file(directory, part), {"length": length, "bytes": size, "rejected": rejected}, part
+    )
     return len(rejected)
 
 
@@ -251,7 +284,8 @@ def _complete(directory: Path, count: int, features: tfds.features.FeaturesDict)
     if not report.written:
         name, reason = rejected[0]
         raise UserError(
-            f"none of {len(rejected)} sources could be encoded ({name}: {reason}); see {directory / 'rejected.jsonl'}"
+            f"none of {len(rejected)} sources could be encoded ({name}: {reason}); see "
+            f"{directory / 'rejected.jsonl'}"
         )
     split = tfds.core.SplitInfo(
         name="train",

@@ -1,4 +1,6 @@
-"""A picture file becomes pixels as they are meant to be seen: turned, in sRGB, of 8 bits, over white."""
+"""A picture file becomes pixels as they are meant to be seen: turned, in sRGB, of 8 bits, over
+white.
+"""
 
 import re
 import warnings
@@ -26,7 +28,8 @@ CODE_POINTS = {
 
 
 def read_picture(path: str | Path) -> np.ndarray:
-    """uint8 sRGB [H, W, 3]: turned as EXIF says, 16 bits divided by 257, profiles followed, over white.
+    """uint8 sRGB [H, W, 3]: turned as EXIF says, 16 bits divided by 257, profiles followed, over
+    white.
 
     Raises:
       UserError: there is no such file, or none that can be shown rightly.
@@ -43,7 +46,9 @@ def read_picture(path: str | Path) -> np.ndarray:
         if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
             told = f"it has more than {Image.MAX_IMAGE_PIXELS} pixels"
         elif isinstance(error, UnidentifiedImageError):
-            told = next((what for mark, what in FOREIGN.items() if re.match(mark, head, re.DOTALL)), "")
+            told = next(
+                (what for mark, what in FOREIGN.items() if re.match(mark, head, re.DOTALL)), ""
+            )
             told = told or ("it is of no kind that is read" if head else "it is empty")
         told = told or type(error).__name__
         raise UserError(
@@ -52,7 +57,9 @@ def read_picture(path: str | Path) -> np.ndarray:
 
 
 def _pixels(image: Image.Image, head: bytes) -> np.ndarray:
-    """Raises ValueError with the reason why it cannot be shown rightly, or what the decoder raises."""
+    """Raises ValueError with the reason why it cannot be shown rightly, or what the decoder
+    raises.
+    """
     if (
         getattr(image, "n_frames", 1) > 1 and image.format != "MPO"
     ):  # an MPO of a phone starts with its picture
@@ -81,7 +88,9 @@ def _follow(colours: Image.Image, image: Image.Image, profile: bytes) -> Image.I
     space = profile[16:20]  # ICC.1:2010, 7.2.6
     if space == b"GRAY" and image.mode in ("1", "L", "LA"):
         return to_srgb(image.convert("L"), profile)
-    return to_srgb(colours.convert("RGB") if space == b"RGB " and colours.mode == "L" else colours, profile)
+    return to_srgb(
+        colours.convert("RGB") if space == b"RGB " and colours.mode == "L" else colours, profile
+    )
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:
@@ -107,4 +116,6 @@ def _refuse_hdr(form: str, head: bytes) -> None:
         if curve in HDR_CURVES:
             raise ValueError(f"it is HDR ({HDR_CURVES[curve]})")
         if curve not in SDR_CURVES or primaries not in SDR_PRIMARIES:
-            raise ValueError(f"its colours are numbers {primaries} and {curve} of ITU-T H.273, not BT.709's")
+            raise ValueError(
+                f"its colours are numbers {primaries} and {curve} of ITU-T H.273, not BT.709's"
+            )

@@ -1,4 +1,7 @@
-"""From records to batches with grain. Batch k is a function of (seed, k), whatever was read before it."""
+"""From records to batches with grain.
+
+Batch k is a function of (seed, k), whatever was read before it.
+"""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -8,7 +11,8 @@ import numpy as np
 
 from salt_jax.moving_shapes.shapes import to_latent
 
-# In batches. One thread: decoding holds the interpreter lock, more would only compete with the training loop.
+# In batches. One thread: decoding holds the interpreter lock, more would only compete with the
+# training loop.
 READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 
 
@@ -22,28 +26,34 @@ def batches(
     process_index: int,
     process_count: int,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This process's share of the global batches start, start + 1, ... without end; every epoch is shuffled anew.
+    """This process's share of the global batches start, start + 1, ... without end; every epoch is
+    shuffled anew.
 
-    Indices are shuffled and batched first and each process reads only its own slice of a batch. So the shares,
-    laid end to end, are the same global batch for any number of processes, and an epoch may end inside a batch.
+    Indices are shuffled and batched first and each process reads only its own slice of a batch. So
+    the shares, laid end to end, are the same global batch for any number of processes, and an epoch
+    may end inside a batch.
 
     Args:
-      source: records with `caption` or its encoding `text`, and all with the same of: `video`, uint8 [F, H, W, 3] or
-        float32 latents; `image` and `condition` of image-to-video, and `states`, float32; `scene`.
+      source: records with `caption` or its encoding `text`, and all with the same of: `video`,
+        uint8 [F, H, W, 3] or float32 latents; `image` and `condition` of image-to-video, and
+        `states`, float32; `scene`.
       batch_size: global, in examples.
       start: number of global batches consumed before.
-      encode_caption: pure; called once per distinct caption, in the thread that reads ahead; the results are kept.
-        Not called where records have `text`.
+      encode_caption: pure; called once per distinct caption, in the thread that reads ahead; the
+        results are kept. Not called where records have `text`.
 
     Yields:
-      text [b, ...], stacked encodings, and what else the records have: video float32 [b, F, H, W, C], of pixels in
-      [-1, 1]; image, condition, states; scene int32 [b]. b = batch_size / process_count.
+      text [b, ...], stacked encodings, and what else the records have: video float32 [b, F, H, W,
+      C], of pixels in [-1, 1]; image, condition, states; scene int32 [b]. b = batch_size /
+      process_count.
 
     Raises:
       ValueError: the batch does not divide over the processes, or the source is empty.
     """
     if batch_size % process_count:
-        raise ValueError(f"batch_size={batch_size} must be a multiple of the {process_count} processes")
+        raise ValueError(
+            f"batch_size={batch_size} must be a multiple of the {process_count} processes"
+        )
     if not len(source):
         raise ValueError("the data set is empty: build it with at least one example")
     share = batch_size // process_count
@@ -56,7 +66,9 @@ def batches(
     return stream
 
 
-def collate(records: Sequence, encode_caption: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
+def collate(
+    records: Sequence, encode_caption: Callable[[str], np.ndarray]
+) -> dict[str, np.ndarray]:
     """Records as one batch, see `batches`."""
     texts = (r["text"] if "text" in r else encode_caption(r["caption"]) for r in records)
     batch = {"text": np.stack(list(texts))}

@@ -1,7 +1,9 @@
-r"""Prompts and captions as people keep them: lines of a text, rows of a table. One reader for every door.
+r"""Prompts and captions as people keep them: lines of a text, rows of a table. One reader for every
+door.
 
-UTF-8, with or without a byte order mark. Only \n and \r\n end a line: language models write other separators inside a
-prompt. Nothing is cut or made up: a row that does not fit its header, or whose value is no text, has a problem.
+UTF-8, with or without a byte order mark. Only \n and \r\n end a line: language models write other
+separators inside a prompt. Nothing is cut or made up: a row that does not fit its header, or whose
+value is no text, has a problem.
 """
 
 import csv
@@ -22,14 +24,24 @@ MARKS = (
     ("UTF-16", b"\xff\xfe"),
     ("UTF-16", b"\xfe\xff"),
 )
-# What is taken off both ends: all that Unicode calls white space, marks without width, and the end of a DOS file.
+# What is taken off both ends: all that Unicode calls white space, marks without width, and the end
+# of a DOS file.
 BLANKS = "".join(chr(i) for i in range(0x3100) if chr(i).isspace()) + "\ufeff\u200b\u2060\x1a"
-KINDS = {list: "a list", dict: "an object", bool: "true or false", int: "a number", float: "a number"}
+KINDS = {
+    list: "a list",
+    dict: "an object",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+}
 LISTED = 10  # names in a message
 
 
 class Row(NamedTuple):
-    """A row of a table. `problem` says why its cells cannot be trusted; "" if nothing is known against it."""
+    """A row of a table.
+
+    `problem` says why its cells cannot be trusted; "" if nothing is known against it.
+    """
 
     name: str  # where it stands, for a message
     cells: dict[str, Any]
@@ -68,19 +80,20 @@ def read_text(file: str | Path) -> str:
     try:
         text = "" if seen else data.decode("utf-8")
     except UnicodeDecodeError as error:
-        seen = (
-            f"byte {error.start} is {data[error.start]:#x}, as in Latin-1, Windows-1252 or another code page"
-        )
+        seen = f"byte {error.start} is {data[error.start]:#x}, as in Latin-1, Windows-1252 or another code page"
     if seen:
         raise UserError(f"{file} is not UTF-8 ({seen}); save it as UTF-8")
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
-        raise UserError(f"line {line} of {file} has a NUL character; is it a text? mend or delete the line")
+        raise UserError(
+            f"line {line} of {file} has a NUL character; is it a text? mend or delete the line"
+        )
     return text.removeprefix("\ufeff").replace("\n\ufeff", "\n")
 
 
 def read_lines(file: str | Path) -> list[str]:
-    r"""Lines without blanks around them; empty ones are "", so that places are kept, but for those at the end.
+    r"""Lines without blanks around them; empty ones are "", so that places are kept, but for those
+    at the end.
 
     Raises:
       UserError: as `read_text`, or a lone \r, which ended a line long ago, stands in one.
@@ -89,7 +102,8 @@ def read_lines(file: str | Path) -> list[str]:
     for number, line in enumerate(lines, 1):
         if "\r" in line:
             raise UserError(
-                f"line {number} of {file} has a carriage return inside; save it with line ends \\n or \\r\\n"
+                f"line {number} of {file} has a carriage return inside; save it with line ends \\n "
+                "or \\r\\n"
             )
     while lines and not lines[-1]:
         lines.pop()
@@ -97,7 +111,8 @@ def read_lines(file: str | Path) -> list[str]:
 
 
 def read_prompts(file: str | Path) -> list[Prompt]:
-    """Prompts from a text with one a line, or from a table with a column of them. Blank ones are left out.
+    """Prompts from a text with one a line, or from a table with a column of them. Blank ones are
+    left out.
 
     Raises:
       UserError: the file is unreadable, or has no prompt.
@@ -116,7 +131,9 @@ def read_prompts(file: str | Path) -> list[Prompt]:
     ]
     if all(prompt.problem for prompt in prompts):
         first = f" ({prompts[0].problem})" if prompts else ""
-        raise UserError(f"{file} has no prompt{first}; write one a line, or a table with a column 'prompt'")
+        raise UserError(
+            f"{file} has no prompt{first}; write one a line, or a table with a column 'prompt'"
+        )
     return prompts
 
 
@@ -146,11 +163,15 @@ def find_column(rows: Iterable[Row], names: Sequence[str], file: Path) -> str:
         if name in found:
             return name
     more = f" and {len(found) - LISTED} more" if len(found) > LISTED else ""
-    raise UserError(f"{file} has the columns {found[:LISTED]}{more}; one must be called {' or '.join(names)}")
+    raise UserError(
+        f"{file} has the columns {found[:LISTED]}{more}; one must be called {' or '.join(names)}"
+    )
 
 
 def cell(row: Row, column: str) -> tuple[str, str]:
-    """(its text without blanks around it, "") or ("", why it has none); a blank text is no problem here."""
+    """(its text without blanks around it, "") or ("", why it has none); a blank text is no problem
+    here.
+    """
     value = row.cells.get(column)
     if row.problem:
         return "", row.problem
@@ -163,7 +184,9 @@ def cell(row: Row, column: str) -> tuple[str, str]:
 
 
 def _separated(text: str, file: Path) -> Iterator[Row]:
-    """Rows of a .csv, whose separator is what splits its header into known columns, or of a .tsv."""
+    """Rows of a .csv, whose separator is what splits its header into known columns, or of a
+    .tsv.
+    """
     lines = lambda: io.StringIO(text, newline="")  # whose lines end as csv's do
     first = next((line.rstrip("\r\n") for line in lines() if line.strip(BLANKS)), "")
     known = {*FILE_COLUMNS, *CAPTION_COLUMNS}
@@ -201,11 +224,15 @@ def _objects(text: str, file: Path) -> Iterator[Row]:
             )
         entries = [(f"entry {i}", value) for i, value in enumerate(values, 1)]
     else:
-        lines = [(f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip(BLANKS)]
+        lines = [
+            (f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip(BLANKS)
+        ]
         entries = [(place, _json(line, f"{place} of {file}")) for place, line in lines]
     for place, value in entries:
         if not isinstance(value, dict):
-            raise UserError(f'{place} of {file} is no JSON object; write {{"file": ..., "caption": ...}}')
+            raise UserError(
+                f'{place} of {file} is no JSON object; write {{"file": ..., "caption": ...}}'
+            )
         if value:
             yield Row(place, {_key(name): told for name, told in value.items()}, "")
 
@@ -218,7 +245,9 @@ def _json(text: str, place: str) -> Any:
     try:
         return json.loads(text.strip(BLANKS), object_pairs_hook=pairs)
     except (ValueError, RecursionError) as error:
-        told = error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(";")[0]
+        told = (
+            error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(";")[0]
+        )
         raise UserError(f"{place} is not JSON ({told}); mend or delete it") from error
 
 

@@ -1,6 +1,8 @@
-"""A folder of a user's videos and their captions: what is asked for, found before anything is decoded.
+"""A folder of a user's videos and their captions: what is asked for, found before anything is
+decoded.
 
-A source that is no use has a reason and never stops the others; what is wrong with the request is a UserError.
+A source that is no use has a reason and never stops the others; what is wrong with the request is a
+UserError.
 """
 
 import os
@@ -20,14 +22,31 @@ from salt_jax.data.text_lists import (
 from salt_jax.errors import UserError
 
 SUFFIXES = tuple(
-    ".mp4 .m4v .mov .mkv .webm .avi .gif .ts .mts .m2ts .wmv .asf .flv .f4v .mpg .mpeg .m2v .vob .3gp .3g2 .ogv .ogg "
+    ".mp4 .m4v .mov .mkv .webm .avi .gif .ts .mts .m2ts .wmv .asf .flv .f4v .mpg .mpeg .m2v .vob "
+    ".3gp .3g2 .ogv .ogg "
     ".mxf .dv .rm .rmvb .divx .qt .h264 .264 .hevc .h265 .265 .y4m .ivf .nut .apng".split()
 )
-ABOUT = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".srt", ".vtt", ".ass", ".nfo", ".md", ".xml", ".yaml")
+ABOUT = (
+    ".txt",
+    ".json",
+    ".jsonl",
+    ".csv",
+    ".tsv",
+    ".srt",
+    ".vtt",
+    ".ass",
+    ".nfo",
+    ".md",
+    ".xml",
+    ".yaml",
+)
 
 
 class Video(NamedTuple):
-    """A video that was asked for. `problem` says why it cannot be used; "" if nothing is known against it."""
+    """A video that was asked for.
+
+    `problem` says why it cannot be used; "" if nothing is known against it.
+    """
 
     name: str  # as the user names it: the path inside the folder
     file: Path
@@ -36,13 +55,15 @@ class Video(NamedTuple):
 
 
 def find_videos(folder: str | Path, captions: str | Path | None) -> list[Video]:
-    """Every source under `folder` with its caption, in a fixed order; hidden files are not looked at.
+    """Every source under `folder` with its caption, in a fixed order; hidden files are not looked
+    at.
 
-    Sources are all files with a video's suffix; with a table also whatever it names; without one also whatever else has
-    a caption beside it where no video has that name, and captions that stand alone.
+    Sources are all files with a video's suffix; with a table also whatever it names; without one
+    also whatever else has a caption beside it where no video has that name, and captions that stand
+    alone.
 
-    `captions` is a table with a column of paths, relative to the folder, and one of captions; a video may have several
-    rows. Without it the caption of a.mp4 stands in a.txt beside it.
+    `captions` is a table with a column of paths, relative to the folder, and one of captions; a
+    video may have several rows. Without it the caption of a.mp4 stands in a.txt beside it.
 
     Raises:
       UserError: there is no such folder, nothing in it can be used, or the table is unreadable.
@@ -51,7 +72,9 @@ def find_videos(folder: str | Path, captions: str | Path | None) -> list[Video]:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; name the one that holds the videos")
     files, unread = _walk(folder)
-    videos = unread + (_from_table(folder, files, Path(captions)) if captions else _beside(folder, files))
+    videos = unread + (
+        _from_table(folder, files, Path(captions)) if captions else _beside(folder, files)
+    )
     if all(video.problem for video in videos):
         first = f" ({videos[0].name}: {videos[0].problem})" if videos else ""
         raise UserError(
@@ -63,7 +86,9 @@ def find_videos(folder: str | Path, captions: str | Path | None) -> list[Video]:
 
 
 def _walk(folder: Path) -> tuple[list[Path], list[Video]]:
-    """What lies under the folder, sorted, folders themselves not; and the folders that are not looked into."""
+    """What lies under the folder, sorted, folders themselves not; and the folders that are not
+    looked into.
+    """
     files: list[Path] = []
     unread: list[Video] = []
 
@@ -78,14 +103,18 @@ def _walk(folder: Path) -> tuple[list[Path], list[Video]]:
         for link in (Path(place, name) for name in folders):
             if link.is_symlink():  # it may lead in a circle
                 leave_out(
-                    link, "it is a link to a folder, which is not followed; put the videos themselves there"
+                    link,
+                    "it is a link to a folder, which is not followed; put the videos themselves "
+                    "there",
                 )
         files += [Path(place, name) for name in names if not name.startswith(".")]
     return sorted(files), unread
 
 
 def _beside(folder: Path, files: Sequence[Path]) -> list[Video]:
-    """Videos whose captions stand in a .txt of the same name, and what else such a caption seems to be meant for."""
+    """Videos whose captions stand in a .txt of the same name, and what else such a caption seems to
+    be meant for.
+    """
     texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
     sources = [file for file in files if file.suffix.lower() in SUFFIXES]
     named = {file.with_suffix("") for file in sources}
@@ -95,21 +124,30 @@ def _beside(folder: Path, files: Sequence[Path]) -> list[Video]:
             sources.append(file)
     named = {file.with_suffix("") for file in sources}
     sources += [text for stem, text in texts.items() if stem not in named]
-    return [_with_caption(folder, file, texts.get(file.with_suffix(""))) for file in sorted(sources)]
+    return [
+        _with_caption(folder, file, texts.get(file.with_suffix(""))) for file in sorted(sources)
+    ]
 
 
 def _with_caption(folder: Path, file: Path, text: Path | None) -> Video:
     name = file.relative_to(folder).as_posix()
     if file == text:
-        return Video(name, file, "", "it is a caption without a video: none of that name is beside it")
+        return Video(
+            name, file, "", "it is a caption without a video: none of that name is beside it"
+        )
     if not text:
-        return Video(name, file, "", f"no caption: there is no {file.with_suffix('.txt').name} beside it")
+        return Video(
+            name, file, "", f"no caption: there is no {file.with_suffix('.txt').name} beside it"
+        )
     try:
         caption = clean(read_text(text)).replace("\r", "\n")
     except UserError as error:
         return Video(name, file, "", f"no caption: {error}")
     return Video(
-        name, file, caption, _no_file(file) or ("" if caption else f"no caption: {text.name} is empty")
+        name,
+        file,
+        caption,
+        _no_file(file) or ("" if caption else f"no caption: {text.name} is empty"),
     )
 
 
@@ -141,7 +179,8 @@ def _from_table(folder: Path, files: Sequence[Path], table: Path) -> list[Video]
         videos.append(Video(name or place, file, caption, problem))
     rest = [f for f in files if f.suffix.lower() in SUFFIXES and f.resolve() not in listed]
     return videos + [
-        Video(f.relative_to(folder).as_posix(), f, "", f"no caption: not in {table.name}") for f in rest
+        Video(f.relative_to(folder).as_posix(), f, "", f"no caption: not in {table.name}")
+        for f in rest
     ]
 
 

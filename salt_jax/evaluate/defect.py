@@ -10,8 +10,9 @@ With x1 - x2 = (sigma_m - sigma_e)(v_m - v_s) and x1 - x_s = -(sigma_s - sigma_e
 
     defect = ((sigma_m - sigma_e) / (sigma_s - sigma_e))^2 |v_m - v_s|^2 / |v_s|^2     (4)
 
-up to eps: a factor that only the grid decides, times a curvature that only the network decides. Both are
-reported. Low is not good by itself: an undistilled teacher has a low defect and blurred few-step videos.
+up to eps: a factor that only the grid decides, times a curvature that only the network decides.
+Both are reported. Low is not good by itself: an undistilled teacher has a low defect and blurred
+few-step videos.
 """
 
 from functools import partial
@@ -43,7 +44,9 @@ class Defect(NamedTuple):
 
 
 def defect_grid(num_updates: int, shift_amount: float) -> tuple[np.ndarray, np.ndarray]:
-    """Noise levels [K + 1] of the inference grid T(K) and the K midpoints, the levels that T(2K) adds."""
+    """Noise levels [K + 1] of the inference grid T(K) and the K midpoints, the levels that T(2K)
+    adds.
+    """
     return grid(num_updates, shift_amount), grid(2 * num_updates, shift_amount)[1::2]
 
 
@@ -60,14 +63,16 @@ def semigroup_defect(
 ) -> Defect:
     """Salt Eq. 16 on the test-time path: x_s is where the denoiser's own rollout arrives.
 
-    `sigmas` falls from 1 to 0; midpoint i lies between levels i and i + 1 (`defect_grid`). `solver` is how
-    the rollout moves on, `keys` give each clip its noise, `shape` is (F, H, W, C). The states are those that
-    `rollout.parallel.sample` passes through with the same arguments. The denoiser runs twice per interval;
-    bring it without guidance. Squared norms go over the whole clip, in float32.
+    `sigmas` falls from 1 to 0; midpoint i lies between levels i and i + 1 (`defect_grid`). `solver`
+    is how the rollout moves on, `keys` give each clip its noise, `shape` is (F, H, W, C). The
+    states are those that `rollout.parallel.sample` passes through with the same arguments. The
+    denoiser runs twice per interval; bring it without guidance. Squared norms go over the whole
+    clip, in float32.
     """
     if len(sigmas) != len(midpoints) + 1:
         raise ValueError(
-            f"{len(sigmas)} noise levels have {len(sigmas) - 1} intervals, which need as many midpoints, "
+            f"{len(sigmas)} noise levels have {len(sigmas) - 1} intervals, which need as many "
+            "midpoints, "
             f"got {len(midpoints)}"
         )
     if solver not in ("euler", "cm"):
@@ -77,7 +82,9 @@ def semigroup_defect(
         sigma_s, sigma_m, sigma_e = levels
         per_example = lambda sigma: jnp.full(len(x_s), sigma, jnp.float32)
         at_s = denoiser(params, x_s, per_example(sigma_s), text)
-        x_m = euler(x_s, at_s.velocity.astype(jnp.float32), per_example(sigma_s), per_example(sigma_m))
+        x_m = euler(
+            x_s, at_s.velocity.astype(jnp.float32), per_example(sigma_s), per_example(sigma_m)
+        )
         v_m = denoiser(params, x_m, per_example(sigma_m), text).velocity
         x_e = advance(x_s, at_s, per_example(sigma_s), sigma_e, solver, keys, frames)
         return x_e, defect_and_curvature(at_s.velocity, v_m, *levels)
@@ -101,8 +108,10 @@ def causal_defect(
     shape: tuple[int, ...],
     policy: CachePolicy,
 ) -> Defect:
-    """The same for a student that works chunk by chunk: x_s is its rollout up to each interval, on the cache of a video
-    whose chunks all stopped there. Both velocities read that cache. Arguments as in `semigroup_defect`."""
+    """The same for a student that works chunk by chunk: x_s is its rollout up to each interval, on
+    the cache of a video whose chunks all stopped there. Both velocities read that cache. Arguments
+    as in `semigroup_defect`.
+    """
     sigmas, midpoints = jnp.asarray(sigmas, jnp.float32), jnp.asarray(midpoints, jnp.float32)
 
     def interval(_, given):

@@ -1,7 +1,7 @@
 """One HTML file that shows a run: what it is, its videos side by side, its numbers, its plots.
 
-The file stands alone: videos and pictures are inside it, and its content policy forbids the browser to
-load anything else. It knows nothing of training; the caller brings strings, clips and pictures.
+The file stands alone: videos and pictures are inside it, and its content policy forbids the browser
+to load anything else. It knows nothing of training; the caller brings strings, clips and pictures.
 """
 
 import base64
@@ -77,7 +77,9 @@ def render(report: Report) -> str:
         ("Numbers", "".join(map(_table, report.tables))),
         ("Plots", "".join(map(_plot, report.plots))),
     )
-    body = "".join(f"<section><h2>{name}</h2>{content}</section>" for name, content in sections if content)
+    body = "".join(
+        f"<section><h2>{name}</h2>{content}</section>" for name, content in sections if content
+    )
     return PAGE.substitute(title=escape(report.title), body=body)
 
 
@@ -115,7 +117,9 @@ def _axes(ylabel: str):
 
 def _png(figure: Figure, axes) -> bytes:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False, labelcolor=GREY)
+    figure.legend(
+        handles, labels, loc="outside upper left", ncols=4, frameon=False, labelcolor=GREY
+    )
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=160, transparent=True)
     return file.getvalue()
@@ -126,7 +130,9 @@ def _data_url(kind: str, content: bytes) -> str:
 
 
 def _facts(facts: Mapping[str, str]) -> str:
-    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts.items())
+    items = "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts.items()
+    )
     return items and f"<dl>{items}</dl>"
 
 
@@ -141,7 +147,8 @@ def _videos(row: VideoRow, fps: int) -> str:
         )
         figures += (
             f'<figure><video src="{source}" width="{width}" height="{height}" aria-label="{spoken}" '
-            f"autoplay loop muted playsinline></video><figcaption>{escape(label)}</figcaption></figure>"
+            "autoplay loop muted "
+            f"playsinline></video><figcaption>{escape(label)}</figcaption></figure>"
         )
     return f'<h3>{escape(row.caption)}</h3><div class="clips scroll">{figures}</div>'
 
@@ -150,7 +157,8 @@ def _table(table: Table) -> str:
     for row in table.rows:
         if len(row) != len(table.header):
             raise ValueError(
-                f"table {table.title!r}: row {list(row)} needs one cell for each of {list(table.header)}"
+                f"table {table.title!r}: row {list(row)} needs one cell for each of "
+                f"{list(table.header)}"
             )
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.header)
     rows = "".join(

@@ -42,8 +42,12 @@ class Task(NamedTuple):
     levels: tuple[float, ...] = ()  # that the student was trained at, as timesteps; () is the grid
 
 
-def clips(network: Network, params: Params, task: Task, num_updates: int, solver: Solver) -> np.ndarray:
-    """float32 latents [N, F, H, W, C]; clip i has the same noise for every network, solver and number of updates."""
+def clips(
+    network: Network, params: Params, task: Task, num_updates: int, solver: Solver
+) -> np.ndarray:
+    """float32 latents [N, F, H, W, C]; clip i has the same noise for every network, solver and
+    number of updates.
+    """
     keys, size = clip_keys(task.seed, len(task.text)), task.batch_size
     levels = lambda k: student_levels(k, task.shift, task.levels)
     first = levels(task.first_updates) if task.first_updates else None
@@ -64,11 +68,15 @@ def shapes_score(latents: np.ndarray, task: Task) -> dict[str, float]:
     return score(to_pixels(latents), task.scene, task.world)
 
 
-def defect(network: Network, params: Params, task: Task, solver: Solver) -> dict[str, list[float] | float]:
+def defect(
+    network: Network, params: Params, task: Task, solver: Solver
+) -> dict[str, list[float] | float]:
     """Salt Eq. 16 over all of the task's captions (as many as fill whole batches)."""
     sigmas, midpoints = defect_grid(DEFECT_UPDATES, task.shift)
     whole = task.policy is None
-    measure = partial(semigroup_defect, network.denoise) if whole else partial(causal_defect, network)
+    measure = (
+        partial(semigroup_defect, network.denoise) if whole else partial(causal_defect, network)
+    )
     keys, b = clip_keys(task.seed, len(task.text)), task.batch_size
     starts = range(0, max(len(task.text) - b + 1, 1), b)
     parts = [
@@ -103,7 +111,8 @@ def measure(
     """A student under one solver; `tick` is called after each of the len(updates) + 1 parts.
 
     Returns:
-      {"score": {K: {...}}, "cross_step": {"2-4": ...}, "defect": {...}}, JSON-ready, and {K: latents}.
+      {"score": {K: {...}}, "cross_step": {"2-4": ...}, "defect": {...}}, JSON-ready, and {K:
+      latents}.
     """
     made = {}
     for k in updates:
@@ -119,10 +128,11 @@ def measure(
 
 
 def drift(latents: np.ndarray, task: Task) -> dict[str, list]:
-    """How a long video changes: the scorer's card of each stretch of one clip's length, and looks by chunk.
+    """How a long video changes: the scorer's card of each stretch of one clip's length, and looks
+    by chunk.
 
-    A stretch is read as a clip of its own, so an object that starts elsewhere is no fault; saturation, contrast and
-    brightness are means over the pixels of each chunk, in [0, 1].
+    A stretch is read as a clip of its own, so an object that starts elsewhere is no fault;
+    saturation, contrast and brightness are means over the pixels of each chunk, in [0, 1].
     """
     assert task.policy
     frames, pixels = task.world.frames, to_pixels(latents)
@@ -138,10 +148,16 @@ def drift(latents: np.ndarray, task: Task) -> dict[str, list]:
 def real_clips(
     world: World, count: int, seed: int, embed: Callable[[Sequence[str]], np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Random clips of the world with their captions' embeddings: float32 [N, F, H, W, C] and [N, T, D]."""
+    """Random clips of the world with their captions' embeddings: float32 [N, F, H, W, C] and [N, T,
+    D].
+    """
     rng, scenes, modes = np.random.default_rng(seed), shapes.scenes(world), shapes.modes(world)
-    drawn = [(scenes[rng.integers(len(scenes))], modes[rng.integers(len(modes))]) for _ in range(count)]
-    latents = np.array([shapes.to_latent(shapes.render(scene, mode, world)) for scene, mode in drawn])
+    drawn = [
+        (scenes[rng.integers(len(scenes))], modes[rng.integers(len(modes))]) for _ in range(count)
+    ]
+    latents = np.array(
+        [shapes.to_latent(shapes.render(scene, mode, world)) for scene, mode in drawn]
+    )
     return latents, embed([shapes.caption(scene) for scene, _ in drawn])
 
 
@@ -154,7 +170,9 @@ def velocity_errors(
     sigmas: Sequence[float],
     seed: int,
 ) -> dict[str, float]:
-    """Mean squared velocity error against the closed form by noise level, on clips [N, F, H, W, C] noised alike."""
+    """Mean squared velocity error against the closed form by noise level, on clips [N, F, H, W, C]
+    noised alike.
+    """
     x0, given = jnp.asarray(latents), jnp.asarray(text)
     noise = jax.random.normal(jax.random.key(seed), x0.shape)
 

@@ -31,8 +31,10 @@ def score_table(numbers: Mapping[str, Any]) -> Table:
     for solver, result in numbers["student"].items():
         rows += [["student", k, solver, score] for k, score in result["score"].items()]
     explanation = (
-        "Read off the pixels by matching exact renderings. all: everything the caption states, by a clean object. "
-        "coverage_ratio: 1 is no mode dropping. off_grid: no start and speed of the data; lower is better."
+        "Read off the pixels by matching exact renderings. all: everything the caption states, by "
+        "a clean object. "
+        "coverage_ratio: 1 is no mode dropping. off_grid: no start and speed of the data; lower is "
+        "better."
     )
     body = [[*map(str, head), *(f"{score[name]:.3f}" for name in SHOWN)] for *head, score in rows]
     return Table("Shapes score", ["network", "updates", "solver", *SHOWN], body, explanation)
@@ -41,7 +43,9 @@ def score_table(numbers: Mapping[str, Any]) -> Table:
 def student_tables(student: Mapping[str, Any]) -> list[Table]:
     """Defect, curvature and cross-step distance by solver."""
     four = lambda values: [f"{v:.4f}" for v in values]
-    defects = [[s, *four([r["defect"]["mean"], *r["defect"]["per_interval"]])] for s, r in student.items()]
+    defects = [
+        [s, *four([r["defect"]["mean"], *r["defect"]["per_interval"]])] for s, r in student.items()
+    ]
     bends = [[s, *four(r["defect"]["curvature"])] for s, r in student.items()]
     cross = [[s, *four(r["cross_step"].values())] for s, r in student.items()]
     pairs = list(next(iter(student.values()))["cross_step"])
@@ -53,9 +57,14 @@ def student_tables(student: Mapping[str, Any]) -> list[Table]:
             "Salt Eq. 16 on the student's own path.",
         ),
         Table(
-            "Velocity curvature", ["solver", *INTERVALS], bends, "The defect without the factor of the grid."
+            "Velocity curvature",
+            ["solver", *INTERVALS],
+            bends,
+            "The defect without the factor of the grid.",
         ),
-        Table("Cross-step distance", ["solver", *pairs], cross, "Mean squared difference, same noise."),
+        Table(
+            "Cross-step distance", ["solver", *pairs], cross, "Mean squared difference, same noise."
+        ),
     ]
 
 
@@ -64,7 +73,9 @@ STRETCH = ("all", "shape", "colour", "direction", "clean", "sharpness", "motion"
 
 
 def long_tables(long: Mapping[str, Any]) -> list[Table]:
-    """How long videos hold, by memory and stretch of one training clip, and how their looks drift over the chunks."""
+    """How long videos hold, by memory and stretch of one training clip, and how their looks drift
+    over the chunks.
+    """
     stretches = [
         [memory, f"{i + 1}", *(f"{score[name]:.3f}" for name in STRETCH)]
         for memory, result in long.items()
@@ -80,10 +91,13 @@ def long_tables(long: Mapping[str, Any]) -> list[Table]:
             "Long videos",
             ["memory", "stretch", *STRETCH],
             stretches,
-            "Longer than in training, in stretches of a training clip. Memory is WINDOW:SINK:POSITIONS in latent "
+            "Longer than in training, in stretches of a training clip. Memory is "
+            "WINDOW:SINK:POSITIONS in latent "
             "frames; window 0 forgets nothing.",
         ),
-        Table("Drift, first to last chunk", ["memory", *LOOKS], drifts, "Means over pixels and clips."),
+        Table(
+            "Drift, first to last chunk", ["memory", *LOOKS], drifts, "Means over pixels and clips."
+        ),
     ]
 
 
@@ -98,7 +112,8 @@ def make_report(
 
     Args:
       numbers: as written to evaluation.json.
-      columns: (label, latents [N, F, H, W, C]) of networks to show side by side; clip i has the same noise in all.
+      columns: (label, latents [N, F, H, W, C]) of networks to show side by side; clip i has the
+        same noise in all.
       long: by memory, long videos of the same captions.
       rows: how many captions to show, spread evenly.
     """
@@ -116,7 +131,11 @@ def make_report(
         tables += student_tables(student)
         series = {solver: result["defect"]["per_interval"] for solver, result in student.items()}
         plots = [
-            Plot("Defect per interval", bars(INTERVALS, series, "defect"), "From noise (1) to clean (4).")
+            Plot(
+                "Defect per interval",
+                bars(INTERVALS, series, "defect"),
+                "From noise (1) to clean (4).",
+            )
         ]
     if numbers["long"]:
         tables += long_tables(numbers["long"])
@@ -131,7 +150,12 @@ def make_report(
     if errors:
         row = [f"{e:.4f}" for e in errors.values()]
         tables.append(
-            Table("Teacher's velocity error", list(errors), [row], "Against the closed form, by noise level.")
+            Table(
+                "Teacher's velocity error",
+                list(errors),
+                [row],
+                "Against the closed form, by noise level.",
+            )
         )
     about = {name: value for name, value in numbers.items() if isinstance(value, str)}
     return Report("Moving Shapes: student beside teacher", about, videos, tables, plots, shapes.FPS)

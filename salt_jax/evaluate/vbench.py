@@ -1,9 +1,10 @@
 """VBench: which videos it wants under which names, and its totals from its scores.
 
-VBench (Vchitect/VBench, arXiv 2311.17982) finds a video by its name, {prompt}-{index}.mp4, and asks for 5 samples of
-every prompt; 25 where temporal flickering is judged, because its static filter throws most of them away. The name
-carries VBench's own prompt even where the video was generated from an extended one. It takes the suffix of all videos
-from the first file it meets, so a folder of videos must hold nothing else: seeds are stored beside it.
+VBench (Vchitect/VBench, arXiv 2311.17982) finds a video by its name, {prompt}-{index}.mp4, and asks
+for 5 samples of every prompt; 25 where temporal flickering is judged, because its static filter
+throws most of them away. The name carries VBench's own prompt even where the video was generated
+from an extended one. It takes the suffix of all videos from the first file it meets, so a folder of
+videos must hold nothing else: seeds are stored beside it.
 """
 
 import hashlib
@@ -69,7 +70,8 @@ class Job(NamedTuple):
 
 
 def totals(scores: Mapping[str, float]) -> dict[str, float]:
-    """The leaderboard's "quality", "semantic" and "total" in percent, from raw scores (fractions) by dimension.
+    """The leaderboard's "quality", "semantic" and "total" in percent, from raw scores (fractions)
+    by dimension.
 
     Raises:
       ValueError: a dimension is missing. VBench itself would count it as 0.
@@ -79,7 +81,9 @@ def totals(scores: Mapping[str, float]) -> dict[str, float]:
         raise ValueError(f"VBench's totals need all 16 dimensions; missing: {', '.join(missing)}")
 
     def part(dimensions: Mapping[str, Dimension]) -> float:
-        parts = (d.weight * (scores[name] - d.low) / (d.high - d.low) for name, d in dimensions.items())
+        parts = (
+            d.weight * (scores[name] - d.low) / (d.high - d.low) for name, d in dimensions.items()
+        )
         return 100 * sum(parts) / sum(d.weight for d in dimensions.values())
 
     quality, semantic = part(QUALITY), part(SEMANTIC)
@@ -96,16 +100,20 @@ def total(quality: float, semantic: float) -> float:
 
 
 def read_results(path: Path) -> dict[str, float]:
-    """Raw scores by dimension from a result file of VBench, or from a folder with several *_eval_results.json.
+    """Raw scores by dimension from a result file of VBench, or from a folder with several
+    *_eval_results.json.
 
     A file maps dimensions, with underscores or blanks, to [score, details] or to the score.
 
     Raises:
-      UserError: no such file, not such a file, an unknown dimension, one in two files, or a score that is no fraction.
+      UserError: no such file, not such a file, an unknown dimension, one in two files, or a score
+        that is no fraction.
     """
     files = sorted(path.glob("*_eval_results.json")) if path.is_dir() else [path]
     if not files:
-        raise UserError(f"{path} has no *_eval_results.json; give VBench's output folder or one result file")
+        raise UserError(
+            f"{path} has no *_eval_results.json; give VBench's output folder or one result file"
+        )
     scores: dict[str, float] = {}
     for file in files:
         results = _read_json(file)
@@ -114,9 +122,13 @@ def read_results(path: Path) -> dict[str, float]:
         for key, value in results.items():
             name = key.replace(" ", "_")
             if name not in DIMENSIONS:
-                raise UserError(f"{file}: {key!r} is not a dimension of VBench ({', '.join(DIMENSIONS)})")
+                raise UserError(
+                    f"{file}: {key!r} is not a dimension of VBench ({', '.join(DIMENSIONS)})"
+                )
             if name in scores:
-                raise UserError(f"{file}: {name} is in another file of {path} too; keep one result of each")
+                raise UserError(
+                    f"{file}: {name} is in another file of {path} too; keep one result of each"
+                )
             scores[name] = _score(file, key, value)
     return scores
 
@@ -126,7 +138,9 @@ def _score(file: Path, key: str, value: Any) -> float:
     if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
         raise UserError(f"{file}: the score of {key!r} is {score!r}; it must be a number")
     if score > 1:
-        raise UserError(f"{file}: the score of {key!r} is {score}; VBench's are fractions, at most 1")
+        raise UserError(
+            f"{file}: the score of {key!r} is {score}; VBench's are fractions, at most 1"
+        )
     return float(score)
 
 
@@ -134,13 +148,15 @@ def read_prompts(path: Path, extended: Path | None = None) -> list[Prompt]:
     """VBench's prompts, each once, in the order of the file.
 
     Args:
-      path: VBench_full_info.json, which alone tells all dimensions; or plain text, one prompt a line, then of the
-        dimension the file is named after, as in VBench's prompts_per_dimension/temporal_flickering.txt, if any.
-      extended: plain text, line i is what to generate for prompt i. Where a prompt occurs twice, VBench's later video
-        replaces the earlier one, so the later line counts.
+      path: VBench_full_info.json, which alone tells all dimensions; or plain text, one prompt a
+        line, then of the dimension the file is named after, as in VBench's
+        prompts_per_dimension/temporal_flickering.txt, if any.
+      extended: plain text, line i is what to generate for prompt i. Where a prompt occurs twice,
+        VBench's later video replaces the earlier one, so the later line counts.
 
     Raises:
-      UserError: a file cannot be read, an empty line, files of different lengths, or a prompt that cannot be a name.
+      UserError: a file cannot be read, an empty line, files of different lengths, or a prompt that
+        cannot be a name.
     """
     if path.suffix == ".json":
         entries = _read_entries(path)
@@ -148,7 +164,9 @@ def read_prompts(path: Path, extended: Path | None = None) -> list[Prompt]:
         entries = [(line, [path.stem]) for line in _read_lines(path)]
     told = _read_lines(extended) if extended else [text for text, _ in entries]
     if len(told) != len(entries):
-        raise UserError(f"{extended} has {len(told)} lines but {path} has {len(entries)} prompts; align them")
+        raise UserError(
+            f"{extended} has {len(told)} lines but {path} has {len(entries)} prompts; align them"
+        )
     prompts: dict[str, Prompt] = {}
     for (text, dimensions), generate in zip(entries, told, strict=True):
         _refuse_name(path, text)
@@ -161,7 +179,8 @@ def read_prompts(path: Path, extended: Path | None = None) -> list[Prompt]:
 def jobs(prompts: Iterable[Prompt], seed: int) -> list[Job]:
     """All videos to make, sample by sample. Skip the names that exist to resume.
 
-    The seed of a video is a function of `seed` and its name alone: the same in any part of the list, and not chosen.
+    The seed of a video is a function of `seed` and its name alone: the same in any part of the
+    list, and not chosen.
     """
     names = [(f"{p.text}-{i}.mp4", p.generate) for p in prompts for i in range(p.samples)]
     return [Job(name, generate, video_seed(seed, name)) for name, generate in names]
@@ -173,15 +192,19 @@ def video_seed(seed: int, name: str) -> int:
 
 
 def _refuse_name(path: Path, text: str) -> None:
-    """Raises UserError for a prompt that VBench could not find under its name; changing the name would not help."""
+    """Raises UserError for a prompt that VBench could not find under its name; changing the name
+    would not help.
+    """
     if "/" in text or "\0" in text or "\n" in text:
         raise UserError(
-            f"{path}: the prompt {text!r} cannot be a file name; VBench finds videos by their prompt"
+            f"{path}: the prompt {text!r} cannot be a file name; VBench finds videos by their "
+            "prompt"
         )
     size = len(f"{text}-{FLICKER_SAMPLES - 1}.mp4".encode())
     if size > LONGEST_NAME:
         raise UserError(
-            f"{path}: the prompt {text[:40]!r}... needs a file name of {size} bytes, {LONGEST_NAME} are possible; "
+            f"{path}: the prompt {text[:40]!r}... needs a file name of {size} bytes, "
+            f"{LONGEST_NAME} are possible; "
             "give extended prompts apart from VBench's own"
         )
 

@@ -1,4 +1,6 @@
-"""Noise levels as they are drawn in training: shortcut triples of Salt Eq. 9, and where teacher and critic look."""
+"""Noise levels as they are drawn in training: shortcut triples of Salt Eq. 9, and where teacher and
+critic look.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +13,23 @@ from salt_jax.types import PRNGKey
 def draw_triple(
     key: PRNGKey, start: Int[Array, "b"], table: Triples
 ) -> tuple[Int[Array, "b"], Int[Array, "b"], Bool[Array, "b"]]:
-    """Draws (middle, end) levels for each start level. The third result is False where no triple exists;
-    the levels are then equal to the start, so that every difference of noise levels is zero."""
+    """Draws (middle, end) levels for each start level. The third result is False where no triple
+    exists; the levels are then equal to the start, so that every difference of noise levels is
+    zero.
+    """
     probability = jnp.asarray(table.probability)[start]
     exists = probability.sum(-1) > 0
-    column = jax.random.categorical(key, jnp.log(jnp.where(exists[:, None], probability, 1.0)), axis=-1)
-    take = lambda options: jnp.take_along_axis(jnp.asarray(options)[start], column[:, None], axis=1)[:, 0]
-    return jnp.where(exists, take(table.middle), start), jnp.where(exists, take(table.end), start), exists
+    column = jax.random.categorical(
+        key, jnp.log(jnp.where(exists[:, None], probability, 1.0)), axis=-1
+    )
+    take = lambda options: jnp.take_along_axis(
+        jnp.asarray(options)[start], column[:, None], axis=1
+    )[:, 0]
+    return (
+        jnp.where(exists, take(table.middle), start),
+        jnp.where(exists, take(table.end), start),
+        exists,
+    )
 
 
 def draw_view_sigma(

@@ -5,8 +5,9 @@ A grid of K updates has K + 1 levels. Level i is u_i = 1 - i / K, bent towards n
     sigma = s u / (1 + (s - 1) u)                                                      (1)
 
 so sigma_0 = 1 (noise) and sigma_K = 0 (clean). Grids nest: T(2) is in T(4), T(4) in T(8). The time
-that Wan's time embedding reads is 1000 sigma; that number exists only in `models.denoiser`, and in `explicit`,
-because published students are told by it. No jax in here, as in `choices`; `draws` has what is drawn.
+that Wan's time embedding reads is 1000 sigma; that number exists only in `models.denoiser`, and in
+`explicit`, because published students are told by it. No jax in here, as in `choices`; `draws` has
+what is drawn.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,10 @@ import numpy as np
 
 
 def shift(u, amount: float):
-    """Bends u in [0, 1] towards noise, Eq. (1) above. `amount` 1 changes nothing; works on arrays and floats."""
+    """Bends u in [0, 1] towards noise, Eq. (1) above.
+
+    `amount` 1 changes nothing; works on arrays and floats.
+    """
     return amount * u / (1 + (amount - 1) * u)
 
 
@@ -33,10 +37,12 @@ def grid(num_updates: int, shift_amount: float) -> np.ndarray:
 
 
 def explicit(timesteps: Sequence[Any]) -> np.ndarray:
-    """Listed noise levels, for a student that was trained at these: K + 1 levels that end at 0, float32.
+    """Listed noise levels, for a student that was trained at these: K + 1 levels that end at 0,
+    float32.
 
     Args:
-      timesteps: 1000 sigma, falling, from noise on; a 0 at the end says nothing and may be left out.
+      timesteps: 1000 sigma, falling, from noise on; a 0 at the end says nothing and may be left
+        out.
 
     Raises ValueError for what is no such list.
 
@@ -62,7 +68,9 @@ def explicit(timesteps: Sequence[Any]) -> np.ndarray:
 
 
 def student_levels(num_updates: int, shift_amount: float, listed: Sequence[Any] = ()) -> np.ndarray:
-    """Levels of a student's updates, float32 [K + 1]: those that are listed, if they are K, else the grid."""
+    """Levels of a student's updates, float32 [K + 1]: those that are listed, if they are K, else
+    the grid.
+    """
     if listed and len(levels := explicit(listed)) == num_updates + 1:
         return levels
     return grid(num_updates, shift_amount)
@@ -71,8 +79,8 @@ def student_levels(num_updates: int, shift_amount: float, listed: Sequence[Any] 
 class Triples(NamedTuple):
     """All triples (sigma_s, sigma_m, sigma_e) of Eq. 9, as indices into the training grid.
 
-    Row i lists the pairs that start at level i; `probability` is 0 in unused columns and in the whole
-    row of a level that has no triple (the smallest non-zero level has none).
+    Row i lists the pairs that start at level i; `probability` is 0 in unused columns and in the
+    whole row of a level that has no triple (the smallest non-zero level has none).
     """
 
     middle: np.ndarray  # [n, P] int
@@ -81,23 +89,29 @@ class Triples(NamedTuple):
 
 
 def triples(train_updates: int, anchor_updates: int) -> Triples:
-    """Tabulates Salt Eq. 9: sigma_e uniform on the anchors T(K) below sigma_s, then sigma_m uniform on
-    the training levels strictly between. Anchors that leave no room for sigma_m are not drawn.
+    """Tabulates Salt Eq. 9: sigma_e uniform on the anchors T(K) below sigma_s, then sigma_m uniform
+    on the training levels strictly between. Anchors that leave no room for sigma_m are not drawn.
 
-    Raises ValueError unless `anchor_updates` divides `train_updates` (else T(K) is not part of T_train).
+    Raises ValueError unless `anchor_updates` divides `train_updates` (else T(K) is not part of
+    T_train).
     """
     n = train_updates
     if n % anchor_updates:
         raise ValueError(
-            f"anchor_updates={anchor_updates} must divide train_updates={n}: Eq. 9 ends on a part of the grid"
+            f"anchor_updates={anchor_updates} must divide train_updates={n}: Eq. 9 ends on a part "
+            "of the grid"
         )
     anchors = [j * (n // anchor_updates) for j in range(anchor_updates + 1)]
     rows = []
     for start in range(n):
         ends = [e for e in anchors if e >= start + 2]
-        rows.append([(m, e, 1 / (len(ends) * (e - start - 1))) for e in ends for m in range(start + 1, e)])
+        rows.append(
+            [(m, e, 1 / (len(ends) * (e - start - 1))) for e in ends for m in range(start + 1, e)]
+        )
     width = max(1, max(map(len, rows)))
     table = np.array([row + [(0, 0, 0.0)] * (width - len(row)) for row in rows])
     return Triples(
-        table[..., 0].astype(np.int32), table[..., 1].astype(np.int32), table[..., 2].astype(np.float32)
+        table[..., 0].astype(np.int32),
+        table[..., 1].astype(np.int32),
+        table[..., 2].astype(np.float32),
     )

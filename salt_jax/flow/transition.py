@@ -6,7 +6,10 @@ from salt_jax.types import Latent, Sigma
 
 
 def euler(x: Latent, velocity: Latent, sigma: Sigma, sigma_next: Sigma) -> Latent:
-    """Psi^{t->s}(x) = x - (t - s) v(x, t), Salt Eq. 5. With sigma_next = 0 it is the x0 prediction."""
+    """Psi^{t->s}(x) = x - (t - s) v(x, t), Salt Eq. 5.
+
+    With sigma_next = 0 it is the x0 prediction.
+    """
     return x - expand(sigma - sigma_next, x) * velocity
 
 

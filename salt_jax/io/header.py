@@ -10,12 +10,17 @@ from salt_jax.errors import UserError
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """What was written beside the arrays, such as by `weights.save_weights`. Raises UserError: it cannot be read."""
+    """What was written beside the arrays, such as by `weights.save_weights`.
+
+    Raises UserError: it cannot be read.
+    """
     try:
         with safe_open(path, "numpy") as file:
             return file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path} ({error}); name a file that launch.export wrote") from error
+        raise UserError(
+            f"cannot read {path} ({error}); name a file that launch.export wrote"
+        ) from error
 
 
 def stored_sizes(path: Path, kind: Any) -> Any:
@@ -28,7 +33,11 @@ def stored_sizes(path: Path, kind: Any) -> Any:
         raise UserError(f"there is no {path}; make it with launch.convert_wan")
     told = read_metadata(path).get("config")
     try:
-        sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(told or "").items()}
+        sizes = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(told or "").items()
+        }
         return kind(**sizes)
     except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} does not say its sizes; make it with launch.convert_wan") from error
+        raise UserError(
+            f"{path} does not say its sizes; make it with launch.convert_wan"
+        ) from error

@@ -1,7 +1,8 @@
-"""A folder of converted weights (launch.convert_wan), opened part by part, or the same parts small and random.
+"""A folder of converted weights (launch.convert_wan), opened part by part, or the same parts small
+and random.
 
-A part is a network with its file. Parts are read when they are needed, so that the text encoder, which is the largest
-of a text-to-video model, can be gone before the transformer comes.
+A part is a network with its file. Parts are read when they are needed, so that the text encoder,
+which is the largest of a text-to-video model, can be gone before the transformer comes.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,18 +56,28 @@ class Source(NamedTuple):
 
 
 def part_file(part: Part, where: str | Path) -> Path:
-    """The file of a part in a folder. Where a transformer's file is named instead: that one, or beside it."""
+    """The file of a part in a folder.
+
+    Where a transformer's file is named instead: that one, or beside it.
+    """
     path = Path(where)
     return path / part.file if path.is_dir() else path if part is WAN else path.with_name(part.file)
 
 
 def stored_config(part: Part, where: str | Path) -> Any:
-    """The sizes that a file was written with. Raises UserError: it is absent or says nothing about itself."""
+    """The sizes that a file was written with.
+
+    Raises UserError: it is absent or says nothing about itself.
+    """
     return stored_sizes(part_file(part, where), part.config)
 
 
 def open_part(
-    part: Part, source: Source, config: Any = None, dtype: Any = None, shardings: Callable | None = None
+    part: Part,
+    source: Source,
+    config: Any = None,
+    dtype: Any = None,
+    shardings: Callable | None = None,
 ) -> tuple[Any, Params]:
     """The sizes and the parameters of a part.
 
@@ -107,7 +118,8 @@ def open_tokenizer(source: Source) -> Callable[[str, int], np.ndarray]:
     found = tokenizer_files(source)
     if not found:
         raise UserError(
-            f"{source.folder} has no {' or '.join(TOKENIZERS)}; copy umT5's there (google/umt5-xxl of the release)"
+            f"{source.folder} has no {' or '.join(TOKENIZERS)}; copy umT5's there (google/umt5-xxl "
+            "of the release)"
         )
     try:
         return load_tokenizer(found[0])
@@ -116,7 +128,8 @@ def open_tokenizer(source: Source) -> Callable[[str, int], np.ndarray]:
 
 
 def embed_prompts(source: Source, prompts: Sequence[str], length: int, dtype: Any) -> np.ndarray:
-    """Prompts as float32 [N, length, D], rows past a prompt's end zero. The text encoder is in memory only meanwhile.
+    """Prompts as float32 [N, length, D], rows past a prompt's end zero. The text encoder is in
+    memory only meanwhile.
 
     One by one, so that the bits of one do not depend on the others.
 
@@ -130,6 +143,7 @@ def embed_prompts(source: Source, prompts: Sequence[str], length: int, dtype: An
         raise UserError(str(error)) from error
     config, params = open_part(TEXT, source)
     rows = [
-        encode_prompts(params, t[None], config, dtype=dtype)[0] for t in tqdm(tokens, desc="prompts", delay=2)
+        encode_prompts(params, t[None], config, dtype=dtype)[0]
+        for t in tqdm(tokens, desc="prompts", delay=2)
     ]
     return np.stack([np.asarray(row, np.float32) for row in rows])

@@ -1,4 +1,6 @@
-"""Parameter trees as safetensors files, read and written one array at a time; nested keys are joined by "/"."""
+"""Parameter trees as safetensors files, read and written one array at a time; nested keys are
+joined by "/".
+"""
 
 import hashlib
 import json
@@ -23,14 +25,17 @@ CODES: dict[str, np.dtype] = {
     code: np.dtype(dtype)
     for code, dtype in {
         "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16,
-        "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+        "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8,
+        "BOOL": np.bool_,
         "F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2,
     }.items()
 }  # fmt: skip
 
 
 class Stored(NamedTuple):
-    """An array in a file: where its first number is, in bytes, and how far apart numbers are, in numbers."""
+    """An array in a file: where its first number is, in bytes, and how far apart numbers are, in
+    numbers.
+    """
 
     path: Path
     offset: int
@@ -88,7 +93,10 @@ def list_tensors(path: str | Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
 
 def digest(path: Path, report: Callable[[int], Any] = lambda nbytes: None) -> str:
-    """SHA-256 of a file, in hexadecimal digits. `report` is told the bytes of each piece that was read."""
+    """SHA-256 of a file, in hexadecimal digits.
+
+    `report` is told the bytes of each piece that was read.
+    """
     state = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**24):
@@ -103,7 +111,8 @@ def write_tensors(
     metadata: Mapping[str, str],
     report: Callable[[int], Any] = lambda nbytes: None,
 ) -> None:
-    """Writes a safetensors file part by part; a file of that name appears when all of it is on the disk, or not at all.
+    """Writes a safetensors file part by part; a file of that name appears when all of it is on the
+    disk, or not at all.
 
     `report` is told the bytes of each part. Raises UserError where the disk refuses.
     """
@@ -137,13 +146,18 @@ def write_tensors(
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error}); make room or choose another place") from error
+        raise UserError(
+            f"cannot write {path} ({error}); make room or choose another place"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _in_order(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The array in the order of its axes. A transposed matrix is copied in strips that fit the cache."""
+    """The array in the order of its axes.
+
+    A transposed matrix is copied in strips that fit the cache.
+    """
     if array.ndim != 2 or array.flags.c_contiguous:
         return np.ascontiguousarray(array, dtype)
     copy = np.empty(array.shape, dtype)
@@ -154,9 +168,11 @@ def _in_order(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 @contextmanager
 def all_or_nothing(dst: str | Path) -> Iterator[Path]:
-    """An empty folder; what is in it when the block ends goes to `dst`. After an error nothing of it is left.
+    """An empty folder; what is in it when the block ends goes to `dst`. After an error nothing of
+    it is left.
 
-    Files of the same name in `dst` are replaced, others stay. Raises UserError where the disk refuses.
+    Files of the same name in `dst` are replaced, others stay. Raises UserError where the disk
+    refuses.
     """
     dst, made = Path(dst), not Path(dst).exists()
     temporary = dst / ".partial"
@@ -168,7 +184,9 @@ def all_or_nothing(dst: str | Path) -> Iterator[Path]:
             (dst / path.relative_to(temporary)).parent.mkdir(parents=True, exist_ok=True)
             path.replace(dst / path.relative_to(temporary))
     except OSError as error:
-        raise UserError(f"cannot write to {dst} ({error}); make room or choose another place") from error
+        raise UserError(
+            f"cannot write to {dst} ({error}); make room or choose another place"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if made and dst.is_dir() and not any(dst.iterdir()):
@@ -176,24 +194,31 @@ def all_or_nothing(dst: str | Path) -> Iterator[Path]:
 
 
 def save_weights(path: str | Path, params: Params, dtype: str, metadata: dict[str, str]) -> None:
-    """Writes a tree. `dtype` is how it is stored: float32, bfloat16 or float16. Atomic, one array at a time."""
+    """Writes a tree.
+
+    `dtype` is how it is stored: float32, bfloat16 or float16. Atomic, one array at a time.
+    """
     flat: dict[str, Any] = flatten_dict(params, sep="/")
     part = lambda leaf: lambda: [np.asarray(jax.device_get(leaf))]
     write_tensors(
-        path, {k: Outgoing(np.dtype(dtype), np.shape(v), part(v)) for k, v in flat.items()}, metadata
+        path,
+        {k: Outgoing(np.dtype(dtype), np.shape(v), part(v)) for k, v in flat.items()},
+        metadata,
     )
 
 
 def load_weights(
     path: str | Path, like: Params, dtype: Any = jnp.float32, shardings: Params | None = None
 ) -> Params:
-    """Reads a tree that must have exactly the keys and shapes of `like` (arrays or ShapeDtypeStructs).
+    """Reads a tree that must have exactly the keys and shapes of `like` (arrays or
+    ShapeDtypeStructs).
 
     Args:
       path: of a safetensors file.
       like: arrays or ShapeDtypeStructs; their dtypes are not looked at.
       dtype: of the result; None: as stored.
-      shardings: one for each array: every device gets its slice straight from the file, nothing else is read.
+      shardings: one for each array: every device gets its slice straight from the file, nothing
+        else is read.
 
     Raises:
       UserError: the file is absent, damaged, or holds another model; the first difference is named.
@@ -201,7 +226,9 @@ def load_weights(
     try:
         flat, _ = list_tensors(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read weights from {path} ({error}); check config.weights") from error
+        raise UserError(
+            f"cannot read weights from {path} ({error}); check config.weights"
+        ) from error
     expected: dict[str, Any] = flatten_dict(like, sep="/")
     for name in sorted(set(flat) | set(expected)):
         found = flat[name].shape if name in flat else "absent"

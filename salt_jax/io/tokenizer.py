@@ -1,4 +1,7 @@
-"""Text -> token ids, padded with 0. Bytes for the small presets, the umT5 vocabulary for Wan 2.1."""
+"""Text -> token ids, padded with 0.
+
+Bytes for the small presets, the umT5 vocabulary for Wan 2.1.
+"""
 
 import html
 import importlib
@@ -25,7 +28,8 @@ def byte_tokenize(text: str, length: int) -> np.ndarray:
     ids = [FIRST_BYTE + byte for byte in text.encode("utf-8")] + [END]
     if len(ids) > length:
         raise ValueError(
-            f"the text {text!r} needs {len(ids)} tokens (its bytes and an end token) but the text length is "
+            f"the text {text!r} needs {len(ids)} tokens (its bytes and an end token) but the text "
+            "length is "
             f"{length}: shorten the text or use a model with a longer one"
         )
     return _pad(ids, length)
@@ -34,8 +38,8 @@ def byte_tokenize(text: str, length: int) -> np.ndarray:
 def load_tokenizer(path: str | Path) -> Callable[[str, int], np.ndarray]:
     """The umT5 tokenizer from the user's `tokenizer.json` or `spiece.model`.
 
-    Returns a function (text, length) -> int32 [length] that cleans the text as Wan 2.1 does, cuts it to
-    `length - 1` tokens and appends the end token.
+    Returns a function (text, length) -> int32 [length] that cleans the text as Wan 2.1 does, cuts
+    it to `length - 1` tokens and appends the end token.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -59,16 +63,22 @@ def load_tokenizer(path: str | Path) -> Callable[[str, int], np.ndarray]:
         encode = model.encode
         special = (model.pad_id(), model.eos_id())
     else:
-        raise ValueError(f"{path} is no tokenizer file: expected the name to end in .json or .model")
+        raise ValueError(
+            f"{path} is no tokenizer file: expected the name to end in .json or .model"
+        )
     if special != (PAD, END):
         raise ValueError(
             f"{path} is not umT5's: its <pad> and </s> have ids {special}, expected {(PAD, END)}"
         )
-    return lambda text, length: _pad([*encode(clean_text(text, ftfy.fix_text))[: length - 1], END], length)
+    return lambda text, length: _pad(
+        [*encode(clean_text(text, ftfy.fix_text))[: length - 1], END], length
+    )
 
 
 def clean_text(text: str, fix_text: Callable[[str], str]) -> str:
-    """Wan 2.1's cleaning: mend the encoding with `ftfy.fix_text`, resolve HTML entities, collapse blanks."""
+    """Wan 2.1's cleaning: mend the encoding with `ftfy.fix_text`, resolve HTML entities, collapse
+    blanks.
+    """
     text = html.unescape(html.unescape(fix_text(text)))
     return re.sub(r"\s+", " ", text.strip()).strip()
 
@@ -83,4 +93,6 @@ def _library(name: str):
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"the umT5 tokenizer needs the library {name}: pip install {name}") from error
+        raise ImportError(
+            f"the umT5 tokenizer needs the library {name}: pip install {name}"
+        ) from error

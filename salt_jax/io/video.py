@@ -1,8 +1,9 @@
 """Clips become files: MP4, GIF and contact sheets.
 
-A clip is uint8 RGB [F, H, W, 3]. `encode_*` returns the bytes of a file, `write_*` puts them in place at
-once: a reader sees the old file or the whole new one. `scale` enlarges every pixel to scale x scale, so
-that clips of 12 x 12 pixels can be seen; `visible_scale` proposes one.
+A clip is uint8 RGB [F, H, W, 3]. `encode_*` returns the bytes of a file, `write_*` puts them in
+place at
+once: a reader sees the old file or the whole new one. `scale` enlarges every pixel to scale x
+scale, so that clips of 12 x 12 pixels can be seen; `visible_scale` proposes one.
 """
 
 import io
@@ -20,12 +21,17 @@ H264_ENCODERS = ("libx264", "libopenh264", "h264_videotoolbox")  # the first one
 
 
 def visible_scale(size: int, wanted: int) -> int:
-    """The largest whole factor that keeps `size` pixels within `wanted`; 1 when they are more already."""
+    """The largest whole factor that keeps `size` pixels within `wanted`; 1 when they are more
+    already.
+    """
     return max(1, wanted // size)
 
 
 def enlarge(frames: np.ndarray, scale: int) -> np.ndarray:
-    """Nearest neighbour, [..., H, W, 3] -> [..., scale H, scale W, 3]. Raises ValueError for scale < 1."""
+    """Nearest neighbour, [..., H, W, 3] -> [..., scale H, scale W, 3].
+
+    Raises ValueError for scale < 1.
+    """
     if scale < 1:
         raise ValueError(f"scale={scale} must be 1 or more")
     return frames.repeat(scale, axis=-3).repeat(scale, axis=-2)
@@ -34,8 +40,8 @@ def enlarge(frames: np.ndarray, scale: int) -> np.ndarray:
 def looks(pixels: np.ndarray) -> dict[str, float]:
     """Saturation, contrast and brightness of uint8 pixels [..., H, W, 3], each in [0, 1].
 
-    What drifts first when a student collapses: mean spread of a pixel's channels, standard deviation of luminance
-    over a picture, mean luminance (ITU-R BT.601 weights).
+    What drifts first when a student collapses: mean spread of a pixel's channels, standard
+    deviation of luminance over a picture, mean luminance (ITU-R BT.601 weights).
     """
     rgb = np.asarray(pixels, np.float64) / 255
     luminance = rgb @ np.array([0.299, 0.587, 0.114])
@@ -49,7 +55,8 @@ def looks(pixels: np.ndarray) -> dict[str, float]:
 def encode_mp4(frames: np.ndarray, fps: int, scale: int) -> bytes:
     """H.264 in MP4, yuv420p, which every browser plays. Odd sizes repeat the last row or column.
 
-    Colours are BT.709's in limited range and say so, in the stream and in the container; the index stands in front.
+    Colours are BT.709's in limited range and say so, in the stream and in the container; the index
+    stands in front.
 
     Raises RuntimeError when PyAV was built without an H.264 encoder.
     """
@@ -61,14 +68,17 @@ def encode_mp4(frames: np.ndarray, fps: int, scale: int) -> bytes:
     ):  # to move the index to the front FFmpeg opens the file again
         file = Path(folder) / "clip.mp4"
         with av.open(str(file), "w", options={"movflags": "+faststart"}) as container:
-            # CRF 12: a picture of a few flat shapes shows every artefact, and costs few bytes all the same.
+            # CRF 12: a picture of a few flat shapes shows every artefact, and costs few bytes all
+            # the same.
             stream: Any = container.add_stream(_h264_encoder(), rate=fps, options={"crf": "12"})
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = "yuv420p"
             _tag_bt709(stream.codec_context)
             for frame in frames:
                 picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-                picture = picture.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+                picture = picture.reformat(
+                    format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
+                )
                 _tag_bt709(picture)
                 container.mux(stream.encode(picture))
             container.mux(stream.encode())
@@ -76,7 +86,10 @@ def encode_mp4(frames: np.ndarray, fps: int, scale: int) -> bytes:
 
 
 def encode_gif(frames: np.ndarray, fps: int, scale: int) -> bytes:
-    """A GIF that loops. Its clock ticks in 1/100 s: durations alternate so that the whole clip keeps time."""
+    """A GIF that loops.
+
+    Its clock ticks in 1/100 s: durations alternate so that the whole clip keeps time.
+    """
     images = [Image.fromarray(frame) for frame in enlarge(_clip(frames), scale)]
     ticks = np.round(np.arange(len(images) + 1) * 100 / fps).astype(int)
     file = io.BytesIO()
@@ -101,10 +114,13 @@ def encode_png(image: Image.Image) -> bytes:
 def contact_sheet(videos: np.ndarray, labels: Sequence[str], scale: int) -> Image.Image:
     """All clips on one page: each a row of its frames, first to last, under its label.
 
-    `videos` is uint8 [N, F, H, W, 3]. Long clips make wide pages: pass every n-th frame. Labels wrap.
+    `videos` is uint8 [N, F, H, W, 3]. Long clips make wide pages: pass every n-th frame. Labels
+    wrap.
     """
     if videos.ndim != 5 or len(videos) != len(labels) or not len(videos):
-        raise ValueError(f"expected [N, F, H, W, 3] and N labels, got {list(videos.shape)} and {len(labels)}")
+        raise ValueError(
+            f"expected [N, F, H, W, 3] and N labels, got {list(videos.shape)} and {len(labels)}"
+        )
     gap, font = 4, ImageFont.load_default(size=14)
     clips = [enlarge(_clip(video), scale) for video in videos]
     _, columns, height, width, _ = videos.shape
@@ -125,7 +141,10 @@ def contact_sheet(videos: np.ndarray, labels: Sequence[str], scale: int) -> Imag
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
-    """Writes a file at once: under a temporary name beside it, then renamed. Makes the folder if needed."""
+    """Writes a file at once: under a temporary name beside it, then renamed.
+
+    Makes the folder if needed.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -161,7 +180,9 @@ def _clip(frames: np.ndarray) -> np.ndarray:
 
 
 def _tag_bt709(told: Any) -> None:
-    """Says of a frame or a codec that it is BT.709 in limited range; 1 is both in ITU-T H.273 and FFmpeg."""
+    """Says of a frame or a codec that it is BT.709 in limited range; 1 is both in ITU-T H.273 and
+    FFmpeg.
+    """
     told.color_primaries = told.color_trc = told.colorspace = told.color_range = 1
 
 
@@ -172,7 +193,8 @@ def _h264_encoder() -> str:
         except av.codec.codec.UnknownCodecError:  # pyright: ignore[reportAttributeAccessIssue]
             continue
     raise RuntimeError(
-        f"PyAV has none of the H.264 encoders {H264_ENCODERS}: install its ready-made wheel (pip install av)"
+        f"PyAV has none of the H.264 encoders {H264_ENCODERS}: install its ready-made wheel (pip "
+        "install av)"
     )
 
 

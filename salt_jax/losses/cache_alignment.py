@@ -1,12 +1,14 @@
-"""Cache alignment, Salt Eq. 11-12: a video made on a poor cache should relate its parts as one made on a good cache.
+"""Cache alignment, Salt Eq. 11-12: a video made on a poor cache should relate its parts as one made
+on a good cache.
 
-Features z of a frozen network are compared by the cosines between all pairs of places of a frame, not place by place:
+Features z of a frozen network are compared by the cosines between all pairs of places of a frame,
+not place by place:
 
     z^ = z / |z|          R[i, j] = <z^_i, z^_j>          one matrix for each frame                  (11)
     loss = mean max(0, |R_low - R_reference| - margin)     over pairs and frames                      (12)
 
-Differences inside the margin are free. Frames are compared one after the other: at 480p a matrix has 1560^2 entries,
-and those of all frames of a batch would not fit beside the networks.
+Differences inside the margin are free. Frames are compared one after the other: at 480p a matrix
+has 1560^2 entries, and those of all frames of a batch would not fit beside the networks.
 """
 
 import jax

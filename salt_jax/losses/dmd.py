@@ -1,8 +1,9 @@
 """Distribution matching distillation, Salt Eq. 4.
 
-The gradient of KL(student || teacher) with respect to the student's video x0 is the difference of the two
-scores at a noised copy of it. Scores differ by (1 - sigma) / sigma^2 (x0_critic - x0_teacher), and DMD replaces
-that factor by a normaliser per example (Yin et al. 2024, Eq. 8 there):
+The gradient of KL(student || teacher) with respect to the student's video x0 is the difference of
+the two scores at a noised copy of it. Scores differ by (1 - sigma) / sigma^2 (x0_critic -
+x0_teacher), and DMD replaces that factor by a normaliser per example (Yin et al. 2024, Eq. 8
+there):
 
     direction = (x0_critic - x0_teacher) / mean |x0 - x0_teacher|                      (1)
     loss      = 1/2 mean (x0 - stop(x0 - direction))^2,   d loss / d x0 = direction / size   (2)
@@ -15,15 +16,17 @@ from salt_jax.types import Latent, PerExample
 
 
 def dmd_loss(x0: Latent, x0_critic: Latent, x0_teacher: Latent) -> PerExample:
-    """Moves the student's video from where the critic believes it to where the teacher believes it, Salt Eq. 4.
+    """Moves the student's video from where the critic believes it to where the teacher believes it,
+    Salt Eq. 4.
 
     Args:
       x0: the student's video; the only argument that gets a gradient.
       x0_critic, x0_teacher: clean estimates from one noised copy of it. The teacher's is guided.
 
     Returns:
-      [B] float32. The value is half the mean squared direction and says little; the gradient is the message.
-      Not finite where the teacher returns exactly x0: the step is then skipped and counted, never patched.
+      [B] float32. The value is half the mean squared direction and says little; the gradient is the
+      message. Not finite where the teacher returns exactly x0: the step is then skipped and
+      counted, never patched.
 
     >>> x0 = jnp.zeros((1, 1, 1, 1, 2))
     >>> jax.grad(lambda x: dmd_loss(x, x0 + 3.0, x0 + 2.0).sum())(x0).ravel()   # (3 - 2) / |0 - 2| / 2

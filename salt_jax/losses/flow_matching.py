@@ -1,4 +1,6 @@
-"""Flow matching: what a denoiser is trained with, be it the teacher on data or the critic on the student's videos."""
+"""Flow matching: what a denoiser is trained with, be it the teacher on data or the critic on the
+student's videos.
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +15,8 @@ def flow_matching_loss(
 ) -> PerExample:
     """Mean squared error of a predicted velocity, mean w (v - (noise - x0))^2 over F H W C.
 
-    Its minimiser is E[noise - x0 | x], the velocity of Salt Eq. 1. Unweighted (w = 1), as the critic's loss in DMD,
-    unless a `weight` for each clip or frame is given.
+    Its minimiser is E[noise - x0 | x], the velocity of Salt Eq. 1. Unweighted (w = 1), as the
+    critic's loss in DMD, unless a `weight` for each clip or frame is given.
 
     >>> flow_matching_loss(jnp.zeros((2, 1, 1, 1, 1)), jnp.ones((2, 1, 1, 1, 1)), jnp.ones((2, 1, 1, 1, 1)))
     Array([0., 0.], dtype=float32)

@@ -1,12 +1,12 @@
-"""Shortcut self-consistency, Salt Eq. 8: one update from sigma_s to sigma_e should land where two updates through
-sigma_m land.
+"""Shortcut self-consistency, Salt Eq. 8: one update from sigma_s to sigma_e should land where two
+updates through sigma_m land.
 
 With x_m = x_s - (s - m) v_s the two endpoints of Eq. 6-7 differ by
 
     x^(1) - x^(2) = (m - e) (v_m - v_s)                                                (1)
 
-so the loss is a penalty on the bend of the student's path, and sigma_e is only a weight. We compute (1) and not
-the endpoints: in half precision their difference would be lost.
+so the loss is a penalty on the bend of the student's path, and sigma_e is only a weight. We compute
+(1) and not the endpoints: in half precision their difference would be lost.
 """
 
 import jax
@@ -18,14 +18,20 @@ from salt_jax.types import Latent, PerExample, Sigma
 
 
 def self_consistency_loss(
-    v_s: Latent, v_m: Latent, sigma_s: Sigma, sigma_m: Sigma, sigma_e: Sigma, stop_gradient: StopGradient
+    v_s: Latent,
+    v_m: Latent,
+    sigma_s: Sigma,
+    sigma_m: Sigma,
+    sigma_e: Sigma,
+    stop_gradient: StopGradient,
 ) -> PerExample:
     """|x^(1) - x^(2)|^2 of Salt Eq. 8, as a mean over F H W C instead of a sum.
 
     Args:
       v_s: velocity at (x_s, sigma_s).
       v_m: velocity at (x_m, sigma_m), x_m = euler(x_s, v_s, sigma_s, sigma_m).
-      sigma_s, sigma_m, sigma_e: the triple of Eq. 9. Where no triple exists pass three equal levels: the loss is 0.
+      sigma_s, sigma_m, sigma_e: the triple of Eq. 9. Where no triple exists pass three equal
+        levels: the loss is 0.
       stop_gradient: changes the gradient, never the value.
 
     Returns:
@@ -39,7 +45,8 @@ def self_consistency_loss(
     v_s, v_m = v_s.astype(jnp.float32), v_m.astype(jnp.float32)
     s, m, e = (expand(sigma, v_s) for sigma in (sigma_s, sigma_m, sigma_e))
     difference = (m - e) * (v_m - v_s)
-    # d x^(1) = -(s - e) dv_s and d x^(2) = -(s - m) dv_s - (m - e) dv_m. The correction below is zero in value.
+    # d x^(1) = -(s - e) dv_s and d x^(2) = -(s - m) dv_s - (m - e) dv_m. The correction below is
+    # zero in value.
     live = v_s - jax.lax.stop_gradient(v_s)
     if stop_gradient == "composed":
         difference = jax.lax.stop_gradient(difference) - (s - e) * live

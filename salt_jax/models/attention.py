@@ -1,4 +1,5 @@
-"""The one attention. Everything that attends goes through `attention`, so a faster kernel has one place to live.
+"""The one attention. Everything that attends goes through `attention`, so a faster kernel has one
+place to live.
 
 | kernel | where       | scores that are kept                                            |
 |--------|-------------|-----------------------------------------------------------------|
@@ -48,18 +49,20 @@ def attention(
     kernel: Kernel = "blocks",
     mesh: Mesh | None = None,
 ) -> Float[Array, "b *l a d"]:
-    """Softmax attention without a mask: every query sees every key. Logits in float32, scale 1 / sqrt(d).
+    """Softmax attention without a mask: every query sees every key. Logits in float32, scale 1 /
+    sqrt(d).
 
-    Visibility is never a mask here: callers pass the keys that may be seen (chunks are contiguous). The one
-    exception is a cache that fills over time: of its keys only the first `length` count.
+    Visibility is never a mask here: callers pass the keys that may be seen (chunks are contiguous).
+    The one exception is a cache that fills over time: of its keys only the first `length` count.
 
     Args:
       q: tokens in any axes; [B, F, S, A, d] in a clip, where a mesh's context axis cuts S.
       k, v: as q, or [B, T, A, d] of a text, which every device along context has whole.
       length: of the keys that count; at least 1. None: all.
       kernel: see `choose_kernel`.
-      mesh: where the program runs on many devices, each attends for its share of the batch, heads and tokens. A
-        kernel is a black box to the compiler, which would otherwise copy everything everywhere.
+      mesh: where the program runs on many devices, each attends for its share of the batch, heads
+        and tokens. A kernel is a black box to the compiler, which would otherwise copy everything
+        everywhere.
     """
 
     def attend(q, k, v, *length):
@@ -77,10 +80,12 @@ def attention(
 
 
 def attention_layout(mesh: Mesh, queries: tuple[int, ...], keys: tuple[int, ...]) -> tuple[P, P]:
-    """How queries and keys are cut while they attend: the batch over data and fsdp, heads over tensor.
+    """How queries and keys are cut while they attend: the batch over data and fsdp, heads over
+    tensor.
 
-    Along context the tokens of a clip are exchanged for heads, so that each device has all tokens of some heads.
-    Where the heads do not divide, and for a text, which is short, queries stay cut and the keys are whole.
+    Along context the tokens of a clip are exchanged for heads, so that each device has all tokens
+    of some heads. Where the heads do not divide, and for a text, which is short, queries stay cut
+    and the keys are whole.
     """
     sizes, heads = mesh.shape, queries[-2]
     batch, exchanged = fitting(sizes, queries[0], BATCH), fitting(sizes, heads, EXCHANGED)
@@ -94,11 +99,15 @@ def attention_layout(mesh: Mesh, queries: tuple[int, ...], keys: tuple[int, ...]
 
 def _plain(q, k, v, length):
     lengths = None if length is None else jnp.full(q.shape[0], length, jnp.int32)
-    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="xla")
+    return jax.nn.dot_product_attention(
+        q, k, v, key_value_seq_lengths=lengths, implementation="xla"
+    )
 
 
 def _cudnn(q, k, v, length):
-    """cuDNN has no gradient for an odd number of queries or keys: one more of each that does not count."""
+    """cuDNN has no gradient for an odd number of queries or keys: one more of each that does not
+    count.
+    """
     queries, keys = q.shape[1], k.shape[1]
     even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
     if length is None and keys % 2:

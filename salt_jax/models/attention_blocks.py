@@ -1,7 +1,9 @@
-"""Attention in plain jax whose scores never stand in memory all at once, with a gradient written by hand.
+"""Attention in plain jax whose scores never stand in memory all at once, with a gradient written by
+hand.
 
-Queries are worked off some at a time, each against all keys, so a softmax needs no second pass. The backward pass
-makes the scores again from the row sums (Dao et al., arXiv:2205.14135, section 3.1 and appendix B.2); with
+Queries are worked off some at a time, each against all keys, so a softmax needs no second pass. The
+backward pass makes the scores again from the row sums (Dao et al., arXiv:2205.14135, section 3.1
+and appendix B.2); with
 
     P = exp(S - lse),  dP = dO V^T,  dS = P (dP - sum_d dO O)
 
@@ -42,7 +44,9 @@ def _forward(q, k, v, length):
         top = scores.max(-1, keepdims=True)
         weights = jnp.exp(scores - top)
         total = weights.sum(-1, keepdims=True)
-        out = jnp.einsum("balm,bamd->bald", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        out = jnp.einsum(
+            "balm,bamd->bald", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+        )
         return nothing, ((out / total).astype(q.dtype), (top + jnp.log(total))[..., 0])
 
     count = _count(q, k)

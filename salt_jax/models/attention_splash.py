@@ -1,4 +1,6 @@
-"""Attention by JAX's splash kernel for TPU (Pallas): scores stay on the chip, forward and backward."""
+"""Attention by JAX's splash kernel for TPU (Pallas): scores stay on the chip, forward and
+backward.
+"""
 
 import math
 from typing import Any
@@ -26,7 +28,9 @@ def attend_splash(
     queries, heads, width, keys = *q.shape[1:], k.shape[1]
     (rows, block_q), (columns, block_k) = _padded(queries), _padded(keys)
     scaled = (q * (1 / math.sqrt(width))).astype(q.dtype)
-    ready = lambda x, n: jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, n - x.shape[1]), (0, 0)))
+    ready = lambda x, n: jnp.pad(
+        jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, n - x.shape[1]), (0, 0))
+    )
     sizes = splash.BlockSizes(
         block_q=block_q,
         block_kv=block_k,
@@ -43,7 +47,9 @@ def attend_splash(
         interpret=interpret,
     )
     if length is not None:
-        there, run.dkv_mask_info = _blocks_that_count(length, rows // block_q, columns // block_k, block_k)
+        there, run.dkv_mask_info = _blocks_that_count(
+            length, rows // block_q, columns // block_k, block_k
+        )
         run.fwd_mask_info = run.dq_mask_info = there
     segments = None
     if length is not None or columns > keys:  # keys of the other segment do not count
@@ -54,11 +60,14 @@ def attend_splash(
     return jnp.swapaxes(out[:, :, :queries], 1, 2)
 
 
-def _blocks_that_count(length: Any, rows: int, columns: int, block: int) -> tuple[MaskInfo, MaskInfo]:
-    """Of a grid of blocks, for a kernel that goes along the keys and one that goes along the queries.
+def _blocks_that_count(
+    length: Any, rows: int, columns: int, block: int
+) -> tuple[MaskInfo, MaskInfo]:
+    """Of a grid of blocks, for a kernel that goes along the keys and one that goes along the
+    queries.
 
-    Blocks whose keys do not count are not multiplied, nor loaded: the block that is there stays. Of the last one that
-    counts the rest is masked by its segment.
+    Blocks whose keys do not count are not multiplied, nor loaded: the block that is there stays. Of
+    the last one that counts the rest is masked by its segment.
     """
     row, column = jnp.arange(rows)[None, :, None], jnp.arange(columns)[None, None]
     last = (length - 1) // block

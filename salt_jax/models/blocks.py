@@ -1,4 +1,6 @@
-"""The parts of the transformer, as Flax Linen modules without state: attention, block, text, time, head."""
+"""The parts of the transformer, as Flax Linen modules without state: attention, block, text, time,
+head.
+"""
 
 from typing import Any, NamedTuple
 
@@ -14,7 +16,9 @@ from salt_jax.types import Params
 
 
 def dense(features, dtype, name, init=None):
-    return nn.Dense(features, dtype=dtype, kernel_init=init or nn.initializers.xavier_uniform(), name=name)
+    return nn.Dense(
+        features, dtype=dtype, kernel_init=init or nn.initializers.xavier_uniform(), name=name
+    )
 
 
 def apply(module: nn.Module, params: Params, *args: Any) -> Any:
@@ -22,7 +26,8 @@ def apply(module: nn.Module, params: Params, *args: Any) -> Any:
 
 
 def rows(layer, x, compute: Compute):
-    """Applies a layer to `x` as a matrix of rows: XLA's CPU backend halves the backward pass of products that way.
+    """Applies a layer to `x` as a matrix of rows: XLA's CPU backend halves the backward pass of
+    products that way.
 
     Tokens that are cut stay in their axes: a matrix of them could not be cut alike.
     """
@@ -33,18 +38,24 @@ def rows(layer, x, compute: Compute):
 
 def layer_norm(x, eps):
     """LayerNorm without parameters, in float32."""
-    return apply(nn.LayerNorm(epsilon=eps, use_bias=False, use_scale=False, use_fast_variance=False), {}, x)
+    return apply(
+        nn.LayerNorm(epsilon=eps, use_bias=False, use_scale=False, use_fast_variance=False), {}, x
+    )
 
 
 class Context(NamedTuple):
-    """What cross attention makes keys and values of, [B, T, D] each; `image` is None for text to video."""
+    """What cross attention makes keys and values of, [B, T, D] each; `image` is None for text to
+    video.
+    """
 
     text: Any
     image: Any = None
 
 
 class TextKV(NamedTuple):
-    """What cross attention reads, [layers, B, T, A, d] each: the same for all calls under one prompt."""
+    """What cross attention reads, [layers, B, T, A, d] each: the same for all calls under one
+    prompt.
+    """
 
     k: Any
     v: Any
@@ -57,9 +68,8 @@ class Attention(nn.Module):
 
     config: WanConfig
     compute: Compute
-    image: bool = (
-        False  # cross attention of image-to-video models: also over the image, with the same queries
-    )
+    # cross attention of image-to-video models: also over the image, with the same queries
+    image: bool = False
 
     def setup(self):
         c = self.config
@@ -80,12 +90,17 @@ class Attention(nn.Module):
         return self._heads(self.norm_q(self._rows(self.q, x)))
 
     def keys_values(self, context):
-        return self._heads(self.norm_k(self._rows(self.k, context))), self._heads(self._rows(self.v, context))
+        return self._heads(self.norm_k(self._rows(self.k, context))), self._heads(
+            self._rows(self.v, context)
+        )
 
     def read(self, context: Context) -> TextKV:
         if not self.image:
             return TextKV(*self.keys_values(context.text))
-        k, v = self.norm_k_img(self._rows(self.k_img, context.image)), self._rows(self.v_img, context.image)
+        k, v = (
+            self.norm_k_img(self._rows(self.k_img, context.image)),
+            self._rows(self.v_img, context.image),
+        )
         return TextKV(*self.keys_values(context.text), self._heads(k), self._heads(v))
 
     def cross(self, x, seen: TextKV):
@@ -99,16 +114,22 @@ class Attention(nn.Module):
 
 
 def look(q, k, v, length, compute: Compute):
-    """Attention of frames to frames. With a length for each frame of `q` they take turns in a loop: one kernel."""
+    """Attention of frames to frames.
+
+    With a length for each frame of `q` they take turns in a loop: one kernel.
+    """
     attend = lambda q, length: attention(q, k, v, length, compute.kernel, compute.mesh)
     if length is None or not length.ndim:
         return attend(q, length)
-    by_frame = jax.lax.map(lambda one: attend(one[0][:, None], one[1]), (jnp.moveaxis(q, 1, 0), length))
+    by_frame = jax.lax.map(
+        lambda one: attend(one[0][:, None], one[1]), (jnp.moveaxis(q, 1, 0), length)
+    )
     return jnp.moveaxis(by_frame[:, :, 0], 0, 1)
 
 
 def look_around(q, k, v, memory, views: tuple[tuple[View, Any, Any], ...], compute: Compute):
-    """Self attention of new frames, [B, F, S, A, d] each, with `memory` (keys, values) [B, M, S, A, d] or None.
+    """Self attention of new frames, [B, F, S, A, d] each, with `memory` (keys, values) [B, M, S, A,
+    d] or None.
 
     One dense call for each view, given with the angles of its queries and of its keys.
     """
@@ -117,7 +138,9 @@ def look_around(q, k, v, memory, views: tuple[tuple[View, Any, Any], ...], compu
         seen = lambda new, old, view=view: jnp.concatenate(
             [new[:, s] for s in view.own] + [old[:, s] for s in view.past], axis=1
         )
-        keys, values = (seen(new, old) for new, old in zip((k, v), memory or (None, None), strict=True))
+        keys, values = (
+            seen(new, old) for new, old in zip((k, v), memory or (None, None), strict=True)
+        )
         mine, keys = rotate(q[:, view.queries], here), rotate(keys, there)
         length = None if view.length is None else view.length * q.shape[2]
         outputs.append(look(mine, keys, values, length, compute))
@@ -125,7 +148,8 @@ def look_around(q, k, v, memory, views: tuple[tuple[View, Any, Any], ...], compu
 
 
 class Block(nn.Module):
-    """One transformer block on tokens [B, F, S, D]; `e0` is [B, 1 or F, 6, D], one row per frame or for all.
+    """One transformer block on tokens [B, F, S, D]; `e0` is [B, 1 or F, 6, D], one row per frame or
+    for all.
 
     Returns the tokens, and the keys and values of their frames.
     """
@@ -137,7 +161,8 @@ class Block(nn.Module):
     def __call__(self, x, e0, text, views, memory=None):
         c, compute = self.config, self.compute
         modulation = self.param("modulation", nn.initializers.normal(c.dim**-0.5), (6, c.dim))
-        m = jnp.split((e0 + modulation[None, None])[:, :, None], 6, axis=3)  # six of [B, 1 or F, 1, 1, D]
+        # six of [B, 1 or F, 1, 1, D]
+        m = jnp.split((e0 + modulation[None, None])[:, :, None], 6, axis=3)
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (z[:, :, :, 0] for z in m)
         # Fused into the product behind it, a scale per frame makes the TPU compiler abort.
         modulated = lambda z, scale, shift: jax.lax.optimization_barrier(
@@ -197,7 +222,9 @@ class TimeMLP(nn.Module):
         half = c.freq_dim // 2
         angles = jnp.einsum("...,k->...k", timestep, 10_000.0 ** (-jnp.arange(half) / half))
         h = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-        e = dense(c.dim, jnp.float32, "out", init)(nn.silu(dense(c.dim, jnp.float32, "in", init)(h)))
+        e = dense(c.dim, jnp.float32, "out", init)(
+            nn.silu(dense(c.dim, jnp.float32, "in", init)(h))
+        )
         e0 = dense(6 * c.dim, jnp.float32, "projection")(nn.silu(e))
         return e, e0.reshape(*e0.shape[:-1], 6, c.dim)
 

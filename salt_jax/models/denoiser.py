@@ -23,21 +23,28 @@ POSITION_CHANNELS = sum(WAVES) + PRODUCTS * (WAVES[1] + WAVES[2])
 def position_channels(frames: int, height: int, width: int) -> np.ndarray:
     """Where an element is in its clip: the lowest cosines, float32 [F, H, W, POSITION_CHANNELS].
 
-    Rotary positions tell a token how far another one is, not where it is itself. Large models find that out from
-    content; over noise alone, a small one does not. So small presets read these channels behind the latent's own, as
-    Wan's image-to-video models read their conditioning. A motion is a product of place and time: without the products
-    training did not tell left from right (docs/decisions.md, 13b).
+    Rotary positions tell a token how far another one is, not where it is itself. Large models find
+    that out from content; over noise alone, a small one does not. So small presets read these
+    channels behind the latent's own, as Wan's image-to-video models read their conditioning. A
+    motion is a product of place and time: without the products training did not tell left from
+    right (docs/decisions.md, 13b).
     """
     grid = np.meshgrid(*((np.arange(n) + 0.5) / n for n in (frames, height, width)), indexing="ij")
     time, *place = (
-        [np.cos(np.pi * k * axis) for k in range(1, n + 1)] for axis, n in zip(grid, WAVES, strict=True)
+        [np.cos(np.pi * k * axis) for k in range(1, n + 1)]
+        for axis, n in zip(grid, WAVES, strict=True)
     )
     place = [wave for axis in place for wave in axis]
-    return np.stack([*time, *place, *(t * p for t in time[:PRODUCTS] for p in place)], -1).astype(np.float32)
+    return np.stack([*time, *place, *(t * p for t in time[:PRODUCTS] for p in place)], -1).astype(
+        np.float32
+    )
 
 
 class Network(NamedTuple):
-    """Wan as functions of values. `denoise` is a `Denoiser` that may also be told a sight; only it needs a sigma."""
+    """Wan as functions of values.
+
+    `denoise` is a `Denoiser` that may also be told a sight; only it needs a sigma.
+    """
 
     denoise: Callable[..., Prediction]  # (params, x, sigma, text, sight=None)
     keys_values: Callable[..., tuple[Any, Any]]  # (params, x0, text, sight), of clean frames
@@ -49,9 +56,9 @@ class Network(NamedTuple):
 def wan_network(config: WanConfig, compute: Compute, clip_frames: int, chunk: int) -> Network:
     """Wan with its input and output in float32 whatever `compute.dtype` is.
 
-    An image-to-video network gets `ImageText.condition` behind the latent, and works whole clips. Another one that
-    reads more channels than it writes gets `position_channels` of a clip of `clip_frames` there. Frames past the clip
-    stand where its last `chunk` frames do.
+    An image-to-video network gets `ImageText.condition` behind the latent, and works whole clips.
+    Another one that reads more channels than it writes gets `position_channels` of a clip of
+    `clip_frames` there. Frames past the clip stand where its last `chunk` frames do.
 
     Raises:
       ValueError: the number of additional input channels is that of neither.
@@ -82,7 +89,9 @@ def wan_network(config: WanConfig, compute: Compute, clip_frames: int, chunk: in
             x, wan.apply_wan(params, given, timestep(sigma), text, config, compute, sight), sigma
         )
 
-    def keys_values(params: Params, x0: Latent, text: Told | TextKV, sight: Sight) -> tuple[Any, Any]:
+    def keys_values(
+        params: Params, x0: Latent, text: Told | TextKV, sight: Sight
+    ) -> tuple[Any, Any]:
         clean = jnp.zeros(x0.shape[:1])
         return wan.keys_values(
             params, inputs(x0, sight.frames, text), timestep(clean), text, config, compute, sight
@@ -115,16 +124,20 @@ class Branches(NamedTuple):
 
 
 def guided(denoiser: Denoiser, null_text: TextEmb, guidance: float) -> Denoiser:
-    """The same denoiser under classifier-free guidance; `null_text` is [1, T, D], guidance 1 is none.
+    """The same denoiser under classifier-free guidance; `null_text` is [1, T, D], guidance 1 is
+    none.
 
-    A picture stays what it is; the text alone is nulled. A memory that is seen holds both branches, see
-    `guided_network`. Two evaluations a call, as the peers do: their memory then peaks at one batch, not at two.
+    A picture stays what it is; the text alone is nulled. A memory that is seen holds both branches,
+    see `guided_network`. Two evaluations a call, as the peers do: their memory then peaks at one
+    batch, not at two.
     """
     if guidance == 1.0:
         return denoiser
     call: Any = denoiser  # a network's may be told a sight too
 
-    def denoise(params: Params, x: Latent, sigma: Sigma, text: Told | Branches, *sight: Any) -> Prediction:
+    def denoise(
+        params: Params, x: Latent, sigma: Sigma, text: Told | Branches, *sight: Any
+    ) -> Prediction:
         sights = zip(*map(_halves, sight), strict=True) if sight else ((), ())
         told = _both(text, null_text)
         given, null = (call(params, x, sigma, t, *s) for t, s in zip(told, sights, strict=True))
@@ -136,16 +149,20 @@ def guided(denoiser: Denoiser, null_text: TextEmb, guidance: float) -> Denoiser:
 def guided_network(network: Network, null_text: TextEmb, guidance: float) -> Network:
     """The same network under classifier-free guidance, each branch with a history of its own.
 
-    Its caches hold the keys and values of the prompt's branch and then those of the null text's on the batch axis: a
-    chunk's conditional velocity sees earlier chunks as read under the prompt, its unconditional one as read under the
-    null text. Arguments as in `guided`.
+    Its caches hold the keys and values of the prompt's branch and then those of the null text's on
+    the batch axis: a chunk's conditional velocity sees earlier chunks as read under the prompt, its
+    unconditional one as read under the null text. Arguments as in `guided`.
     """
     if guidance == 1.0:
         return network
 
-    def keys_values(params: Params, x0: Latent, text: Told | Branches, sight: Sight) -> tuple[Any, Any]:
+    def keys_values(
+        params: Params, x0: Latent, text: Told | Branches, sight: Sight
+    ) -> tuple[Any, Any]:
         told = _both(text, null_text)
-        parts = (network.keys_values(params, x0, t, s) for t, s in zip(told, _halves(sight), strict=True))
+        parts = (
+            network.keys_values(params, x0, t, s) for t, s in zip(told, _halves(sight), strict=True)
+        )
         k, v = (jnp.concatenate(pair, axis=1) for pair in zip(*parts, strict=True))
         return k, v
 

@@ -1,8 +1,10 @@
-"""What an image-to-video denoiser is told of its first frame, beside the features of `image_encoder`.
+"""What an image-to-video denoiser is told of its first frame, beside the features of
+`image_encoder`.
 
-A picture goes two ways. Seen by CLIP: `squash_for_clip` as Wan 2.1's own code does it, or `crop_for_clip` as
-diffusers does; the two differ. And as channels behind the noisy latent: `image_clip`, encoded by the VAE, then
-`condition_latents`. What works on pictures is numpy, because each picture has a size of its own.
+A picture goes two ways. Seen by CLIP: `squash_for_clip` as Wan 2.1's own code does it, or
+`crop_for_clip` as diffusers does; the two differ. And as channels behind the noisy latent:
+`image_clip`, encoded by the VAE, then `condition_latents`. What works on pictures is numpy, because
+each picture has a size of its own.
 """
 
 import jax
@@ -13,27 +15,37 @@ from PIL import Image
 
 from salt_jax.models.latent_size import TIME
 
-CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # of colours in [0, 1], per channel
+# of colours in [0, 1], per channel
+CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 def resize_bicubic(
     image: Float[np.ndarray, "*b h w c"], height: int, width: int
 ) -> Float[np.ndarray, "*b {height} {width} c"]:
-    """Bicubic interpolation as torch does it: a = -0.75, pixel centres aligned, edges repeated, no antialiasing.
+    """Bicubic interpolation as torch does it: a = -0.75, pixel centres aligned, edges repeated, no
+    antialiasing.
 
     Nothing is clipped: next to edges in the picture values may leave its range a little.
     """
     return _bicubic(_bicubic(image.astype(np.float32, copy=False), -3, height), -2, width)
 
 
-def squash_for_clip(image: UInt8[np.ndarray, "h w 3"], size: int) -> Float[np.ndarray, "{size} {size} 3"]:
-    """Wan 2.1's way to CLIP's pixels: the whole picture, its sides squashed to `size`, without antialiasing."""
+def squash_for_clip(
+    image: UInt8[np.ndarray, "h w 3"], size: int
+) -> Float[np.ndarray, "{size} {size} 3"]:
+    """Wan 2.1's way to CLIP's pixels: the whole picture, its sides squashed to `size`, without
+    antialiasing.
+    """
     return (resize_bicubic(image / np.float32(255), size, size) - CLIP_MEAN) / CLIP_STD
 
 
-def crop_for_clip(image: UInt8[np.ndarray, "h w 3"], size: int) -> Float[np.ndarray, "{size} {size} 3"]:
-    """CLIP's and diffusers' way to CLIP's pixels: the shorter side made `size`, with antialiasing, then the middle."""
+def crop_for_clip(
+    image: UInt8[np.ndarray, "h w 3"], size: int
+) -> Float[np.ndarray, "{size} {size} 3"]:
+    """CLIP's and diffusers' way to CLIP's pixels: the shorter side made `size`, with antialiasing,
+    then the middle.
+    """
     height, width = (size * side // min(image.shape[:2]) for side in image.shape[:2])
     small = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
     top, left = (height - size) // 2, (width - size) // 2
@@ -44,14 +56,17 @@ def crop_for_clip(image: UInt8[np.ndarray, "h w 3"], size: int) -> Float[np.ndar
 def image_clip(
     image: UInt8[np.ndarray, "h w 3"], num_frames: int, height: int, width: int
 ) -> Float[np.ndarray, "{num_frames} {height} {width} 3"]:
-    """The clip that the VAE encodes for the condition: the picture, then mid-grey frames, in [-1, 1]."""
+    """The clip that the VAE encodes for the condition: the picture, then mid-grey frames, in [-1,
+    1].
+    """
     clip = np.zeros((num_frames, height, width, 3), np.float32)
     clip[0] = resize_bicubic(image / np.float32(127.5) - 1, height, width)
     return clip
 
 
 def known_mask(known: Bool[np.ndarray, "t"]) -> Float[np.ndarray, "f 4"]:
-    """Which pixel frames the condition knows, in the VAE's grouping: frame 0 alone, fourfold, then four by four.
+    """Which pixel frames the condition knows, in the VAE's grouping: frame 0 alone, fourfold, then
+    four by four.
 
     Channel j of latent frame f tells of pixel frame 4 f - 3 + j.
 
@@ -61,7 +76,8 @@ def known_mask(known: Bool[np.ndarray, "t"]) -> Float[np.ndarray, "f 4"]:
     latent_frames, rest = divmod(len(known) + TIME - 1, TIME)
     if rest:
         raise ValueError(
-            f"a clip of {len(known)} frames does not divide into latent frames: it has 4k + 1, such as "
+            f"a clip of {len(known)} frames does not divide into latent frames: it has 4k + 1, "
+            "such as "
             f"{TIME * latent_frames + 1} frames"
         )
     frames = np.arange(TIME * latent_frames).reshape(latent_frames, TIME) - (TIME - 1)
@@ -71,10 +87,11 @@ def known_mask(known: Bool[np.ndarray, "t"]) -> Float[np.ndarray, "f 4"]:
 def condition_latents(
     latents: Float[Array | np.ndarray, "b f h w c"],
 ) -> Float[Array | np.ndarray, "b f h w m"]:
-    """The channels behind the noisy latent: `known_mask` of a clip whose first frame is known, then `latents`.
+    """The channels behind the noisy latent: `known_mask` of a clip whose first frame is known, then
+    `latents`.
 
-    `latents` are the normalised latents of `image_clip`, [B, F, H, W, 16]; the result has 20 channels. In numpy where
-    they are numpy's: a data loader works on the host.
+    `latents` are the normalised latents of `image_clip`, [B, F, H, W, 16]; the result has 20
+    channels. In numpy where they are numpy's: a data loader works on the host.
     """
     num_frames = TIME * (latents.shape[1] - 1) + 1
     mask = known_mask(np.arange(num_frames) == 0)[None, :, None, None]

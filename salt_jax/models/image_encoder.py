@@ -1,8 +1,9 @@
 """CLIP image encoder: a preprocessed picture -> the features that an image-to-video denoiser reads.
 
-The vision transformer of CLIP (arXiv:2103.00020) in the size ViT-H/14, as Wan 2.1 uses it: the features are what
-the last layer but one puts out, class token first, without the norm behind the last layer. That layer and norm have
-no part here: `num_layers` counts the layers that run, one less than the published model has.
+The vision transformer of CLIP (arXiv:2103.00020) in the size ViT-H/14, as Wan 2.1 uses it: the
+features are what the last layer but one puts out, class token first, without the norm behind the
+last layer. That layer and norm have no part here: `num_layers` counts the layers that run, one less
+than the published model has.
 """
 
 from dataclasses import dataclass
@@ -36,7 +37,9 @@ class ImageEncoderConfig:
 
 
 PRESETS = {
-    "tiny": ImageEncoderConfig(dim=40, num_layers=2, num_heads=2, mlp_dim=80, image_size=28, patch_size=14),
+    "tiny": ImageEncoderConfig(
+        dim=40, num_layers=2, num_heads=2, mlp_dim=80, image_size=28, patch_size=14
+    ),
     "vit-h-14": ImageEncoderConfig(
         dim=1280, num_layers=31, num_heads=16, mlp_dim=5120, image_size=224, patch_size=14
     ),
@@ -61,19 +64,23 @@ def init_image_encoder(key: PRNGKey, config: ImageEncoderConfig) -> Params:
 
 
 def encode_image(
-    params: Params, pixels: Float[Array, "b h w 3"], config: ImageEncoderConfig, dtype: Any = jnp.float32
+    params: Params,
+    pixels: Float[Array, "b h w 3"],
+    config: ImageEncoderConfig,
+    dtype: Any = jnp.float32,
 ) -> Float[Array, "b n d"]:
     """The features of each picture: row 0 is the class token's, then the patches row by row.
 
-    `pixels` come from `image_condition.squash_for_clip` or `crop_for_clip`. `dtype` is that of the activations and
-    of the result; norms' statistics and the softmax are float32 whatever it is.
+    `pixels` come from `image_condition.squash_for_clip` or `crop_for_clip`. `dtype` is that of the
+    activations and of the result; norms' statistics and the softmax are float32 whatever it is.
 
     Raises:
         ValueError: if the picture is not of the size that the positions were learned for.
     """
     if pixels.shape[1:3] != (config.image_size, config.image_size):
         raise ValueError(
-            f"the image encoder reads {config.image_size} x {config.image_size} pixels, got {pixels.shape[1:3]}"
+            f"the image encoder reads {config.image_size} x {config.image_size} pixels, got "
+            f"{pixels.shape[1:3]}"
         )
     patches: Any = _patches(config, dtype).apply({"params": params["patch_embedding"]}, pixels)
     patches = patches.reshape(len(patches), -1, config.dim)

@@ -1,4 +1,6 @@
-"""How a network's arrays are laid out over a mesh of (data, fsdp, context, tensor); see `sharding`."""
+"""How a network's arrays are laid out over a mesh of (data, fsdp, context, tensor); see
+`sharding`.
+"""
 
 import math
 from collections.abc import Mapping
@@ -13,7 +15,9 @@ TOKENS = (BATCH, None, ("context",))  # of [B, F, S, D]
 EXCHANGED = ("tensor", "context")  # of heads, where tokens are exchanged for them
 
 
-def fitting(sizes: Mapping[str, int], size: int, axes: tuple[str, ...] | None) -> tuple[str, ...] | None:
+def fitting(
+    sizes: Mapping[str, int], size: int, axes: tuple[str, ...] | None
+) -> tuple[str, ...] | None:
     """The axes of a mesh of these sizes if together they cut `size` numbers evenly, else none."""
     return axes if axes and size % math.prod(sizes[axis] for axis in axes) == 0 else None
 
@@ -24,7 +28,10 @@ def head_axes(sizes: Mapping[str, int], heads: int) -> tuple[str, ...] | None:
 
 
 def lay(x: Any, mesh: Mesh | None, *axes: tuple[str, ...] | None) -> Any:
-    """`x` with its first axes cut as they are told, where that divides; the rest whole. Without a mesh as it is."""
+    """`x` with its first axes cut as they are told, where that divides; the rest whole.
+
+    Without a mesh as it is.
+    """
     if mesh is None:
         return x
     spec = P(*(fitting(mesh.shape, n, told) for n, told in zip(x.shape, axes, strict=False)))
@@ -37,7 +44,9 @@ def platform_of(mesh: Mesh | None) -> str:
 
 
 def cache_spec(sizes: Mapping[str, int], shape: tuple[int, ...]) -> P:
-    """Of keys or values [layers, B, F, S, A, d], as attention reads them: whole clips of some heads."""
+    """Of keys or values [layers, B, F, S, A, d], as attention reads them: whole clips of some
+    heads.
+    """
     return P(None, fitting(sizes, shape[1], BATCH), None, None, head_axes(sizes, shape[4]))
 
 

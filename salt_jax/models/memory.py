@@ -1,10 +1,14 @@
-"""A memory mechanism as a plain value: what a chunk sees of the video before it. `kv_cache` carries it out."""
+"""A memory mechanism as a plain value: what a chunk sees of the video before it.
+
+`kv_cache` carries it out.
+"""
 
 from dataclasses import dataclass
 
 from salt_jax.choices import Positions
 
-MAX_FRAMES = 1024  # latent frames that a position computed by a program may name, as in Wan's own table
+# latent frames that a position computed by a program may name, as in Wan's own table
+MAX_FRAMES = 1024
 
 
 @dataclass(frozen=True)
@@ -22,41 +26,54 @@ class CachePolicy:
             raise ValueError(f"first={self.first} must be between 1 and chunk={self.chunk}")
         if self.sink < 0 or (self.window and self.window < self.sink + self.chunk):
             raise ValueError(
-                f"window={self.window} must be 0 (everything) or hold sink={self.sink} and chunk={self.chunk}"
+                f"window={self.window} must be 0 (everything) or hold sink={self.sink} and "
+                f"chunk={self.chunk}"
             )
 
     def sizes(self, frames: int, before: int = 0) -> tuple[int, ...]:
-        """How many of the next `frames` each chunk has, in a video that has `before` frames already.
+        """How many of the next `frames` each chunk has, in a video that has `before` frames
+        already.
 
         Raises ValueError where they do not split into chunks.
         """
         first = 0 if before else self.first
         if frames < first or (frames - first) % self.chunk:
             raise ValueError(
-                f"{frames} latent frames do not split into a chunk of {first or self.chunk} and chunks of {self.chunk}"
+                f"{frames} latent frames do not split into a chunk of {first or self.chunk} and "
+                f"chunks of {self.chunk}"
             )
         return (first,) * (first > 0) + (self.chunk,) * ((frames - first) // self.chunk)
 
     def visible(self, start: int, stop: int) -> tuple[slice, ...]:
-        """The earlier frames that the chunk [start, stop) sees: all, or the sink and the end of the window."""
+        """The earlier frames that the chunk [start, stop) sees: all, or the sink and the end of the
+        window.
+        """
         if not self.window or stop <= self.window:
             return (slice(0, start),) if start else ()
         return tuple(
-            s for s in (slice(0, self.sink), slice(stop - self.window + self.sink, start)) if s.start < s.stop
+            s
+            for s in (slice(0, self.sink), slice(stop - self.window + self.sink, start))
+            if s.start < s.stop
         )
 
     def nearest(self, frames: int) -> tuple[int, int]:
-        """The longest video of at most so many frames that splits into chunks, and the shortest of at least so many."""
+        """The longest video of at most so many frames that splits into chunks, and the shortest of
+        at least so many.
+        """
         below = self.first + max(frames - self.first, 0) // self.chunk * self.chunk
         return below, below + self.chunk * (below < frames)
 
     def capacity(self, frames: int) -> int:
-        """Frames that a cache has to hold to continue a video of any length, or of `frames` if all are seen."""
+        """Frames that a cache has to hold to continue a video of any length, or of `frames` if all
+        are seen.
+        """
         return self.window - self.chunk if self.window else frames
 
 
 def refuse_overflow(policy: CachePolicy, slots: int, frames: int) -> None:
-    """Raises ValueError where a video of `frames` does not fit a cache of `slots`, or the table of positions."""
+    """Raises ValueError where a video of `frames` does not fit a cache of `slots`, or the table of
+    positions.
+    """
     if not policy.window and frames > slots:
         raise ValueError(
             f"{frames} latent frames do not fit a cache of {slots} that forgets nothing; "
@@ -64,5 +81,6 @@ def refuse_overflow(policy: CachePolicy, slots: int, frames: int) -> None:
         )
     if policy.positions == "absolute" and frames > MAX_FRAMES:
         raise ValueError(
-            f"{frames} latent frames are more than the {MAX_FRAMES} absolute positions; set positions to relative"
+            f"{frames} latent frames are more than the {MAX_FRAMES} absolute positions; set "
+            "positions to relative"
         )

@@ -1,4 +1,7 @@
-"""The sizes of transformer and text encoder, and how to run them. No jax in here, as in `choices`."""
+"""The sizes of transformer and text encoder, and how to run them.
+
+No jax in here, as in `choices`.
+"""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,7 +25,8 @@ class WanConfig:
     text_dim: int
     text_length: int  # rows of text that cross attention sees, padding included
     freq_dim: int  # width of the sinusoidal time embedding
-    image_dim: int  # features of the image encoder that image-to-video models read; 0: text to video
+    # features of the image encoder that image-to-video models read; 0: text to video
+    image_dim: int
     eps: float
 
     @property
@@ -31,12 +35,16 @@ class WanConfig:
 
     @property
     def condition_channels(self) -> int:
-        """Behind the noisy latent of image-to-video models: which pixel frames are known, and their latent."""
+        """Behind the noisy latent of image-to-video models: which pixel frames are known, and their
+        latent.
+        """
         return 4 + self.out_channels if self.image_dim else 0
 
     def __post_init__(self):
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
-            raise ValueError(f"dim={self.dim} must split into num_heads={self.num_heads} heads of even width")
+            raise ValueError(
+                f"dim={self.dim} must split into num_heads={self.num_heads} heads of even width"
+            )
 
 
 def _wan(dim, heads, layers, ffn, image_dim=0, text_dim=4096, freq_dim=256):
@@ -47,14 +55,15 @@ def _wan(dim, heads, layers, ffn, image_dim=0, text_dim=4096, freq_dim=256):
 
 
 PRESETS = {
-    # Moving Shapes: few wide tokens (6 x 6 pixels each) learn shape in minutes on two cores. 3 channels of colour and
-    # 16 of position in, see models.denoiser.
+    # Moving Shapes: few wide tokens (6 x 6 pixels each) learn shape in minutes on two cores. 3
+    # channels of colour and 16 of position in, see models.denoiser.
     "tiny": WanConfig(192, 4, 4, 768, 19, 3, (1, 6, 6), 64, 32, 64, 0, 1e-6),
     "small": WanConfig(384, 6, 8, 1536, 19, 3, (1, 4, 4), 64, 80, 128, 0, 1e-6),
     "wan2.1-t2v-1.3b": _wan(1536, 12, 30, 8960),
     "wan2.1-t2v-14b": _wan(5120, 40, 40, 13824),
     "wan2.1-i2v-14b": _wan(5120, 40, 40, 13824, 1280),
-    # Wan's channels, patches and text length, and little else: every program runs on a CPU in seconds.
+    # Wan's channels, patches and text length, and little else: every program runs on a CPU in
+    # seconds.
     "wan2.1-t2v-tiny": _wan(48, 2, 2, 96, text_dim=32, freq_dim=64),
     "wan2.1-i2v-tiny": _wan(48, 2, 2, 96, image_dim=40, text_dim=32, freq_dim=64),
 }
@@ -76,13 +85,19 @@ class TextEncoderConfig:
 
 
 TEXT_PRESETS = {
-    "tiny": TextEncoderConfig(vocab_size=259, dim=64, num_layers=2, num_heads=4, head_dim=16, ffn_dim=128),
-    "wan-tiny": TextEncoderConfig(vocab_size=259, dim=32, num_layers=2, num_heads=4, head_dim=8, ffn_dim=64),
+    "tiny": TextEncoderConfig(
+        vocab_size=259, dim=64, num_layers=2, num_heads=4, head_dim=16, ffn_dim=128
+    ),
+    "wan-tiny": TextEncoderConfig(
+        vocab_size=259, dim=32, num_layers=2, num_heads=4, head_dim=8, ffn_dim=64
+    ),
     "umt5-xxl": TextEncoderConfig(
         vocab_size=256_384, dim=4096, num_layers=24, num_heads=64, head_dim=64, ffn_dim=10_240
     ),
 }
-"""`tiny` and `wan-tiny` read the bytes of `tokenizer.byte_tokenize`; `umt5-xxl` is the encoder of Wan 2.1."""
+"""`tiny` and `wan-tiny` read the bytes of `tokenizer.byte_tokenize`; `umt5-xxl` is the encoder of
+Wan 2.1.
+"""
 
 
 def tiny_preset(model: str) -> str:
@@ -99,8 +114,8 @@ def tiny_preset(model: str) -> str:
     return name
 
 
-# What a block's backward pass finds: everything; its input alone; that and what attention made; that and all matrix
-# products, or those with weights; its input in the host's memory.
+# What a block's backward pass finds: everything; its input alone; that and what attention made;
+# that and all matrix products, or those with weights; its input in the host's memory.
 Remat = Literal["none", "all", "save_attention", "dots", "dots_no_batch", "offload"]
 Kernel = Literal["plain", "blocks", "cudnn", "splash"]  # see models.attention
 KernelChoice = Literal["auto", "plain", "blocks", "cudnn", "splash"]
@@ -112,8 +127,10 @@ class Compute:
 
     dtype: Any = np.float32  # of matrix products
     remat: Remat = "none"  # what of a block is kept for the backward pass, see models.remat
-    residual: Any = np.float32  # of the tokens between two blocks, whose inputs are what "all" keeps
+    # of the tokens between two blocks, whose inputs are what "all" keeps
+    residual: Any = np.float32
     kernel: Kernel = "blocks"  # of attention
-    # The devices of the program. Tokens and attention are then laid out on purpose; None leaves it to the compiler:
-    # where an axis cuts parameters and batch, it may keep that of the parameters and run the whole batch everywhere.
+    # The devices of the program. Tokens and attention are then laid out on purpose; None leaves it
+    # to the compiler: where an axis cuts parameters and batch, it may keep that of the parameters
+    # and run the whole batch everywhere.
     mesh: Any = None

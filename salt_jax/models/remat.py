@@ -1,4 +1,7 @@
-"""What of a block is kept for its backward pass; what is not is computed again. See `models.presets.Remat`."""
+"""What of a block is kept for its backward pass; what is not is computed again.
+
+See `models.presets.Remat`.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 from salt_jax.models.presets import Remat
 
 ATTENTION, BLOCK = "attention", "block"  # names of what a policy may keep
-CUDNN = "dot_product_attention_fwd_wrapper"  # the kernel, which JAX gives no name; its results are output and row sums
+# the kernel, which JAX gives no name; its results are output and row sums
+CUDNN = "dot_product_attention_fwd_wrapper"
 
 _named = jax.checkpoint_policies.save_only_these_names(ATTENTION)
 
@@ -39,7 +43,9 @@ POLICIES: dict[str, Callable | None] = {
 
 
 def recomputed(layer: Callable, how: Remat) -> Callable:
-    """A layer (tokens, each) -> (tokens, more) that keeps less for its backward pass; the function is the same."""
+    """A layer (tokens, each) -> (tokens, more) that keeps less for its backward pass; the function
+    is the same.
+    """
     if how == "none":
         return layer
     named = lambda tokens, each: layer(checkpoint_name(tokens, BLOCK), each)

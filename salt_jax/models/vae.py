@@ -1,8 +1,10 @@
-"""The causal 3-D VAE of Wan 2.1 (arXiv:2503.20314, section 4.1): video <-> latents, 4x fewer frames, 8x fewer rows.
+"""The causal 3-D VAE of Wan 2.1 (arXiv:2503.20314, section 4.1): video <-> latents, 4x fewer
+frames, 8x fewer rows.
 
-The first frame of a video is coded alone, each later latent frame stands for four frames. Convolutions look back
-only, so the networks run through a video with two programs: one for the first frame, one for all others, which
-carries the last frames that each convolution saw. Whole videos and streams use the same two.
+The first frame of a video is coded alone, each later latent frame stands for four frames.
+Convolutions look back only, so the networks run through a video with two programs: one for the
+first frame, one for all others, which carries the last frames that each convolution saw. Whole
+videos and streams use the same two.
 """
 
 import math
@@ -48,7 +50,8 @@ class VAEConfig:
     def __post_init__(self):
         if self.z_dim != len(MEAN):
             raise ValueError(
-                f"z_dim={self.z_dim} must be {len(MEAN)}: mean and std are known of that many channels"
+                f"z_dim={self.z_dim} must be {len(MEAN)}: mean and std are known of that many "
+                "channels"
             )
 
 
@@ -71,7 +74,8 @@ def init_vae(key: PRNGKey, config: VAEConfig) -> Params:
         "decoder": part(decoder_layers(config.dim, z), config.dim, 3),
     }
     leaves: Any = flatten_dict(tree)
-    # one draw for all kernels, and a barrier against fusing it into each: XLA compiles a hundred for minutes
+    # one draw for all kernels, and a barrier against fusing it into each: XLA compiles a hundred
+    # for minutes
     ends = np.cumsum([math.prod(shape) * (path[-1] == "kernel") for path, shape in leaves.items()])
     draws = jnp.split(lax.optimization_barrier(jax.random.normal(key, (int(ends[-1]),))), ends[:-1])
 
@@ -85,9 +89,11 @@ def init_vae(key: PRNGKey, config: VAEConfig) -> Params:
 
 
 def encode_video(params: Params, video: Video, config: VAEConfig, dtype: Any) -> Latent:
-    """Frames [B, 4k+1, 8h, 8w, 3] in [-1, 1] -> normalised latents [B, k+1, h, w, 16], the mean of the posterior.
+    """Frames [B, 4k+1, 8h, 8w, 3] in [-1, 1] -> normalised latents [B, k+1, h, w, 16], the mean of
+    the posterior.
 
-    `dtype` is that of the convolutions. Raises ValueError for other numbers of frames, rows or columns.
+    `dtype` is that of the convolutions. Raises ValueError for other numbers of frames, rows or
+    columns.
     """
     _check_shape(video)
     b, t, height, width, _ = video.shape
@@ -108,7 +114,10 @@ def encode_video(params: Params, video: Video, config: VAEConfig, dtype: Any) ->
 
 
 def decode_video(params: Params, latents: Latent, config: VAEConfig, dtype: Any) -> Video:
-    """Normalised latents [B, F, h, w, 16] -> frames [B, 4F-3, 8h, 8w, 3] in [-1, 1]. `dtype` as in `encode_video`."""
+    """Normalised latents [B, F, h, w, 16] -> frames [B, 4F-3, 8h, 8w, 3] in [-1, 1].
+
+    `dtype` as in `encode_video`.
+    """
     frames, cache = decode_first(params, latents[:, :1], config, dtype)
     if latents.shape[1] == 1:
         return frames
@@ -116,8 +125,12 @@ def decode_video(params: Params, latents: Latent, config: VAEConfig, dtype: Any)
     return jnp.concatenate([frames, rest], axis=1)
 
 
-def decode_first(params: Params, latents: Latent, config: VAEConfig, dtype: Any) -> tuple[Video, Any]:
-    """Starts a stream: the first latent frame [B, 1, h, w, 16] -> its one frame, and the cache to go on with."""
+def decode_first(
+    params: Params, latents: Latent, config: VAEConfig, dtype: Any
+) -> tuple[Video, Any]:
+    """Starts a stream: the first latent frame [B, 1, h, w, 16] -> its one frame, and the cache to
+    go on with.
+    """
     if latents.shape[1] != 1:
         raise ValueError(f"a stream starts with one latent frame, not {latents.shape[1]}")
     cache, frames = _decoder(params, config, dtype)(None, latents)
@@ -127,7 +140,8 @@ def decode_first(params: Params, latents: Latent, config: VAEConfig, dtype: Any)
 def decode_next(
     params: Params, cache: Any, latents: Latent, config: VAEConfig, dtype: Any
 ) -> tuple[Video, Any]:
-    """Goes on with a stream: latents [B, n, h, w, 16] -> frames [B, 4n, 8h, 8w, 3], and the cache after them.
+    """Goes on with a stream: latents [B, n, h, w, 16] -> frames [B, 4n, 8h, 8w, 3], and the cache
+    after them.
 
     However the latents of a video are split into calls, the frames are those of `decode_video`.
     """
@@ -140,14 +154,21 @@ def decode_next(
 def _check_shape(video):
     _, t, height, width, _ = video.shape
     if t % TIME != 1:
-        raise ValueError(f"a video of {t} frames cannot be encoded: their number must be {TIME}k + 1")
+        raise ValueError(
+            f"a video of {t} frames cannot be encoded: their number must be {TIME}k + 1"
+        )
     if height % SPACE or width % SPACE:
-        raise ValueError(f"frames of {height} x {width} cannot be encoded: both must be multiples of {SPACE}")
+        raise ValueError(
+            f"frames of {height} x {width} cannot be encoded: both must be multiples of {SPACE}"
+        )
 
 
 def _decoder(params, config, dtype):
     """(cache, one latent frame [B, 1, h, w, 16]) -> (cache, its frames)."""
-    p, layers = _cast(params, ("from_latent", "decoder"), dtype), decoder_layers(config.dim, config.z_dim)
+    p, layers = (
+        _cast(params, ("from_latent", "decoder"), dtype),
+        decoder_layers(config.dim, config.z_dim),
+    )
 
     def step(cache, latent):
         z = (latent * _row(STD) + _row(MEAN)).astype(dtype)
@@ -176,18 +197,23 @@ def encode_tiled(
 def decode_tiled(
     params: Params, latents: Latent, config: VAEConfig, dtype: Any, tile: int, overlap: int
 ) -> Video:
-    """`decode_video` in the memory of one tile at a time: tiles of at most `tile` x `tile` latent positions that
-    overlap by at least `overlap`, blended linearly where they do.
+    """`decode_video` in the memory of one tile at a time: tiles of at most `tile` x `tile` latent
+    positions that overlap by at least `overlap`, blended linearly where they do.
 
-    An approximation: convolutions and attention of a tile do not see past its edges. Tiles are of one size, so that
-    one program serves all, and evenly spread; diffusers' `tiled_decode` lets the last ones be as narrow as `overlap`.
-    Raises ValueError unless 0 <= overlap < tile.
+    An approximation: convolutions and attention of a tile do not see past its edges. Tiles are of
+    one size, so that one program serves all, and evenly spread; diffusers' `tiled_decode` lets the
+    last ones be as narrow as `overlap`. Raises ValueError unless 0 <= overlap < tile.
     """
-    return _tiled(lambda z: decode_video(params, z, config, dtype), latents, tile, overlap, 1, SPACE)
+    return _tiled(
+        lambda z: decode_video(params, z, config, dtype), latents, tile, overlap, 1, SPACE
+    )
 
 
 def _tiled(run, x, tile, overlap, unit_in, unit_out):
-    """Sums `run(tile) * weight` over all tiles. A latent row or column is `unit_in` of x, `unit_out` of the result."""
+    """Sums `run(tile) * weight` over all tiles.
+
+    A latent row or column is `unit_in` of x, `unit_out` of the result.
+    """
     if not 0 <= overlap < tile:
         raise ValueError(f"overlap={overlap} must be at least 0 and less than tile={tile}")
     height, width = (size // unit_in for size in x.shape[2:4])
@@ -210,7 +236,9 @@ def _tiled(run, x, tile, overlap, unit_in, unit_out):
 
 
 def _axis_tiles(size, tile, overlap, unit):
-    """Where tiles along an axis start, int32 [n], and their weights [n, tile * unit], which sum to one everywhere."""
+    """Where tiles along an axis start, int32 [n], and their weights [n, tile * unit], which sum to
+    one everywhere.
+    """
     tile = min(tile, size)
     count = 1 if tile == size else math.ceil((size - overlap) / (tile - overlap))
     starts = np.round(np.linspace(0, size - tile, count)).astype(np.int32)
@@ -222,4 +250,6 @@ def _axis_tiles(size, tile, overlap, unit):
     total = np.zeros(size * unit, np.float32)
     for start, weight in zip(starts * unit, weights, strict=True):
         total[start : start + tile * unit] += weight
-    return starts, weights / np.stack([total[start : start + tile * unit] for start in starts * unit])
+    return starts, weights / np.stack(
+        [total[start : start + tile * unit] for start in starts * unit]
+    )

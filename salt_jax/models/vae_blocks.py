@@ -1,8 +1,10 @@
-"""The parts of the causal 3-D VAE, and the cache that lets it run through a video a few frames at a time.
+"""The parts of the causal 3-D VAE, and the cache that lets it run through a video a few frames at a
+time.
 
-A layer maps (params, x [B, T, H, W, C], cache) to (x, cache). The cache holds the last frames that its
-convolutions in time have seen; None before the first frame of the video, where it counts as zeros. The dtype of
-the activations is that of `x` and of the parameters; norms are computed in float32.
+A layer maps (params, x [B, T, H, W, C], cache) to (x, cache). The cache holds the last frames that
+its convolutions in time have seen; None before the first frame of the video, where it counts as
+zeros. The dtype of the activations is that of `x` and of the parameters; norms are computed in
+float32.
 """
 
 from functools import partial, reduce
@@ -21,7 +23,9 @@ Frames = Float[Array, "b _ _ _ _"]
 
 
 class Layer(NamedTuple):
-    """One layer of the encoder or decoder: where its parameters are, what it is, channels in and out."""
+    """One layer of the encoder or decoder: where its parameters are, what it is, channels in and
+    out.
+    """
 
     path: str
     kind: str
@@ -30,21 +34,30 @@ class Layer(NamedTuple):
 
 
 def encoder_layers(dim: int) -> list[Layer]:
-    """Frames -> features 8x smaller in space; the two samplers in time halve the frames after the first."""
+    """Frames -> features 8x smaller in space; the two samplers in time halve the frames after the
+    first.
+    """
     found, before = [], dim
     for width, sampler in zip(
         (dim, 2 * dim, 4 * dim, 4 * dim), ("down2d", "down3d", "down3d", ""), strict=True
     ):
-        found += [("res", before, width), ("res", width, width)] + [(sampler, width, width)] * bool(sampler)
+        found += [("res", before, width), ("res", width, width)] + [(sampler, width, width)] * bool(
+            sampler
+        )
         before = width
     down = [Layer(f"down/{i}", *layer) for i, layer in enumerate(found)]
     return [Layer("conv_in", "conv", 3, dim), *down, *_middle(4 * dim)]
 
 
 def decoder_layers(dim: int, z_dim: int) -> list[Layer]:
-    """The way back. Samplers halve the channels, so the first block of a level may widen them again."""
+    """The way back.
+
+    Samplers halve the channels, so the first block of a level may widen them again.
+    """
     found, before = [], 4 * dim
-    for width, sampler in zip((4 * dim, 4 * dim, 2 * dim, dim), ("up3d", "up3d", "up2d", ""), strict=True):
+    for width, sampler in zip(
+        (4 * dim, 4 * dim, 2 * dim, dim), ("up3d", "up3d", "up2d", ""), strict=True
+    ):
         found += [("res", before, width)] + [("res", width, width)] * 2
         found += [(sampler, width, width // 2)] * bool(sampler)
         before = width // 2
@@ -64,7 +77,10 @@ def shapes(layer: Layer) -> Params:
     if kind == "conv":
         return conv(3, 3, 3, channels, out)
     if kind == "attention":
-        projections = {"qkv": conv(1, 1, channels, 3 * channels), "proj": conv(1, 1, channels, channels)}
+        projections = {
+            "qkv": conv(1, 1, channels, 3 * channels),
+            "proj": conv(1, 1, channels, channels),
+        }
         return {"norm": {"scale": (channels,)}, **projections}
     if kind == "res":
         tree = {
@@ -76,18 +92,24 @@ def shapes(layer: Layer) -> Params:
         return tree if channels == out else tree | {"shortcut": conv(1, 1, 1, channels, out)}
     spatial = {"conv": conv(3, 3, channels, out)}
     time_out = {"down3d": channels, "up3d": 2 * channels}
-    return spatial | {"time_conv": conv(3, 1, 1, channels, time_out[kind])} if kind in time_out else spatial
+    return (
+        spatial | {"time_conv": conv(3, 1, 1, channels, time_out[kind])}
+        if kind in time_out
+        else spatial
+    )
 
 
 def run_layers(layers: list[Layer], params: Params, x: Frames, cache: Any) -> tuple[Frames, Any]:
-    """Pushes a few frames through all layers and the last norm and convolution: the first frame of a video with
-    `cache` None, later ones with what the call before returned.
+    """Pushes a few frames through all layers and the last norm and convolution: the first frame of
+    a video with `cache` None, later ones with what the call before returned.
     """
     new = {}
     past = lambda path: None if cache is None else cache[path]
     for path, kind, *_ in layers:
         x, new[path] = _RUN[kind](reduce(getitem, path.split("/"), params), x, past(path))
-    x, new["conv_out"] = causal_conv(params["conv_out"], norm_silu(params["norm_out"], x), past("conv_out"))
+    x, new["conv_out"] = causal_conv(
+        params["conv_out"], norm_silu(params["norm_out"], x), past("conv_out")
+    )
     return x, new
 
 
@@ -97,7 +119,8 @@ def conv(
     stride: tuple[int, int, int] = (1, 1, 1),
     padding: tuple[int, int] | None = None,
 ) -> Frames:
-    """Convolution, without padding in time; `padding` is that before and after rows and columns, "same" if None.
+    """Convolution, without padding in time; `padding` is that before and after rows and columns,
+    "same" if None.
 
     Kernels are [kt, kh, kw, I, O] or [kh, kw, I, O].
     """
@@ -112,14 +135,18 @@ def conv(
     return y + params["bias"][None, None, None, None]
 
 
-def conv_at_once(x: Frames, kernel: Any, stride: tuple[int, int, int], pad: list[tuple[int, int]]) -> Frames:
+def conv_at_once(
+    x: Frames, kernel: Any, stride: tuple[int, int, int], pad: list[tuple[int, int]]
+) -> Frames:
     """One 3-D convolution."""
     return lax.conv_general_dilated(
         x, kernel, stride, [(0, 0), *pad], dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
     )
 
 
-def conv_by_frame(x: Frames, kernel: Any, stride: tuple[int, int, int], pad: list[tuple[int, int]]) -> Frames:
+def conv_by_frame(
+    x: Frames, kernel: Any, stride: tuple[int, int, int], pad: list[tuple[int, int]]
+) -> Frames:
     """The same as a sum of 2-D ones, one for each frame of the kernel."""
     taps = len(kernel)
     frames = (x.shape[1] - taps) // stride[0] + 1
@@ -135,10 +162,15 @@ def conv_by_frame(x: Frames, kernel: Any, stride: tuple[int, int, int], pad: lis
 
 
 def causal_conv(params: Params, x: Frames, past: Any) -> tuple[Frames, Frames]:
-    """3 x 3 x 3 convolution that sees two frames back. `past` and the second result are those frames [B, 2, ...]."""
+    """3 x 3 x 3 convolution that sees two frames back.
+
+    `past` and the second result are those frames [B, 2, ...].
+    """
     if past is None:  # only the last tap of the kernel meets something else than zeros
         zeros = jnp.zeros_like(x)
-        return conv(params | {"kernel": params["kernel"][-1:]}, x), jnp.concatenate([zeros, x], axis=1)
+        return conv(params | {"kernel": params["kernel"][-1:]}, x), jnp.concatenate(
+            [zeros, x], axis=1
+        )
     x = jnp.concatenate([past, x], axis=1)
     return conv(params, x), x[:, -2:]
 
@@ -165,7 +197,9 @@ def _res(params, x, past):
 def _attention(params, x, past):
     """Every position sees all others of its frame; one head as wide as all channels."""
     b, t, h, w, c = x.shape
-    qkv = conv(params["qkv"], norm(params["norm"], x).astype(x.dtype)).reshape(b * t, h * w, 1, 3 * c)
+    qkv = conv(params["qkv"], norm(params["norm"], x).astype(x.dtype)).reshape(
+        b * t, h * w, 1, 3 * c
+    )
     # not models.attention: flash kernels end at 128 or 256 channels a head, this one has 384
     seen = jax.nn.dot_product_attention(*jnp.split(qkv, 3, axis=-1), implementation="xla")
     return x + conv(params["proj"], seen.reshape(x.shape)), ()
@@ -176,7 +210,9 @@ def _down2d(params, x, past):
 
 
 def _down3d(params, x, past):
-    """Halves rows and columns, then frames: each new frame sees two, and the last one of the call before."""
+    """Halves rows and columns, then frames: each new frame sees two, and the last one of the call
+    before.
+    """
     x, _ = _down2d(params, x, ())
     last = x[:, -1:]
     if past is None:  # the first frame of a video stays one frame

@@ -1,1 +1,3 @@
-"""The small world: its clips, their captions, the exact denoiser, and how samples of it are scored."""
+"""The small world: its clips, their captions, the exact denoiser, and how samples of it are
+scored.
+"""

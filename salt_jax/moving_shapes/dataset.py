@@ -1,8 +1,11 @@
-"""Moving Shapes on disk: a TFDS builder (array_record, no TensorFlow) around the pure world of `moving_shapes.shapes`.
+"""Moving Shapes on disk: a TFDS builder (array_record, no TensorFlow) around the pure world of
+`moving_shapes.shapes`.
 
-Example i is a function of (world, seed, i), so a data set can be thrown away and made again. The world is
-finite: train and test are independent draws from the same clips, and a test clip may occur in train. What
-was learnt is measured against the closed form and by the scorer, not by a held-out loss.
+Example i is a function of (world, seed, i), so a data set can be thrown away and made again. The
+world is
+finite: train and test are independent draws from the same clips, and a test clip may occur in
+train. What was learnt is measured against the closed form and by the scorer, not by a held-out
+loss.
 """
 
 import dataclasses
@@ -16,14 +19,15 @@ from tqdm import tqdm
 from salt_jax.errors import UserError
 from salt_jax.moving_shapes import shapes
 
-TEST_START = 2**32  # the test split counts from here, so it shares no stream of random numbers with train
+# the test split counts from here, so it shares no stream of random numbers with train
+TEST_START = 2**32
 
 
 def example(world: shapes.World, seed: int, index: int) -> dict:
     """Example `index` of the data set `seed`: scene and mode uniform and independent.
 
-    Returns video uint8 [F, H, W, 3], caption str, and `scene` and `mode`, indices into `shapes.scenes(world)`
-    and `shapes.modes(world)`.
+    Returns video uint8 [F, H, W, 3], caption str, and `scene` and `mode`, indices into
+    `shapes.scenes(world)` and `shapes.modes(world)`.
     """
     scenes, modes = shapes.scenes(world), shapes.modes(world)
     rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
@@ -46,7 +50,10 @@ class MovingShapesConfig(tfds.core.BuilderConfig):
 
 
 class MovingShapes(tfds.core.GeneratorBasedBuilder):
-    """Captioned clips of one shape, or of a pair, moving on a torus. Needs a `MovingShapesConfig`."""
+    """Captioned clips of one shape, or of a pair, moving on a torus.
+
+    Needs a `MovingShapesConfig`.
+    """
 
     # Of the pixels and sentences: raise it when `moving_shapes.shapes` changes them.
     VERSION = tfds.core.Version("1.0.0")
@@ -55,7 +62,8 @@ class MovingShapes(tfds.core.GeneratorBasedBuilder):
     def _asked(self) -> MovingShapesConfig:
         if not isinstance(self.builder_config, MovingShapesConfig):
             raise TypeError(
-                "MovingShapes has no default: pass config=MovingShapesConfig(world, num_train, num_test, seed)"
+                "MovingShapes has no default: pass config=MovingShapesConfig(world, num_train, "
+                "num_test, seed)"
             )
         return self.builder_config
 
@@ -98,15 +106,19 @@ def _text(stored, feature) -> str:
 def build(
     data_dir: str | Path, world: shapes.World, num_train: int, num_test: int, seed: int
 ) -> tuple[Sequence, Sequence]:
-    """The train and test sources; written under `data_dir` on the first call, read from there afterwards.
+    """The train and test sources; written under `data_dir` on the first call, read from there
+    afterwards.
 
     `source[i]` is what `example` returns. Writing that was interrupted is never taken for complete.
 
     Raises:
-      UserError: a split would be empty, or the data on disk differs from what `moving_shapes.shapes` makes today.
+      UserError: a split would be empty, or the data on disk differs from what
+        `moving_shapes.shapes` makes today.
     """
     if min(num_train, num_test) < 1:
-        raise UserError(f"config.data: num_train={num_train} and num_test={num_test} must both be at least 1")
+        raise UserError(
+            f"config.data: num_train={num_train} and num_test={num_test} must both be at least 1"
+        )
     tfds.disable_progress_bar()  # ours knows the total, so it has an ETA
     config = MovingShapesConfig(world, num_train, num_test, seed)
     builder = MovingShapes(config=config, data_dir=data_dir, file_format="array_record")
@@ -118,7 +130,8 @@ def build(
     stored, expected = train[0], example(world, seed, 0)
     if not all(np.array_equal(stored[key], value) for key, value in expected.items()):
         raise UserError(
-            f"the data set in {builder.data_dir} was written by another version of salt_jax/moving_shapes/shapes.py: "
+            f"the data set in {builder.data_dir} was written by another version of "
+            "salt_jax/moving_shapes/shapes.py: "
             "delete this directory and run again"
         )
     return train, test

@@ -4,8 +4,9 @@ If data are the clips c_1..c_N with equal weight, then at noise level sigma
 
     p(c_i | x) = softmax_i( -|x - (1 - sigma) c_i|^2 / (2 sigma^2) ),    E[x0 | x] = sum_i p(c_i | x) c_i
 
-No network can have a lower flow-matching loss. It serves as an exact teacher and as the measure of a
-trained one. The clips of other captions are masked out: the caption is read off its text embedding.
+No network can have a lower flow-matching loss. It serves as an exact teacher and as the measure of
+a trained one. The clips of other captions are masked out: the caption is read off its text
+embedding.
 """
 
 import jax
@@ -29,7 +30,8 @@ def closed_form_params(clips: np.ndarray, captions: np.ndarray) -> Params:
 def log_posterior(params: Params, x: Latent, sigma: Sigma, text: TextEmb) -> jax.Array:
     """log p(clip | x, text), float32 [B, K * M]; -inf for clips of another caption.
 
-    A text that is none of the captions (the null text) leaves all clips in: the unconditional posterior.
+    A text that is none of the captions (the null text) leaves all clips in: the unconditional
+    posterior.
     """
     clips = params["clips"].reshape(-1, x[0].size)
     sigma = sigma.reshape(-1, 1)
@@ -45,7 +47,9 @@ def closed_form_denoiser(params: Params, x: Latent, sigma: Sigma, text: Told) ->
     """A `Denoiser` without a network. One sigma per example, [B], in (0, 1]."""
     assert not isinstance(text, ImageText), "this world has no pictures"
     posterior = jnp.exp(log_posterior(params, x, sigma, text))
-    x0 = jnp.einsum("bn,nd->bd", posterior, params["clips"].reshape(-1, x[0].size), precision="highest")
+    x0 = jnp.einsum(
+        "bn,nd->bd", posterior, params["clips"].reshape(-1, x[0].size), precision="highest"
+    )
     return from_x0(x, x0.reshape(x.shape), sigma)
 
 

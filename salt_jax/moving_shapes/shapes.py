@@ -1,11 +1,12 @@
 """Moving Shapes: a world small enough to know everything about it.
 
-A scene is a shape of one colour that moves in one direction on a torus. Its caption states these three
-and nothing else: where the shape starts and how fast it moves is free. So a caption fits many clips, all
-of which can be listed. That makes regression to the mean visible as blur, and gives the optimal denoiser
-in closed form (`moving_shapes.exact`). Starts lie around the middle, not everywhere: over all starts of a torus the
-mean clip is the same for every direction, and a network then finds it hard to see that the caption matters. The `pair`
-variant adds a second object and their spatial relation.
+A scene is a shape of one colour that moves in one direction on a torus. Its caption states these
+three and nothing else: where the shape starts and how fast it moves is free. So a caption fits many
+clips, all of which can be listed. That makes regression to the mean visible as blur, and gives the
+optimal denoiser in closed form (`moving_shapes.exact`). Starts lie around the middle, not
+everywhere: over all starts of a torus the mean clip is the same for every direction, and a network
+then finds it hard to see that the caption matters. The `pair` variant adds a second object and
+their spatial relation.
 
 All functions are pure; positions and speeds are in pixels and pixels per frame, colours in [0, 1].
 """
@@ -23,7 +24,8 @@ COLOURS = {
     "blue": (0.2, 0.3, 1.0),
     "yellow": (1.0, 0.9, 0.1),
 }
-DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (dx, dy), y points down
+# (dx, dy), y points down
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 RELATIONS = {
     "left of": (1, 0),
     "right of": (-1, 0),
@@ -41,7 +43,8 @@ class World:
     frames: int = 9
     radius: float = 3.0  # of the circle, pixels; other shapes have its area
     softness: float = 1.0  # width of the edge, pixels
-    starts: tuple[float, ...] = (2.0, 4.0, 6.0, 8.0)  # possible x, and possible y, of the first frame, pixels
+    # possible x, and possible y, of the first frame, pixels
+    starts: tuple[float, ...] = (2.0, 4.0, 6.0, 8.0)
     speeds: tuple[float, ...] = (0.5, 1.0)  # pixels per frame
     pair: bool = False  # two objects and a relation
 
@@ -84,7 +87,9 @@ def scenes(world: World) -> tuple[Scene, ...]:
 @functools.cache
 def modes(world: World) -> tuple[Mode, ...]:
     """All starts and speeds in a fixed order: the finite set of clips that fit one caption."""
-    return tuple(Mode(x, y, v) for y, x, v in itertools.product(world.starts, world.starts, world.speeds))
+    return tuple(
+        Mode(x, y, v) for y, x, v in itertools.product(world.starts, world.starts, world.speeds)
+    )
 
 
 def caption(scene: Scene) -> str:
@@ -106,8 +111,9 @@ def spread(world: World, count: int) -> list[int]:
 def shape_mask(shape: str, x, y, world: World) -> np.ndarray:
     """Coverage in [0, 1] of a shape centred at (x, y) on the torus.
 
-    `x` and `y` are arrays of one shape [...]; the result is [..., size, size] float32. Edges are the signed
-    distance to the outline, ramped over `softness` pixels. Pixel (i, j) has its centre at y = i, x = j.
+    `x` and `y` are arrays of one shape [...]; the result is [..., size, size] float32. Edges are
+    the signed distance to the outline, ramped over `softness` pixels. Pixel (i, j) has its centre
+    at y = i, x = j.
     """
     x, y = np.asarray(x, np.float32)[..., None, None], np.asarray(y, np.float32)[..., None, None]
     pixel = np.arange(world.size, dtype=np.float32)

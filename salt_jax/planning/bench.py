@@ -1,7 +1,8 @@
-"""How fast the parts of training and of generating run on this machine: real shapes, random weights.
+"""How fast the parts of training and of generating run on this machine: real shapes, random
+weights.
 
-A part is compiled, run once to warm up, then timed several times, each time until its results are there; the median
-stands for it. FLOPs are counted (`planning.flops`), never measured.
+A part is compiled, run once to warm up, then timed several times, each time until its results are
+there; the median stands for it. FLOPs are counted (`planning.flops`), never measured.
 """
 
 import functools
@@ -52,9 +53,8 @@ class Result(NamedTuple):
     every: tuple[float, ...]  # seconds of each run
     compile_seconds: float
     flops: float  # counted
-    xla_bytes: (
-        int | None
-    )  # arguments, results and temporaries by XLA's account, on one device; None: many programs
+    # arguments, results and temporaries by XLA's account, on one device; None: many programs
+    xla_bytes: int | None
     more: dict[str, Any]
 
 
@@ -69,8 +69,12 @@ def time_runs(call: Callable[[], Any], runs: int) -> list[float]:
     return seconds
 
 
-def measure(part: str, function: Callable, args: tuple, flops: float, runs: int, **more: Any) -> Result:
-    """Times a jitted function that donates nothing, or takes what it donates back as the first of its results."""
+def measure(
+    part: str, function: Callable, args: tuple, flops: float, runs: int, **more: Any
+) -> Result:
+    """Times a jitted function that donates nothing, or takes what it donates back as the first of
+    its results.
+    """
     start = time.perf_counter()
     compiled = function.lower(*args).compile()
     compile_seconds = time.perf_counter() - start
@@ -101,7 +105,8 @@ def matmul(size: int, dtype: Any, runs: int) -> Result:
 
 
 def random_params(shapes: Params, dtype: Any, seed: int, shardings: Any = None) -> Params:
-    """Weights of these shapes, of `dtype` if it is given, made without compiling anything: noise, over and over.
+    """Weights of these shapes, of `dtype` if it is given, made without compiling anything: noise,
+    over and over.
 
     Moments and counters are zero.
     """
@@ -114,7 +119,9 @@ def random_params(shapes: Params, dtype: Any, seed: int, shardings: Any = None) 
 
     flat, tree = jax.tree_util.tree_flatten_with_path(shapes)
     places = jax.tree.leaves(shardings) if shardings else [None] * len(flat)
-    return tree.unflatten([fill(path, leaf, at) for (path, leaf), at in zip(flat, places, strict=True)])
+    return tree.unflatten(
+        [fill(path, leaf, at) for (path, leaf), at in zip(flat, places, strict=True)]
+    )
 
 
 def shapes_of(init: Callable, config: Any) -> Params:
@@ -134,7 +141,10 @@ def random_told(recipe: Recipe, clips: int) -> Told:
 
 
 def teacher_forward(recipe: Recipe, dtype: Any, runs: int) -> Result:
-    """One evaluation of the teacher's network on one clip, without guidance. `dtype`: of the weights."""
+    """One evaluation of the teacher's network on one clip, without guidance.
+
+    `dtype`: of the weights.
+    """
     c, frames = recipe.teacher_wan, recipe.clip_shape[0]
     network = make_network(recipe, None, c)
     params = random_params(shapes_of(init_wan, c), dtype, recipe.seed)
@@ -146,7 +156,9 @@ def teacher_forward(recipe: Recipe, dtype: Any, runs: int) -> Result:
 
 
 def updates(recipe: Recipe, who: str, mesh: Mesh, runs: int) -> Iterator[Result]:
-    """The student's or the critic's update, one result for each program of it, on the first draw that asks for it."""
+    """The student's or the critic's update, one result for each program of it, on the first draw
+    that asks for it.
+    """
     shapes, shardings = forms(recipe, mesh)
     over_batch, everywhere = shardings[2:]
     frozen = random_params(shapes[1], None, recipe.seed, shardings[1])
@@ -158,15 +170,20 @@ def updates(recipe: Recipe, who: str, mesh: Mesh, runs: int) -> Iterator[Result]
     for choice, draw in programs(recipe, who).items():
         jitted = compile_step(step, nets, recipe, shardings, choice=choice)
         rest = jax.device_put((jax.random.key(recipe.seed), np.int32(0), draw), everywhere)
-        state = random_params(shapes[0], None, recipe.seed, shardings[0])  # the one before is donated
+        # the one before is donated
+        state = random_params(shapes[0], None, recipe.seed, shardings[0])
         mix = mix_of(recipe, choice, draw)
         flops = sum(count(recipe, mix, flash).values())
         more = {"clips": recipe.batch_size, "evaluations_per_chunk": mix.rest}
-        yield measure(step_name(who, choice), jitted, (state, frozen, batch, *rest), flops, runs, **more)
+        yield measure(
+            step_name(who, choice), jitted, (state, frozen, batch, *rest), flops, runs, **more
+        )
 
 
 def forms(recipe: Recipe, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
-    """Shapes of (state, frozen), and where (state, frozen, batch, everything else) lie: what `compile_step` takes."""
+    """Shapes of (state, frozen), and where (state, frozen, batch, everything else) lie: what
+    `compile_step` takes.
+    """
     shapes = jax.eval_shape(lambda: fresh_state(recipe))
     trees = (sharding.state_shardings(mesh, tree, recipe.host_state) for tree in shapes)
     return shapes, (*trees, sharding.batch_sharding(mesh), sharding.replicated(mesh))
@@ -193,7 +210,10 @@ def step_name(who: str, choice: Choice) -> str:
 
 
 def text_encoder(recipe: Recipe, dtype: Any, runs: int) -> tuple[Result, jax.Array]:
-    """The embedding of one prompt of full length, and the embedding. `dtype`: of weights and products."""
+    """The embedding of one prompt of full length, and the embedding.
+
+    `dtype`: of weights and products.
+    """
     params = random_params(shapes_of(init_text_encoder, recipe.text), dtype, recipe.seed)
     tokens = jnp.ones((1, recipe.wan.text_length), jnp.int32)
     encode = jax.jit(functools.partial(encode_text, config=recipe.text, dtype=dtype))
@@ -201,11 +221,14 @@ def text_encoder(recipe: Recipe, dtype: Any, runs: int) -> tuple[Result, jax.Arr
     return measure("text encoder", encode, (params, tokens), flops, runs), encode(params, tokens)
 
 
-def streaming(recipe: Recipe, vae: VAEConfig | None, num_updates: int, dtype: Any, runs: int) -> list[Result]:
-    """A video chunk by chunk, as a viewer gets it: seconds in the text encoder, the transformer and the VAE.
+def streaming(
+    recipe: Recipe, vae: VAEConfig | None, num_updates: int, dtype: Any, runs: int
+) -> list[Result]:
+    """A video chunk by chunk, as a viewer gets it: seconds in the text encoder, the transformer and
+    the VAE.
 
-    Transfers to the host and the way to bytes count as the VAE's. `dtype`: of the weights. Where `vae` is None latents
-    are the end.
+    Transfers to the host and the way to bytes count as the VAE's. `dtype`: of the weights. Where
+    `vae` is None latents are the end.
     """
     text, embedding = text_encoder(recipe, recipe.compute.dtype, runs)
     c, policy, network = recipe.wan, recipe.memory, make_network(recipe, None)
@@ -217,7 +240,9 @@ def streaming(recipe: Recipe, vae: VAEConfig | None, num_updates: int, dtype: An
     def once() -> tuple[list[float], list[float], list[int]]:
         latents: list[float] = []
         every, frames, last = [], [], time.perf_counter()
-        chunks = _clocked(stream_chunks(network, params, cues, keys, sampler, recipe.clip_shape), latents)
+        chunks = _clocked(
+            stream_chunks(network, params, cues, keys, sampler, recipe.clip_shape), latents
+        )
         for made in stream_pixels(decoder, vae, chunks, recipe.compute.dtype) if vae else chunks:
             every.append(time.perf_counter() - last)
             frames.append(made.shape[1])
@@ -244,7 +269,9 @@ def streaming(recipe: Recipe, vae: VAEConfig | None, num_updates: int, dtype: An
     }
     if vae:
         clip = jax.ShapeDtypeStruct((1, *recipe.clip_shape), jnp.float32)
-        flops += traced_flops(lambda p, z: decode_video(p, z, vae, recipe.compute.dtype), decoder, clip)
+        flops += traced_flops(
+            lambda p, z: decode_video(p, z, vae, recipe.compute.dtype), decoder, clip
+        )
     every = tuple(sum(chunks) for _, chunks, _ in all_runs)
     return [text, Result("streaming", seconds, every, first_run - seconds, flops, None, more)]
 

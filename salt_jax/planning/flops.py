@@ -1,11 +1,14 @@
-"""What an update costs in FLOPs, and what a network has in parameters: closed forms, nothing is allocated.
+"""What an update costs in FLOPs, and what a network has in parameters: closed forms, nothing is
+allocated.
 
-FLOPs are those of matrix products, a multiply-add being 2. Norms, rotations, the time MLP and the optimisers are left
-out. Of a cache that is still filling only the filled part counts, as a kernel that knows its length works it off.
+FLOPs are those of matrix products, a multiply-add being 2. Norms, rotations, the time MLP and the
+optimisers are left out. Of a cache that is still filling only the filled part counts, which is what
+a kernel that knows the length computes.
 
-    forward of n layers   tokens (12 D^2 + 4 D F) n + 4 queries keys D n  + cross attention + patches and head
-    backward              2 x the products with weights (1 x where the weights get no gradient), 2.5 x attention where
-                          a flash kernel makes its scores again, else 2 x
+    forward of n layers   tokens (12 D^2 + 4 D F) n + 4 queries keys D n
+                          + cross attention + patches and head
+    backward              2 x the products with weights (1 x where the weights get no gradient),
+                          2.5 x attention where a flash kernel makes its scores again, else 2 x
     recompute             one more forward, less what `model.remat` keeps
 """
 
@@ -32,7 +35,17 @@ Pairs = Sequence[tuple[int, int]]
 def params_count(c: WanConfig) -> int:
     """Numbers in a transformer's parameters, in closed form."""
     d, f, patch, i = c.dim, c.ffn_dim, int(np.prod(c.patch_size)), c.image_dim
-    block = 8 * d * d + 8 * d + 4 * d + 2 * d * f + f + d + 2 * d + 6 * d + bool(i) * (2 * d * d + 3 * d)
+    block = (
+        8 * d * d
+        + 8 * d
+        + 4 * d
+        + 2 * d * f
+        + f
+        + d
+        + 2 * d
+        + 6 * d
+        + bool(i) * (2 * d * d + 3 * d)
+    )
     linear = lambda into, out: (into + 1) * out
     ends = linear(patch * c.in_channels, d) + linear(d, patch * c.out_channels) + 2 * d
     text = linear(c.text_dim, d) + linear(d, d)
@@ -72,12 +85,17 @@ def image_tokens(c: WanConfig) -> int:
 
 
 def sweep(c: WanConfig, picture: tuple[int, int], pairs: Pairs) -> Work:
-    """Every chunk of a clip once, under one reading of the text. `picture` is (H, W) of the latent."""
+    """Every chunk of a clip once, under one reading of the text.
+
+    `picture` is (H, W) of the latent.
+    """
     frame = picture[0] * picture[1] // (c.patch_size[1] * c.patch_size[2])
     frames = lambda n: n * frame // c.patch_size[0]
     context = (c.text_length, image_tokens(c))
     each = [forward_flops(c, frames(q), frames(k), *context) for q, k in pairs]
-    return Work(sum(w.linear for w in each), sum(w.attention for w in each), each[0].context if each else 0)
+    return Work(
+        sum(w.linear for w in each), sum(w.attention for w in each), each[0].context if each else 0
+    )
 
 
 def chunk_pairs(policy: CachePolicy, frames: int, before: int = 0) -> Pairs:
@@ -113,7 +131,9 @@ def mix_of(recipe: Recipe, choice: Choice, draw: Draw | None) -> Mix:
 
 
 def mean_mix(recipe: Recipe) -> Mix:
-    """The mean over a run's draws, once cache alignment has begun: see `rollout.draws.draw_rollout`."""
+    """The mean over a run's draws, once cache alignment has begun: see
+    `rollout.draws.draw_rollout`.
+    """
     on = float(recipe.loss.self_consistency > 0)
     if recipe.stage != "distil" or recipe.video != "rollout":
         return Mix(0.0, 0.0, 0.0, 0.0, on, 0.0, 0.0, 0.0)
@@ -140,12 +160,17 @@ def mean_mix(recipe: Recipe) -> Mix:
 
 
 def gradient_flops(work: Work, flash: bool, weights: bool = True) -> float:
-    """The backward pass of a forward; `weights`: whether the weights get a gradient, besides the tokens."""
+    """The backward pass of a forward; `weights`: whether the weights get a gradient, besides the
+    tokens.
+    """
     return (1 + weights) * (work.linear + work.context) + (2.5 if flash else 2.0) * work.attention
 
 
 def remade(how: Remat, work: Work, flash: bool) -> float:
-    """What of a forward the backward pass makes once more. Policies know attention by its flash kernels' results."""
+    """What of a forward the backward pass makes once more.
+
+    Policies know attention by its flash kernels' results.
+    """
     if how in ("none", "dots"):
         return 0.0
     if how == "dots_no_batch":
@@ -161,7 +186,9 @@ def student_flops(recipe: Recipe, mix: Mix, flash: bool) -> dict[str, float]:
     video = _video(recipe, mix)
     whole = lambda config: sweep(config, picture, [(frames, frames)]).total
     teachers = 0 if recipe.teacher.kind == "closed_form" else 1 + (recipe.teacher.guidance != 1.0)
-    looked = sweep(dataclasses.replace(wan, num_layers=recipe.align.layers), picture, [(frames, frames)])
+    looked = sweep(
+        dataclasses.replace(wan, num_layers=recipe.align.layers), picture, [(frames, frames)]
+    )
     learnt = 1 + mix.self_consistency
     parts = {
         "student: rollout": _rollout(recipe, mix, mix.first, mix.rest),
@@ -169,7 +196,9 @@ def student_flops(recipe: Recipe, mix: Mix, flash: bool) -> dict[str, float]:
         "student: replay, backward": gradient_flops(video, flash),
         "student: self-consistency, forward": mix.self_consistency * video.total,
         "student: self-consistency, backward": mix.self_consistency * gradient_flops(video, flash),
-        "student: reference rollout": _rollout(recipe, mix, mix.reference_first, mix.reference_rest),
+        "student: reference rollout": _rollout(
+            recipe, mix, mix.reference_first, mix.reference_rest
+        ),
         "student: recompute": learnt * remade(recipe.model.remat, video, flash),
         "critic: score": whole(wan),
         "teacher: score": teachers * whole(recipe.teacher_wan),
@@ -216,7 +245,9 @@ def stage_flops(recipe: Recipe, flash: bool) -> dict[str, float]:
 
 
 def _video(recipe: Recipe, mix: Mix) -> Work:
-    """The student's forward that the update is about: all chunks at their exit update, or the whole clip."""
+    """The student's forward that the update is about: all chunks at their exit update, or the whole
+    clip.
+    """
     frames, picture, policy = recipe.clip_shape[0], recipe.clip_shape[1:3], recipe.memory
     if recipe.video == "noised":
         return sweep(recipe.wan, picture, [(frames, frames)])
@@ -233,7 +264,9 @@ def going_on(recipe: Recipe) -> Pairs:
 
 
 def _rollout(recipe: Recipe, mix: Mix, first: float, rest: float) -> float:
-    """A clip's chunks, each `rest` times, or `first` times the first one of a video, under one reading of the text."""
+    """A clip's chunks, each `rest` times, or `first` times the first one of a video, under one
+    reading of the text.
+    """
     if recipe.video != "rollout" or not first + rest:
         return 0.0
     wan, picture, policy = recipe.wan, recipe.clip_shape[1:3], recipe.memory
@@ -243,15 +276,23 @@ def _rollout(recipe: Recipe, mix: Mix, first: float, rest: float) -> float:
     made += mix.on * rest * bare(going_on(recipe)) if mix.on else 0.0
     slots = policy.capacity(0)
     everything = dataclasses.replace(policy, window=0, sink=0, first=policy.chunk)
-    again = sweep(wan, picture, chunk_pairs(everything, slots - slots % policy.chunk)) if mix.switch else None
-    return made + sweep(wan, picture, [start]).context + (mix.switch * again.total if again else 0.0)
+    again = (
+        sweep(wan, picture, chunk_pairs(everything, slots - slots % policy.chunk))
+        if mix.switch
+        else None
+    )
+    return (
+        made + sweep(wan, picture, [start]).context + (mix.switch * again.total if again else 0.0)
+    )
 
 
 def traced_flops(function: Callable, *args: Any, loops: int = 1) -> float:
-    """FLOPs of the matrix products and convolutions of any function, read off its trace: nothing is compiled or run.
+    """FLOPs of the matrix products and convolutions of any function, read off its trace: nothing is
+    compiled or run.
 
-    A scan counts as often as it runs, which XLA's own account does not do. `loops` is how often a loop without a fixed
-    number of turns goes round; of branches the dearest counts. Kernels that hide their products count nothing.
+    A scan counts as often as it runs, which XLA's own account does not do. `loops` is how often a
+    loop without a fixed number of turns goes round; of branches the dearest counts. Kernels that
+    hide their products count nothing.
     """
     return _jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr, loops)
 
@@ -262,7 +303,11 @@ def _jaxpr_flops(jaxpr: Any, loops: int) -> float:
         name, p = eqn.primitive.name, eqn.params
         if name == "dot_general":
             (contracted, _), _ = p["dimension_numbers"]
-            total += 2 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+            total += (
+                2
+                * eqn.outvars[0].aval.size
+                * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+            )
         elif name == "conv_general_dilated":
             kernel, layout = eqn.invars[1].aval, p["dimension_numbers"].rhs_spec
             total += 2 * eqn.outvars[0].aval.size * kernel.size / kernel.shape[layout[0]]

@@ -1,8 +1,9 @@
 """What a run keeps in memory, in all and on each device, before anything is allocated.
 
-Parameters, moments and what is frozen are counted exactly, by the shapes that a run has and the shardings of
-`sharding`. What comes and goes during an update is a model of it, told at `passing` and at `block_bytes`; XLA's
-own account of compiled updates is held against both in tests/planning/test_memory.py.
+Parameters, moments and what is frozen are counted exactly, by the shapes that a run has and the
+shardings of `sharding`. What comes and goes during an update is a model of it, told at `passing`
+and at `block_bytes`; XLA's own account of compiled updates is held against both in
+tests/planning/test_memory.py.
 """
 
 import math
@@ -44,7 +45,8 @@ class Held(NamedTuple):
 
 
 def fresh_state(recipe: Recipe) -> tuple[TrainState, dict[str, Any]]:
-    """The state and what is frozen, from random weights: in form what `train.setup.setup` reads and makes.
+    """The state and what is frozen, from random weights: in form what `train.setup.setup` reads and
+    makes.
 
     A teacher of its own weights that stays as it is stored is taken to be float32.
     """
@@ -72,7 +74,9 @@ def fresh_state(recipe: Recipe) -> tuple[TrainState, dict[str, Any]]:
     trained = init_lora(k_other, base, recipe.lora.rank) if recipe.lora.rank else base
     frozen |= {"student": base} if recipe.lora.rank else {}
     student, critic = (init_learner(trained, tx) for tx in (student_tx, critic_tx))
-    return init_state(student, critic, empty_stream(recipe, make_network(recipe, None), null_text)), frozen
+    return init_state(
+        student, critic, empty_stream(recipe, make_network(recipe, None), null_text)
+    ), frozen
 
 
 def _closed_form(recipe: Recipe, text_dim: int) -> dict[str, Any]:
@@ -82,7 +86,9 @@ def _closed_form(recipe: Recipe, text_dim: int) -> dict[str, Any]:
 
 
 def tree_bytes(tree: Any, mesh: Mapping[str, int]) -> dict[str, Held]:
-    """Every array of a tree of shapes, by its path: its sharding decides what a device holds of it."""
+    """Every array of a tree of shapes, by its path: its sharding decides what a device holds
+    of it.
+    """
     held = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -104,13 +110,23 @@ KINDS = (
     ("critic optimizer", "critic/opt_state"),
     ("videos under way", "stream"),
 )
-FROZEN = (("teacher", "teacher"), ("base", "base"), ("student's base", "student"), ("null text", "null_text"))
+FROZEN = (
+    ("teacher", "teacher"),
+    ("base", "base"),
+    ("student's base", "student"),
+    ("null text", "null_text"),
+)
 
 
 def kept(recipe: Recipe, mesh: Mapping[str, int]) -> list[Held]:
-    """What stays in memory for the whole run. Of what waits with the host a device has none. Counters are left out."""
+    """What stays in memory for the whole run.
+
+    Of what waits with the host a device has none. Counters are left out.
+    """
     rows = []
-    for tree, kinds in zip(jax.eval_shape(lambda: fresh_state(recipe)), (KINDS, FROZEN), strict=True):
+    for tree, kinds in zip(
+        jax.eval_shape(lambda: fresh_state(recipe)), (KINDS, FROZEN), strict=True
+    ):
         leaves = tree_bytes(tree, mesh)
         for name, prefix in kinds:
             mine = [leaf for path, leaf in leaves.items() if f"{path}/".startswith(f"{prefix}/")]
@@ -128,21 +144,30 @@ def cache_bytes(c: WanConfig, frames: int, picture: tuple[int, int], itemsize: i
 
 
 def block_bytes(
-    c: WanConfig, pairs: Pairs, per_frame: int, itemsize: int, kernel: Kernel, gradient: bool, tensor: int
+    c: WanConfig,
+    pairs: Pairs,
+    per_frame: int,
+    itemsize: int,
+    kernel: Kernel,
+    gradient: bool,
+    tensor: int,
 ) -> int:
     """The most that one block holds at a time, for one clip.
 
-    Forward, by token: 3 D in float32 (the residual stream and its norms), 4 D and 2 F in the compute type. With
-    gradient what the block computes waits for its backward pass: 6 D in float32, 12 D and 3 F. Chunks each
-    gather the keys and values they see. Attention without a kernel has scores too, in float32, some at a time or all.
-    As XLA's compilers for GPU and TPU assign buffers (docs/scaling.md). `tensor` cuts heads and F.
+    Forward, by token: 3 D in float32 (the residual stream and its norms), 4 D and 2 F in the
+    compute type. With gradient what the block computes waits for its backward pass: 6 D in float32,
+    12 D and 3 F. Chunks each gather the keys and values they see. Attention without a kernel has
+    scores too, in float32, some at a time or all. As XLA's compilers for GPU and TPU assign buffers
+    (docs/scaling.md). `tensor` cuts heads and F.
     """
     tokens = per_frame * sum(q for q, _ in pairs)
     seen = [per_frame * k for _, k in pairs]
     scores = [per_frame * q * k for (q, _), k in zip(pairs, seen, strict=True)]
     gathered, scored = (sum(seen), sum(scores)) if gradient else (max(seen), max(scores))
     stream, wide, ffn = (6, 12, 3) if gradient else (3, 4, 2)
-    made = c.num_heads * scored if kernel == "plain" else min(c.num_heads * max(scores), MOST_SCORES)
+    made = (
+        c.num_heads * scored if kernel == "plain" else min(c.num_heads * max(scores), MOST_SCORES)
+    )
     at_once = {"plain": 1 + gradient, "blocks": 2 + gradient}.get(kernel, 0) * made
     inner = tokens * (wide * c.dim + ffn * c.ffn_dim) + 2 * gathered * c.dim * (len(pairs) > 1)
     inner = inner * itemsize + at_once * F32
@@ -150,13 +175,21 @@ def block_bytes(
 
 
 def kept_bytes(
-    c: WanConfig, pairs: Pairs, per_frame: int, itemsize: int, kernel: Kernel, compute: Compute, tensor: int
+    c: WanConfig,
+    pairs: Pairs,
+    per_frame: int,
+    itemsize: int,
+    kernel: Kernel,
+    compute: Compute,
+    tensor: int,
 ) -> int:
-    """What one block leaves for its backward pass, for one clip: its input, and more as `Compute.remat` says.
+    """What one block leaves for its backward pass, for one clip: its input, and more as
+    `Compute.remat` says.
 
-    By token: D of the input; of attention, over itself and the text, 2 D and two row sums a head; of products with
-    weights 7 D and F. Exactly what jax keeps, but for the text's keys and values: see tests/planning/test_memory.py.
-    Without recomputation it is about 8 D in float32, 18 D and 5 F.
+    By token: D of the input; of attention, over itself and the text, 2 D and two row sums a head;
+    of products with weights 7 D and F. Exactly what jax keeps, but for the text's keys and values:
+    see tests/planning/test_memory.py. Without recomputation it is about 8 D in float32, 18 D and 5
+    F.
     """
     how, tokens, flash = compute.remat, per_frame * sum(q for q, _ in pairs), is_flash(kernel)
     start = 0 if how == "offload" else tokens * c.dim * np.dtype(compute.residual).itemsize
@@ -164,7 +197,9 @@ def kept_bytes(
     scores = c.num_heads * per_frame**2 * sum(q * k for q, k in pairs) * F32 + attention
     products = tokens * (7 * c.dim + c.ffn_dim) * itemsize
     gathered = 2 * per_frame * sum(k for _, k in pairs) * c.dim * (len(pairs) > 1)
-    everything = tokens * 8 * c.dim * F32 + (tokens * (18 * c.dim + 5 * c.ffn_dim) + gathered) * itemsize
+    everything = (
+        tokens * 8 * c.dim * F32 + (tokens * (18 * c.dim + 5 * c.ffn_dim) + gathered) * itemsize
+    )
     more = {
         "save_attention": attention if flash else 0,
         "dots_no_batch": products + (attention if flash else 0),
@@ -180,13 +215,16 @@ def needed(recipe: Recipe, mesh: Mapping[str, int], kernel: Kernel) -> list[Held
     return rows + passing(recipe, mesh, kernel, rows)
 
 
-def passing(recipe: Recipe, mesh: Mapping[str, int], kernel: Kernel, kept: Sequence[Held]) -> list[Held]:
+def passing(
+    recipe: Recipe, mesh: Mapping[str, int], kernel: Kernel, kept: Sequence[Held]
+) -> list[Held]:
     """What comes and goes during an update: a model of its peak, given what is kept.
 
-    The peak is in the student's update: caches, what blocks keep (their inputs, and what `model.remat` says), what
-    heads keep (tokens and their norm, 4 D in float32) and gradients live while one block of some network is at work,
-    for the clips of one micro-batch. Clips are spread over data x fsdp; `tensor` cuts heads and the width of the
-    feed-forward, `context` tokens, and heads in a cache.
+    The peak is in the student's update: caches, what blocks keep (their inputs, and what
+    `model.remat` says), what heads keep (tokens and their norm, 4 D in float32) and gradients live
+    while one block of some network is at work, for the clips of one micro-batch. Clips are spread
+    over data x fsdp; `tensor` cuts heads and the width of the feed-forward, `context` tokens, and
+    heads in a cache.
 
     Raises:
       UserError: the batch does not spread over the mesh.
@@ -195,20 +233,33 @@ def passing(recipe: Recipe, mesh: Mapping[str, int], kernel: Kernel, kept: Seque
     refuse_uneven(recipe, ways)
     wan, size, frames = recipe.wan, jnp.dtype(recipe.model.dtype).itemsize, recipe.clip_shape[0]
     per_frame = math.prod(recipe.clip_shape[1:3]) // math.prod(wan.patch_size[1:])
-    block = lambda c, pairs, gradient: block_bytes(c, pairs, per_frame, size, kernel, gradient, tensor)
+    block = lambda c, pairs, gradient: block_bytes(
+        c, pairs, per_frame, size, kernel, gradient, tensor
+    )
     student, whole = _student_pairs(recipe), [(frames, frames)]
     judged = whole if recipe.stage in ("distil", "denoising") else student
-    work = max(block(wan, student, True), block(wan, judged, True), block(recipe.teacher_wan, whole, False))
-    inputs = wan.num_layers * kept_bytes(wan, student, per_frame, size, kernel, recipe.compute, tensor)
+    work = max(
+        block(wan, student, True), block(wan, judged, True), block(recipe.teacher_wan, whole, False)
+    )
+    inputs = wan.num_layers * kept_bytes(
+        wan, student, per_frame, size, kernel, recipe.compute, tensor
+    )
     cache = cache_bytes(wan, _slots(recipe), recipe.clip_shape[1:3], size)
     caches, passes = max(_programs(recipe), key=lambda p: p[0] * cache + p[1] * inputs)
-    at_once, batch = recipe.batch_size // recipe.accumulate, recipe.batch_size * _batch_bytes(recipe)
+    at_once, batch = (
+        recipe.batch_size // recipe.accumulate,
+        recipe.batch_size * _batch_bytes(recipe),
+    )
     heads = math.prod(mesh[axis] for axis in head_axes(mesh, wan.num_heads) or ())
     rows = (
         ("batch", batch, 1),
         ("caches", at_once * caches * cache, heads),
         ("inputs of blocks", int(at_once * passes * inputs), context),
-        ("heads of networks", int(at_once * passes * 4 * frames * per_frame * wan.dim * F32), context),
+        (
+            "heads of networks",
+            int(at_once * passes * 4 * frames * per_frame * wan.dim * F32),
+            context,
+        ),
         ("one block at work", at_once * work, context),
     )
     spread = [Held(name, 0, n, n // (ways * cut)) for name, n, cut in rows if n]
@@ -219,10 +270,12 @@ def passing(recipe: Recipe, mesh: Mapping[str, int], kernel: Kernel, kept: Seque
     if recipe.host_state:  # fetched when activations are gone, in whose place they are
         fetched = 2 * networks["student"].device - sum(row.device for row in spread)
         held.append(Held("moments fetched", 0, max(0, fetched), max(0, fetched)))
-    if recipe.lora.rank:  # student and critic with their adapters merged, and the gradient of one of them
+    # student and critic with their adapters merged, and the gradient of one of them
+    if recipe.lora.rank:
         base = networks["base"]
         held.append(Held("merged networks", 3 * base.count, 3 * base.whole, 3 * base.device))
-    if mesh["fsdp"] > 1:  # a block's weights, in the compute type, while it works, and those of the next one
+    # a block's weights, in the compute type, while it works, and those of the next one
+    if mesh["fsdp"] > 1:
         largest = max((wan, recipe.teacher_wan), key=lambda c: c.dim * c.ffn_dim)
         gathered = 2 * size * (8 * largest.dim**2 + 2 * largest.dim * largest.ffn_dim) // tensor
         held.append(Held("gathered blocks", 0, gathered, gathered))
@@ -243,16 +296,19 @@ def _student_pairs(recipe: Recipe) -> Pairs:
 
 
 def _programs(recipe: Recipe) -> list[tuple[int, float]]:
-    """Of each program of the student's update: caches that live at once, and forwards of it with gradient.
+    """Of each program of the student's update: caches that live at once, and forwards of it with
+    gradient.
 
-    A stage before distillation has a clean pass and a noisy one, and its gradient runs through the cache. Cache
-    alignment has features with gradient, and a reference, whose rolling window writes a new cache at each commit.
+    A stage before distillation has a clean pass and a noisy one, and its gradient runs through the
+    cache. Cache alignment has features with gradient, and a reference, whose rolling window writes
+    a new cache at each commit.
     """
     if recipe.stage != "distil":
         return [(2, 2.0) if recipe.causal else (0, 1.0)]
     caches = int(recipe.video == "rollout")
     programs = [(caches, 2.0 if recipe.loss.self_consistency else 1.0)]
-    if recipe.align.weight:  # never with self-consistency: that is at the longest K, alignment at others
+    # never with self-consistency: that is at the longest K, alignment at others
+    if recipe.align.weight:
         more = caches * (recipe.memory.window > 0)
         programs.append((caches + more, 1 + recipe.align.layers / recipe.wan.num_layers))
     return programs

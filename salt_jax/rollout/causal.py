@@ -1,12 +1,14 @@
-"""Chunk by chunk on a KV cache: read, commit, roll out, replay. Training and streaming share this code.
+"""Chunk by chunk on a KV cache: read, commit, roll out, replay. Training and streaming share this
+code.
 
-A rollout's gradient touches each chunk once, at its exit update, and never flows through the cache. So
+A rollout's gradient touches each chunk once, at its exit update, and never flows through the cache.
+So
 
     trajectory = rollout(...)    all chunks without gradient: each one's state before its exit update, the cache
     video      = replay(...)     the exit updates of all chunks in one differentiable forward, reading that cache
 
-which equals the sequential computation: a chunk of the replay sees its own frames as they are, noisy, and earlier ones
-as the cache has them, clean.
+which equals the sequential computation: a chunk of the replay sees its own frames as they are,
+noisy, and earlier ones as the cache has them, clean.
 """
 
 from dataclasses import replace
@@ -59,7 +61,8 @@ def generate_chunk(
     policy: CachePolicy,
     jump: Any = 0,
 ) -> tuple[Latent, Latent]:
-    """One chunk from noise: its state before the exit update, and the clean estimate of that update.
+    """One chunk from noise: its state before the exit update, and the clean estimate of that
+    update.
 
     Args:
       text: one for each video, as embedding or as `Network.read_text` gave it.
@@ -75,10 +78,16 @@ def generate_chunk(
     denoise = lambda x, sigma: network.denoise(params, x, jnp.full(b, sigma), text, sight)
 
     def arrive(i, x, said):
-        """The state at level i, given what was said of the one before; one place draws noise, so it compiles once."""
+        """The state at level i, given what was said of the one before; one place draws noise, so it
+        compiles once.
+        """
         if solver == "cm":
-            return renoise(said.x0, noise_at(keys, levels[i], sight.frames, shape), jnp.full(b, levels[i]))
-        return euler(x, said.velocity, jnp.full(b, levels[jnp.maximum(i - 1, 0)]), jnp.full(b, levels[i]))
+            return renoise(
+                said.x0, noise_at(keys, levels[i], sight.frames, shape), jnp.full(b, levels[i])
+            )
+        return euler(
+            x, said.velocity, jnp.full(b, levels[jnp.maximum(i - 1, 0)]), jnp.full(b, levels[i])
+        )
 
     def update(i, states):
         x = arrive(i, *states)
@@ -99,17 +108,23 @@ def commit(
     return append(cache, network.keys_values(params, x0, text, sight), x0, policy)
 
 
-def recache(network: Network, params: Params, cache: KVCache, text: Any, policy: CachePolicy) -> KVCache:
-    """The same frames read again under another text (LongLive's prompt switch), as `commit` would have read them.
+def recache(
+    network: Network, params: Params, cache: KVCache, text: Any, policy: CachePolicy
+) -> KVCache:
+    """The same frames read again under another text (LongLive's prompt switch), as `commit` would
+    have read them.
 
-    A frame sees its own chunk and the ones before it, as far as they are in the cache: what was forgotten is not seen
-    again. Chunks are found by the frames' numbers, so nothing depends on how full the cache is or where it was cut.
-    Where nothing was forgotten, reading under the same text changes nothing.
+    A frame sees its own chunk and the ones before it, as far as they are in the cache: what was
+    forgotten is not seen again. Chunks are found by the frames' numbers, so nothing depends on how
+    full the cache is or where it was cut. Where nothing was forgotten, reading under the same text
+    changes nothing.
     """
     if not cache.slots:
         return cache
     slots = jnp.arange(cache.slots, dtype=jnp.int32)
-    chunk = jnp.where(cache.frames < policy.first, 0, 1 + (cache.frames - policy.first) // policy.chunk)
+    chunk = jnp.where(
+        cache.frames < policy.first, 0, 1 + (cache.frames - policy.first) // policy.chunk
+    )
     earlier = chunk[None] <= chunk[:, None]
     seen = jnp.sum(earlier & (slots < cache.filled)[None], axis=1)
     seen = jnp.maximum(seen, 1)  # an empty slot sees something, or it would hold NaN
@@ -137,8 +152,10 @@ def rollout(
 
     Args:
       shape: (F, H, W, C) of the frames to make, static.
-      cache: what to go on from, every slot of it filled; None starts a video. Others as in `generate_chunk`.
-      first: levels and exit update of the video's first chunk, where they are not those of the others.
+      cache: what to go on from, every slot of it filled; None starts a video. Others as in
+        `generate_chunk`.
+      first: levels and exit update of the video's first chunk, where they are not those of the
+        others.
 
     Raises:
       ValueError: the frames do not split into chunks.
@@ -170,7 +187,9 @@ def rollout(
 
 
 def sight_of(trajectory: Trajectory, policy: CachePolicy) -> Sight:
-    """How the chunks of a rollout looked around, all at once: clean frames from its cache, their own as they are."""
+    """How the chunks of a rollout looked around, all at once: clean frames from its cache, their
+    own as they are.
+    """
     cache, before = trajectory.cache, trajectory.before
     frames = cache.frames if before else np.arange(cache.slots)
     sizes = policy.sizes(cache.slots - before, before)
@@ -182,20 +201,29 @@ def replay(
     network: Network, params: Params, trajectory: Trajectory, text: Any, policy: CachePolicy
 ) -> Prediction:
     """The exit updates of all chunks in one forward, with gradient to `params`."""
-    return network.denoise(params, trajectory.x, trajectory.sigma, text, sight_of(trajectory, policy))
+    return network.denoise(
+        params, trajectory.x, trajectory.sigma, text, sight_of(trajectory, policy)
+    )
 
 
 def read_clip(
     network: Network, params: Params, x0: Latent, text: Any, policy: CachePolicy
 ) -> tuple[Any, Any]:
-    """The clean keys and values of a whole clip in one pass: what committing its chunks one by one would cache."""
+    """The clean keys and values of a whole clip in one pass: what committing its chunks one by one
+    would cache.
+    """
     frames = np.arange(x0.shape[1])
     views = chunk_views(policy, policy.sizes(x0.shape[1]), frames, 0, clean="new")
     return network.keys_values(params, x0, text, Sight(views, None, frames))
 
 
-def teacher_forcing(network: Network, params: Params, x0: Latent, text: Any, policy: CachePolicy) -> Sight:
-    """The sight of noisy chunks that see the clean ones before them. Gradient runs through the clean pass too."""
+def teacher_forcing(
+    network: Network, params: Params, x0: Latent, text: Any, policy: CachePolicy
+) -> Sight:
+    """The sight of noisy chunks that see the clean ones before them.
+
+    Gradient runs through the clean pass too.
+    """
     frames = np.arange(x0.shape[1])
     views = chunk_views(policy, policy.sizes(x0.shape[1]), frames, 0, clean="memory")
     return Sight(views, read_clip(network, params, x0, text, policy), frames)
@@ -208,7 +236,9 @@ def diffusion_forcing(frames: int, policy: CachePolicy) -> Sight:
 
 
 def _runs(sizes, others, first):
-    """Chunks of one size and schedule that follow each other: [1, 3, 3] -> [(1, 1, schedule), (3, 2, schedule)]."""
+    """Chunks of one size and schedule that follow each other: [1, 3, 3] -> [(1, 1, schedule), (3,
+    2, schedule)].
+    """
     schedules = [first or others] + [others] * (len(sizes) - 1)
     runs = []
     for size, schedule in zip(sizes, schedules, strict=True):

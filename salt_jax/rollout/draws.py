@@ -1,5 +1,7 @@
-"""What is drawn at each step: pure functions of a key or of (seed, index), so every host draws the same without a
-broadcast. What decides which program runs is drawn with numpy, before anything runs on a device."""
+"""What is drawn at each step: pure functions of a key or of (seed, index), so every host draws the
+same without a broadcast. What decides which program runs is drawn with numpy, before anything runs
+on a device.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -15,7 +17,9 @@ from salt_jax.types import PRNGKey
 
 
 class Plan(NamedTuple):
-    """One triple of Salt Eq. 9 per example, or per frame; where there is none the levels are equal, `exists` False."""
+    """One triple of Salt Eq. 9 per example, or per frame; where there is none the levels are equal,
+    `exists` False.
+    """
 
     sigma_s: Float[Array, "b"] | Float[Array, "b f"]
     sigma_m: Any
@@ -24,7 +28,9 @@ class Plan(NamedTuple):
 
 
 def draw_plan(key: PRNGKey, batch: int, levels: np.ndarray, anchor_updates: int) -> Plan:
-    """sigma_s uniform on the non-zero `levels` of T_train, then (sigma_m, sigma_e) as `flow.schedule.triples` says."""
+    """sigma_s uniform on the non-zero `levels` of T_train, then (sigma_m, sigma_e) as
+    `flow.schedule.triples` says.
+    """
     k_start, k_triple = jax.random.split(key)
     train_updates, sigmas = len(levels) - 1, jnp.asarray(levels)
     start = jax.random.randint(k_start, (batch,), 0, train_updates)
@@ -35,7 +41,9 @@ def draw_plan(key: PRNGKey, batch: int, levels: np.ndarray, anchor_updates: int)
 def draw_chunk_plan(
     key: PRNGKey, batch: int, sizes: Sequence[int], levels: np.ndarray, anchor_updates: int
 ) -> Plan:
-    """As `draw_plan` with a draw for each chunk, [B, F]; a chunk may also be clean already, sigma 0 (CausVid)."""
+    """As `draw_plan` with a draw for each chunk, [B, F]; a chunk may also be clean already, sigma 0
+    (CausVid).
+    """
     plan = draw_plan(key, batch * len(sizes), levels, anchor_updates)
     clean = jax.random.bernoulli(jax.random.fold_in(key, 1), 1 / len(levels), (batch * len(sizes),))
     spread = lambda value: jnp.repeat(
@@ -54,7 +62,10 @@ class Choice(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """What is drawn for one rollout, shared by all clips and chunks. Levels are padded with zeros to one length."""
+    """What is drawn for one rollout, shared by all clips and chunks.
+
+    Levels are padded with zeros to one length.
+    """
 
     levels: Any  # T(K)
     exit_update: Any
@@ -80,20 +91,27 @@ def draw_rollout(
     self_consistency: bool,
     alignment: float,
 ) -> tuple[Choice, Draw]:
-    """K, then the exit update uniform on its K, then a triple of Eq. 9, then the coin of the alignment.
+    """K, then the exit update uniform on its K, then a triple of Eq. 9, then the coin of the
+    alignment.
 
-    Self-consistency is trained at the longest K only (Salt 3.3), where T_train is T(K); alignment at the others, whose
-    reference takes twice as many updates. Every call draws the same amount, so that a term that is off changes no draw.
+    Self-consistency is trained at the longest K only (Salt 3.3), where T_train is T(K); alignment
+    at the others, whose reference takes twice as many updates. Every call draws the same amount, so
+    that a term that is off changes no draw.
 
     Args:
       index: number of the optimizer call in the run.
-      first_updates: K of the first chunk, which then runs to an exit of its own; 0 is as the others.
+      first_updates: K of the first chunk, which then runs to an exit of its own; 0 is as the
+        others.
       levels: K -> T(K), K + 1 noise levels that end at 0.
       self_consistency: whether the term is on; alignment: the probability of that term.
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
     longest, u = max(updates), rng.random(4)
-    k = int(updates[min(np.searchsorted(np.cumsum(probabilities), u[0], side="right"), len(updates) - 1)])
+    k = int(
+        updates[
+            min(np.searchsorted(np.cumsum(probabilities), u[0], side="right"), len(updates) - 1)
+        ]
+    )
     exit_update = int(u[1] * k)
     train = levels(longest)
     padded = lambda k: np.pad(levels(k), (0, max(longest, first_updates) - k))
@@ -122,18 +140,23 @@ def draw_rollout(
 
 
 def as_reference(draw: Draw, first_updates: int) -> Draw:
-    """The draw of the rollout that cache alignment looks up to: every chunk runs all its updates."""
+    """The draw of the rollout that cache alignment looks up to: every chunk runs all its
+    updates.
+    """
     first_exit = np.int32(first_updates - 1) if first_updates else draw.reference_exit
-    return draw._replace(levels=draw.reference_levels, exit_update=draw.reference_exit, first_exit=first_exit)
+    return draw._replace(
+        levels=draw.reference_levels, exit_update=draw.reference_exit, first_exit=first_exit
+    )
 
 
 def place_in_sequence(
     seed: int, call: int, first_frames: int, more_frames: int, max_frames: int, switch: float
 ) -> Literal["new", "on", "switch"]:
-    """Whether optimizer call number `call` starts a video, goes on with it, or goes on under another prompt.
+    """Whether optimizer call number `call` starts a video, goes on with it, or goes on under
+    another prompt.
 
-    A video has `first_frames`, then `more_frames` at each call while `max_frames` allow. With probability `switch`
-    it changes its prompt once, at a call drawn uniformly.
+    A video has `first_frames`, then `more_frames` at each call while `max_frames` allow. With
+    probability `switch` it changes its prompt once, at a call drawn uniformly.
     """
     calls = 1 + (max_frames - first_frames) // more_frames
     sequence, position = divmod(call, calls)

@@ -1,4 +1,6 @@
-"""The whole clip at once: the student's update in training, and sampling with any number of updates."""
+"""The whole clip at once: the student's update in training, and sampling with any number of
+updates.
+"""
 
 from typing import Any, NamedTuple
 
@@ -21,9 +23,10 @@ def noise_at(
 ) -> Latent:
     """The noise of some frames of each clip at one noise level, [B, F, *shape].
 
-    A function of the clip's key, the level and the frame's number alone: the same whatever the batch and the chunks
-    it is made in, and shared by all schedules that visit the level, so that 2, 4 and 8 updates can be compared
-    noise for noise. Needs JAX's default PRNG, threefry: other implementations draw differently under vmap.
+    A function of the clip's key, the level and the frame's number alone: the same whatever the
+    batch and the chunks it is made in, and shared by all schedules that visit the level, so that 2,
+    4 and 8 updates can be compared noise for noise. Needs JAX's default PRNG, threefry: other
+    implementations draw differently under vmap.
     """
     level = jax.lax.bitcast_convert_type(jnp.asarray(sigma, jnp.float32), jnp.uint32)
 
@@ -43,7 +46,8 @@ def advance(
     keys: Key[Array, "b"],
     frames: Int[Array | np.ndarray, "f"],
 ) -> Latent:
-    """The state at `sigma_next`, one level for all clips, given what the network says at `sigma`, [B].
+    """The state at `sigma_next`, one level for all clips, given what the network says at `sigma`,
+    [B].
 
     `frames` are the numbers of the frames of `x` in the video.
     """
@@ -75,7 +79,9 @@ def sample(
 
     def update(x, levels):
         sigma, sigma_next = jnp.full(x.shape[0], levels[0]), levels[1]
-        return advance(x, denoiser(params, x, sigma, text), sigma, sigma_next, solver, keys, frames), None
+        return advance(
+            x, denoiser(params, x, sigma, text), sigma, sigma_next, solver, keys, frames
+        ), None
 
     sigmas, frames = jnp.asarray(sigmas), np.arange(shape[0])
     x = noise_at(keys, sigmas[0], frames, shape[1:])
@@ -101,7 +107,8 @@ def multistep_update(
 ) -> History:
     """One row of a solver's table (`flow.multistep`), with one call of the denoiser.
 
-    The clean estimate is formed with the true level of the state, whatever level the network is told.
+    The clean estimate is formed with the true level of the state, whatever level the network is
+    told.
     """
     x, state, before, last = history
     mix: Any = lambda weights, *latents: sum(w * z for w, z in zip(weights, latents, strict=True))
@@ -114,7 +121,8 @@ def multistep_update(
 def midpoint(x_s: Latent, v_s: Latent, sigma_s: Sigma, sigma_m: Sigma, stop: bool) -> Latent:
     """x_m = Psi^{s->m}(x_s), where the composed path of Salt Eq. 7 evaluates its second velocity.
 
-    `stop` cuts the gradient through the state (stop-gradient "midpoint" of the self-consistency loss).
+    `stop` cuts the gradient through the state (stop-gradient "midpoint" of the self-consistency
+    loss).
     """
     x_m = euler(x_s, v_s, sigma_s, sigma_m)
     return jax.lax.stop_gradient(x_m) if stop else x_m

@@ -1,4 +1,7 @@
-"""What the released few-step students of others were trained at. No jax in here, as in `choices`."""
+"""What the released few-step students of others were trained at.
+
+No jax in here, as in `choices`.
+"""
 
 from typing import NamedTuple
 
@@ -6,7 +9,10 @@ from salt_jax.models.memory import CachePolicy
 
 
 class Released(NamedTuple):
-    """How a student is to be sampled. Their few steps are levels of `flow.schedule.grid` where `levels` is empty."""
+    """How a student is to be sampled.
+
+    Their few steps are levels of `flow.schedule.grid` where `levels` is empty.
+    """
 
     num_updates: int
     shift: float
@@ -16,8 +22,9 @@ class Released(NamedTuple):
 
 _ALL = CachePolicy(chunk=3, first=3, window=0, sink=0, positions="absolute")
 
-# Read off configs and code of each: Self-Forcing @33593df, Causal-Forcing @1fc7bbc, LongLive v1.0 @e52d9ef, CausVid
-# @ca21150. Lists that those "warp" (1000, 750, 500, 250) are the grid of 4 updates at their shift; CausVid's is not.
+# Read off configs and code of each: Self-Forcing @33593df, Causal-Forcing @1fc7bbc, LongLive v1.0
+# @e52d9ef, CausVid @ca21150. Lists that those "warp" (1000, 750, 500, 250) are the grid of 4
+# updates at their shift; CausVid's is not.
 RELEASED = {
     "self_forcing": Released(4, 5.0, (), _ALL),
     "causal_forcing": Released(4, 5.0, (), _ALL),

@@ -1,7 +1,8 @@
-"""What is random in an update, by example, and where the update begins that the student is blamed for.
+"""What is random in an update, by example, and where the update begins that the student is blamed
+for.
 
-Everything is drawn for the whole batch at once and then cut, so an example has the same noise however many
-micro-batches there are (`train.accumulate`).
+Everything is drawn for the whole batch at once and then cut, so an example has the same noise
+however many micro-batches there are (`train.accumulate`).
 """
 
 from typing import Any, NamedTuple
@@ -52,7 +53,9 @@ def draw_noise(key: PRNGKey, batch: Batch, recipe: Recipe) -> Noise:
 def draw_view(key: PRNGKey, shape: tuple[int, ...], recipe: Recipe) -> tuple[Latent, Sigma]:
     """Noise and levels for teacher and critic to look at a video through."""
     k_sigma, k_noise = jax.random.split(key)
-    sigma = draw_view_sigma(k_sigma, shape[0], recipe.view.shift, recipe.view.lowest, recipe.view.highest)
+    sigma = draw_view_sigma(
+        k_sigma, shape[0], recipe.view.shift, recipe.view.lowest, recipe.view.highest
+    )
     return jax.random.normal(k_noise, shape), sigma
 
 
@@ -64,7 +67,8 @@ class Start(NamedTuple):
     sigma_m: Sigma  # the triple of Eq. 9; equal levels where there is none
     sigma_e: Sigma
     sight: Any  # how the student looks around; None: at everything
-    before: Latent  # [B, F', H, W, C] frames of the same video that the teacher sees too; F' is mostly 0
+    # [B, F', H, W, C] frames of the same video that the teacher sees too; F' is mostly 0
+    before: Latent
     trajectory: Any  # the Trajectory of a rollout, or None
 
 
@@ -77,10 +81,11 @@ def begin(
     cache: KVCache | None,
     recipe: Recipe,
 ) -> Start:
-    """The student's state before an update, made as `config.video` says. Both optimisers see the same mixture.
+    """The student's state before an update, made as `config.video` says. Both optimisers see the
+    same mixture.
 
-    From a noised real clip (backward simulation off, Salt App. B), with one level or one for each chunk; or by the
-    student's own rollout on its own, imperfect, cache.
+    From a noised real clip (backward simulation off, Salt App. B), with one level or one for each
+    chunk; or by the student's own rollout on its own, imperfect, cache.
     """
     policy, params = recipe.memory, jax.lax.stop_gradient(params)
     if recipe.video == "rollout":

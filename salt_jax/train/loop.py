@@ -1,7 +1,9 @@
-"""A run from its first iteration, or from where it stopped, to its last: the one place where time passes.
+"""A run from its first iteration, or from where it stopped, to its last: the one place where time
+passes.
 
-One iteration is one student update followed by the critic's. A batch, and everything random, is a function of
-(seed, number of the update), so a run that is killed and started again does what it would have done.
+One iteration is one student update followed by the critic's. A batch, and everything random, is a
+function of (seed, number of the update), so a run that is killed and started again does what it
+would have done.
 """
 
 import dataclasses
@@ -61,18 +63,19 @@ class Run(NamedTuple):
 def train(recipe: Recipe, workdir: str | Path) -> TrainState:
     """Trains until `recipe.updates`, resuming what the workdir holds.
 
-    The workdir gets roles.json, config.json, TensorBoard events and checkpoints, and changes.jsonl if it goes on with
-    other values. What a refused start would spoil, config.json, is written last.
+    The workdir gets roles.json, config.json, TensorBoard events and checkpoints, and changes.jsonl
+    if it goes on with other values. What a refused start would spoil, config.json, is written last.
 
     Raises:
-      UserError: weights, data or checkpoints do not fit the recipe, the workdir is not writable, or too many updates
-        in a row were not finite (the term is named).
+      UserError: weights, data or checkpoints do not fit the recipe, the workdir is not writable, or
+        too many updates in a row were not finite (the term is named).
     """
     mesh = sharding.make_mesh(dataclasses.asdict(recipe.mesh))
     refuse_uneven(recipe, mesh.shape["data"] * mesh.shape["fsdp"])
     parts = setup(recipe, mesh)
     where = sharding.state_shardings(mesh, parts.frozen)
-    parts = parts._replace(frozen=jax.device_put(parts.frozen, where))  # what is in its place is not copied
+    # what is in its place is not copied
+    parts = parts._replace(frozen=jax.device_put(parts.frozen, where))
     with tqdm(desc="checksums", unit="B", unit_scale=True, delay=2, leave=False) as bar:
         now = roles(recipe, bar.update)
     with checkpoint.open_checkpoints(workdir, recipe.keep, recipe.keep_every) as manager:
@@ -108,7 +111,8 @@ def train(recipe: Recipe, workdir: str | Path) -> TrainState:
 
 
 def cast(was: list[Role], now: list[Role], recipe: Recipe, workdir: str | Path, step: int) -> None:
-    """Tells who is who, and keeps it for the next start; one that goes on must have the parts it began with.
+    """Tells who is who, and keeps it for the next start; one that goes on must have the parts it
+    began with.
 
     Raises:
       UserError: a file that a run began with has changed.
@@ -123,7 +127,9 @@ def cast(was: list[Role], now: list[Role], recipe: Recipe, workdir: str | Path, 
 
 
 def keep_config(workdir: str | Path, recipe: Recipe, step: int) -> None:
-    """Writes config.json; of a run that goes on what has changed is printed and added to changes.jsonl."""
+    """Writes config.json; of a run that goes on what has changed is printed and added to
+    changes.jsonl.
+    """
     path = Path(workdir) / "config.json"
     if jax.process_index() == 0:
         before = path.read_text(errors="replace") if step and path.is_file() else ""
@@ -131,7 +137,9 @@ def keep_config(workdir: str | Path, recipe: Recipe, step: int) -> None:
         replace_text(path, to_json(recipe))
 
 
-def resume(manager: Any, state: TrainState, recipe: Recipe, files_may_move: bool = False) -> TrainState:
+def resume(
+    manager: Any, state: TrainState, recipe: Recipe, files_may_move: bool = False
+) -> TrainState:
     """The newest checkpoint, laid out as `state`, which is its form, says.
 
     Raises:
@@ -144,21 +152,32 @@ def resume(manager: Any, state: TrainState, recipe: Recipe, files_may_move: bool
 
 
 def make_run(
-    recipe: Recipe, parts: Setup, mesh: Mesh, start: int, workdir: str | Path, files_may_move: bool = False
+    recipe: Recipe,
+    parts: Setup,
+    mesh: Mesh,
+    start: int,
+    workdir: str | Path,
+    files_may_move: bool = False,
 ) -> Run:
     """Readies the steps, and opens the data where iteration `start` needs it.
 
     Raises:
       UserError: the data set cannot be made or read.
     """
-    states, frozen = (jax.tree.map(lambda x: x.sharding, tree) for tree in (parts.state, parts.frozen))
+    states, frozen = (
+        jax.tree.map(lambda x: x.sharding, tree) for tree in (parts.state, parts.frozen)
+    )
     everywhere, over_batch = sharding.replicated(mesh), sharding.batch_sharding(mesh)
 
     @functools.cache
     def step(who: str, choice: Choice) -> Callable:
         steps = {"student": student_step, "critic": critic_step}
-        which, static = (steps[who], {"choice": choice}) if recipe.stage == "distil" else (stage_step, {})
-        return compile_step(which, parts.networks, recipe, (states, frozen, over_batch, everywhere), **static)
+        which, static = (
+            (steps[who], {"choice": choice}) if recipe.stage == "distil" else (stage_step, {})
+        )
+        return compile_step(
+            which, parts.networks, recipe, (states, frozen, over_batch, everywhere), **static
+        )
 
     critic_updates = recipe.critic_updates if recipe.stage == "distil" else 0
     d, source = recipe.data, parts.records
@@ -191,21 +210,28 @@ def make_run(
 
 
 def as_told(batch: dict[str, Any]) -> dict[str, Any]:
-    """What the steps read of a batch: where it has pictures they belong to what the networks are told."""
+    """What the steps read of a batch: where it has pictures they belong to what the networks are
+    told.
+    """
     told = {name: batch[name] for name in batch if name not in ("scene", "image", "condition")}
     if "image" in batch:
-        told["text"] = ImageText(batch["text"], batch["image"], condition_latents(batch["condition"]))
+        told["text"] = ImageText(
+            batch["text"], batch["image"], condition_latents(batch["condition"])
+        )
     return told
 
 
 def iterate(state: TrainState, run: Run, iteration: int) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One student update, then the critic's; each update has its own batch, its own key and its own draw."""
+    """One student update, then the critic's; each update has its own batch, its own key and its own
+    draw.
+    """
     metrics: dict[str, jax.Array] = {}
     for i in range(1 + run.critic_updates):
         call = iteration * (1 + run.critic_updates) + i
         choice, draw = decide(run.recipe, iteration, call)
         if i:
-            choice = Choice(sequence=choice.sequence)  # the critic has one term, whatever the student has
+            # the critic has one term, whatever the student has
+            choice = Choice(sequence=choice.sequence)
         step = run.step("critic" if i else "student", choice)
         put = functools.partial(jax.device_put, device=run.key.sharding)
         state, more = step(
@@ -217,7 +243,10 @@ def iterate(state: TrainState, run: Run, iteration: int) -> tuple[TrainState, di
 
 
 def decide(recipe: Recipe, iteration: int, call: int) -> tuple[Choice, Draw | None]:
-    """What optimizer call number `call` does: which program, and what is drawn for it. Pure, on the host."""
+    """What optimizer call number `call` does: which program, and what is drawn for it.
+
+    Pure, on the host.
+    """
     on = recipe.loss.self_consistency > 0
     if recipe.stage != "distil" or recipe.video != "rollout":
         return Choice(self_consistency=on), None
@@ -246,7 +275,10 @@ def summarize(recent: list[dict[str, Any]]) -> dict[str, float]:
     names = {name for metrics in recent for name in metrics}
     series = {name: [float(m[name]) for m in recent if name in m] for name in sorted(names)}
     last = lambda name: name.endswith(("skipped", "in_a_row"))
-    return {name: values[-1] if last(name) else float(np.mean(values)) for name, values in series.items()}
+    return {
+        name: values[-1] if last(name) else float(np.mean(values))
+        for name, values in series.items()
+    }
 
 
 def report(values: dict[str, float], step: int, writer: SummaryWriter, bar: tqdm) -> None:
@@ -254,17 +286,25 @@ def report(values: dict[str, float], step: int, writer: SummaryWriter, bar: tqdm
     for name, value in values.items():
         writer.add_scalar(name, value, step)
     writer.flush()
-    bar.set_postfix({k: f"{v:.4g}" for k, v in values.items() if not k.endswith(("skipped", "row", "norm"))})
+    bar.set_postfix(
+        {k: f"{v:.4g}" for k, v in values.items() if not k.endswith(("skipped", "row", "norm"))}
+    )
 
 
 def stop_if_stuck(values: dict[str, float], limit: int, step: int) -> None:
-    """Raises UserError, naming the terms that are not finite, once `limit` updates in a row were skipped."""
+    """Raises UserError, naming the terms that are not finite, once `limit` updates in a row were
+    skipped.
+    """
     for who in ("student", "critic"):
-        skipped, in_a_row = values.get(f"{who}_skipped", 0), values.get(f"{who}_skipped_in_a_row", 0)
+        skipped, in_a_row = (
+            values.get(f"{who}_skipped", 0),
+            values.get(f"{who}_skipped_in_a_row", 0),
+        )
         if in_a_row >= limit:
             bad = [k for k, v in values.items() if not np.isfinite(v)] or ["the gradient"]
             raise UserError(
-                f"{in_a_row:.0f} {who} updates in a row were not finite at update {step} ({', '.join(bad)}); "
+                f"{in_a_row:.0f} {who} updates in a row were not finite at update {step} "
+                f"({', '.join(bad)}); "
                 "lower the learning rate, or restart from an earlier checkpoint"
             )
         if skipped:

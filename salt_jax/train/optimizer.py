@@ -10,18 +10,24 @@ from salt_jax.config.schema import Optimizer
 
 
 def make_optimizer(o: Optimizer, updates: int) -> optax.GradientTransformation:
-    """Clipped AdamW with linear warm-up, then constant or cosine over `updates`; no first moment where b1 is 0."""
+    """Clipped AdamW with linear warm-up, then constant or cosine over `updates`; no first moment
+    where b1 is 0.
+    """
     end = 0.0 if o.decay else o.learning_rate
     if o.decay:
         rate = optax.warmup_cosine_decay_schedule(0.0, o.learning_rate, o.warmup, updates, end)
     else:
-        rate = optax.linear_schedule(0.0, o.learning_rate, o.warmup) if o.warmup else o.learning_rate
+        rate = (
+            optax.linear_schedule(0.0, o.learning_rate, o.warmup) if o.warmup else o.learning_rate
+        )
     adamw = optax.adamw(rate, o.b1, o.b2, o.eps, weight_decay=o.weight_decay)
     return optax.chain(optax.clip_by_global_norm(o.clip), adamw if o.b1 else _forgetful(adamw))
 
 
 def _forgetful(adamw: optax.GradientTransformation) -> optax.GradientTransformation:
-    """AdamW of b1 = 0: its first moment is the gradient at hand, so the last one need not be kept."""
+    """AdamW of b1 = 0: its first moment is the gradient at hand, so the last one need not be
+    kept.
+    """
     moment = lambda state, mu: (state[0]._replace(mu=mu), *state[1:])
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:

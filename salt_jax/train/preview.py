@@ -1,4 +1,6 @@
-"""A look at a run while it trains: a few clips of the averaged network, as a moving picture and as numbers."""
+"""A look at a run while it trains: a few clips of the averaged network, as a moving picture and as
+numbers.
+"""
 
 import functools
 from collections.abc import Callable
@@ -28,11 +30,14 @@ CLIPS = 6  # side by side, spread over the captions
 def make_preview(
     recipe: Recipe, parts: Setup, everywhere: NamedSharding
 ) -> Callable[[Params], np.ndarray] | None:
-    """EMA -> uint8 [CLIPS, F, H, W, 3]. Always the same captions and noise; the middle number of updates.
+    """EMA -> uint8 [CLIPS, F, H, W, 3]. Always the same captions and noise; the middle number of
+    updates.
 
-    None of kind latents: a look at these takes the VAE and minutes; launch.sample does it beside the run.
+    None of kind latents: a look at these takes the VAE and minutes; launch.sample does it beside
+    the run.
 
-    `everywhere` is the replicated sharding: every process computes the clips, so that one may write them.
+    `everywhere` is the replicated sharding: every process computes the clips, so that one may write
+    them.
     """
     if recipe.data.kind == "latents":
         return None
@@ -61,7 +66,8 @@ def make_preview(
 
 
 def show(writer: SummaryWriter, clips: np.ndarray, sizes: tuple[int, ...], step: int) -> None:
-    """Writes clips, uint8 [N, F, H, W, 3], side by side as an animated picture, and how they look, over training.
+    """Writes clips, uint8 [N, F, H, W, 3], side by side as an animated picture, and how they look,
+    over training.
 
     `sizes` are the chunks: what drifts from one to the next is written by chunk.
     """
@@ -69,8 +75,11 @@ def show(writer: SummaryWriter, clips: np.ndarray, sizes: tuple[int, ...], step:
     scale = visible_scale(frames.shape[1], 96)
     gif = encode_gif(frames, shapes.FPS, scale)
     height, width = (scale * n for n in frames.shape[1:3])
-    proto: Any = summary_pb2  # its classes are made when it is imported, out of a type checker's sight
-    picture = proto.Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
+    # its classes are made when it is imported, out of a type checker's sight
+    proto: Any = summary_pb2
+    picture = proto.Summary.Image(
+        height=height, width=width, colorspace=3, encoded_image_string=gif
+    )
     file: Any = writer.file_writer
     file.add_summary(proto.Summary(value=[proto.Summary.Value(tag="clips", image=picture)]), step)
     for name, value in looks(clips).items():

@@ -1,4 +1,6 @@
-"""What a network says about itself: the run that made it, or how it was taken in from a file of others."""
+"""What a network says about itself: the run that made it, or how it was taken in from a file of
+others.
+"""
 
 import json
 import re
@@ -13,7 +15,8 @@ from salt_jax.io.header import read_metadata
 from salt_jax.io.model_folder import WAN, part_file
 from salt_jax.io.tensor_files import digest
 
-# What students stand under in training checkpoints of the Self-Forcing family; "state_dict" and the like tell nothing.
+# What students stand under in training checkpoints of the Self-Forcing family; "state_dict" and the
+# like tell nothing.
 STUDENT_KEY = r"generator|student|^model$"
 
 
@@ -50,8 +53,15 @@ class Record(NamedTuple):
 
 
 def is_workdir(where: str) -> bool:
-    """Whether it is what launch.train writes. A folder of weights in Diffusers' layout also has a config.json."""
-    return bool(where) and (Path(where) / "config.json").is_file() and (Path(where) / "checkpoints").is_dir()
+    """Whether it is what launch.train writes.
+
+    A folder of weights in Diffusers' layout also has a config.json.
+    """
+    return (
+        bool(where)
+        and (Path(where) / "config.json").is_file()
+        and (Path(where) / "checkpoints").is_dir()
+    )
 
 
 def read_record(where: str) -> Record:
@@ -78,12 +88,16 @@ def read_record(where: str) -> Record:
         converted += ", with a LoRA"
     student = _student(config) if config else bool(re.search(STUDENT_KEY, str(key)))
     return Record(
-        config, step if isinstance(step, int) else None, converted and f"converted: {converted}", student
+        config,
+        step if isinstance(step, int) else None,
+        converted and f"converted: {converted}",
+        student,
     )
 
 
 def starts(init_from: str) -> Iterator[str]:
-    """`config.init_from`, and where that is the workdir of a LoRA what it adapts, and so on; "" is the weights.
+    """`config.init_from`, and where that is the workdir of a LoRA what it adapts, and so on; "" is
+    the weights.
 
     Raises:
       UserError: it leads back to itself.
@@ -91,7 +105,9 @@ def starts(init_from: str) -> Iterator[str]:
     seen = []
     while init_from:
         if init_from in seen:
-            raise UserError(f"config.init_from={seen[0]} leads back to {init_from}; name another start")
+            raise UserError(
+                f"config.init_from={seen[0]} leads back to {init_from}; name another start"
+            )
         seen.append(init_from)
         yield init_from
         config = read_record(init_from).config if is_workdir(init_from) else {}
@@ -105,7 +121,9 @@ def same_file(one: str, other: str) -> bool:
     """Whether two names of weights are of one file, or of two with the same bytes."""
     files = [part_file(WAN, where) for where in (one, other) if where]
     return one == other or (
-        len(files) == 2 and all(file.is_file() for file in files) and digest(files[0]) == digest(files[1])
+        len(files) == 2
+        and all(file.is_file() for file in files)
+        and digest(files[0]) == digest(files[1])
     )
 
 

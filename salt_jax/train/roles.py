@@ -1,4 +1,6 @@
-"""Who is who in a run: which file or workdir is the student, critic, teacher and text encoder, and what made it."""
+"""Who is who in a run: which file or workdir is the student, critic, teacher and text encoder, and
+what made it.
+"""
 
 import functools
 import json
@@ -38,7 +40,8 @@ def refuse_roles(recipe: Recipe) -> None:
     for key, where in named.items():
         if is_workdir(where):
             raise UserError(
-                f"config.{key}={where} is a workdir; write its network to a file with launch.export (of Wan 2.1: "
+                f"config.{key}={where} is a workdir; write its network to a file with "
+                "launch.export (of Wan 2.1: "
                 "launch.convert_wan --to) and name that"
             )
     key = "teacher.weights" if t.weights else "weights"
@@ -48,7 +51,8 @@ def refuse_roles(recipe: Recipe) -> None:
     if record.student:
         start = "" if t.weights else " and this one in config.init_from"
         raise UserError(
-            f"config.{key}={named[key]} would be the teacher and says that it is a student ({record.made}); "
+            f"config.{key}={named[key]} would be the teacher and says that it is a student "
+            f"({record.made}); "
             f"name a teacher{start}, or set config.teacher.accept_student=True"
         )
 
@@ -70,7 +74,9 @@ def roles(recipe: Recipe, report: Report = lambda nbytes: None) -> list[Role]:
 
 
 def refuse_another_base(workdir: str | Path, recipe: Recipe) -> None:
-    """Raises UserError where the network that a workdir's LoRA adapts is not what it was when that run began."""
+    """Raises UserError where the network that a workdir's LoRA adapts is not what it was when that
+    run began.
+    """
     if recipe.lora.rank and (was := read_roles(workdir)):
         refuse_changed(was, _student(recipe, _reader(recipe, lambda nbytes: None)), str(workdir))
 
@@ -84,7 +90,9 @@ def _student(recipe: Recipe, part: Part) -> list[Role]:
     """The student, and what is below it where it is a LoRA or starts from one."""
     found = _learner("student", recipe.init_from or recipe.weights, recipe, part)
     below = list(starts(recipe.init_from))[1:]
-    return found + [part("base of " * i + "the start", w or recipe.weights) for i, w in enumerate(below, 1)]
+    return found + [
+        part("base of " * i + "the start", w or recipe.weights) for i, w in enumerate(below, 1)
+    ]
 
 
 def _learner(name: str, where: str, recipe: Recipe, part: Part) -> list[Role]:
@@ -105,7 +113,9 @@ def _network(where: str, seed: int, report: Report) -> Role:
         else:
             sha = digest(file, report) if file.is_file() else ""
     except OSError as error:
-        raise UserError(f"cannot read {where} ({error.strerror}); mend it, or name another") from error
+        raise UserError(
+            f"cannot read {where} ({error.strerror}); mend it, or name another"
+        ) from error
     return Role("", where, record.step, sha, record.sees, record.made)
 
 
@@ -117,7 +127,9 @@ def _teacher(recipe: Recipe, part: Part) -> list[Role]:
         return []
     if t.kind == "network":
         return [part("teacher", t.weights or (recipe.weights if own else ""))]
-    source = {"closed_form": "closed form of the world", "data": "none: the clips themselves"}[t.kind]
+    source = {"closed_form": "closed form of the world", "data": "none: the clips themselves"}[
+        t.kind
+    ]
     return [Role("teacher", source, None, "", "-", "-")]
 
 
@@ -173,7 +185,9 @@ def read_roles(workdir: str | Path) -> list[Role]:
     try:
         return [Role(**told) for told in json.loads(path.read_text())]
     except (ValueError, TypeError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); put a copy of it back, or delete it") from error
+        raise UserError(
+            f"{path} is damaged ({error}); put a copy of it back, or delete it"
+        ) from error
 
 
 def refuse_changed(was: list[Role], now: list[Role], run: str = "") -> None:
@@ -187,7 +201,8 @@ def refuse_changed(was: list[Role], now: list[Role], run: str = "") -> None:
         told = before.get(r.name, r)
         if told.digest != r.digest:
             raise UserError(
-                f"the {r.name} of {run or 'this run'} is {say(r)} and was {say(told)} when it began; put the old file "
+                f"the {r.name} of {run or 'this run'} is {say(r)} and was {say(told)} when it "
+                "began; put the old file "
                 f"back, or {'start from another workdir' if run else 'pass a new --workdir'}"
             )
 

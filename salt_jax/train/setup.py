@@ -1,4 +1,6 @@
-"""From a recipe to what a run is made of: weights, captions as the networks read them, teacher, and first state."""
+"""From a recipe to what a run is made of: weights, captions as the networks read them, teacher, and
+first state.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -43,7 +45,8 @@ class Setup(NamedTuple):
     encode_caption: Callable[
         [str], np.ndarray
     ]  # how a caption enters a batch; pure numpy, safe in a loader thread
-    records: Sequence | None = None  # of encoded videos or prompts, which bring their text's embedding
+    # of encoded videos or prompts, which bring their text's embedding
+    records: Sequence | None = None
 
 
 def tokenize(recipe: Recipe, caption: str) -> np.ndarray:
@@ -71,17 +74,23 @@ def closed_form(recipe: Recipe, encode: Callable[[Sequence[str]], np.ndarray]) -
     world = recipe.world
     if world.pair:
         raise UserError(
-            "config.world.pair has too many clips for the closed form; set config.teacher.kind=network"
+            "config.world.pair has too many clips for the closed form; set "
+            "config.teacher.kind=network"
         )
     clips = [
         [shapes.to_latent(shapes.render(s, m, world)) for m in shapes.modes(world)]
         for s in shapes.scenes(world)
     ]
-    return closed_form_params(np.array(clips), encode([shapes.caption(s) for s in shapes.scenes(world)]))
+    return closed_form_params(
+        np.array(clips), encode([shapes.caption(s) for s in shapes.scenes(world)])
+    )
 
 
-def read_texts(recipe: Recipe, weights: Params) -> tuple[dict[str, np.ndarray], jax.Array, Sequence | None]:
-    """Embeddings of all captions of the world, the null text [1, T, D], and the records that bring their own.
+def read_texts(
+    recipe: Recipe, weights: Params
+) -> tuple[dict[str, np.ndarray], jax.Array, Sequence | None]:
+    """Embeddings of all captions of the world, the null text [1, T, D], and the records that bring
+    their own.
 
     Raises:
       UserError: there are no encoded records, or not what the stage and the network read.
@@ -100,11 +109,13 @@ def read_texts(recipe: Recipe, weights: Params) -> tuple[dict[str, np.ndarray], 
         )
     if recipe.wan.image_dim and not {"image", "condition"} <= there:
         raise UserError(
-            f"{directory} was encoded without pictures, which {recipe.model.preset} reads; encode it with --image"
+            f"{directory} was encoded without pictures, which {recipe.model.preset} reads; encode "
+            "it with --image"
         )
     if "video" not in there and not (recipe.stage == "distil" and recipe.video == "rollout"):
         raise UserError(
-            f"{directory} has prompts alone, and this run reads videos; encode videos, or set config.video=rollout"
+            f"{directory} has prompts alone, and this run reads videos; encode videos, or set "
+            "config.video=rollout"
         )
     return {}, jnp.asarray(null_text[None]), records
 
@@ -113,7 +124,8 @@ def setup(recipe: Recipe, mesh: Mesh) -> Setup:
     """Everything a run starts from, for any stage.
 
     Raises:
-      UserError: weights, data or the stage before do not fit, or the closed form has too many clips.
+      UserError: weights, data or the stage before do not fit, or the closed form has too many
+        clips.
     """
     refuse_roles(recipe)
     weights = initial_weights(recipe, mesh)
@@ -124,7 +136,9 @@ def setup(recipe: Recipe, mesh: Mesh) -> Setup:
     first = functools.partial(first_state, mesh=mesh, host=recipe.host_state)
     kind = recipe.teacher.kind
     if recipe.stage == "denoising":
-        as_text = lambda captions: np.stack([tokens(c) for c in captions])[..., None].astype(np.float32)
+        as_text = lambda captions: np.stack([tokens(c) for c in captions])[..., None].astype(
+            np.float32
+        )
         frozen = {} if kind == "data" else {"teacher": closed_form(recipe, as_text)}
         nets = Networks(network, network.denoise, closed_form_denoiser)
         return Setup(*first(alone, (weights,), frozen), frozen, nets, tokens)
@@ -156,7 +170,9 @@ def setup(recipe: Recipe, mesh: Mesh) -> Setup:
     if recipe.lora.rank:
         frozen["student"] = start
         keys = jax.random.split(jax.random.key(recipe.seed))
-        starts = tuple(init_lora(k, p, recipe.lora.rank) for k, p in zip(keys, (start, base), strict=True))
+        starts = tuple(
+            init_lora(k, p, recipe.lora.rank) for k, p in zip(keys, (start, base), strict=True)
+        )
     nets = make_networks(recipe, null_text, mesh)
     return Setup(*first(make, starts, frozen), frozen, nets, table.__getitem__, records)
 
@@ -170,8 +186,8 @@ def first_state(
 ) -> tuple[TrainState, Callable[[], TrainState]]:
     """The form of the state before the first iteration, and what makes it on the mesh.
 
-    That works once: parameters that it starts from and that are not frozen are given up for it, so that there are
-    never two copies of them.
+    That works once: parameters that it starts from and that are not frozen are given up for it, so
+    that there are never two copies of them.
 
     Args:
       make: `starts` -> state.
@@ -189,10 +205,13 @@ def first_state(
 def make_network(recipe: Recipe, mesh: Mesh | None, config: WanConfig | None = None) -> Network:
     """The functions of student and critic, or of a network of another size.
 
-    On a mesh every device keeps to its share of a batch that divides. Without one it runs on the first device here.
+    On a mesh every device keeps to its share of a batch that divides. Without one it runs on the
+    first device here.
     """
     c = config or recipe.wan
-    compute = replace(recipe.compute, kernel=attention_kernel(recipe, c, platform_of(mesh)), mesh=mesh)
+    compute = replace(
+        recipe.compute, kernel=attention_kernel(recipe, c, platform_of(mesh)), mesh=mesh
+    )
     return wan_network(c, compute, recipe.clip_shape[0], recipe.memory.chunk)
 
 
@@ -211,12 +230,16 @@ def runs_flash(recipe: Recipe, platform: str) -> bool:
 def make_networks(recipe: Recipe, null_text: jax.Array, mesh: Mesh | None) -> Networks:
     """The functions of a distillation."""
     network, exact = make_network(recipe, mesh), recipe.teacher.kind == "closed_form"
-    teacher = closed_form_denoiser if exact else make_network(recipe, mesh, recipe.teacher_wan).denoise
+    teacher = (
+        closed_form_denoiser if exact else make_network(recipe, mesh, recipe.teacher_wan).denoise
+    )
     return Networks(network, network.denoise, guided(teacher, null_text, recipe.teacher.guidance))
 
 
 def empty_stream(recipe: Recipe, network: Network, null_text: jax.Array) -> Stream | None:
-    """What streaming long tuning carries, before anything was made; the first update does not look at it."""
+    """What streaming long tuning carries, before anything was made; the first update does not look
+    at it.
+    """
     if not recipe.stream.max_frames:
         return None
     like = jnp.zeros((recipe.batch_size, 0, *recipe.clip_shape[1:]))

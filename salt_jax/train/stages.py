@@ -1,4 +1,5 @@
-"""The stages before distillation: a teacher from data, and a bidirectional network made causal, in three ways.
+"""The stages before distillation: a teacher from data, and a bidirectional network made causal, in
+three ways.
 
 | stage           | the student learns                                                     | as in                    |
 |-----------------|------------------------------------------------------------------------|--------------------------|
@@ -7,8 +8,9 @@
 | ode_regression  | the end of the causal teacher's trajectory from any of its few levels  | Causal Forcing, stage 2a |
 | consistency     | without trajectories: to agree with itself one teacher update later    | Causal Forcing, stage 2b |
 
-The causal teacher of the last two is the network they start from. Self-Forcing and CausVid start from an ODE regression
-whose teacher is bidirectional; Causal Forcing argues that a causal student cannot follow its trajectories.
+The causal teacher of the last two is the network they start from. Self-Forcing and CausVid start
+from an ODE regression whose teacher is bidirectional; Causal Forcing argues that a causal student
+cannot follow its trajectories.
 """
 
 import jax
@@ -77,17 +79,27 @@ def draw_stage(key: PRNGKey, batch: Batch, recipe: Recipe) -> dict[str, jax.Arra
     sizes = recipe.memory.sizes(recipe.clip_shape[0])
     drop = jax.random.bernoulli(k_drop, recipe.caption_dropout, (len(x0), 1, 1))
     levels = draw_view_sigma(k_sigma, len(x0) * len(sizes), view.shift, view.lowest, view.highest)
-    sigma = jnp.repeat(levels.reshape(len(x0), -1), np.array(sizes), axis=1, total_repeat_length=sum(sizes))
+    sigma = jnp.repeat(
+        levels.reshape(len(x0), -1), np.array(sizes), axis=1, total_repeat_length=sum(sizes)
+    )
     return {"drop": drop, "sigma": sigma, "noise": jax.random.normal(k_noise, x0.shape)}
 
 
 def denoising_loss(
-    params: Params, ema: Params, frozen: Frozen, batch: Batch, noise: dict, nets: Networks, recipe: Recipe
+    params: Params,
+    ema: Params,
+    frozen: Frozen,
+    batch: Batch,
+    noise: dict,
+    nets: Networks,
+    recipe: Recipe,
 ) -> jax.Array:
-    """Flow matching for a teacher-to-be and its text encoder together; some examples see the empty caption.
+    """Flow matching for a teacher-to-be and its text encoder together; some examples see the empty
+    caption.
 
-    The target is the data's velocity, or, where there is a teacher already, its velocity: for the closed form that is
-    the conditional mean of the former, so the minimiser is the same and the gradient has less variance.
+    The target is the data's velocity, or, where there is a teacher already, its velocity: for the
+    closed form that is the conditional mean of the former, so the minimiser is the same and the
+    gradient has less variance.
     """
     x0, tokens, fresh, sigma = batch["video"], batch["text"], noise["noise"], noise["sigma"]
     null = jnp.zeros_like(tokens).at[:, 0].set(1)  # the empty caption: only the end token
@@ -96,26 +108,44 @@ def denoising_loss(
     x = add_noise(x0, fresh, sigma)
     velocity = nets.student.denoise(params["wan"], x, sigma, text).velocity
     if recipe.teacher.kind != "data":
-        target = nets.teacher(frozen["teacher"], x, sigma, tokens[..., None].astype(jnp.float32)).velocity
+        target = nets.teacher(
+            frozen["teacher"], x, sigma, tokens[..., None].astype(jnp.float32)
+        ).velocity
         x0 = fresh - target
     return flow_matching_loss(velocity, x0, fresh).mean()
 
 
 def teacher_forcing_loss(
-    params: Params, ema: Params, frozen: Frozen, batch: Batch, noise: dict, nets: Networks, recipe: Recipe
+    params: Params,
+    ema: Params,
+    frozen: Frozen,
+    batch: Batch,
+    noise: dict,
+    nets: Networks,
+    recipe: Recipe,
 ) -> jax.Array:
     """Flow matching with a level for each chunk, every chunk seeing the clean ones before it."""
     x0, sigma, fresh = batch["video"], noise["sigma"], noise["noise"]
     text = jnp.where(noise["drop"], frozen["null_text"], batch["text"])
     sight = teacher_forcing(nets.student, params, x0, text, recipe.memory)
-    velocity = nets.student.denoise(params, add_noise(x0, fresh, sigma), sigma, text, sight).velocity
+    velocity = nets.student.denoise(
+        params, add_noise(x0, fresh, sigma), sigma, text, sight
+    ).velocity
     return flow_matching_loss(velocity, x0, fresh, midlevel_weight(sigma, recipe.view.shift)).mean()
 
 
 def ode_regression_loss(
-    params: Params, ema: Params, frozen: Frozen, batch: Batch, noise: dict, nets: Networks, recipe: Recipe
+    params: Params,
+    ema: Params,
+    frozen: Frozen,
+    batch: Batch,
+    noise: dict,
+    nets: Networks,
+    recipe: Recipe,
 ) -> jax.Array:
-    """From a stored state at one of the student's levels to the end of its trajectory, which is not the data's clip."""
+    """From a stored state at one of the student's levels to the end of its trajectory, which is not
+    the data's clip.
+    """
     levels, level = recipe.levels(recipe.schedule.train_updates)[:-1], noise["level"]
     x = jnp.take_along_axis(batch["states"], level.reshape(-1, 1, 1, 1, 1, 1), axis=1)[:, 0]
     sight = teacher_forcing(nets.student, params, batch["video"], batch["text"], recipe.memory)
@@ -124,11 +154,19 @@ def ode_regression_loss(
 
 
 def consistency_loss(
-    params: Params, ema: Params, frozen: Frozen, batch: Batch, noise: dict, nets: Networks, recipe: Recipe
+    params: Params,
+    ema: Params,
+    frozen: Frozen,
+    batch: Batch,
+    noise: dict,
+    nets: Networks,
+    recipe: Recipe,
 ) -> jax.Array:
-    """The student at one level against its average at the next, which one guided update of the teacher leads to.
+    """The student at one level against its average at the next, which one guided update of the
+    teacher leads to.
 
-    The grid is exact, in float32, and ends at 0, where the average's estimate is the state itself: the boundary.
+    The grid is exact, in float32, and ends at 0, where the average's estimate is the state itself:
+    the boundary.
     """
     x0, text, levels = batch["video"], batch["text"], jnp.asarray(ode_levels(recipe))
     sigma, after = levels[noise["level"]], levels[noise["level"] + 1]
@@ -136,13 +174,17 @@ def consistency_loss(
     step = forced_velocity(nets.student, frozen["teacher"], x0, text, frozen["null_text"], recipe)
     x_after = euler(x, step(x, sigma), sigma, after)
     at = lambda p, x, sigma: (
-        nets.student.denoise(p, x, sigma, text, teacher_forcing(nets.student, p, x0, text, recipe.memory)).x0
+        nets.student.denoise(
+            p, x, sigma, text, teacher_forcing(nets.student, p, x0, text, recipe.memory)
+        ).x0
     )
     return endpoint_loss(at(params, x, sigma), at(ema, x_after, after)).mean()
 
 
 def ode_levels(recipe: Recipe) -> np.ndarray:
-    """Levels of the causal teacher's updates, falling to 0: those of `config.ode.updates`, and the student's."""
+    """Levels of the causal teacher's updates, falling to 0: those of `config.ode.updates`, and the
+    student's.
+    """
     student, teacher = (
         recipe.levels(recipe.schedule.train_updates),
         grid(recipe.ode.updates, recipe.schedule.shift),
@@ -151,7 +193,9 @@ def ode_levels(recipe: Recipe) -> np.ndarray:
 
 
 def forced_velocity(network: Network, params: Params, x0, text, null_text, recipe: Recipe):
-    """(x, sigma) -> the guided velocity of all chunks at once, each given the clean chunks before it."""
+    """(x, sigma) -> the guided velocity of all chunks at once, each given the clean chunks before
+    it.
+    """
     texts = text, jnp.broadcast_to(null_text, text.shape)
     sights = [teacher_forcing(network, params, x0, t, recipe.memory) for t in texts]
 
@@ -167,7 +211,9 @@ def forced_velocity(network: Network, params: Params, x0, text, null_text, recip
 def trajectory(
     network: Network, params: Params, batch: Batch, null_text, key: PRNGKey, recipe: Recipe
 ) -> jax.Array:
-    """The causal teacher's Euler trajectories, at the student's levels and at the end: [B, n + 1, F, H, W, C]."""
+    """The causal teacher's Euler trajectories, at the student's levels and at the end: [B, n + 1,
+    F, H, W, C].
+    """
     levels = ode_levels(recipe)
     kept = np.flatnonzero(np.isin(levels, recipe.levels(recipe.schedule.train_updates)[:-1]))
     pairs = jnp.asarray(levels[:-1]), jnp.asarray(levels[1:])

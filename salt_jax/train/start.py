@@ -1,4 +1,6 @@
-"""The parameters that a run starts from: what the weights name, the teacher, and the student of the stage before."""
+"""The parameters that a run starts from: what the weights name, the teacher, and the student of the
+stage before.
+"""
 
 import functools
 import json
@@ -30,7 +32,8 @@ CHUNKS = ("memory.chunk", "memory.first")
 
 
 def initial_weights(recipe: Recipe, mesh: Mesh, dtype: Any = jnp.float32) -> Params:
-    """{"wan", "text_encoder"}: from the file or folder that the recipe names, or fresh, cut over the mesh.
+    """{"wan", "text_encoder"}: from the file or folder that the recipe names, or fresh, cut over
+    the mesh.
 
     Of kind latents "wan" alone: the texts are embedded already. `dtype` None is as stored.
 
@@ -42,7 +45,10 @@ def initial_weights(recipe: Recipe, mesh: Mesh, dtype: Any = jnp.float32) -> Par
     k_wan, k_text = jax.random.split(jax.random.key(recipe.seed))
 
     def fresh():
-        return {"wan": init_wan(k_wan, recipe.wan), "text_encoder": init_text_encoder(k_text, recipe.text)}
+        return {
+            "wan": init_wan(k_wan, recipe.wan),
+            "text_encoder": init_text_encoder(k_text, recipe.text),
+        }
 
     like = jax.eval_shape(fresh)
     shardings = state_shardings(mesh, like)
@@ -79,19 +85,23 @@ def teacher_weights(recipe: Recipe, base: Params, mesh: Mesh) -> Params:
 
 
 def in_dtype(params: Params, dtype: str) -> Params:
-    """The same parameters; those of this dtype are the same arrays, and all are if `dtype` is "stored"."""
+    """The same parameters; those of this dtype are the same arrays, and all are if `dtype` is
+    "stored".
+    """
     cast = lambda x: x if x.dtype == jnp.dtype(dtype) else x.astype(dtype)
     return params if dtype == "stored" else jax.tree.map(cast, params)
 
 
 def student_start(recipe: Recipe, base: Params, mesh: Mesh) -> Params:
-    """Where the student starts: the averaged network of the stage before, from its workdir or file, or the weights.
+    """Where the student starts: the averaged network of the stage before, from its workdir or file,
+    or the weights.
 
-    Of Wan 2.1 also a converted network, such as a causal start that others have trained. A workdir of a LoRA is merged
-    into what it adapts; a file of launch.export is whole already.
+    Of Wan 2.1 also a converted network, such as a causal start that others have trained. A workdir
+    of a LoRA is merged into what it adapts; a file of launch.export is whole already.
 
     Raises:
-      UserError: what `config.init_from` names was made for another network, text encoder, data or chunks.
+      UserError: what `config.init_from` names was made for another network, text encoder, data or
+        chunks.
     """
     where, key = recipe.init_from, f"config.init_from={recipe.init_from}"
     if not where:
@@ -104,14 +114,17 @@ def student_start(recipe: Recipe, base: Params, mesh: Mesh) -> Params:
     exported = file.is_file()
     if not exported and not (file / "config.json").is_file():
         raise UserError(
-            f"{key} is neither the workdir of a stage (with its config.json) nor a file of launch.export or a "
+            f"{key} is neither the workdir of a stage (with its config.json) nor a file of "
+            "launch.export or a "
             "folder of launch.convert_wan; name one of these"
         )
     if exported and not record.config:
         raise UserError(f"{key} has no config in it; name a file of launch.export")
     if record.config.get("stage") == "denoising":
         how = "name it" if exported else "write it to a file with launch.export and name that"
-        raise UserError(f"{key} holds a teacher, where every student starts; {how} in config.weights")
+        raise UserError(
+            f"{key} holds a teacher, where every student starts; {how} in config.weights"
+        )
     before = from_json(json.dumps(record.config), where) if exported else read_workdir(where)
     same = [
         "model.preset",
@@ -134,7 +147,9 @@ def student_start(recipe: Recipe, base: Params, mesh: Mesh) -> Params:
     return merge(student_start(before, base, mesh), average, before.lora)
 
 
-def _refuse_difference(key: str, before: dict[str, Any], recipe: Recipe, names: Sequence[str]) -> None:
+def _refuse_difference(
+    key: str, before: dict[str, Any], recipe: Recipe, names: Sequence[str]
+) -> None:
     here = flat(asdict(recipe))
     for name in names:
         if before.get(name) != here[name]:

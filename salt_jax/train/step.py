@@ -1,8 +1,10 @@
-"""The heart: what one update does. Pure functions of (state, frozen, batch, key, draw); `compile_step` jits them.
+"""The heart: what one update does. Pure functions of (state, frozen, batch, key, draw);
+`compile_step` jits them.
 
-Salt Eq. 13: minimise L_DMD + lambda_SC L_SC + lambda_align L_align over the student, while the critic follows the
-student's videos by flow matching. For whole clips that is Eq. 10. `student_step` moves the student, its EMA and the
-video it is making, and nothing else; `critic_step` the critic and that video.
+Salt Eq. 13: minimise L_DMD + lambda_SC L_SC + lambda_align L_align over the student, while the
+critic follows the student's videos by flow matching. For whole clips that is Eq. 10. `student_step`
+moves the student, its EMA and the video it is making, and nothing else; `critic_step` the critic
+and that video.
 """
 
 from collections.abc import Callable
@@ -25,7 +27,15 @@ from salt_jax.models.lora import merge
 from salt_jax.rollout.causal import Trajectory, recache
 from salt_jax.rollout.draws import Choice, Draw, as_reference
 from salt_jax.rollout.parallel import midpoint
-from salt_jax.state import Learner, Stream, TrainState, apply_gradients, fetched, put_back, update_ema
+from salt_jax.state import (
+    Learner,
+    Stream,
+    TrainState,
+    apply_gradients,
+    fetched,
+    put_back,
+    update_ema,
+)
 from salt_jax.train.accumulate import mean_gradient
 from salt_jax.train.begin import Batch, Noise, begin, draw_noise
 from salt_jax.train.optimizer import make_optimizer
@@ -37,7 +47,10 @@ Frozen = dict[str, Params]  # "teacher", and what a recipe asks for: "base", "nu
 
 @dataclass(frozen=True)
 class Networks:
-    """The apply functions of a run. Parameters travel apart: student and critic in the state, the rest frozen."""
+    """The apply functions of a run.
+
+    Parameters travel apart: student and critic in the state, the rest frozen.
+    """
 
     student: Network
     critic: Denoiser
@@ -56,9 +69,13 @@ def student_loss(
     recipe: Recipe,
     choice: Choice,
 ) -> tuple[jax.Array, tuple[Metrics, Trajectory | None]]:
-    """What the student is blamed for, Salt Eq. 13. `choice` is static: its ifs are gone after tracing."""
+    """What the student is blamed for, Salt Eq. 13.
+
+    `choice` is static: its ifs are gone after tracing.
+    """
     text, stop = batch["text"], recipe.loss.stop_gradient
-    # 1. The student begins a video on its own, then makes the update that it is blamed for, of all chunks at once.
+    # 1. The student begins a video on its own, then makes the update that it is blamed for, of all
+    # chunks at once.
     start = begin(nets.student, params, batch, noise, draw, cache, recipe)
     video = nets.student.denoise(params, start.x, start.sigma, text, start.sight)
     # 2. Teacher and critic judge the same noised copy of it.
@@ -79,16 +96,25 @@ def student_loss(
     if choice.alignment:
         best = as_reference(draw, recipe.rollout.first_updates)
         reference = begin(nets.student, params, batch, noise, best, cache, recipe)
-        judge = {"base": frozen.get("base"), "critic": critic, "student": params}[recipe.align.network]
-        judge, seen = jax.lax.stop_gradient(judge), lambda x0: add_noise(whole(x0), noise.view, noise.sigma)
-        look = lambda x0: nets.student.features(judge, seen(x0), noise.sigma, text, recipe.align.layers)[
-            :, new
+        judge = {"base": frozen.get("base"), "critic": critic, "student": params}[
+            recipe.align.network
         ]
+        judge, seen = (
+            jax.lax.stop_gradient(judge),
+            lambda x0: add_noise(whole(x0), noise.view, noise.sigma),
+        )
+        look = lambda x0: nets.student.features(
+            judge, seen(x0), noise.sigma, text, recipe.align.layers
+        )[:, new]
         terms["alignment"], active = cache_alignment_loss(
             look(video.x0), look(reference.trajectory.x0), recipe.align.margin
         )
         more["alignment_active"] = active.mean()
-    weights = {"dmd": 1.0, "self_consistency": recipe.loss.self_consistency, "alignment": recipe.align.weight}
+    weights = {
+        "dmd": 1.0,
+        "self_consistency": recipe.loss.self_consistency,
+        "alignment": recipe.align.weight,
+    }
     terms = {name: term.mean() for name, term in terms.items()}
     loss = jnp.stack([weights[name] * term for name, term in terms.items()]).sum()
     return loss, (terms | more, start.trajectory)
@@ -158,11 +184,15 @@ def critic_step(
 
     def loss(params, batch, noise, stream):
         batch, cache = go_on(student, stream, batch, draw, nets, recipe, choice)
-        value, (metrics, made) = critic_loss(whole(params), student, batch, noise, draw, cache, nets, recipe)
+        value, (metrics, made) = critic_loss(
+            whole(params), student, batch, noise, draw, cache, nets, recipe
+        )
         return value, (metrics, carry(made, batch, recipe))
 
     parts = batch, draw_noise(key, batch, recipe), state.stream
-    (_, (metrics, stream)), grads = mean_gradient(loss, state.critic.params, *parts, recipe.accumulate)
+    (_, (metrics, stream)), grads = mean_gradient(
+        loss, state.critic.params, *parts, recipe.accumulate
+    )
     tx = make_optimizer(recipe.critic_optimizer, recipe.updates * recipe.critic_updates)
     critic = apply_at(state.critic, grads, metrics["critic"], tx, recipe)
     metrics |= {"critic_grad_norm": optax.tree.norm(grads), "critic_skipped": critic.skipped}
@@ -186,9 +216,11 @@ def go_on(
     recipe: Recipe,
     choice: Choice,
 ) -> tuple[Batch, KVCache | None]:
-    """The prompts of an update and the cache it goes on from: those of the video under way, unless a new one starts.
+    """The prompts of an update and the cache it goes on from: those of the video under way, unless
+    a new one starts.
 
-    A switch takes the batch's prompts and reads the cached frames again under them, before anything is made.
+    A switch takes the batch's prompts and reads the cached frames again under them, before anything
+    is made.
     """
     if stream is None or choice.sequence == "new":
         return batch, None
@@ -197,7 +229,9 @@ def go_on(
     # A branch, not a program of its own: that would be half as many programs again.
     text = jnp.where(draw.switch, batch["text"], stream.text)
     again = lambda cache: recache(nets.student, params, cache, text, recipe.memory)
-    return batch | {"text": text}, jax.lax.cond(draw.switch, again, lambda cache: cache, stream.cache)
+    return batch | {"text": text}, jax.lax.cond(
+        draw.switch, again, lambda cache: cache, stream.cache
+    )
 
 
 def carry(made: Trajectory | None, batch: Batch, recipe: Recipe) -> Stream | None:
@@ -210,9 +244,13 @@ def carry(made: Trajectory | None, batch: Batch, recipe: Recipe) -> Stream | Non
 def move_student(
     state: TrainState, loss: Callable, batch: Batch, noise: Any, recipe: Recipe
 ) -> tuple[TrainState, Metrics]:
-    """One update of the student's parameters and their average; `loss` as in `train.accumulate.mean_gradient`."""
+    """One update of the student's parameters and their average; `loss` as in
+    `train.accumulate.mean_gradient`.
+    """
     parts = batch, noise, state.stream
-    (value, (metrics, stream)), grads = mean_gradient(loss, state.student.params, *parts, recipe.accumulate)
+    (value, (metrics, stream)), grads = mean_gradient(
+        loss, state.student.params, *parts, recipe.accumulate
+    )
     tx = make_optimizer(recipe.student_optimizer, recipe.updates)
     student = apply_at(state.student, grads, value, tx, recipe)
     ema = fetched(state.ema, recipe.host_state)
@@ -223,10 +261,13 @@ def move_student(
     return replace(state, step=state.step + 1, student=student, ema=ema, stream=stream), metrics
 
 
-def compile_step(step: Callable, nets: Networks, recipe: Recipe, shardings: Any, **static: Any) -> Callable:
+def compile_step(
+    step: Callable, nets: Networks, recipe: Recipe, shardings: Any, **static: Any
+) -> Callable:
     """Jits one step: `(state, frozen, batch, seed key, index, draw) -> state, metrics`.
 
-    The state is donated, what is frozen never. Shardings are fixed on both sides, so nothing recompiles or moves.
+    The state is donated, what is frozen never. Shardings are fixed on both sides, so nothing
+    recompiles or moves.
 
     Args:
       shardings: (state, frozen, batch, replicated), trees of NamedSharding.
@@ -235,7 +276,9 @@ def compile_step(step: Callable, nets: Networks, recipe: Recipe, shardings: Any,
     in_state, in_frozen, in_batch, everywhere = shardings
 
     def run(state, frozen, batch, key, index, draw):
-        return step(state, frozen, batch, jax.random.fold_in(key, index), draw, nets, recipe, **static)
+        return step(
+            state, frozen, batch, jax.random.fold_in(key, index), draw, nets, recipe, **static
+        )
 
     return jax.jit(
         run,

@@ -1,7 +1,9 @@
-"""Trajectories of the causal teacher on disk, for stage ode_regression: made once, part by part, then read as data.
+"""Trajectories of the causal teacher on disk, for stage ode_regression: made once, part by part,
+then read as data.
 
-A part is a function of (recipe, its number), written whole or not at all; a run that was stopped goes on with the first
-part that is missing. Several processes share the work and need a file system that all of them see.
+A part is a function of (recipe, its number), written whole or not at all; a run that was stopped
+goes on with the first part that is missing. Several processes share the work and need a file system
+that all of them see.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +29,8 @@ from salt_jax.types import Params
 
 
 class Trajectories(Sequence):
-    """Records `video` [F, H, W, C], `states` [n + 1, F, H, W, C], and the words of their clips' records.
+    """Records `video` [F, H, W, C], `states` [n + 1, F, H, W, C], and the words of their clips'
+    records.
 
     See `train.stages.trajectory`.
     """

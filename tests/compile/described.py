@@ -1,10 +1,12 @@
-"""Run by test_for_tpu.py and test_for_gpu.py in a process of its own, in the environment of the target.
+"""Run by test_for_tpu.py and test_for_gpu.py in a process of its own, in the environment of the
+target.
 
     python -m tests.compile.described lower TARGET      student and critic programs of every Wan config
     python -m tests.compile.described compile TARGET    two programs of few layers
     python -m tests.compile.described fill TARGET       one that just fits a v5p, and one that just does not
 
-Each line of stdout is a program: JSON with its name and what was found. Files of XLA go where XLA_FLAGS say.
+Each line of stdout is a program: JSON with its name and what was found. Files of XLA go where
+XLA_FLAGS say.
 """
 
 import dataclasses
@@ -39,7 +41,9 @@ from tests.test_configs import ROOT, WAN, load
 
 
 def covering(names: Iterable[str]) -> list[str]:
-    """Some programs that show between them every term and every way to begin: LongLive with Salt has twelve."""
+    """Some programs that show between them every term and every way to begin: LongLive with Salt
+    has twelve.
+    """
     kept, seen = [], set()
     for name in sorted(names, key=lambda name: -name.count("+")):
         if set(name.split(" + ")) - seen:
@@ -49,7 +53,9 @@ def covering(names: Iterable[str]) -> list[str]:
 
 
 def form(recipe: Recipe) -> dict[str, Any]:
-    """What programs of one name differ in: not how much a term weighs, nor at which levels or from which weights."""
+    """What programs of one name differ in: not how much a term weighs, nor at which levels or from
+    which weights.
+    """
     told = dataclasses.asdict(recipe)
     for name in ("init_from", "seed", "updates", "critic_updates", "schedule", "loss", "ema"):
         del told[name]
@@ -63,7 +69,10 @@ def form(recipe: Recipe) -> dict[str, Any]:
 
 
 def lowered(devices: list[Any]) -> Iterator[dict[str, Any]]:
-    """At full size, on the mesh of each config, one clip a device. Programs of one form are lowered once."""
+    """At full size, on the mesh of each config, one clip a device.
+
+    Programs of one form are lowered once.
+    """
     problems: dict[tuple[str, str], str | None] = {}
     for path, variant in (case.values for case in WAN):
         config = load(path).get_config(*variant)
@@ -80,11 +89,17 @@ def lowered(devices: list[Any]) -> Iterator[dict[str, Any]]:
                         program.jitted.lower(*program.args)
                     except Exception as error:  # it is the test that judges it
                         problems[key] = f"{type(error).__name__}: {one_line(error)}"
-                yield {"case": ":".join((path.stem, *variant)), "program": name, "problem": problems[key]}
+                yield {
+                    "case": ":".join((path.stem, *variant)),
+                    "program": name,
+                    "problem": problems[key],
+                }
 
 
 def shallow(devices: int, causal: bool) -> Recipe:
-    """DMD of whole clips, or Self Forcing, with two layers at full width, one clip of 480p a device."""
+    """DMD of whole clips, or Self Forcing, with two layers at full width, one clip of 480p a
+    device.
+    """
     PRESETS["wan2.1-t2v-1.3b"] = dataclasses.replace(PRESETS["wan2.1-t2v-1.3b"], num_layers=2)
     config = wan_causal_self_forcing.get_config("plain") if causal else wan_t2v.get_config("dmd4")
     config.teacher.preset = config.teacher.weights = ""
@@ -94,7 +109,9 @@ def shallow(devices: int, causal: bool) -> Recipe:
 
 
 def compiled(devices: list[Any], memory: int | None) -> Iterator[dict[str, Any]]:
-    """The teacher's forward and the student's update of `shallow`; for GPU the causal student's too."""
+    """The teacher's forward and the student's update of `shallow`; for GPU the causal student's
+    too.
+    """
     platform = devices[0].platform
     for causal in (False, True)[: 1 + (platform == "gpu")]:
         recipe = shallow(len(devices), causal)
@@ -106,7 +123,9 @@ def compiled(devices: list[Any], memory: int | None) -> Iterator[dict[str, Any]]
 
 
 def filling(devices: list[Any], memory: int | None) -> Iterator[dict[str, Any]]:
-    """A loop that keeps 8 bfloat16 arrays, four float32 ones beside: 7 GiB for each 2**18 rows a device."""
+    """A loop that keeps 8 bfloat16 arrays, four float32 ones beside: 7 GiB for each 2**18 rows a
+    device.
+    """
     mesh = make_mesh(dict(data=1, fsdp=-1, context=1, tensor=1), devices)
     spread = sharding.NamedSharding(mesh, sharding.P("fsdp"))
 
@@ -146,7 +165,9 @@ def check_lowered(rows: list[dict[str, Any]]) -> None:
 
 
 def check_compiled(rows: list[dict[str, Any]], devices: int, kernel: str, platform: str) -> None:
-    """Arguments are those that the shardings say, launch.plan is near, and no scores of attention are kept."""
+    """Arguments are those that the shardings say, launch.plan is near, and no scores of attention
+    are kept.
+    """
     teacher, *students = rows
     assert teacher["program"] == "teacher forward" and {row["program"] for row in students} == {
         "student step"
@@ -154,7 +175,10 @@ def check_compiled(rows: list[dict[str, Any]], devices: int, kernel: str, platfo
     scores = 4 * 12 * 32760**2  # bytes of one clip, one layer: 51 GB
     for row, most in ((teacher, 3e9), *((student, 9e9) for student in students)):
         assert row["problem"] is None and row["argument_bytes"] < row["peak_bytes"] < most < scores
-        assert any(kernel in name for name in row["kernels"]) and row["collectives"]["all-gather"]["calls"]
+        assert (
+            any(kernel in name for name in row["kernels"])
+            and row["collectives"]["all-gather"]["calls"]
+        )
     assert not any("backward" in name.lower() or "dkv" in name for name in teacher["kernels"])
     for row in students:
         with mock.patch.dict(PRESETS):
@@ -168,8 +192,13 @@ def check_compiled(rows: list[dict[str, Any]], devices: int, kernel: str, platfo
         clip = 4 * (math.prod(recipe.clip_shape) + recipe.wan.text_length * recipe.wan.text_dim)
         given, peak = (row[f"{name}_bytes"] + row["beside_bytes"] for name in ("argument", "peak"))
         assert given == pytest.approx(state + clip, rel=0.03)  # a TPU pads small arrays
-        # So few layers weigh little: what one block holds is nearly all, and a TPU's compiler holds less of it.
-        assert -0.15 < sum(held.device for held in plan) / peak - 1 < (0.15 if platform == "gpu" else 0.35)
+        # So few layers weigh little: what one block holds is nearly all, and a TPU's compiler holds
+        # less of it.
+        assert (
+            -0.15
+            < sum(held.device for held in plan) / peak - 1
+            < (0.15 if platform == "gpu" else 0.35)
+        )
 
 
 if __name__ == "__main__":

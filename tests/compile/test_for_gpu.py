@@ -1,4 +1,7 @@
-"""Programs for NVIDIA GPUs, made by the real compiler on whatever machine this is. None of them runs."""
+"""Programs for NVIDIA GPUs, made by the real compiler on whatever machine this is.
+
+None of them runs.
+"""
 
 import pytest
 

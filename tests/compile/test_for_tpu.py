@@ -16,7 +16,9 @@ def test_two_layers_compile_and_keep_no_scores(tmp_path):
 
 
 def test_the_peak_is_what_a_tpu_refuses_by(tmp_path):
-    """Arguments stand among libtpu's temporaries: with both the first would not fit, and it does."""
+    """Arguments stand among libtpu's temporaries: with both the first would not fit, and it
+    does.
+    """
     fits, refused = run("fill", "tpu:v5p:2x2x1", tmp_path)
     memory = fits["memory_bytes"]
     assert fits["problem"] is None and fits["peak_bytes"] < memory

@@ -1,4 +1,6 @@
-"""What is read off a compiled program: texts in the form of each compiler, and a program whose traffic is known."""
+"""What is read off a compiled program: texts in the form of each compiler, and a program whose
+traffic is known.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 from salt_jax.compile.buffers import largest
 from salt_jax.compile.hlo import Moved, read
 
-# As libtpu writes: layouts with tiles, groups by mesh axes, no word of a loop's length but in its condition.
+# As libtpu writes: layouts with tiles, groups by mesh axes, no word of a loop's length but in its
+# condition.
 TPU = """HloModule jit_f, is_scheduled=true, num_partitions=8
 
 %cond.1 (p.1: (s32[], f32[8,4])) -> pred[] {
@@ -63,7 +66,8 @@ def test_the_text_of_a_tpu():
     )
 
 
-# As XLA for GPU writes: starts with all operands, known trip counts, done that names the computation again.
+# As XLA for GPU writes: starts with all operands, known trip counts, done that names the
+# computation again.
 GPU = """HloModule jit_f, num_partitions=4, replica_count=2
 
 %wrapped (p.1: f32[16]) -> f32[8,4] {

@@ -32,7 +32,16 @@ def test_a_machine_has_a_name(told, target, devices):
 @pytest.mark.parametrize(
     "told",
     [
-        *("", "tpu", "tpu:v5p", "tpu:v5p:", "tpu:v5p:2x2", "tpu:v6e:2x2x2", "tpu:v9:2x2", "tpu:h100:8"),
+        *(
+            "",
+            "tpu",
+            "tpu:v5p",
+            "tpu:v5p:",
+            "tpu:v5p:2x2",
+            "tpu:v6e:2x2x2",
+            "tpu:v9:2x2",
+            "tpu:h100:8",
+        ),
         *(
             "gpu:h100:0",
             "gpu:h100:-1",
@@ -60,7 +69,9 @@ def test_memory_is_what_nvidia_smi_and_libtpu_say():
 
 
 def test_a_gpu_is_described_in_words_that_each_jax_knows():
-    new, old = (describe(GPUS["h200"], (9, 25, 1, 1), version) for version in ((0, 12, 0), (0, 10, 2)))
+    new, old = (
+        describe(GPUS["h200"], (9, 25, 1, 1), version) for version in ((0, 12, 0), (0, 10, 2))
+    )
     assert new.count("{") == new.count("}") and 'name: "NVIDIA H200"' in new
     assert "device_memory_size: 150754820096" in new and 'dnn_version: "9.25.1"' in new
     assert "collective_memory_granularity" in new and "collective_memory_granularity" not in old
@@ -107,7 +118,11 @@ def test_a_gpu_gets_a_driver_and_the_flags_that_its_jax_knows(monkeypatch, tmp_p
     folder, mine = around["LD_LIBRARY_PATH"].split(":")
     assert mine == "/mine" and around["HOME"] == "/home"
     driver, count = ctypes.CDLL(f"{folder}/libcuda.so.1"), ctypes.c_int(7)
-    assert driver.cuInit(0) == 100 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value == 0
+    assert (
+        driver.cuInit(0) == 100
+        and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
+        and count.value == 0
+    )
     written = (tmp_path / folder / "libcuda.so.1").stat().st_mtime_ns
     environment(monkeypatch, tmp_path, "gpu:h100:8", **wheels(jax))
     assert (tmp_path / folder / "libcuda.so.1").stat().st_mtime_ns == written  # made once
@@ -116,7 +131,11 @@ def test_a_gpu_gets_a_driver_and_the_flags_that_its_jax_knows(monkeypatch, tmp_p
 @pytest.mark.parametrize(
     ("target", "there", "told"),
     [
-        ("tpu:v6e:4x4", {}, "needs libtpu, not installed; pip install --no-deps -r requirements-tpu.txt"),
+        (
+            "tpu:v6e:4x4",
+            {},
+            "needs libtpu, not installed; pip install --no-deps -r requirements-tpu.txt",
+        ),
         ("gpu:h100:8", {}, "needs jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cudnn-cu13"),
         (
             "gpu:h100:8",

@@ -1,6 +1,8 @@
-"""A run that goes on: what may be another value then, what is kept of it, and that nothing else slips in.
+"""A run that goes on: what may be another value then, what is kept of it, and that nothing else
+slips in.
 
-A network of one matrix takes Wan's place; the loop, the optimizers and the checkpoints are the real ones.
+A network of one matrix takes Wan's place; the loop, the optimizers and the checkpoints are the real
+ones.
 """
 
 import json
@@ -36,9 +38,13 @@ def net(params, x, sigma, text, sight=None):
 
 
 def setup(recipe, mesh):
-    params = lambda seed: {"head": {"kernel": 0.1 * jax.random.normal(jax.random.key(seed), (3, 3))}}
+    params = lambda seed: {
+        "head": {"kernel": 0.1 * jax.random.normal(jax.random.key(seed), (3, 3))}
+    }
     learner = lambda p, o: init_learner(p, make_optimizer(o, recipe.updates))
-    make = lambda p, q: init_state(learner(p, recipe.student_optimizer), learner(q, recipe.critic_optimizer))
+    make = lambda p, q: init_state(
+        learner(p, recipe.student_optimizer), learner(q, recipe.critic_optimizer)
+    )
     first = first_state(make, (params(0), params(1)), {}, mesh)
     nets = Networks(Network(net, None, None, None, None), net, net)
     return Setup(*first, {"teacher": params(2)}, nets, lambda caption: np.zeros((2, 3), np.float32))
@@ -59,7 +65,13 @@ def recipe(data, tmp_path, monkeypatch):
     def make(**told):
         config = base.get_config()
         config.update_from_flattened_dict(
-            {"data.dir": data, "data.num_train": 16, "data.num_test": 1, "batch_size": 8, "log_every": 1}
+            {
+                "data.dir": data,
+                "data.num_train": 16,
+                "data.num_test": 1,
+                "batch_size": 8,
+                "log_every": 1,
+            }
             | {"save_every": 1, "keep": 9, "updates": 2, "critic_updates": 1, "ema.start": 0}
             | {"weights": str(tmp_path / "weights.safetensors")}
             | told
@@ -86,8 +98,12 @@ def lines(workdir):
     return [json.loads(line) for line in (workdir / "changes.jsonl").read_text().splitlines()]
 
 
-def test_another_rate_acts_from_the_first_update_on_and_nothing_else_changes(recipe, tmp_path, capsys):
-    """The gradient is read off the first moment, which is the clipped gradient for such a b1; optax does the rest."""
+def test_another_rate_acts_from_the_first_update_on_and_nothing_else_changes(
+    recipe, tmp_path, capsys
+):
+    """The gradient is read off the first moment, which is the clipped gradient for such a b1; optax
+    does the rest.
+    """
     run, kept = tmp_path / "run", {"student_optimizer.b1": 1e-30, "critic_optimizer.b1": 1e-30}
     loop.train(recipe(**kept), run)
     capsys.readouterr()
@@ -101,15 +117,22 @@ def test_another_rate_acts_from_the_first_update_on_and_nothing_else_changes(rec
         was, new = getattr(before, who), getattr(after, who)
         gradient = new.opt_state[1][0].mu
         adamw = optax.adamw(rate, 1e-30, 0.999, 1e-8, weight_decay=decay)
-        step = jax.jit(lambda g, s, p, adamw=adamw: optax.apply_updates(p, adamw.update(g, s, p)[0]))
+        step = jax.jit(
+            lambda g, s, p, adamw=adamw: optax.apply_updates(p, adamw.update(g, s, p)[0])
+        )
         wanted = step(gradient, was.opt_state[1], was.params)
         np.testing.assert_array_equal(new.params["head"]["kernel"], wanted["head"]["kernel"])
         assert np.any(new.params["head"]["kernel"] != was.params["head"]["kernel"])
     found = {line["key"]: line for line in lines(run)}
     assert set(found) == {"updates", *slower}
     line = found["student_optimizer.learning_rate"]
-    assert (line["step"], line["from"], line["to"]) == (2, 2e-4, 1e-5) and line["time"].endswith("+00:00")
-    assert "changed after update 2: config.student_optimizer.learning_rate was 0.0002, is 1e-05" in told
+    assert (line["step"], line["from"], line["to"]) == (2, 2e-4, 1e-5) and line["time"].endswith(
+        "+00:00"
+    )
+    assert (
+        "changed after update 2: config.student_optimizer.learning_rate was 0.0002, is 1e-05"
+        in told
+    )
     assert json.loads((run / "config.json").read_text())["critic_optimizer"]["weight_decay"] == 0.5
 
 
@@ -138,7 +161,9 @@ def test_the_same_run_again_tells_no_change(recipe, tmp_path, capsys):
 )
 def test_other_values_are_refused_by_their_own_name(recipe, key, value):
     before, now = recipe(), recipe(**{key: value})
-    with pytest.raises(UserError, match=rf"trained with config\.{key} = [\w.]+, not {value};") as error:
+    with pytest.raises(
+        UserError, match=rf"trained with config\.{key} = [\w.]+, not {value};"
+    ) as error:
         migrate.refuse_another_run(to_json(before), now)
     assert "\n" not in str(error.value)
 
@@ -165,7 +190,9 @@ def test_values_that_may_change(recipe, key, value):
 def test_a_rate_that_decays_may_change_but_not_the_length_of_its_curve(recipe):
     decays = {"student_optimizer.decay": True, "updates": 10}
     before = to_json(recipe(**decays))
-    migrate.refuse_another_run(before, recipe(**decays, **{"student_optimizer.learning_rate": 1e-5}))
+    migrate.refuse_another_run(
+        before, recipe(**decays, **{"student_optimizer.learning_rate": 1e-5})
+    )
     with pytest.raises(UserError, match=r"config\.updates = 10, not 20"):
         migrate.refuse_another_run(before, recipe(**decays | {"updates": 20}))
 
@@ -195,7 +222,9 @@ def test_weights_may_move_but_not_change(recipe, tmp_path):
     loop.train(recipe(weights=str(moved), updates=3), run)
     assert {line["key"] for line in lines(run)} == {"weights", "updates"}
     save_weights(moved, {"w": np.zeros(3)}, "float32", {})
-    with pytest.raises(UserError, match=r"the student of this run is \S+moved\S+ .* was \S+weights\S+ "):
+    with pytest.raises(
+        UserError, match=r"the student of this run is \S+moved\S+ .* was \S+weights\S+ "
+    ):
         loop.train(recipe(weights=str(moved), updates=4), run)
     assert (run / "roles.json").read_bytes() == roles
     (run / "roles.json").unlink()  # as in a workdir of an earlier version: names are all there is
@@ -211,7 +240,11 @@ def test_checkpoints_at_multiples_are_written_and_stay(recipe, tmp_path):
 
 def test_listed_levels_are_what_a_run_is_trained_at(recipe):
     """A rollout's draw, and the levels at which whole clips are noised."""
-    listed = {"schedule.levels": (1000, 757, 522), "schedule.train_updates": 3, "schedule.anchor_updates": 1}
+    listed = {
+        "schedule.levels": (1000, 757, 522),
+        "schedule.train_updates": 3,
+        "schedule.anchor_updates": 1,
+    }
     listed |= {"sample.num_updates": (3,), "rollout.updates": (3,), "rollout.probabilities": (1.0,)}
     levels = np.float32([1, 0.757, 0.522, 0])
     for call in range(4):

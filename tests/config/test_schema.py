@@ -45,10 +45,19 @@ TIED |= {"world.size", "schedule.train_updates", "schedule.anchor_updates", "sch
 TIED |= {"memory.window", "align.weight", "stream.max_frames", "accumulate"}
 # Values that one key alone would contradict; these stand together.
 TOGETHER = {"video": "rollout", "schedule.train_updates": 12, "schedule.anchor_updates": 6}
-LISTED = {"schedule.levels": (1000, 757, 522), "schedule.train_updates": 3, "schedule.anchor_updates": 3}
+LISTED = {
+    "schedule.levels": (1000, 757, 522),
+    "schedule.train_updates": 3,
+    "schedule.anchor_updates": 3,
+}
 LISTED |= {"sample.num_updates": (3,)}
 TOGETHER |= {"rollout.updates": (12, 3), "rollout.probabilities": (0.25, 0.75), "align.weight": 0.7}
-TOGETHER |= {"memory.window": 9, "memory.sink": 3, "stream.max_frames": 50, "teacher.preset": "tiny"}
+TOGETHER |= {
+    "memory.window": 9,
+    "memory.sink": 3,
+    "stream.max_frames": 50,
+    "teacher.preset": "tiny",
+}
 TOGETHER |= {
     "accumulate": 3,
     "teacher.dtype": "bfloat16",
@@ -61,7 +70,9 @@ DECAYS = {"student_optimizer.decay": True, "critic_optimizer.decay": True}
 def flat(tree, prefix=""):
     out = {}
     for name, value in tree.items():
-        out |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        out |= (
+            flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
     return out
 
 
@@ -105,7 +116,8 @@ def test_levels_of_a_run_are_those_that_are_listed_where_they_are_as_many():
     recipe = read_recipe(config)
     assert from_json(to_json(recipe)) == recipe
     assert recipe.levels(3).tolist() == np.float32([1, 0.757, 0.522, 0]).tolist()
-    np.testing.assert_allclose(recipe.levels(2), [1, 8 / 9, 0], rtol=1e-6)  # 8 u / (1 + 7 u) at u = 1/2
+    # 8 u / (1 + 7 u) at u = 1/2
+    np.testing.assert_allclose(recipe.levels(2), [1, 8 / 9, 0], rtol=1e-6)
 
 
 def test_an_unknown_and_a_missing_key_are_refused_by_name():
@@ -113,7 +125,9 @@ def test_an_unknown_and_a_missing_key_are_refused_by_name():
     config.ema.halflife = 5
     with pytest.raises(UserError, match=r"config\.ema has unknown keys \['halflife'\]"):
         read_recipe(config)
-    without = ConfigDict({name: value for name, value in base.get_config().items() if name != "seed"})
+    without = ConfigDict(
+        {name: value for name, value in base.get_config().items() if name != "seed"}
+    )
     with pytest.raises(UserError, match=r"config has unknown keys \[\] and lacks \['seed'\]"):
         read_recipe(without)
 
@@ -140,16 +154,28 @@ def test_an_unknown_and_a_missing_key_are_refused_by_name():
     ],
 )
 def test_a_wrong_choice_is_told_the_right_ones(key, choice):
-    refused(re.escape(f"config.{key} is 'wrong'; choose one of ") + ".*" + choice, flat={key: "wrong"})
+    refused(
+        re.escape(f"config.{key} is 'wrong'; choose one of ") + ".*" + choice, flat={key: "wrong"}
+    )
 
 
 def test_a_value_of_another_kind_is_refused_by_name(tmp_path):
-    """A config that is read from JSON, or a tuple on the command line, is not checked by ml_collections."""
+    """A config that is read from JSON, or a tuple on the command line, is not checked by
+    ml_collections.
+    """
     for key, value, told in (
-        ("rollout.updates", ("2",), r"config\.rollout\.updates is \('2',\); it has to be several int"),
+        (
+            "rollout.updates",
+            ("2",),
+            r"config\.rollout\.updates is \('2',\); it has to be several int",
+        ),
         ("updates", "sixty", r"config\.updates is 'sixty'; it has to be one int"),
         ("sample.num_updates", 4, r"config\.sample\.num_updates is 4; it has to be several int"),
-        ("teacher.accept_student", 1, r"config\.teacher\.accept_student is 1; it has to be one bool"),
+        (
+            "teacher.accept_student",
+            1,
+            r"config\.teacher\.accept_student is 1; it has to be one bool",
+        ),
         ("teacher", "network", r"config\.teacher is 'network', not a section"),
     ):
         told_config = json.loads(to_json(read_recipe(base.get_config())))
@@ -159,7 +185,9 @@ def test_a_value_of_another_kind_is_refused_by_name(tmp_path):
             from_json(json.dumps(told_config))
 
 
-@pytest.mark.parametrize("text", ["", "not JSON", "[]", "3", "{}", '{"teacher": {}}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "not JSON", "[]", "3", "{}", '{"teacher": {}}', "[" * 100_000]
+)
 def test_a_damaged_config_json_is_refused_by_its_name_in_one_short_sentence(text):
     with pytest.raises(UserError, match=r"runs/a/config\.json") as error:
         from_json(text, "runs/a/config.json")
@@ -230,7 +258,10 @@ CONTRADICTIONS = {
             r"config\.schedule\.levels \(1000\.0, 757\.0, 900\.0\) must be falling",
             LISTED | {"schedule.levels": (1000, 757, 900)},
         ),
-        (r"config\.schedule\.levels .*begin at 990", LISTED | {"schedule.levels": (1.0, 0.757, 0.522)}),
+        (
+            r"config\.schedule\.levels .*begin at 990",
+            LISTED | {"schedule.levels": (1.0, 0.757, 0.522)},
+        ),
         (
             r"config\.schedule\.levels=\(1000\.0, .* are a student's",
             LISTED | {"stage": "denoising", "teacher.kind": "data"},
@@ -270,7 +301,10 @@ CONTRADICTIONS = {
             r"21 frames of 61 x 104 does not split .*config\.data\.clip",
             LATENTS | {"data.clip": (21, 61, 104)},
         ),
-        (r"config\.teacher\.preset=small .*config\.teacher\.weights.*empty", {"teacher.preset": "small"}),
+        (
+            r"config\.teacher\.preset=small .*config\.teacher\.weights.*empty",
+            {"teacher.preset": "small"},
+        ),
         *(
             (
                 r"wan2.1-i2v-14b makes whole clips of a picture",
@@ -278,7 +312,10 @@ CONTRADICTIONS = {
             )
             for how in ({"video": "noised_chunks"}, {"stage": "consistency"})
         ),
-        (r"config\.model\.preset=wan2.1-t2v-1.3b makes 16 channels", {"model.preset": "wan2.1-t2v-1.3b"}),
+        (
+            r"config\.model\.preset=wan2.1-t2v-1.3b makes 16 channels",
+            {"model.preset": "wan2.1-t2v-1.3b"},
+        ),
         (
             r"config\.teacher\.kind=closed_form .*data\.kind=latents",
             LATENTS | {"teacher.kind": "closed_form"},
@@ -308,7 +345,10 @@ CONTRADICTIONS = {
         ),
     ],
     "schedule": [
-        (r"config\.schedule\.anchor_updates=3 must divide train_updates=8", {"schedule.anchor_updates": 3}),
+        (
+            r"config\.schedule\.anchor_updates=3 must divide train_updates=8",
+            {"schedule.anchor_updates": 3},
+        ),
         *(
             (
                 r"config\.schedule\.train_updates=8 must divide config\.ode\.updates=50",
@@ -322,13 +362,19 @@ CONTRADICTIONS = {
             r"config\.rollout\.probabilities=\(0\.5, 0\.5\) must be one for each",
             ROLLOUT | {"rollout.probabilities": (0.5, 0.5)},
         ),
-        (r"config\.rollout\.probabilities=.* sum to 1", ROLLOUT | {"rollout.probabilities": (0.2, 0.4, 0.5)}),
+        (
+            r"config\.rollout\.probabilities=.* sum to 1",
+            ROLLOUT | {"rollout.probabilities": (0.2, 0.4, 0.5)},
+        ),
         (r"config\.rollout\.probabilities=", ROLLOUT | {"rollout.probabilities": (-0.2, 0.6, 0.6)}),
         (
             r"config\.rollout\.updates=\(2, 4, 8\) .*config\.schedule\.train_updates=16",
             ROLLOUT | {"schedule.train_updates": 16},
         ),
-        (r"config\.rollout\.updates=\(2, 3, 8\) must divide", ROLLOUT | {"rollout.updates": (2, 3, 8)}),
+        (
+            r"config\.rollout\.updates=\(2, 3, 8\) must divide",
+            ROLLOUT | {"rollout.updates": (2, 3, 8)},
+        ),
         (r"config\.rollout\.first_updates=-1 must be 0", ROLLOUT | {"rollout.first_updates": -1}),
         (
             r"config\.rollout\.first_updates=4 .* set it or config\.loss\.self_consistency to 0",
@@ -336,20 +382,38 @@ CONTRADICTIONS = {
         ),
     ],
     "align": [
-        (r"config\.align\.weight=0\.5 aligns rollouts .*config\.video=rollout", {"align.weight": 0.5}),
-        (r"config\.align\.weight=0\.5 aligns rollouts", {"stage": "teacher_forcing", "align.weight": 0.5}),
+        (
+            r"config\.align\.weight=0\.5 aligns rollouts .*config\.video=rollout",
+            {"align.weight": 0.5},
+        ),
+        (
+            r"config\.align\.weight=0\.5 aligns rollouts",
+            {"stage": "teacher_forcing", "align.weight": 0.5},
+        ),
         (
             r"config\.align\.weight=0\.5 .*more than one of config\.rollout\.updates",
             ALIGN | {"rollout.updates": (8,), "rollout.probabilities": (1.0,)},
         ),
-        (r"config\.align\.layers=0 must be between 1 and the 4 layers", ALIGN | {"align.layers": 0}),
-        (r"config\.align\.layers=5 must be between 1 and the 4 layers", ALIGN | {"align.layers": 5}),
-        (r"config\.align\.probability=0\.0 must be in \(0, 1\]", ALIGN | {"align.probability": 0.0}),
+        (
+            r"config\.align\.layers=0 must be between 1 and the 4 layers",
+            ALIGN | {"align.layers": 0},
+        ),
+        (
+            r"config\.align\.layers=5 must be between 1 and the 4 layers",
+            ALIGN | {"align.layers": 5},
+        ),
+        (
+            r"config\.align\.probability=0\.0 must be in \(0, 1\]",
+            ALIGN | {"align.probability": 0.0},
+        ),
         (r"config\.align\.probability=1\.5 must be in", ALIGN | {"align.probability": 1.5}),
     ],
     "stream": [
         *(
-            (r"config\.stream\.max_frames continues rollouts .*config\.memory\.window", STREAM | change)
+            (
+                r"config\.stream\.max_frames continues rollouts .*config\.memory\.window",
+                STREAM | change,
+            )
             for change in (
                 {"video": "noised"},
                 {"stage": "teacher_forcing"},
@@ -357,19 +421,34 @@ CONTRADICTIONS = {
                 {"memory.chunk": 4, "memory.first": 1},
             )
         ),
-        (r"config\.stream\.overlap=2 must be a multiple of memory\.chunk=3", STREAM | {"stream.overlap": 2}),
+        (
+            r"config\.stream\.overlap=2 must be a multiple of memory\.chunk=3",
+            STREAM | {"stream.overlap": 2},
+        ),
         (r"config\.stream\.overlap=0 must be", STREAM | {"stream.overlap": 0}),
         (r"config\.stream\.overlap=6 must be .* behind its sink=3", STREAM | {"stream.overlap": 6}),
         (
             r"config\.stream\.overlap=9 must be .* less than the clip's 9",
             STREAM | {"stream.overlap": 9, "memory.window": 15, "memory.sink": 0},
         ),
-        (r"config\.memory\.window=15 must be filled by the first clip of 9", STREAM | {"memory.window": 15}),
-        (r"config\.stream\.max_frames=14 leaves no room .* at least 15", STREAM | {"stream.max_frames": 14}),
+        (
+            r"config\.memory\.window=15 must be filled by the first clip of 9",
+            STREAM | {"memory.window": 15},
+        ),
+        (
+            r"config\.stream\.max_frames=14 leaves no room .* at least 15",
+            STREAM | {"stream.max_frames": 14},
+        ),
     ],
     "optimizers": [
-        (r"config\.student_optimizer\.warmup=100 leaves no", DECAYS | {"student_optimizer.warmup": 100}),
-        (r"config\.critic_optimizer\.warmup=500 leaves no", DECAYS | {"critic_optimizer.warmup": 500}),
+        (
+            r"config\.student_optimizer\.warmup=100 leaves no",
+            DECAYS | {"student_optimizer.warmup": 100},
+        ),
+        (
+            r"config\.critic_optimizer\.warmup=500 leaves no",
+            DECAYS | {"critic_optimizer.warmup": 500},
+        ),
     ],
 }
 CONTRADICTIONS = [(told, changes) for group in CONTRADICTIONS.values() for told, changes in group]
@@ -381,7 +460,8 @@ def test_contradictions_are_refused_by_name(told, changes):
 
 
 @pytest.mark.parametrize(
-    "changes", [ROLLOUT, ALIGN, STREAM, LATENTS, ALIGN | STREAM, ROLLOUT | LATENTS, LISTED, LISTED_ROLLOUT]
+    "changes",
+    [ROLLOUT, ALIGN, STREAM, LATENTS, ALIGN | STREAM, ROLLOUT | LATENTS, LISTED, LISTED_ROLLOUT],
 )
 def test_what_the_refused_configs_were_made_from_is_accepted(changes):
     config = base.get_config()
@@ -414,8 +494,12 @@ def test_every_refusal_has_a_case_here():
 
 
 def rate(updates, **how):
-    """The learning rate as the optimizer applies it: Adam's first updates of a constant gradient are of that size."""
-    tx = make_optimizer(Optimizer(b1=0.9, b2=0.999, eps=0.0, weight_decay=0.0, clip=100.0, **how), updates)
+    """The learning rate as the optimizer applies it: Adam's first updates of a constant gradient
+    are of that size.
+    """
+    tx = make_optimizer(
+        Optimizer(b1=0.9, b2=0.999, eps=0.0, weight_decay=0.0, clip=100.0, **how), updates
+    )
     params, grads, rates = jnp.zeros(()), jnp.ones(()), []
     state = tx.init(params)
     for _ in range(updates):
@@ -443,8 +527,17 @@ def test_the_shipped_causal_start_says_what_made_it():
 def test_a_run_from_before_a_key_came_goes_on():
     recipe = read_recipe(base.get_config())
     before = json.loads(to_json(recipe))
-    del before["teacher"]["weights"], before["teacher"]["accept_student"], before["schedule"]["levels"]
-    del before["keep_every"], before["accumulate"], before["teacher"]["dtype"], before["model"]["residual"]
+    del (
+        before["teacher"]["weights"],
+        before["teacher"]["accept_student"],
+        before["schedule"]["levels"],
+    )
+    del (
+        before["keep_every"],
+        before["accumulate"],
+        before["teacher"]["dtype"],
+        before["model"]["residual"],
+    )
     before["model"]["remat"] = True
     assert from_json(json.dumps(before)) == recipe
     migrate.refuse_another_run(json.dumps(before), recipe)

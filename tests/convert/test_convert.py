@@ -1,4 +1,6 @@
-"""Files of others come in and go out unchanged: names against tables by hand and against their own libraries."""
+"""Files of others come in and go out unchanged: names against tables by hand and against their own
+libraries.
+"""
 
 import functools
 import json
@@ -41,7 +43,9 @@ def slow(*values):
 
 
 def official(params, config):
-    """Our tree under the names of the release, numpy arrays: by hand, in the words of its code, not from our table."""
+    """Our tree under the names of the release, numpy arrays: by hand, in the words of its code, not
+    from our table.
+    """
     out = {}
 
     def put(name, p):
@@ -49,7 +53,10 @@ def official(params, config):
         if "bias" in p:
             out[f"{name}.bias"] = p["bias"]
 
-    patch, kernel = (config.dim, config.in_channels, *config.patch_size), params["patch_embedding"]["kernel"]
+    patch, kernel = (
+        (config.dim, config.in_channels, *config.patch_size),
+        params["patch_embedding"]["kernel"],
+    )
     out["patch_embedding.weight"] = kernel.T.reshape(patch)
     out["patch_embedding.bias"] = params["patch_embedding"]["bias"]
     for part in ("text", "time"):
@@ -75,7 +82,10 @@ def official(params, config):
 
 def save_torch(path, tree):
     """What torch.save would write of nested dicts of arrays, by hand."""
-    data, kinds = {}, {"float32": "Float", "float16": "Half", "bfloat16": "BFloat16", "int64": "Long"}
+    data, kinds = (
+        {},
+        {"float32": "Float", "float16": "Half", "bfloat16": "BFloat16", "int64": "Long"},
+    )
 
     def describe(value):
         if isinstance(value, dict):
@@ -121,7 +131,12 @@ def release(tmp_path):
         for k, half in enumerate(halves, 1):
             file = folder / f"diffusion_pytorch_model-{k:05d}-of-00002.safetensors"
             save_file({name: tensors[name] for name in half}, file)
-        told = {"_class_name": "WanModel", "num_heads": config.num_heads, "text_len": 512, "eps": 1e-6}
+        told = {
+            "_class_name": "WanModel",
+            "num_heads": config.num_heads,
+            "text_len": 512,
+            "eps": 1e-6,
+        }
         (folder / "config.json").write_text(json.dumps(told))
         return sorted(folder.glob("*.safetensors")), params
 
@@ -132,7 +147,12 @@ def release(tmp_path):
 def test_a_release_comes_in_and_goes_out_bit_for_bit(release, tmp_path, config, dtype):
     files, params = release(config, dtype)
     found, tree = come_in(files, tmp_path)
-    assert (found.network, found.layout, found.student, found.config) == ("wan", "official", "", config)
+    assert (found.network, found.layout, found.student, found.config) == (
+        "wan",
+        "official",
+        "",
+        config,
+    )
     same_bits(tree, params)
     for layout, folder in (("official", "a"), ("diffusers", "b/transformer")):
         write_official(tree, config, tmp_path / folder[0], layout)
@@ -141,7 +161,9 @@ def test_a_release_comes_in_and_goes_out_bit_for_bit(release, tmp_path, config, 
         again, back = come_in(file, tmp_path)
         assert (again.layout, again.config) == (layout, config)
         same_bits(back, params)
-    same_bits(load_file(tmp_path / "a" / "diffusion_pytorch_model.safetensors"), official(params, config))
+    same_bits(
+        load_file(tmp_path / "a" / "diffusion_pytorch_model.safetensors"), official(params, config)
+    )
 
 
 def test_our_file_goes_out_as_arrays_on_devices_do(release, tmp_path):
@@ -160,7 +182,9 @@ def test_our_file_goes_out_as_arrays_on_devices_do(release, tmp_path):
         sorted((tmp_path / "b").glob("*.safetensors")),
         sorted((tmp_path / "a").glob("*.safetensors")),
     )
-    index = json.loads((tmp_path / "a" / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    index = json.loads(
+        (tmp_path / "a" / "diffusion_pytorch_model.safetensors.index.json").read_text()
+    )
     found = {name: (file.name, array) for file in shards for name, array in load_file(file).items()}
     assert index["weight_map"] == {name: file for name, (file, _) in found.items()}
     assert index["metadata"]["total_size"] == sum(array.nbytes for _, array in found.values())
@@ -177,7 +201,9 @@ def test_our_file_goes_out_as_arrays_on_devices_do(release, tmp_path):
         write_official(stored, config, tmp_path / "a", "official")
 
 
-fsdp = lambda name: re.sub(r"^(blocks\.\d+)\.", r"\1._fsdp_wrapped_module._checkpoint_wrapped_module.", name)
+fsdp = lambda name: re.sub(
+    r"^(blocks\.\d+)\.", r"\1._fsdp_wrapped_module._checkpoint_wrapped_module.", name
+)
 FAMILY = {
     "self forcing ema": lambda good, bad: {
         "generator": {f"model.{k}": v for k, v in bad.items()},
@@ -202,7 +228,11 @@ def test_the_student_of_a_training_is_found_whatever_wraps_its_names(tmp_path, k
     (tmp_path / "config.json").write_text('{"num_heads": 2}')
     file = save_torch(tmp_path / "model.pt", FAMILY[kind](official(params, T2V), bad))
     found, tree = come_in([file], tmp_path)
-    keys = {"self forcing ema": "generator_ema", "self forcing ode": "generator", "causvid": "model"}
+    keys = {
+        "self forcing ema": "generator_ema",
+        "self forcing ode": "generator",
+        "causvid": "model",
+    }
     assert (found.student, found.config) == (keys.get(kind, ""), T2V)
     same_bits(tree, params)
 
@@ -213,8 +243,12 @@ def lora_file(path, params, rank, seed=3):
     for name, w in official(params, T2V).items():
         if name.startswith("blocks.") and w.ndim == 2 and name.endswith(".weight"):
             layer = f"base_model.model.{name.removesuffix('.weight')}"
-            out[f"{layer}.lora_A.weight"] = rng.standard_normal((rank, w.shape[1])).astype(np.float32)
-            out[f"{layer}.lora_B.weight"] = rng.standard_normal((w.shape[0], rank)).astype(np.float32)
+            out[f"{layer}.lora_A.weight"] = rng.standard_normal((rank, w.shape[1])).astype(
+                np.float32
+            )
+            out[f"{layer}.lora_B.weight"] = rng.standard_normal((w.shape[0], rank)).astype(
+                np.float32
+            )
     return save_torch(path, {"generator_lora": out, "step": np.int64([1])}), out
 
 
@@ -246,13 +280,22 @@ def exchange(tensors, **new):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda t: exchange(t, blocks__1__ffn__0__bias=(95,)), r"blocks\.1\.ffn\.0\.bias is \(95,\).*\(96,\)"),
+
+
+
+                                                         (lambda t: exchange(t, blocks__1__ffn__0__bias=(95,)), r"blocks\.1\.ffn\.0\.bias is \(95,\).*\(96,\)"),
         (lambda t: exchange(t, blocks__0__norm3__weight=(47,)), r"norm3\.weight is \(47,\)"),
         (lambda t: exchange(t, blocks__0__modulation=(2, 6, 48)), "shapes that no wan has"),
         (lambda t: exchange(t, patch_embedding__weight=(48, 64)), "shapes that no wan has"),
         (lambda t: exchange(t, head__head__weight=(48, 64)), r"head\.head\.weight is \(48, 64\)"),
-        (lambda t: t.update({"head.modulation": np.zeros((1, 2, 48), np.int8)}), "head.modulation is int8"),
-        (lambda t: [t.pop(k) for k in list(t) if k.startswith("blocks.0")], r"missing \(blocks\.0\."),
+
+
+
+                                                         (lambda t: t.update({"head.modulation": np.zeros((1, 2, 48), np.int8)}), "head.modulation is int8"),
+
+
+
+                                                         (lambda t: [t.pop(k) for k in list(t) if k.startswith("blocks.0")], r"missing \(blocks\.0\."),
     ],
 )  # fmt: skip
 def test_shapes_and_kinds_of_numbers_are_checked(tmp_path, change, told):
@@ -262,7 +305,9 @@ def test_shapes_and_kinds_of_numbers_are_checked(tmp_path, change, told):
 
 
 def test_heads_come_from_the_config_or_from_a_published_size(tmp_path):
-    with pytest.raises(UserError, match=r"number of heads; put a config\.json with num_heads beside it"):
+    with pytest.raises(
+        UserError, match=r"number of heads; put a config\.json with num_heads beside it"
+    ):
         find_network(save_changed(tmp_path, lambda t: None, heads=0))
     with pytest.raises(UserError, match="must split into num_heads=5"):
         find_network(save_changed(tmp_path, lambda t: None, heads=5))
@@ -304,7 +349,9 @@ def test_layers_stored_differently_are_stored_as_float32(tmp_path):
     kinds = [str(tree[part]["modulation"].dtype) for part in ("head", "blocks")]
     assert kinds == ["bfloat16", "float32"]
     params = randomised(shapes_of(T2V), 1)
-    np.testing.assert_array_equal(tree["blocks"]["modulation"][1], params["blocks"]["modulation"][1])
+    np.testing.assert_array_equal(
+        tree["blocks"]["modulation"][1], params["blocks"]["modulation"][1]
+    )
     _, tree = come_in(save_changed(tmp_path, half), tmp_path, jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype(jnp.bfloat16)}
     want = params["blocks"]["ffn_in"]["kernel"].astype(ml_dtypes.bfloat16)
@@ -324,7 +371,9 @@ def test_published_sizes_have_the_published_arrays(preset, count, numbers):
     config = PRESETS[preset]
     for layout in ("official", "diffusers"):
         arrays = writing.outgoing(shapes_of(config), config, layout, jnp.bfloat16)
-        assert len(arrays) == count and sum(array.nbytes for array in arrays.values()) == 2 * numbers
+        assert (
+            len(arrays) == count and sum(array.nbytes for array in arrays.values()) == 2 * numbers
+        )
     arrays = writing.outgoing(shapes_of(config), config, "official", None)
     last, dim, ffn = config.num_layers - 1, config.dim, config.ffn_dim
     known = {
@@ -335,7 +384,10 @@ def test_published_sizes_have_the_published_arrays(preset, count, numbers):
         "text_embedding.0.weight": (dim, 4096), "time_projection.1.weight": (6 * dim, dim),
     }  # fmt: skip
     if config.image_dim:
-        known |= {"img_emb.proj.1.weight": (1280, 1280), f"blocks.{last}.cross_attn.k_img.weight": (dim, dim)}
+        known |= {
+            "img_emb.proj.1.weight": (1280, 1280),
+            f"blocks.{last}.cross_attn.k_img.weight": (dim, dim),
+        }
     assert {name: arrays[name].shape for name in known} == known
 
 
@@ -348,7 +400,9 @@ def test_other_networks_have_the_published_number_of_arrays():
 
 
 def from_table(network, layout, tree):
-    """A file of theirs, made of our tree by the table: names and forms of one layout, numpy arrays."""
+    """A file of theirs, made of our tree by the table: names and forms of one layout, numpy
+    arrays.
+    """
     out = {}
     for row in names.TABLES[network]:
         name, _, third = getattr(row, layout).partition("#")
@@ -359,7 +413,9 @@ def from_table(network, layout, tree):
         for i in range(len(leaf) if "{i}" in name else 1):
             array = back(leaf[i] if "{i}" in name else leaf)
             held = out.get(name.format(i=i))
-            out[name.format(i=i)] = array if not third or held is None else np.concatenate([held, array])
+            out[name.format(i=i)] = (
+                array if not third or held is None else np.concatenate([held, array])
+            )
     return {name: np.ascontiguousarray(array) for name, array in out.items()}
 
 
@@ -375,15 +431,20 @@ def test_encoders_and_vae_come_in_from_both_layouts(tmp_path, layout):
         tensors = from_table(network, layout, tree)
         if network == "image_encoder":  # one layer more, of which nothing may be read
             extra = {
-                n.replace(".1.", ".2.", 1): v + 9 for n, v in tensors.items() if re.search(r"r(s)?\.1\.", n)
+                n.replace(".1.", ".2.", 1): v + 9
+                for n, v in tensors.items()
+                if re.search(r"r(s)?\.1\.", n)
             }
             extra |= {"textual.x": np.ones(2, np.int64), "log_scale": np.ones((), np.float32)}
             extra |= {
-                "visual.post_norm.weight" if layout == "official" else "post_layernorm.weight": np.ones(40)
+                "visual.post_norm.weight"
+                if layout == "official"
+                else "post_layernorm.weight": np.ones(40)
             }
             tensors |= extra
         file = save_torch(
-            tmp_path / "x.pth", {k: np.float32(v) if v.dtype == float else v for k, v in tensors.items()}
+            tmp_path / "x.pth",
+            {k: np.float32(v) if v.dtype == float else v for k, v in tensors.items()},
         )
         found, got = come_in([file], tmp_path)
         assert (found.network, found.layout, found.config) == (network, layout, config)
@@ -397,7 +458,8 @@ def test_sizes_of_published_models_follow_from_their_shapes(preset):
     whole = flatten_dict(shapes_of(config), sep="/")
     layers = lambda ours: config.num_layers if ours.startswith("blocks/") else 1
     ours = {
-        path: leaf.shape[1:] if path.startswith("blocks/") else leaf.shape for path, leaf in whole.items()
+        path: leaf.shape[1:] if path.startswith("blocks/") else leaf.shape
+        for path, leaf in whole.items()
     }
     theirs = ours | {"patch_embedding/kernel": (config.dim, config.in_channels, 1, 2, 2)}
     sizes = {path: Size(layers(path), theirs[path], ours[path]) for path in ours}
@@ -418,7 +480,10 @@ def test_sizes_of_the_other_networks_follow_from_their_shapes(network, init, con
     inner = {path: leaf.shape[path.startswith("blocks/") :] for path, leaf in whole.items()}
     layers = getattr(config, "num_layers", 1)
     sizes = {path: Size(layers, shape, shape) for path, shape in inner.items()}
-    assert infer_config(network, sizes, {"num_heads": 40, "num_attention_heads": 40}, "a test") == config
+    assert (
+        infer_config(network, sizes, {"num_heads": 40, "num_attention_heads": 40}, "a test")
+        == config
+    )
 
 
 # Against the libraries that define the layouts.
@@ -449,14 +514,23 @@ def test_what_diffusers_saves_computes_the_same_here(tmp_path, module, config):
     assert (found.layout, found.config) == ("diffusers", config)
     same_bits(tree, params)
     x, timestep, text = inputs(2, config, rows=512)
-    image = np.random.default_rng(3).standard_normal((2, 5, config.image_dim or 1)).astype(np.float32)
+    image = (
+        np.random.default_rng(3).standard_normal((2, 5, config.image_dim or 1)).astype(np.float32)
+    )
     with torch.no_grad():
         told = (torch.tensor(image),) if config.image_dim else ()
         want = theirs(
-            torch.tensor(x.transpose(0, 4, 1, 2, 3)), torch.tensor(timestep), torch.tensor(text), *told
+            torch.tensor(x.transpose(0, 4, 1, 2, 3)),
+            torch.tensor(timestep),
+            torch.tensor(text),
+            *told,
         ).sample
     text = jnp.asarray(text)
-    told = ImageText(text, jnp.asarray(image), jnp.zeros((2, 3, 8, 6, 0))) if config.image_dim else text
+    told = (
+        ImageText(text, jnp.asarray(image), jnp.zeros((2, 3, 8, 6, 0)))
+        if config.image_dim
+        else text
+    )
     got = apply_wan(tree, jnp.asarray(x), jnp.asarray(timestep), told, config, Compute())
     np.testing.assert_allclose(got, want.numpy().transpose(0, 2, 3, 4, 1), atol=2e-5, rtol=1e-5)
 
@@ -478,7 +552,9 @@ def test_diffusers_reads_what_we_write_in_both_layouts(tmp_path, module, config)
     assert tensors.keys() == official(params, config).keys()
     folder = tmp_path / "diffusers" / "transformer"
     built = fresh.from_config(fresh.load_config(folder))
-    public = lambda module: {k: v for k, v in json.loads(module.to_json_string()).items() if k[0] != "_"}
+    public = lambda module: {
+        k: v for k, v in json.loads(module.to_json_string()).items() if k[0] != "_"
+    }
     assert public(built) == public(theirs)
     for found in (
         convert_wan_transformer_to_diffusers(tensors),
@@ -513,23 +589,32 @@ def test_an_umt5_of_transformers_computes_the_same_here(tmp_path, tied):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.UMT5EncoderModel(
         transformers.UMT5Config(
-            vocab_size=100, d_model=32, d_kv=16, d_ff=48, num_layers=3, num_heads=4, dropout_rate=0.0,
-            relative_attention_num_buckets=32, relative_attention_max_distance=128, layer_norm_epsilon=1e-6,
+            vocab_size=100, d_model=32, d_kv=16, d_ff=48, num_layers=3, num_heads=4,
+            dropout_rate=0.0,
+            relative_attention_num_buckets=32, relative_attention_max_distance=128,
+            layer_norm_epsilon=1e-6,
             feed_forward_proj="gated-gelu",
         )
     ).eval().requires_grad_(False)  # fmt: skip
     for name, w in theirs.named_parameters():
         w.copy_(
-            ("norm" in name) + 0.2 * torch.randn(w.shape, generator=torch.Generator().manual_seed(len(name)))
+            ("norm" in name)
+            + 0.2 * torch.randn(w.shape, generator=torch.Generator().manual_seed(len(name)))
         )
     state = {
-        name: w.numpy() for name, w in theirs.state_dict().items() if name != "encoder.embed_tokens.weight"
+        name: w.numpy()
+        for name, w in theirs.state_dict().items()
+        if name != "encoder.embed_tokens.weight"
     }
     if tied != "shared":
         table = state.pop("shared.weight")
         state |= {"encoder.embed_tokens.weight": table} if tied == "embed_tokens" else {}
         # as some releases leave it: the shared one is the one that counts
-        state |= {"shared.weight": table, "encoder.embed_tokens.weight": 0 * table} if tied == "both" else {}
+        state |= (
+            {"shared.weight": table, "encoder.embed_tokens.weight": 0 * table}
+            if tied == "both"
+            else {}
+        )
     save_file(state, tmp_path / "model.safetensors")
     found, tree = come_in([tmp_path / "model.safetensors"], tmp_path)
     assert (found.network, found.config) == ("text_encoder", test_text_encoder.SMALL)
@@ -550,12 +635,16 @@ def test_a_clip_of_transformers_comes_in_without_its_last_layer(tmp_path, prefix
     transformers = pytest.importorskip("transformers")
     theirs = transformers.CLIPVisionModel(
         transformers.CLIPVisionConfig(
-            hidden_size=32, intermediate_size=64, projection_dim=24, num_hidden_layers=4, num_attention_heads=2,
+            hidden_size=32, intermediate_size=64, projection_dim=24, num_hidden_layers=4,
+            num_attention_heads=2,
             image_size=42, patch_size=14, hidden_act="gelu", layer_norm_eps=1e-5,
         )
     )  # fmt: skip
     theirs.save_pretrained(tmp_path)
-    state = {k.removeprefix("vision_model."): v for k, v in load_file(tmp_path / "model.safetensors").items()}
+    state = {
+        k.removeprefix("vision_model."): v
+        for k, v in load_file(tmp_path / "model.safetensors").items()
+    }
     save_file({prefix + name: w for name, w in state.items()}, tmp_path / "model.safetensors")
     found, tree = come_in([tmp_path / "model.safetensors"], tmp_path)
     assert (found.network, found.layout, found.config) == (

@@ -1,4 +1,6 @@
-"""Files as people have them: 8-bit numbers, wrappers, suffixes and neighbours; and models that are not Wan 2.1."""
+"""Files as people have them: 8-bit numbers, wrappers, suffixes and neighbours; and models that are
+not Wan 2.1.
+"""
 
 import argparse
 import json
@@ -74,7 +76,9 @@ def refused(told, path, **more):
 
 
 def in_8_bits(tensors, dtype, scale=None, suffix="scale_weight", shape=()):
-    """ComfyUI's: matrices of the blocks as 8 bits, with a scale beside each; and the values that they stand for."""
+    """ComfyUI's: matrices of the blocks as 8 bits, with a scale beside each; and the values that
+    they stand for.
+    """
     out, values = {}, {}
     for k, (key, w) in enumerate(tensors.items()):
         values[key] = w
@@ -116,7 +120,9 @@ def test_plain_fp8_is_exact_in_bfloat16(tmp_path, dtype):
 
 def _float32(tree):
     return (
-        {k: _float32(v) for k, v in tree.items()} if isinstance(tree, dict) else np.asarray(tree, np.float32)
+        {k: _float32(v) for k, v in tree.items()}
+        if isinstance(tree, dict)
+        else np.asarray(tree, np.float32)
     )
 
 
@@ -140,7 +146,9 @@ def test_scaled_fp8_is_the_product_in_float32(tmp_path, suffix, shape):
             tensors[f"{layer}comfy_quant"] = np.frombuffer(b'{"format": "float8_e4m3fn"}', np.uint8)
     tensors["scaled_fp8"] = np.zeros(2, E4M3)
     front = "model.diffusion_model."
-    metadata = {"_quantization_metadata": json.dumps({"layers": {"x": {"format": "float8_e4m3fn"}}})}
+    metadata = {
+        "_quantization_metadata": json.dumps({"layers": {"x": {"format": "float8_e4m3fn"}}})
+    }
     file = save(tmp_path, {front + key: w for key, w in tensors.items()}, metadata=metadata)
     _, tree = come_in([file], tmp_path)
     assert {leaf.dtype for leaf in matrices(tree).values()} == {jnp.dtype(jnp.float32)}
@@ -159,9 +167,14 @@ def test_a_scale_for_each_block_of_a_row():
 
 
 def test_fp8_of_torch_comes_in(tmp_path):
-    """A tensor of 8 bits that torch.save wrote, as a matrix of the network would be: dtype and numbers."""
+    """A tensor of 8 bits that torch.save wrote, as a matrix of the network would be: dtype and
+    numbers.
+    """
     tensors, values = in_8_bits(good(), E4M3)
-    body = {key: fp8_tensor(k, w) if w.dtype == E4M3 else None for k, (key, w) in enumerate(tensors.items())}
+    body = {
+        key: fp8_tensor(k, w) if w.dtype == E4M3 else None
+        for k, (key, w) in enumerate(tensors.items())
+    }
     plain = {key: w for key, w in tensors.items() if w.dtype != E4M3}
     data = {str(k): w.tobytes() for k, w in enumerate(tensors.values()) if w.dtype == E4M3}
     (tmp_path / "config.json").write_text('{"num_heads": 2}')
@@ -176,7 +189,11 @@ def test_fp8_of_torch_comes_in(tmp_path):
 
 def fp8_tensor(key, w):
     where = group(
-        text("storage"), name("torch.storage", "UntypedStorage"), text(str(key)), text("cpu"), number(w.size)
+        text("storage"),
+        name("torch.storage", "UntypedStorage"),
+        text(str(key)),
+        text("cpu"),
+        number(w.size),
     )
     lengths = lambda numbers: group(*map(number, numbers))
     hooks = call(name("collections", "OrderedDict"))
@@ -195,29 +212,58 @@ def fp8_tensor(key, w):
 def test_float64_is_stored_as_float32(tmp_path):
     tensors = {key: w.astype(np.float64) + 1e-9 for key, w in good().items()}
     _, tree = come_in([save(tmp_path, tensors)], tmp_path)
-    same_bits(official(_float32(tree), T2V), {key: w.astype(np.float32) for key, w in tensors.items()})
+    same_bits(
+        official(_float32(tree), T2V), {key: w.astype(np.float32) for key, w in tensors.items()}
+    )
     assert tree["head"]["modulation"].dtype == jnp.float32
 
 
 Q, EIGHT = "blocks.0.self_attn.q", np.zeros((48, 48), E4M3)
 as_bytes = lambda told: {f"{Q}.comfy_quant": np.frombuffer(told, np.uint8)}
 QUANTISED = {
-    "int8": ({f"{Q}.weight": np.zeros((48, 48), np.int8)}, "q.weight is int8, no floating point: quantised"),
-    "int8 with a scale": ({f"{Q}.weight": np.zeros((48, 48), np.int8), f"{Q}.weight_scale": ones(1)},
+
+
+
+                         "int8": ({f"{Q}.weight": np.zeros((48, 48), np.int8)}, "q.weight is int8, no floating point: quantised"),
+
+
+
+                         "int8 with a scale": ({f"{Q}.weight": np.zeros((48, 48), np.int8), f"{Q}.weight_scale": ones(1)},
                           "scale beside .*q.weight, which is int8, no fp8"),
-    "bitsandbytes": ({f"{Q}.weight.absmax": ones(4), f"{Q}.weight.quant_map": ones(16)}, "quantised as bitsandbytes"),
-    "nunchaku": ({f"{Q}.qweight": np.zeros(4, np.int8), f"{Q}.wscales": ones(4)}, "quantised as SVDQuant"),
-    "gptq": ({f"{Q}.qweight": np.zeros(4, np.int32), f"{Q}.qzeros": np.zeros(4, np.int32)}, "quantised as GPTQ or AWQ"),
-    "nvfp4": ({f"{Q}.weight": np.zeros((48, 48), np.uint8), f"{Q}.weight_scale_2": ones(1)}, "quantised as NVFP4"),
+
+
+
+                         "bitsandbytes": ({f"{Q}.weight.absmax": ones(4), f"{Q}.weight.quant_map": ones(16)}, "quantised as bitsandbytes"),
+
+
+
+                         "nunchaku": ({f"{Q}.qweight": np.zeros(4, np.int8), f"{Q}.wscales": ones(4)}, "quantised as SVDQuant"),
+
+
+
+                         "gptq": ({f"{Q}.qweight": np.zeros(4, np.int32), f"{Q}.qzeros": np.zeros(4, np.int32)}, "quantised as GPTQ or AWQ"),
+
+
+
+                         "nvfp4": ({f"{Q}.weight": np.zeros((48, 48), np.uint8), f"{Q}.weight_scale_2": ones(1)}, "quantised as NVFP4"),
     "blocks": ({f"{Q}.weight_scale_inv": ones(1, 1)}, "fp8 in blocks"),
     "quanto": ({f"{Q}.weight._data": np.zeros(4, np.int8)}, "whole numbers"),
     "comfy_quant": (as_bytes(b'{"format": "int8_tensorwise"}'), "as int8_tensorwise"),
     "comfy_quant with more": (
         as_bytes(b'{"format": "float8_e4m3fn", "convrot": true}'), "as float8_e4m3fn"),
     "comfy_quant damaged": (as_bytes(b"\xff\xfe"), "an unknown kind of numbers"),
-    "scale of bfloat16": ({f"{Q}.scale_weight": ones(1)}, "scale beside .*q.weight, which is float32"),
-    "scale of another shape": ({f"{Q}.weight": EIGHT, f"{Q}.scale_weight": ones(47)}, r"its scale \(47,\)"),
-    "scale of columns": ({f"{Q}.weight": EIGHT, f"{Q}.scale_weight": ones(1, 48)}, r"its scale \(1, 48\)"),
+
+
+
+                         "scale of bfloat16": ({f"{Q}.scale_weight": ones(1)}, "scale beside .*q.weight, which is float32"),
+
+
+
+                         "scale of another shape": ({f"{Q}.weight": EIGHT, f"{Q}.scale_weight": ones(47)}, r"its scale \(47,\)"),
+
+
+
+                         "scale of columns": ({f"{Q}.weight": EIGHT, f"{Q}.scale_weight": ones(1, 48)}, r"its scale \(1, 48\)"),
 }  # fmt: skip
 
 
@@ -230,7 +276,10 @@ def test_other_quantised_files_are_named(tmp_path, kind):
 def test_umt5_of_comfyui_brings_its_tokenizer(tmp_path):
     config = text_encoder.PRESETS["wan-tiny"]
     tree = randomised(shapes_of(config, text_encoder.init_text_encoder), 1)
-    tensors = {key: w.astype(np.float16) for key, w in from_table("text_encoder", "diffusers", tree).items()}
+    tensors = {
+        key: w.astype(np.float16)
+        for key, w in from_table("text_encoder", "diffusers", tree).items()
+    }
     tensors |= {"spiece_model": np.frombuffer(b"umT5", np.uint8), "scaled_fp8": np.zeros(0, E4M3)}
     for front in ("", "text_encoders.umt5xxl.transformer."):
         found = find_network([save(tmp_path, {front + key: w for key, w in tensors.items()})])
@@ -245,14 +294,18 @@ def _map(f, tree):
 
 @pytest.mark.slow
 def test_a_checkpoint_of_comfyui_holds_several_networks(tmp_path):
-    """One file with the transformer, the VAE, umT5 and CLIP, each behind its own prefix, of which CLIP has more."""
+    """One file with the transformer, the VAE, umT5 and CLIP, each behind its own prefix, of which
+    CLIP has more.
+    """
     trees = {
         "vae.": ("vae", vae.PRESETS["tiny"], vae.init_vae, "official"),
         "text_encoders.umt5xxl.transformer.": (
-            "text_encoder", text_encoder.PRESETS["wan-tiny"], text_encoder.init_text_encoder, "diffusers",
+            "text_encoder", text_encoder.PRESETS["wan-tiny"], text_encoder.init_text_encoder,
+            "diffusers",
         ),
         "clip_vision.vision_model.": (
-            "image_encoder", image_encoder.PRESETS["tiny"], image_encoder.init_image_encoder, "diffusers",
+            "image_encoder", image_encoder.PRESETS["tiny"], image_encoder.init_image_encoder,
+            "diffusers",
         ),
     }  # fmt: skip
     tensors = {f"model.diffusion_model.{key}": w for key, w in good().items()}
@@ -289,15 +342,27 @@ NESTED = {
     "state_dict": lambda: {"state_dict": good(), "epoch": np.int64([3])},
     "module": lambda: {"module": under("module.", good())},
     "ema": lambda: {"ema": good(), "model": bad()},
-    "generator_ema": lambda: {"generator_ema": good(), "ema": bad(), "generator": bad(), "critic": bad()},
-    "student": lambda: {"student": good(), "teacher": bad(), "fake_score": bad(), "real_score": bad()},
+
+
+
+                         "generator_ema": lambda: {"generator_ema": good(), "ema": bad(), "generator": bad(), "critic": bad()},
+
+
+
+                         "student": lambda: {"student": good(), "teacher": bad(), "fake_score": bad(), "real_score": bad()},
     "params_ema": lambda: {"params_ema": good(), "params": bad()},
     "ema/generator": lambda: {"ema": {"generator": good()}, "model": {"generator": bad()}},
-    "state_dict/generator": lambda: {"state_dict": under("generator.", good()) | under("critic.", bad())},
+
+
+
+                         "state_dict/generator": lambda: {"state_dict": under("generator.", good()) | under("critic.", bad())},
     "a/b/c": lambda: {"a": {"b": {"c": good()}}},
     "model": lambda: {
         "model": good(), "discriminator": {"conv.weight": ones(3, 3)},
-        "optimizer": {"state": {"0": {"exp_avg": ones(3)}, "blocks.0.ffn.0.weight": {"exp_avg": ones(3)}}},
+
+
+
+                                                         "optimizer": {"state": {"0": {"exp_avg": ones(3)}, "blocks.0.ffn.0.weight": {"exp_avg": ones(3)}}},
     },
 }  # fmt: skip
 
@@ -313,7 +378,9 @@ def test_the_network_in_a_dict_of_dicts_is_found(tmp_path, kind):
 
 def test_a_flat_file_with_two_networks_gives_the_student(tmp_path):
     tensors = (
-        under("generator.model.", good()) | under("fake_score.model.", bad()) | under("real_score.", bad())
+        under("generator.model.", good())
+        | under("fake_score.model.", bad())
+        | under("real_score.", bad())
     )
     found, tree = come_in([save(tmp_path, tensors)], tmp_path)
     assert found.student == "generator.model"
@@ -324,7 +391,9 @@ def test_a_flat_file_with_two_networks_gives_the_student(tmp_path):
 
 def test_key_chooses_another_network_of_the_file(tmp_path):
     (tmp_path / "config.json").write_text('{"num_heads": 2}')
-    file = save_torch(tmp_path / "x.pt", {"generator_ema": bad(), "generator": good(), "critic": bad()})
+    file = save_torch(
+        tmp_path / "x.pt", {"generator_ema": bad(), "generator": good(), "critic": bad()}
+    )
     for key, zero in (("", True), ("generator_ema", True), ("generator", False), ("critic", True)):
         found = find_networks(file, lambda path: None, key)["wan"]
         assert found.student == (key or "generator_ema")
@@ -352,7 +421,11 @@ def test_numpy_scalars_and_configs_beside_the_weights_do_no_harm(tmp_path):
         data[str(k)] = w.tobytes()
         strides = [int(np.prod(w.shape[i + 1 :])) for i in range(w.ndim)]
         body[key] = tensor(storage("Float", str(k), w.size), 0, w.shape, strides)
-    beside = {"loss": np.float64(0.1), "args": argparse.Namespace(lr=1e-4, step=np.int64(3)), "names": {"a"}}
+    beside = {
+        "loss": np.float64(0.1),
+        "args": argparse.Namespace(lr=1e-4, step=np.int64(3)),
+        "names": {"a"},
+    }
     pickled = table({"net": ordered(body)}) + text("beside") + pickle.dumps(beside, 2)[2:-1] + b"s"
     found, tree = come_in([archive(tmp_path / "x.ckpt", pickled, data)], tmp_path)
     assert found.student == "net"
@@ -389,7 +462,10 @@ def test_the_content_tells_what_a_file_is_and_not_its_name(tmp_path):
     ("data", "told"),
     [
         (b"", "is empty; download it again"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a Git LFS pointer"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+            "is a Git LFS pointer",
+        ),
         (b"<!DOCTYPE html><html>", "is a web page"),
         (b"GGUF\3\0\0\0", "is a GGUF file, quantised"),
         (b"nothing at all that one knows", "cannot read"),
@@ -416,7 +492,9 @@ def test_folders_of_bin_and_ckpt(tmp_path):
     unused = []
     found = find_networks(tmp_path, unused.append)
     assert (
-        set(found) == {"vae", "wan"} and len(found["vae"].files) == 3 and found["wan"].student == "state_dict"
+        set(found) == {"vae", "wan"}
+        and len(found["vae"].files) == 3
+        and found["wan"].student == "state_dict"
     )
     assert {path.name for path in unused} == {"optimizer.bin", "quantised.gguf"}
     (tmp_path / "pytorch_model-00002-of-00003.bin").unlink()
@@ -436,24 +514,54 @@ def channels(tensors, made, taken):
 
 
 OTHERS = {
-    "Wan 2.2 I2V A14B": (lambda: channels(good(), 16, 36), "makes 16 channels of 36, without .* as Wan 2.2 I2V A14B"),
-    "Wan 2.2 TI2V 5B": (lambda: channels(good(), 48, 48), "makes 48 channels of 48, .* as Wan 2.2 TI2V 5B"),
-    "Fun Control": (lambda: channels(good(I2V), 16, 48), "makes 16 channels of 48, with .* as Wan 2.1 Fun Control"),
-    "of 52": (lambda: channels(good(), 16, 52), "makes 16 channels of 52, without an image embedding; Wan 2.1 makes"),
-    "T2V with an image": (lambda: channels(good(I2V), 16, 16), "makes 16 channels of 16, with an image embedding;"),
+
+
+
+                         "Wan 2.2 I2V A14B": (lambda: channels(good(), 16, 36), "makes 16 channels of 36, without .* as Wan 2.2 I2V A14B"),
+
+
+
+                         "Wan 2.2 TI2V 5B": (lambda: channels(good(), 48, 48), "makes 48 channels of 48, .* as Wan 2.2 TI2V 5B"),
+
+
+
+                         "Fun Control": (lambda: channels(good(I2V), 16, 48), "makes 16 channels of 48, with .* as Wan 2.1 Fun Control"),
+
+
+
+                         "of 52": (lambda: channels(good(), 16, 52), "makes 16 channels of 52, without an image embedding; Wan 2.1 makes"),
+
+
+
+                         "T2V with an image": (lambda: channels(good(I2V), 16, 16), "makes 16 channels of 16, with an image embedding;"),
     "colours": (lambda: channels(good(), 3, 19), "makes 3 channels of 19"),
-    "VACE": (lambda: good() | {"vace_blocks.0.after_proj.weight": ones(2)}, "of VACE: it has vace_blocks"),
+
+
+
+                         "VACE": (lambda: good() | {"vace_blocks.0.after_proj.weight": ones(2)}, "of VACE: it has vace_blocks"),
     "Fun": (lambda: good(I2V) | {"ref_conv.weight": ones(2), "ref_conv.bias": ones(2)},
             r"of Wan-Fun: it has ref_conv\.bias and 1 more"),
     "Fun camera": (lambda: good(I2V) | {"control_adapter.conv.weight": ones(2)}, "of Wan-Fun"),
     "FLF2V": (lambda: good(I2V) | {"img_emb.emb_pos": ones(1, 514, 40)}, "of Wan 2.1 FLF2V"),
-    "FastWan": (lambda: good() | {"blocks.0.to_gate_compress.weight": ones(2)}, r"\(VSA gate weights\)"),
+
+
+
+                         "FastWan": (lambda: good() | {"blocks.0.to_gate_compress.weight": ones(2)}, r"\(VSA gate weights\)"),
     "SkyReels-V2": (lambda: good() | {"fps_embedding.weight": ones(2)}, "of SkyReels-V2"),
     "S2V": (lambda: good() | {"casual_audio_encoder.encoder.weight": ones(2)}, "of Wan 2.2 S2V"),
-    "Animate": (lambda: good(I2V) | {"face_adapter.fuser_blocks.0.weight": ones(2)}, "of Wan 2.2 Animate"),
-    "MultiTalk": (lambda: good(I2V) | {"blocks.0.audio_cross_attn.q.weight": ones(2)}, "of MultiTalk"),
+
+
+
+                         "Animate": (lambda: good(I2V) | {"face_adapter.fuser_blocks.0.weight": ones(2)}, "of Wan 2.2 Animate"),
+
+
+
+                         "MultiTalk": (lambda: good(I2V) | {"blocks.0.audio_cross_attn.q.weight": ones(2)}, "of MultiTalk"),
     "anything": (lambda: good() | {"new_part.weight": ones(2)}, "1 unexpected .new_part.weight."),
-    "its VAE": (lambda: {f"encoder.downsamples.{i}.downsamples.0.residual.2.weight": ones(2) for i in range(4)},
+
+
+
+                         "its VAE": (lambda: {f"encoder.downsamples.{i}.downsamples.0.residual.2.weight": ones(2) for i in range(4)},
                 "of the VAE of Wan 2.2 TI2V 5B"),
 }  # fmt: skip
 
@@ -477,7 +585,12 @@ def test_another_model_is_refused_behind_a_prefix_too(tmp_path):
         ("x", "Wan2_2-T2V-A14B_HIGH_fp8_e4m3fn_scaled_KJ.safetensors", {}, None),
         ("Wan2.2-T2V-A14B-Diffusers/transformer", "x.safetensors", {}, None),
         ("a/transformer", "x.safetensors", {}, {"boundary_ratio": 0.875}),
-        ("a/transformer", "x.safetensors", {}, {"transformer_2": ["diffusers", "WanTransformer3DModel"]}),
+        (
+            "a/transformer",
+            "x.safetensors",
+            {},
+            {"transformer_2": ["diffusers", "WanTransformer3DModel"]},
+        ),
         ("x", "x.safetensors", {"_class_name": "WanVACETransformer3DModel"}, None),
         ("x", "x.safetensors", {"model_type": "ti2v"}, None),
         ("x", "x.safetensors", {"model_type": ["t2v"]}, None),
@@ -504,7 +617,10 @@ def test_what_stands_beside_wan_2_1_does_no_harm(tmp_path):
     for kind in ("WanTransformer3DModel", "WanModel", "CausalWanModel"):
         told = json.dumps({"num_heads": 2, "_class_name": kind, "model_type": "t2v"})
         file = save(
-            tmp_path / "Wan2.1-T2V-14B" / "transformer", good(), "Wan2_1-T2V-14B_fp32.safetensors", told=told
+            tmp_path / "Wan2.1-T2V-14B" / "transformer",
+            good(),
+            "Wan2_1-T2V-14B_fp32.safetensors",
+            told=told,
         )
         assert find_network([file]).config == T2V
 

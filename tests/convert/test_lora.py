@@ -1,6 +1,8 @@
-"""LoRAs of others: the merged weight is W + scale up @ down in every spelling, and what sets the scale is applied.
+"""LoRAs of others: the merged weight is W + scale up @ down in every spelling, and what sets the
+scale is applied.
 
-Expected values are written in numpy from the formula; at the end the same files go through PEFT and diffusers.
+Expected values are written in numpy from the formula; at the end the same files go through PEFT and
+diffusers.
 """
 
 import functools
@@ -88,7 +90,9 @@ MODULES = {
 @functools.cache
 def factors(rank=4, out=48, into=48, seed=0):
     rng = np.random.default_rng(seed)
-    return tuple(rng.standard_normal(shape).astype(np.float32) for shape in ((rank, into), (out, rank)))
+    return tuple(
+        rng.standard_normal(shape).astype(np.float32) for shape in ((rank, into), (out, rank))
+    )
 
 
 def factors_of(network, module, rank=4):
@@ -106,7 +110,10 @@ def peft(network, modules=MODULES, front="", rank=4, name=lambda a, b: a):
     out = {}
     for a, b in modules.items():
         down, up = factors_of(network, a, rank)
-        out |= {f"{front}{name(a, b)}.lora_A.weight": down, f"{front}{name(a, b)}.lora_B.weight": up}
+        out |= {
+            f"{front}{name(a, b)}.lora_A.weight": down,
+            f"{front}{name(a, b)}.lora_B.weight": up,
+        }
     return out
 
 
@@ -126,11 +133,16 @@ header = lambda **told: {
         (dict(r=4, lora_alpha=16), 4),
         (dict(r=4, lora_alpha=4), 1),
         (dict(r=4, lora_alpha=4, use_rslora=True), 2),
-        (dict(r=4, lora_alpha=6.0, use_rslora=False, lora_dropout=0.1, target_modules=["to_q"], bias="none"), 1.5),
+
+
+
+                                                         (dict(r=4, lora_alpha=6.0, use_rslora=False, lora_dropout=0.1, target_modules=["to_q"], bias="none"), 1.5),
         (dict(r=4, lora_alpha=-2), -0.5),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("where", ["diffusers", "pipeline", "json", "json of peft", "flat", "other key"])
+@pytest.mark.parametrize(
+    "where", ["diffusers", "pipeline", "json", "json of peft", "flat", "other key"]
+)
 def test_alpha_and_rslora_are_applied_wherever_they_stand(t2v, tmp_path, told, scale, where):
     tensors, metadata = peft(t2v, front="transformer.", name=diffusers_name), None
     if where == "diffusers":
@@ -160,7 +172,10 @@ def test_nothing_said_is_a_scale_of_one(t2v, tmp_path):
     [
         ({"to_q": 16}, lambda a, b: 4 if b.endswith("to_q") else 2),
         ({"blocks.0.attn1.to_q": 16}, lambda a, b: 4 if b == "blocks.0.attn1.to_q" else 2),
-        ({r"blocks\.1\..*": 4, "to_q": 16}, lambda a, b: 1 if ".1." in a else 4 if b.endswith("to_q") else 2),
+        (
+            {r"blocks\.1\..*": 4, "to_q": 16},
+            lambda a, b: 1 if ".1." in a else 4 if b.endswith("to_q") else 2,
+        ),
         ({"^blocks.0.attn1.to_q": 16}, lambda a, b: 4 if b == "blocks.0.attn1.to_q" else 2),
         ({"o_q": 16}, lambda a, b: 2),  # part of a name is not its end
     ],
@@ -177,28 +192,39 @@ def test_alpha_pattern_is_matched_as_peft_does(t2v, tmp_path, alphas, scale_of):
 def test_ranks_by_module_with_rank_pattern(t2v, tmp_path, rslora):
     wide = {a: b for a, b in MODULES.items() if ".1." in a}
     small = {a: b for a, b in MODULES.items() if ".0." in a}
-    tensors = peft(t2v, wide, rank=9, name=diffusers_name) | peft(t2v, small, rank=4, name=diffusers_name)
+    tensors = peft(t2v, wide, rank=9, name=diffusers_name) | peft(
+        t2v, small, rank=4, name=diffusers_name
+    )
     told = dict(r=4, lora_alpha=12, use_rslora=rslora, rank_pattern={r"blocks\.1\.\S+": 9})
     lora = t2v.find(tmp_path / "lora.safetensors", tensors, header(**told))
     assert lora.ranks == [4, 9]
     scale = lambda rank: 12 / rank**0.5 if rslora else 12 / rank
-    deltas = [product(t2v, a, scale(9), 9) for a in wide] + [product(t2v, a, scale(4)) for a in small]
+    deltas = [product(t2v, a, scale(9), 9) for a in wide] + [
+        product(t2v, a, scale(4)) for a in small
+    ]
     t2v.check(t2v.merged(lora), functools.reduce(dict.__or__, deltas))
 
 
 KOHYA = lambda a, b: "lora_unet_" + a.replace(".", "_")
 SPELLINGS = {
     "peft": (lambda a, b: f"base_model.model.{a}", "lora_A.weight", "lora_B.weight"),
-    "peft, adapter named": (lambda a, b: f"base_model.model.{b}", "lora_A.default.weight", "lora_B.default.weight"),
+
+
+
+                         "peft, adapter named": (lambda a, b: f"base_model.model.{b}", "lora_A.default.weight", "lora_B.default.weight"),
     "diffusers": (lambda a, b: f"transformer.{b}", "lora_A.weight", "lora_B.weight"),
     "diffusion-pipe": (lambda a, b: f"diffusion_model.{a}", "lora_A.weight", "lora_B.weight"),
     "comfyui": (lambda a, b: f"diffusion_model.{a}", "lora_down.weight", "lora_up.weight"),
     "lightx2v without prefix": (lambda a, b: a, "lora_down.weight", "lora_up.weight"),
     "kohya": (KOHYA, "lora_down.weight", "lora_up.weight"),
     "kohya of diffusers": (
-        lambda a, b: "lora_transformer_" + b.replace(".", "_"), "lora_down.weight", "lora_up.weight",
+        lambda a, b: "lora_transformer_" + b.replace(".", "_"), "lora_down.weight",
+        "lora_up.weight",
     ),
-    "lycoris": (lambda a, b: "lycoris_" + a.replace(".", "_"), "lora_down.weight", "lora_up.weight"),
+
+
+
+                         "lycoris": (lambda a, b: "lycoris_" + a.replace(".", "_"), "lora_down.weight", "lora_up.weight"),
     "older diffusers": (lambda a, b: f"transformer.{b}", "lora.down.weight", "lora.up.weight"),
     "without .weight": (lambda a, b: f"model.{a}", "lora_A", "lora_B"),
     "fsdp": (
@@ -238,21 +264,25 @@ def test_kohyas_header_does_not_count_twice(t2v, tmp_path):
     with pytest.raises(UserError, match=r"ss_network_alpha 2 .* of rank 4 has no alpha"):
         t2v.find(tmp_path / "lora.safetensors", tensors, kohya)
     same = {"ss_network_alpha": "4.0", "ss_network_dim": "4"}
-    t2v.check(t2v.merged(t2v.find(tmp_path / "lora.safetensors", tensors, same)), everywhere(t2v, 1))
+    t2v.check(
+        t2v.merged(t2v.find(tmp_path / "lora.safetensors", tensors, same)), everywhere(t2v, 1)
+    )
 
 
 def test_longlives_file_of_torch_and_a_helper_beside_it(t2v, tmp_path):
     _, matrices = lora_file(tmp_path / "lora.pt", t2v.params, 4)
     other = {k: 9 * v for k, v in matrices.items()}
     path = save_torch(
-        tmp_path / "lora.pt", {"critic_lora": other, "generator_lora": matrices, "step": np.int64([1])}
+        tmp_path / "lora.pt",
+        {"critic_lora": other, "generator_lora": matrices, "step": np.int64([1])},
     )
     front, deltas = "base_model.model.", {}
     for name in t2v.arrays:
         layer = front + name.removesuffix(".weight")
         if f"{layer}.lora_A.weight" in matrices and name.endswith(".weight"):
             deltas[name] = (
-                matrices[f"{layer}.lora_B.weight"].astype(float) @ matrices[f"{layer}.lora_A.weight"]
+                matrices[f"{layer}.lora_B.weight"].astype(float)
+                @ matrices[f"{layer}.lora_A.weight"]
             )
     lora = find_lora(path, t2v.found)
     assert lora.key == "generator_lora" and len(lora.adapters) == len(deltas) == 20
@@ -283,12 +313,17 @@ WHOLE = {  # suffix and name of the array that it is added to
 def test_differences_of_any_array_are_added_as_lightx2v_writes_them(t2v, tmp_path, front):
     rng = np.random.default_rng(0)
     tensors = {
-        name: rng.standard_normal(t2v.arrays[whole].shape).astype(np.float32) for name, whole in WHOLE.items()
+        name: rng.standard_normal(t2v.arrays[whole].shape).astype(np.float32)
+        for name, whole in WHOLE.items()
     }
     deltas = {whole: 0.5 * tensors[name].astype(float) for name, whole in WHOLE.items()}
     low = "blocks.1.cross_attn.v"
     down, up = factors_of(t2v, low)
-    tensors |= {f"{low}.lora_down.weight": down, f"{low}.lora_up.weight": up, f"{low}.alpha": np.float32(2)}
+    tensors |= {
+        f"{low}.lora_down.weight": down,
+        f"{low}.lora_up.weight": up,
+        f"{low}.alpha": np.float32(2),
+    }
     deltas |= product(t2v, low, 0.25)
     lora = t2v.find(tmp_path / "lora.safetensors", {front + k: v for k, v in tensors.items()})
     t2v.check(t2v.merged(lora, strengths=[0.5]), deltas)
@@ -317,9 +352,14 @@ def test_matrices_outside_of_the_blocks_and_the_convolution_are_adapted(t2v, tmp
         f"{front}.lora_up.weight": up,
         f"{front}.alpha": np.float32(6),
     }
-    deltas["patch_embedding.weight"] = 2 * np.einsum("or,rcthw->octhw", up[..., 0, 0, 0].astype(float), down)
+    deltas["patch_embedding.weight"] = 2 * np.einsum(
+        "or,rcthw->octhw", up[..., 0, 0, 0].astype(float), down
+    )
     t2v.check(t2v.merged(t2v.find(tmp_path / "a.safetensors", tensors)), deltas)
-    flat = {f"{front}.lora_down.weight": down.reshape(3, -1), f"{front}.lora_up.weight": up.reshape(-1, 3)}
+    flat = {
+        f"{front}.lora_down.weight": down.reshape(3, -1),
+        f"{front}.lora_up.weight": up.reshape(-1, 3),
+    }
     t2v.check(t2v.merged(t2v.find(tmp_path / "b.safetensors", tensors | flat)), deltas)
 
 
@@ -328,7 +368,9 @@ def test_a_bias_of_peft_is_scaled_as_the_matrix_is(t2v, tmp_path):
     module = "blocks.0.ffn.0"
     bias = np.arange(96, dtype=np.float32)
     tensors = peft(t2v, {module: ""}) | {f"{module}.lora_B.bias": bias}
-    lora = t2v.find(tmp_path / "lora.safetensors", tensors, header(r=4, lora_alpha=8, lora_bias=True))
+    lora = t2v.find(
+        tmp_path / "lora.safetensors", tensors, header(r=4, lora_alpha=8, lora_bias=True)
+    )
     t2v.check(t2v.merged(lora), product(t2v, module, 2) | {f"{module}.bias": 2.0 * bias})
 
 
@@ -340,7 +382,9 @@ def test_loras_add_up_each_with_its_strength(t2v, tmp_path):
 
 
 def test_an_image_lora_fits_image_models_only(t2v, i2v, tmp_path):
-    modules = dict.fromkeys(("blocks.0.cross_attn.k_img", "blocks.1.cross_attn.v_img", "img_emb.proj.1"), "")
+    modules = dict.fromkeys(
+        ("blocks.0.cross_attn.k_img", "blocks.1.cross_attn.v_img", "img_emb.proj.1"), ""
+    )
     tensors = peft(i2v, modules, front="diffusion_model.")
     tensors["diffusion_model.img_emb.proj.4.diff"] = np.ones(48, np.float32)
     lora = i2v.find(tmp_path / "lora.safetensors", tensors)
@@ -373,56 +417,125 @@ def changed(**new):
 
 
 REFUSED = {
-    "two alphas": (changed(), header(r=4, lora_alpha=16), {"lora_alpha": 8}, r"adapter_config\.json and .* contradict"),
-    "alpha and tensor": (changed(Q__alpha=ones()), header(r=4, lora_alpha=16), None, "contradict each other"),
+
+
+
+                         "two alphas": (changed(), header(r=4, lora_alpha=16), {"lora_alpha": 8}, r"adapter_config\.json and .* contradict"),
+
+
+
+                         "alpha and tensor": (changed(Q__alpha=ones()), header(r=4, lora_alpha=16), None, "contradict each other"),
     "another rank": (changed(), header(r=8, lora_alpha=8), None, "has rank 4 at .*says 8"),
-    "alpha 0": (changed(Q__alpha=0 * ones()), None, None, "alpha of blocks.0.self_attn.q .* is '0.0', not a finite"),
+
+
+
+                         "alpha 0": (changed(Q__alpha=0 * ones()), None, None, "alpha of blocks.0.self_attn.q .* is '0.0', not a finite"),
     "alpha nan": (changed(Q__alpha=np.nan * ones()), None, None, "'nan'"),
     "alpha inf": (changed(), header(r=4, lora_alpha=float("inf")), None, "'inf'"),
     "alpha of two": (changed(Q__alpha=ones(2)), None, None, "'nan'"),
     "alpha text": (changed(), header(r=4, lora_alpha="much"), None, "'much'"),
-    "alpha 0 in a pattern": (changed(), header(r=4, lora_alpha=4, alpha_pattern={"q": 0}), None, "alpha_pattern"),
-    "bad pattern": (changed(), header(r=4, lora_alpha=4, alpha_pattern={"(": 8}), None, "no regular expression"),
-    "rslora perhaps": (changed(), header(r=4, lora_alpha=4, use_rslora="maybe"), None, "neither true nor false"),
-    "two layouts": (lambda n: peft(n) | peft(n, {Q: "blocks.0.attn1.to_q"}, name=diffusers_name), None, None,
+
+
+
+                         "alpha 0 in a pattern": (changed(), header(r=4, lora_alpha=4, alpha_pattern={"q": 0}), None, "alpha_pattern"),
+
+
+
+                         "bad pattern": (changed(), header(r=4, lora_alpha=4, alpha_pattern={"(": 8}), None, "no regular expression"),
+
+
+
+                         "rslora perhaps": (changed(), header(r=4, lora_alpha=4, use_rslora="maybe"), None, "neither true nor false"),
+
+
+
+                         "two layouts": (lambda n: peft(n) | peft(n, {Q: "blocks.0.attn1.to_q"}, name=diffusers_name), None, None,
                     "has a weight too many"),
-    "kohya nan": (changed(head__head__lora_down__weight=ones(4, 48)), {"ss_network_alpha": "nan"}, None, "ss_network"),
+
+
+
+                         "kohya nan": (changed(head__head__lora_down__weight=ones(4, 48)), {"ss_network_alpha": "nan"}, None, "ss_network"),
     "rslora alone": (changed(), header(use_rslora=True), None, "use_rslora and no lora_alpha"),
-    "rank 0": (changed(Q__lora_A__weight=ones(0, 48), Q__lora_B__weight=ones(48, 0)), None, None, "rank 0"),
-    "dora flag": (changed(), header(r=4, lora_alpha=4, use_dora=True), None, "says use_dora 'True'"),
+
+
+
+                         "rank 0": (changed(Q__lora_A__weight=ones(0, 48), Q__lora_B__weight=ones(48, 0)), None, None, "rank 0"),
+
+
+
+                         "dora flag": (changed(), header(r=4, lora_alpha=4, use_dora=True), None, "says use_dora 'True'"),
     "dora flag elsewhere": (changed(), {"x": '{"use_dora": true}'}, None, "says use_dora 'True'"),
     "dora": (changed(Q__dora_scale=ones(48, 1)), None, None, "q.dora_scale, of DoRA"),
     "dora of peft": (changed(Q__lora_magnitude_vector=ones(48)), None, None, "of DoRA"),
-    "loha": (lambda n: {f"lora_unet_{Q.replace('.', '_')}.hada_w1_a": ones(4, 4)}, None, None, "of LoHa"),
+
+
+
+                         "loha": (lambda n: {f"lora_unet_{Q.replace('.', '_')}.hada_w1_a": ones(4, 4)}, None, None, "of LoHa"),
     "lokr": (lambda n: {f"{Q}.lokr_w1": ones(4, 4)}, None, None, "of LoKr"),
     "tucker": (changed(Q__lora_mid__weight=ones(4, 4, 1, 1)), None, None, "three factors"),
     "reshape": (changed(Q__reshape_weight=ones(2)), None, None, "changes shapes"),
     "set": (changed(Q__set_weight=ones(48, 48)), None, None, "replace those"),
     "bias all": (changed(), header(r=4, lora_alpha=4, bias="all"), None, "says bias 'all'"),
-    "fan_in_fan_out": (changed(), header(r=4, lora_alpha=4, fan_in_fan_out=True), None, "says fan_in_fan_out"),
-    "modules_to_save": (changed(), None, {"lora_alpha": 4, "modules_to_save": ["head"]}, "says modules_to_save"),
-    "pissa": (changed(), None, {"lora_alpha": 4, "init_lora_weights": "pissa_niter_16"}, "init_lora_weights"),
+
+
+
+                         "fan_in_fan_out": (changed(), header(r=4, lora_alpha=4, fan_in_fan_out=True), None, "says fan_in_fan_out"),
+
+
+
+                         "modules_to_save": (changed(), None, {"lora_alpha": 4, "modules_to_save": ["head"]}, "says modules_to_save"),
+
+
+
+                         "pissa": (changed(), None, {"lora_alpha": 4, "init_lora_weights": "pissa_niter_16"}, "init_lora_weights"),
     "ia3": (changed(), None, {"lora_alpha": 4, "peft_type": "IA3"}, "says peft_type 'IA3'"),
-    "unknown": (changed(), None, {"lora_alpha": 4, "scale_everything": 3}, "says scale_everything '3'"),
+
+
+
+                         "unknown": (changed(), None, {"lora_alpha": 4, "scale_everything": 3}, "says scale_everything '3'"),
     "no json": (changed(), {"lora_adapter_metadata": "{"}, None, "cannot read .* as JSON"),
     "half": (changed(Q__lora_A__weight=None), None, None, "q has up, no two factors"),
     "alpha alone": (lambda n: {f"{Q}.alpha": ones()}, None, None, "q has alpha, no two factors"),
-    "no place": (changed(blocks__0__ffn__9__lora_A__weight=ones(4, 4)), None, None, r"unexpected blocks\.0\.ffn\.9"),
-    "another front": (changed(x__blocks__0__ffn__2__diff_b=ones(48)), None, None, r"unexpected x\.blocks\.0"),
+
+
+
+                         "no place": (changed(blocks__0__ffn__9__lora_A__weight=ones(4, 4)), None, None, r"unexpected blocks\.0\.ffn\.9"),
+
+
+
+                         "another front": (changed(x__blocks__0__ffn__2__diff_b=ones(48)), None, None, r"unexpected x\.blocks\.0"),
     "text encoder": (changed(lora_te_x__alpha=ones()), None, None, "unexpected lora_te_x.alpha"),
-    "shape": (changed(Q__lora_B__weight=ones(5, 4)), None, None, r"\(48, 48\), its LoRA .*\(5, 4\)"),
+
+
+
+                         "shape": (changed(Q__lora_B__weight=ones(5, 4)), None, None, r"\(48, 48\), its LoRA .*\(5, 4\)"),
     "rank of halves": (changed(Q__lora_A__weight=ones(3, 48)), None, None, "its LoRA"),
-    "shape of a difference": (changed(Q__diff_b=ones(47)), None, None, r"\(48,\), its difference \(47,\)"),
+
+
+
+                         "shape of a difference": (changed(Q__diff_b=ones(47)), None, None, r"\(48,\), its difference \(47,\)"),
     "whole and low": (changed(Q__diff=ones(48, 48)), None, None, "q has down and up and weight"),
     "integers": (changed(Q__diff_b=np.ones(48, np.int8)), None, None, "an array is int8"),
-    "no bias": (changed(blocks__0__self_attn__norm_q__diff_b=ones(48)), None, None, "a bias too many"),
+
+
+
+                         "no bias": (changed(blocks__0__self_attn__norm_q__diff_b=ones(48)), None, None, "a bias too many"),
     "two adapters": (changed(Q__lora_A__a__weight=ones(4, 48)), None, None, "two adapters"),
     "nothing": (lambda n: {}, None, None, "it is empty"),
     "no lora": (lambda n: n.arrays, None, None, "is no LoRA of this network: its names are blocks"),
-    "deeper": (lambda n: {"blocks.39.ffn.0.lora_A.weight": ones(4, 5), "blocks.39.ffn.0.lora_B.weight": ones(5, 4)},
+
+
+
+                         "deeper": (lambda n: {"blocks.39.ffn.0.lora_A.weight": ones(4, 5), "blocks.39.ffn.0.lora_B.weight": ones(5, 4)},
                None, None, "adapts layer 39, and .* has 2, counted from 0"),
-    "wan 2.2": (lambda n: peft(n, front="transformer_2."), None, None, "second transformer of Wan 2.2"),
-    "both of wan 2.2": (lambda n: peft(n, front="transformer.") | peft(n, {Q: Q}, front="transformer_2."), None, None,
+
+
+
+                         "wan 2.2": (lambda n: peft(n, front="transformer_2."), None, None, "second transformer of Wan 2.2"),
+
+
+
+                         "both of wan 2.2": (lambda n: peft(n, front="transformer.") | peft(n, {Q: Q}, front="transformer_2."), None, None,
                         r"unexpected transformer_2"),
 }  # fmt: skip
 
@@ -458,7 +571,9 @@ def every_matrix(network, front="transformer."):
 
 def test_a_kept_lora_has_the_scale_it_came_with(t2v, tmp_path):
     tensors, names = every_matrix(t2v)
-    lora = t2v.find(tmp_path / "lora.safetensors", tensors, header(r=4, lora_alpha=4, use_rslora=True))
+    lora = t2v.find(
+        tmp_path / "lora.safetensors", tensors, header(r=4, lora_alpha=4, use_rslora=True)
+    )
     rank, alpha = lora_alpha(lora)
     assert (rank, alpha) == (4, 8)
     told = {"config": json.dumps({"rank": rank, "alpha": alpha})}
@@ -466,7 +581,9 @@ def test_a_kept_lora_has_the_scale_it_came_with(t2v, tmp_path):
     tree, rank, alpha = open_lora(tmp_path / "kept.safetensors")
     assert (rank, alpha) == (4, 8)
     tree = unflatten_dict(load_file(tmp_path / "kept.safetensors"), sep="/")
-    whole = merge(t2v.params, jax.tree.map(jnp.asarray, tree), SimpleNamespace(rank=rank, alpha=alpha))
+    whole = merge(
+        t2v.params, jax.tree.map(jnp.asarray, tree), SimpleNamespace(rank=rank, alpha=alpha)
+    )
     deltas = [product(t2v, name, 2) for name in names]
     got = official(jax.tree.map(np.asarray, whole), T2V)
     for name, delta in functools.reduce(dict.__or__, deltas).items():
@@ -560,10 +677,14 @@ PEFT = {
         alpha_pattern={r"blocks\.1\.attn1\.to_q": 9, "^blocks.0.attn2.to_k": 3},
     ),
     "rslora and patterns": dict(
-        r=4, lora_alpha=4, use_rslora=True, target_modules=["to_q"], alpha_pattern={"attn1.to_q": 9},
+        r=4, lora_alpha=4, use_rslora=True, target_modules=["to_q"],
+        alpha_pattern={"attn1.to_q": 9},
     ),
     "bias": dict(r=4, lora_alpha=8, lora_bias=True, target_modules=["to_q", "linear_1"]),
-    "convolution": dict(r=4, lora_alpha=8, target_modules=["patch_embedding", "time_proj", "to_out.0"]),
+
+
+
+                         "convolution": dict(r=4, lora_alpha=8, target_modules=["patch_embedding", "time_proj", "to_out.0"]),
 }  # fmt: skip
 
 

@@ -1,4 +1,6 @@
-"""Files of torch.save are read as data: tensors come out right, and nothing that a file says is ever run."""
+"""Files of torch.save are read as data: tensors come out right, and nothing that a file says is
+ever run.
+"""
 
 import argparse
 import collections
@@ -33,7 +35,10 @@ OF_TYPE = name("torch._tensor", "_rebuild_from_type_v2")
 
 def storage(kind, key, count):
     return (
-        group(text("storage"), name("torch", f"{kind}Storage"), text(key), text("cpu"), number(count)) + b"Q"
+        group(
+            text("storage"), name("torch", f"{kind}Storage"), text(key), text("cpu"), number(count)
+        )
+        + b"Q"
     )
 
 
@@ -50,7 +55,9 @@ def fp8(dtype=None, kind=None, count=3):
     where = group(text("storage"), typed, text("0"), text("cpu"), number(count)) + b"Q"
     hooks = call(name("collections", "OrderedDict"))
     rebuild = name("torch._utils", "_rebuild_tensor_v3")
-    return call(rebuild, where, number(0), group(number(3)), group(number(1)), b"\x89", hooks, dtype)
+    return call(
+        rebuild, where, number(0), group(number(3)), group(number(1)), b"\x89", hooks, dtype
+    )
 
 
 def archive(path, body, storages, root="model", kind=zipfile.ZIP_STORED, **extra):
@@ -80,14 +87,21 @@ def file(tmp_path):
 def refused(path, told):
     with pytest.raises(UserError, match=told) as error:
         read_torch(path)
-    assert str(path) in str(error.value) and len(str(error.value)) < 600 and "\n" not in str(error.value)
+    assert (
+        str(path) in str(error.value)
+        and len(str(error.value)) < 600
+        and "\n" not in str(error.value)
+    )
 
 
 def test_tensors_of_every_kind_come_out(file):
     half = np.array([1.5, -2.0, 3.0], ml_dtypes.bfloat16)
     body = table(
         {
-            "generator": ordered({"a.weight": tensor(storage("Float", "0", 12), 2, (2, 3), (3, 1))}),
+
+
+
+                                                                                         "generator": ordered({"a.weight": tensor(storage("Float", "0", 12), 2, (2, 3), (3, 1))}),
             "t": tensor(storage("Float", "0", 12), 0, (4, 3), (1, 4)),
             "bf16": call(
                 name("torch._utils", "_rebuild_parameter"),
@@ -118,8 +132,10 @@ def test_reads_what_torch_writes(file, protocol):
     odd = torch.ones(3)
     odd.note = "a tensor with an attribute is rebuilt by its type"
     tensors = {
-        "f32": base, "f16": base.half(), "bf16": base.bfloat16(), "i64": torch.arange(5), "u8": torch.arange(5).byte(),
-        "bool": base > 0, "transposed": base.T, "view": base[2:, 1:7:2], "again": base, "scalar": torch.tensor(2.5),
+        "f32": base, "f16": base.half(), "bf16": base.bfloat16(), "i64": torch.arange(5),
+        "u8": torch.arange(5).byte(),
+        "bool": base > 0, "transposed": base.T, "view": base[2:, 1:7:2], "again": base,
+        "scalar": torch.tensor(2.5),
         "odd": odd, "parameter": torch.nn.Parameter(base[1]), "buffer": torch.empty(0, 4),
         "e4m3": base.to(torch.float8_e4m3fn), "e5m2": base.to(torch.float8_e5m2), "u16":
         torch.arange(5).to(torch.uint16),
@@ -141,7 +157,9 @@ def test_reads_what_torch_writes(file, protocol):
         for key, want in saved[part].items():
             got = view(found[part][key])
             assert got.shape == tuple(want.shape) and str(want.dtype) == f"torch.{got.dtype}", key
-            np.testing.assert_array_equal(got.astype(np.float64), want.detach().double().numpy(), err_msg=key)
+            np.testing.assert_array_equal(
+                got.astype(np.float64), want.detach().double().numpy(), err_msg=key
+            )
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
@@ -154,12 +172,18 @@ def test_numbers_of_8_bits_come_out(file, dtype):
 
 @pytest.mark.parametrize("protocol", [2, 3, 4])
 def test_what_stands_beside_tensors_is_passed_over(file, protocol):
-    """Numbers of numpy, argparse's Namespace, bytes, sets and dates: as Python and numpy write them."""
+    """Numbers of numpy, argparse's Namespace, bytes, sets and dates: as Python and numpy write
+    them.
+    """
     beside = {
-        "step": np.int64(7), "loss": np.float64(0.5), "half": np.float16(2), "dtype": np.dtype("<f4"),
-        "args": argparse.Namespace(lr=1e-4, betas=(0.9, 0.95), names=["a"], seed=np.int32(3)), "bytes": b"\xff\0",
-        "names": {"a", "b"}, "frozen": frozenset([1]), "kind": dict, "none": None, "yes": True, "x": [1.5, (), {}],
-        "states": collections.defaultdict(dict, {0: 1}), "day": datetime.datetime(2026, 1, 1), "where": Path("/x"),
+        "step": np.int64(7), "loss": np.float64(0.5), "half": np.float16(2),
+        "dtype": np.dtype("<f4"),
+        "args": argparse.Namespace(lr=1e-4, betas=(0.9, 0.95), names=["a"], seed=np.int32(3)),
+        "bytes": b"\xff\0",
+        "names": {"a", "b"}, "frozen": frozenset([1]), "kind": dict, "none": None, "yes": True,
+        "x": [1.5, (), {}],
+        "states": collections.defaultdict(dict, {0: 1}), "day": datetime.datetime(2026, 1, 1),
+        "where": Path("/x"),
         "counts": collections.Counter("ab"), "last": collections.deque([1]),
     }  # fmt: skip
     pickled = pickle.dumps(beside, protocol)[2:-1]
@@ -194,7 +218,11 @@ def exploits(command):
     import os
 
     expression = f"__import__('os').system({command!r})"
-    got = call(name("builtins", "getattr"), call(name("builtins", "__import__"), text("os")), text("system"))
+    got = call(
+        name("builtins", "getattr"),
+        call(name("builtins", "__import__"), text("os")),
+        text("system"),
+    )
     stacked = text("os") + b"q\x010h\x01" + text("system") + b"\x93"
     yield "reduce", pickle.dumps({"w": Shell(os.system, command)}, 2)[2:-1]
     yield "protocol 4", pickle.dumps({"w": Shell(os.system, command)}, 4)[2:-1]
@@ -208,13 +236,18 @@ def exploits(command):
     yield "dotted", b"\x80\x04" + table({"w": call(dotted, text(command))})
     yield (
         "hidden in a state",
-        call(name("collections", "OrderedDict")) + call(name("builtins", "exec"), text(expression)) + b"b",
+        call(name("collections", "OrderedDict"))
+        + call(name("builtins", "exec"), text(expression))
+        + b"b",
     )
     run = call(name("os", "system"), text(command))
     yield "in bytes", table({"w": call(name("_codecs", "encode"), run, text("latin1"))})
     yield "in a Namespace", name("argparse", "Namespace") + b")\x81" + table({"w": run}) + b"b"
     yield "in a set", b"\x8f(" + run + b"\x90"
-    yield "thrown away", call(name("os", "system"), text(command)) + b"0" + table({"step": number(1)})
+    yield (
+        "thrown away",
+        call(name("os", "system"), text(command)) + b"0" + table({"step": number(1)}),
+    )
 
 
 KINDS = [kind for kind, _ in exploits("")]
@@ -238,29 +271,50 @@ def test_exploits_run_in_pickle_and_not_here(file, kind):
     ("body", "told"),
     [
         (REBUILD + table({"__code__": number(1)}) + b"b", "it changes .* which is no dict"),
-        (name("collections", "OrderedDict") + group(b"N", table({"update": REBUILD})) + b"b", "it changes"),
-        (tensor(storage("Float", "0", 12), 0, (1,), (1,)) + table({"shape": number(1)}) + b"b", "it changes"),
+
+
+
+                                                         (name("collections", "OrderedDict") + group(b"N", table({"update": REBUILD})) + b"b", "it changes"),
+
+
+
+                                                         (tensor(storage("Float", "0", 12), 0, (1,), (1,)) + table({"shape": number(1)}) + b"b", "it changes"),
         (name("collections", "OrderedDict") + b")\x81", "uses NEWOBJ"),
         (b"\x82\x01", "uses EXT1"),
         (text("storage") + b"Q", "refers to 'storage' outside"),
         (group(text("module"), name("torch", "Tensor"), text("x"), text("y")) + b"Q", "outside"),
-        (group(text("storage"), name("torch", "Tensor"), text("0"), text("cpu"), number(1)) + b"Q", "outside"),
+
+
+
+                                                         (group(text("storage"), name("torch", "Tensor"), text("0"), text("cpu"), number(1)) + b"Q", "outside"),
         (b"Pos.system\n", "uses PERSID"),
         (name("torch._utils", "_rebuild_tensor_v2.__globals__"), "asks for"),
-        (name("torch._utils", "_rebuild_sparse_tensor"), "asks for 'torch._utils _rebuild_sparse_tensor'"),
-        (name("numpy.core.multiarray", "fromstring"), "asks for 'numpy.core.multiarray fromstring'"),
+
+
+
+                                                         (name("torch._utils", "_rebuild_sparse_tensor"), "asks for 'torch._utils _rebuild_sparse_tensor'"),
+
+
+
+                                                         (name("numpy.core.multiarray", "fromstring"), "asks for 'numpy.core.multiarray fromstring'"),
         (name("torch", "load"), "asks for 'torch load'"),
         (call(name("torch", "Tensor"), number(3)), "it calls torch Tensor"),
         (call(name("torch", "FloatStorage"), number(3)), "it calls"),
         (call(text("eval"), text("1")), "it calls 'eval'"),
         (call(REBUILD, text("x"), number(0), group(), group(), b"\x89", b"N"), "a tensor of 'x'"),
-        (call(name("torch._utils", "_rebuild_parameter"), text("x"), b"\x89", b"N"), "a parameter of 'x'"),
+
+
+
+                                                         (call(name("torch._utils", "_rebuild_parameter"), text("x"), b"\x89", b"N"), "a parameter of 'x'"),
         (call(OF_TYPE, OF_TYPE, OF_TYPE, group(), b"N"), "rebuilds a tensor by"),
         (call(OF_TYPE, text("eval"), text("x"), group(), b"N"), "it calls 'eval'"),
         (b"}" + group(number(1)) + number(2) + b"s", "keys are neither"),
         (call(name("builtins", "str"), text("x")), "it calls builtins str"),
         (call(call(name("_codecs", "encode"), text("x")), text("y")), "it calls a Opaque"),
-        (call(REBUILD, call(name("numpy", "dtype")), number(0), group(), group(), b"\x89", b"N"), "tensor of a Opaque"),
+
+
+
+                                                         (call(REBUILD, call(name("numpy", "dtype")), number(0), group(), group(), b"\x89", b"N"), "tensor of a Opaque"),
         (name("argparse", "Namespace.__init__"), "asks for 'argparse Namespace.__init__'"),
         (name("builtins", "getattr"), "asks for 'builtins getattr'"),
         (name("os", "system") + b")\x81", "asks for 'os system'"),

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from salt_jax.data import clips
-from salt_jax.data.clips import Disorder, Shown, by_decoding, by_display, fit_picture, read_clip, resample
+from salt_jax.data.clips import (
+    Disorder,
+    Shown,
+    by_decoding,
+    by_display,
+    fit_picture,
+    read_clip,
+    resample,
+)
 
 MS = Fraction(1, 1000)
 
@@ -22,8 +30,20 @@ MS = Fraction(1, 1000)
 B_FRAMES = {"crf": "1", "x264-params": "bframes=2:b-adapt=0"}
 
 
-def write(path, frames, rate=16, codec="libx264", pts=None, rotation=0, aspect=None, options=None, form=None):
-    """A video of uint8 [T, H, W, 3]; `pts` in milliseconds; `form` the container's, if not the name's."""
+def write(
+    path,
+    frames,
+    rate=16,
+    codec="libx264",
+    pts=None,
+    rotation=0,
+    aspect=None,
+    options=None,
+    form=None,
+):
+    """A video of uint8 [T, H, W, 3]; `pts` in milliseconds; `form` the container's, if not the
+    name's.
+    """
     options = options or ({"crf": "1"} if codec == "libx264" else {})
     with av.open(str(path), "w", format=form) as container:
         stream = container.add_stream(codec, rate=rate, options=options)
@@ -58,7 +78,9 @@ def numbers(clip):
 
 
 def quadrants(height, width):
-    """Red, green above blue, white: what is where after turning and cutting can be read off the corners."""
+    """Red, green above blue, white: what is where after turning and cutting can be read off the
+    corners.
+    """
     picture = np.zeros((height, width, 3), np.uint8)
     picture[: height // 2, : width // 2, 0] = 255
     picture[: height // 2, width // 2 :, 1] = 255
@@ -75,18 +97,27 @@ def corners(clip):
 
 
 @pytest.mark.parametrize(
-    "name, codec", [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.MOV", "libx264"), ("a.gif", "gif")]
+    "name, codec",
+    [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.MOV", "libx264"), ("a.gif", "gif")],
 )
 def test_frames_at_the_wanted_rate_are_taken_as_they_are(tmp_path, name, codec):
-    clip = read_clip(write(tmp_path / name, greys(14), 16 if codec != "gif" else 20, codec), 81, 32, 48, 20)
-    wanted = [0, 1, 2, 2, 3, 4, 5, 6, 6, 7, 8, 9, 10, 10, 11, 12, 13] if codec != "gif" else list(range(13))
+    clip = read_clip(
+        write(tmp_path / name, greys(14), 16 if codec != "gif" else 20, codec), 81, 32, 48, 20
+    )
+    wanted = (
+        [0, 1, 2, 2, 3, 4, 5, 6, 6, 7, 8, 9, 10, 10, 11, 12, 13]
+        if codec != "gif"
+        else list(range(13))
+    )
     assert clip.shape[1:] == (32, 48, 3) and clip.dtype == np.uint8
     assert numbers(clip) == wanted
 
 
 @pytest.mark.parametrize("name, codec", [("a.avi", "mpeg4"), ("a.webm", "libvpx-vp9")])
 def test_other_containers_are_read(tmp_path, name, codec):
-    assert numbers(read_clip(write(tmp_path / name, greys(9), 16, codec), 81, 32, 48, 16)) == list(range(9))
+    assert numbers(read_clip(write(tmp_path / name, greys(9), 16, codec), 81, 32, 48, 16)) == list(
+        range(9)
+    )
 
 
 @pytest.mark.parametrize(
@@ -111,25 +142,33 @@ def test_variable_frame_rate_goes_by_timestamps(tmp_path):
     assert numbers(read_clip(file, 9, 32, 48, 16)) == [0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
-@pytest.mark.parametrize("frames, wanted", [(17, 17), (18, 17), (20, 17), (21, 21), (30, 21), (3, 1)])
+@pytest.mark.parametrize(
+    "frames, wanted", [(17, 17), (18, 17), (20, 17), (21, 21), (30, 21), (3, 1)]
+)
 def test_clips_have_4k_plus_1_frames(tmp_path, frames, wanted):
     assert len(read_clip(write(tmp_path / "a.mp4", greys(frames)), 21, 32, 48, 16)) == wanted
 
 
 @pytest.mark.parametrize(
-    "name, form", [("a.avi", "avi"), ("a.wmv", "asf"), ("a.h264", "h264"), ("a.mpg", "mpeg"), ("a.ts", "mpegts"),
+    "name, form",
+    [("a.avi", "avi"), ("a.wmv", "asf"), ("a.h264", "h264"), ("a.mpg", "mpeg"), ("a.ts", "mpegts"),
                    ("a.flv", "flv"), ("a.m4v", "mp4"), ("a.m2ts", "mpegts"), ("a.3gp", "3gp"), ("a.mkv", "matroska")]
 )  # fmt: skip
 @pytest.mark.parametrize("rate", [16, 25])
 def test_frames_that_are_stored_out_of_order_come_in_order(tmp_path, name, form, rate):
-    """AVI and ASF have times of decoding alone, bare streams none, program streams one for several frames."""
+    """AVI and ASF have times of decoding alone, bare streams none, program streams one for several
+    frames.
+    """
     file = write(tmp_path / name, greys(14), rate, options=B_FRAMES, form=form)
-    nearest = [int(np.ceil(i * rate / 16 - 0.5)) for i in range(14)]  # of i / 16 s, the earlier of two
+    # of i / 16 s, the earlier of two
+    nearest = [int(np.ceil(i * rate / 16 - 0.5)) for i in range(14)]
     assert numbers(read_clip(file, 9, 32, 48, 16)) == nearest[:9]
     assert numbers(read_clip(file, 5, 32, 48, 16)) == nearest[:5]
 
 
-@pytest.mark.parametrize("name, codec", [("a.avi", "mpeg4"), ("a.wmv", "wmv2"), ("a.mpg", "mpeg2video")])
+@pytest.mark.parametrize(
+    "name, codec", [("a.avi", "mpeg4"), ("a.wmv", "wmv2"), ("a.mpg", "mpeg2video")]
+)
 def test_older_codecs_come_in_order(tmp_path, name, codec):
     file = write(tmp_path / name, greys(14), 25, codec)
     assert numbers(read_clip(file, 13, 32, 48, 25)) == list(range(13))
@@ -193,7 +232,10 @@ def test_equal_times_are_replaced_by_those_of_decoding(tmp_path, monkeypatch):
         def spoiled(file, repeated=repeated):
             items = list(decode(file))
             return iter(
-                [item._replace(shown=items[repeated.get(i, i)].shown) for i, item in enumerate(items)]
+                [
+                    item._replace(shown=items[repeated.get(i, i)].shown)
+                    for i, item in enumerate(items)
+                ]
             )
 
         monkeypatch.setattr(clips, "_decode", spoiled)
@@ -203,7 +245,9 @@ def test_equal_times_are_replaced_by_those_of_decoding(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["a.mkv", "a.ts", "a.flv"])
 @pytest.mark.parametrize("frames", [1, 5, 9])
 def test_a_muxer_that_took_one_time_for_the_other_does_no_harm(tmp_path, name, frames):
-    """Times of decoding as those of display, at 8 frames a second: short clips end before a time runs back."""
+    """Times of decoding as those of display, at 8 frames a second: short clips end before a time
+    runs back.
+    """
     write(tmp_path / "a.mp4", greys(13), 8, options=B_FRAMES)
     with av.open(str(tmp_path / "a.mp4")) as source, av.open(str(tmp_path / name), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
@@ -211,7 +255,9 @@ def test_a_muxer_that_took_one_time_for_the_other_does_no_harm(tmp_path, name, f
             if packet.size:
                 packet.stream, packet.pts = stream, packet.dts
                 target.mux(packet)
-    assert numbers(read_clip(tmp_path / name, frames, 32, 48, 16)) == [i // 2 for i in range(frames)]
+    assert numbers(read_clip(tmp_path / name, frames, 32, 48, 16)) == [
+        i // 2 for i in range(frames)
+    ]
 
 
 def test_a_bare_stream_without_a_rate_is_rejected(tmp_path):
@@ -233,7 +279,9 @@ def test_a_cover_picture_is_no_video(tmp_path):
         cover.disposition = Disposition.attached_pic
         stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv444p"
         container.mux(
-            cover.encode(av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24"))
+            cover.encode(
+                av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")
+            )
         )
         for frame in greys(9):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
@@ -276,7 +324,9 @@ def test_resampling_is_the_nearest_frame_of_every_instant(gaps, start, fps, know
     while start * MS + Fraction(i, fps) < end * MS:
         instants.append(start * MS + Fraction(i, fps))
         i += 1
-    nearest = [min(range(len(times)), key=lambda j: (abs(int(times[j]) * MS - t), j)) for t in instants]
+    nearest = [
+        min(range(len(times)), key=lambda j: (abs(int(times[j]) * MS - t), j)) for t in instants
+    ]
     assert list(resample(frames, fps)) == nearest
 
 
@@ -301,7 +351,9 @@ def test_rotation_in_the_file_is_obeyed(tmp_path, rotation, wanted):
 
 
 def test_a_phone_held_upright_is_seen_upright(tmp_path):
-    """The display matrix written by hand: (x, y) of the file is seen at (h - y, x), a quarter turn clockwise."""
+    """The display matrix written by hand: (x, y) of the file is seen at (h - y, x), a quarter turn
+    clockwise.
+    """
     file = write(tmp_path / "a.mp4", np.broadcast_to(quadrants(32, 64), (5, 32, 64, 3)))
     data = bytearray(file.read_bytes())
     at = (
@@ -322,7 +374,9 @@ def test_odd_turns_are_named(tmp_path):
 
 
 def test_stretched_pixels_are_seen_as_wide_as_they_are(tmp_path):
-    """32 x 32 pixels, each twice as wide as high, are a picture of 2 : 1: a square middle cuts the sides off."""
+    """32 x 32 pixels, each twice as wide as high, are a picture of 2 : 1: a square middle cuts the
+    sides off.
+    """
     frames = np.zeros((5, 32, 32, 3), np.uint8)
     frames[:, :, 8:24] = 255
     clip = read_clip(write(tmp_path / "a.mp4", frames, aspect=Fraction(2)), 5, 32, 32, 16)
@@ -332,7 +386,9 @@ def test_stretched_pixels_are_seen_as_wide_as_they_are(tmp_path):
 @pytest.mark.parametrize("h, w", [(61, 97), (97, 61), (33, 33), (480, 270)])
 @pytest.mark.parametrize("height, width", [(32, 48), (48, 32), (40, 40)])
 def test_fitting_keeps_the_aspect_and_the_middle(h, w, height, width):
-    """A picture whose value is linear in x (red) and y (green): at every pixel it says where it was taken from."""
+    """A picture whose value is linear in x (red) and y (green): at every pixel it says where it was
+    taken from.
+    """
     y, x = np.mgrid[:h, :w] + 0.5  # centres
     picture = np.stack([255 * x / w, 255 * y / h, 0 * x], -1).round().astype(np.uint8)
     fitted = fit_picture(picture, height, width, Fraction(1)).astype(float)
@@ -365,9 +421,16 @@ def damage(tmp_path):
     (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
     (tmp_path / "empty.mp4").write_bytes(b"")
     (tmp_path / "text.mkv").write_text("no video")
-    (tmp_path / "holes.mp4").write_bytes(data[:200] + bytes(len(data) // 2) + data[200 + len(data) // 2 :])
+    (tmp_path / "holes.mp4").write_bytes(
+        data[:200] + bytes(len(data) // 2) + data[200 + len(data) // 2 :]
+    )
     with wave.open(str(tmp_path / "sound.avi"), "wb") as sound:
-        sound.setnchannels(1), sound.setsampwidth(2), sound.setframerate(8000), sound.writeframes(bytes(8000))
+        (
+            sound.setnchannels(1),
+            sound.setsampwidth(2),
+            sound.setframerate(8000),
+            sound.writeframes(bytes(8000)),
+        )
     return {
         "cut.mp4": "cannot be decoded",
         "empty.mp4": "cannot be decoded",
@@ -386,7 +449,9 @@ def test_bad_files_have_a_reason(tmp_path):
 
 @pytest.mark.parametrize("name, codec", [("a.mkv", "libx264"), ("a.avi", "mpeg4")])
 def test_half_a_file_is_at_most_half_a_clip(tmp_path, name, codec):
-    """These have no index at the end, so half a file still opens; noise, so its bytes are spread evenly."""
+    """These have no index at the end, so half a file still opens; noise, so its bytes are spread
+    evenly.
+    """
     noise = np.random.default_rng(0).integers(0, 255, (20, 64, 96, 3), np.uint8)
     file = write(tmp_path / name, noise, codec=codec)
     data = file.read_bytes()
@@ -399,7 +464,9 @@ def test_half_a_file_is_at_most_half_a_clip(tmp_path, name, codec):
 
 
 def test_a_real_video():
-    """Live action of 1280 x 720 at 20 frames a second: frame i of the clip is what was seen at i / 16 s."""
+    """Live action of 1280 x 720 at 20 frames a second: frame i of the clip is what was seen at i /
+    16 s.
+    """
     (package,) = importlib.util.find_spec("imageio").submodule_search_locations
     file = Path(package) / "resources" / "images" / "cockatoo.mp4"
     clip = read_clip(file, 37, 96, 160, 16)
@@ -412,5 +479,6 @@ def test_a_real_video():
     for i in (0, 4, 36):  # at multiples of 1/4 s both have a frame
         middle = Image.fromarray(seen[i * 20 // 16]).crop((40, 0, 1240, 720))
         wanted = np.asarray(middle.resize((160, 96), Image.Resampling.BICUBIC))
-        assert np.abs(clip[i].astype(int) - wanted).mean() < 0.05  # the frame beside is off by 4 at least
+        # the frame beside is off by 4 at least
+        assert np.abs(clip[i].astype(int) - wanted).mean() < 0.05
     assert np.abs(clip[36].astype(int) - clip[0]).mean() > 5  # it moves

@@ -1,4 +1,6 @@
-"""Colours, transparency and orientation: files are written from the formulas of BT.601, 709 and 2020, and read."""
+"""Colours, transparency and orientation: files are written from the formulas of BT.601, 709 and
+2020, and read.
+"""
 
 import itertools
 from fractions import Fraction
@@ -71,7 +73,8 @@ def test_matrix_and_range_are_those_of_the_tags(tmp_path, name, pix_fmt, bits, w
 
 
 @pytest.mark.parametrize(
-    "height, width, weights", [(32, 48, SD), (576, 720, SD), (720, 1280, HD), (544, 1280, HD), (720, 960, HD)]
+    "height, width, weights",
+    [(32, 48, SD), (576, 720, SD), (720, 1280, HD), (544, 1280, HD), (720, 960, HD)],
 )
 def test_without_tags_hd_is_bt709_and_anything_smaller_bt601(tmp_path, height, width, weights):
     frame = flat("yuv420p", to_yuv(RED, weights, False, 8), height, width)
@@ -114,10 +117,23 @@ def test_hdr_and_wide_gamut_are_rejected_with_their_name(tmp_path, name, codec, 
 def test_hdr_that_the_container_alone_tells_is_rejected(tmp_path, name):
     """FFmpeg's decoder of HEVC forgets what the container said where the stream says nothing."""
     quiet = {"x265-params": "log-level=none:pools=1"}
-    write(tmp_path / f"plain.{name}", np.full((5, 64, 96, 3), RED, np.uint8), codec="libx265", options=quiet)
-    with av.open(str(tmp_path / f"plain.{name}")) as source, av.open(str(tmp_path / name), "w") as target:
+    write(
+        tmp_path / f"plain.{name}",
+        np.full((5, 64, 96, 3), RED, np.uint8),
+        codec="libx265",
+        options=quiet,
+    )
+    with (
+        av.open(str(tmp_path / f"plain.{name}")) as source,
+        av.open(str(tmp_path / name), "w") as target,
+    ):
         stream = target.add_stream_from_template(source.streams.video[0])
-        for tag, value in {"color_trc": 16, "color_primaries": 9, "colorspace": 9, "color_range": 1}.items():
+        for tag, value in {
+            "color_trc": 16,
+            "color_primaries": 9,
+            "colorspace": 9,
+            "color_range": 1,
+        }.items():
             setattr(stream.codec_context, tag, value)
         for packet in source.demux(video=0):
             if packet.size:
@@ -161,7 +177,10 @@ def test_greys_of_every_depth_and_range(tmp_path, pix_fmt, value, color_range, w
 def test_rgb_needs_no_matrix(tmp_path, name, codec, options, pix_fmt):
     frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), RED, np.uint8), format="rgb24")
     assert (
-        np.abs(seen(store(tmp_path / name, frame.reformat(format=pix_fmt), codec, options)) - RED).max() <= 1
+        np.abs(
+            seen(store(tmp_path / name, frame.reformat(format=pix_fmt), codec, options)) - RED
+        ).max()
+        <= 1
     )
 
 
@@ -200,7 +219,11 @@ def test_transparent_parts_are_white(tmp_path, name, codec, pix_fmt):
     frame = av.VideoFrame.from_ndarray(half_clear(), format="rgba").reformat(format=pix_fmt)
     picture = seen(store(tmp_path / name, frame, codec))
     half = 255 + (np.array(RED) - 255) * 128 / 255
-    for columns, wanted in ((slice(2, 14), (255,) * 3), (slice(18, 30), half), (slice(34, 46), RED)):
+    for columns, wanted in (
+        (slice(2, 14), (255,) * 3),
+        (slice(18, 30), half),
+        (slice(34, 46), RED),
+    ):
         assert np.abs(picture[:, columns] - wanted).max() <= 4
 
 
@@ -208,7 +231,9 @@ def test_transparent_parts_of_a_gif_are_white(tmp_path):
     pictures = [Image.new("RGBA", (48, 32), (0, 255, 0, 0)) for _ in range(5)]
     for picture in pictures:
         picture.paste((*RED, 255), (16, 0, 48, 32))
-    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:], duration=60, disposal=2)
+    pictures[0].save(
+        tmp_path / "a.gif", save_all=True, append_images=pictures[1:], duration=60, disposal=2
+    )
     picture = seen(tmp_path / "a.gif")
     assert (picture[:, 2:14] == 255).all() and np.abs(picture[:, 18:46] - RED).max() <= 1
 
@@ -229,16 +254,23 @@ def test_a_profile_that_is_none_is_a_reason():
     with pytest.raises(ValueError, match="its colour profile does not fit it"):
         to_srgb(Image.new("RGB", (2, 2)), b"no profile")
     same = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    assert np.abs(np.asarray(to_srgb(Image.new("RGB", (2, 2), RED), same)).astype(int) - RED).max() <= 1
+    assert (
+        np.abs(np.asarray(to_srgb(Image.new("RGB", (2, 2), RED), same)).astype(int) - RED).max()
+        <= 1
+    )
 
 
 def shown_at(picture, matrix):
-    """By the definition in ISO/IEC 14496-12, 6.2.2: (x, y) is seen at (a x + c y, b x + d y), moved into view."""
+    """By the definition in ISO/IEC 14496-12, 6.2.2: (x, y) is seen at (a x + c y, b x + d y), moved
+    into view.
+    """
     a, b, c, d = matrix
     h, w = picture.shape[:2]
     points = {(a * x + c * y, b * x + d * y): picture[y, x] for y in range(h) for x in range(w)}
     left, top = min(x for x, _ in points), min(y for _, y in points)
-    out = np.zeros((max(y for _, y in points) - top + 1, max(x for x, _ in points) - left + 1, 3), np.uint8)
+    out = np.zeros(
+        (max(y for _, y in points) - top + 1, max(x for x, _ in points) - left + 1, 3), np.uint8
+    )
     for (x, y), value in points.items():
         out[y - top, x - left] = value
     return out
@@ -257,8 +289,12 @@ def test_every_turn_and_mirror_of_the_display_matrix(tmp_path, name, matrix):
 
 
 def turned(path, matrix, picture, aspect=None):
-    """A file whose display matrix is overwritten, in the 16.16 and 2.30 fixed point of its track header."""
-    data = bytearray(write(path, np.broadcast_to(picture, (5, *picture.shape)), aspect=aspect).read_bytes())
+    """A file whose display matrix is overwritten, in the 16.16 and 2.30 fixed point of its track
+    header.
+    """
+    data = bytearray(
+        write(path, np.broadcast_to(picture, (5, *picture.shape)), aspect=aspect).read_bytes()
+    )
     at = data.index(b"tkhd") + 4 + 40
     a, b, c, d = matrix
     rows = np.array([a, b, 0, c, d, 0, 0, 0, 1]) * ([1 << 16, 1 << 16, 1 << 30] * 3)
@@ -269,13 +305,17 @@ def turned(path, matrix, picture, aspect=None):
 
 @pytest.mark.parametrize("matrix", EIGHT, ids=str)
 def test_turns_with_stretched_pixels(tmp_path, matrix):
-    """Pixels twice as wide as high: 32 x 32 of them are seen as 2 : 1, or as 1 : 2 when lying on the side."""
+    """Pixels twice as wide as high: 32 x 32 of them are seen as 2 : 1, or as 1 : 2 when lying on
+    the side.
+    """
     picture = np.zeros((32, 32, 3), np.uint8)
     picture[:, :16, 0] = 255
     seen_as = shown_at(picture, matrix)
     height, width = (32, 64) if matrix[0] else (64, 32)
     clip = read_clip(turned(tmp_path / "a.mp4", matrix, picture, Fraction(2)), 5, height, width, 16)
-    assert corners(clip) == corners(np.kron(seen_as, np.ones((height // 32, width // 32, 1), np.uint8))[None])
+    assert corners(clip) == corners(
+        np.kron(seen_as, np.ones((height // 32, width // 32, 1), np.uint8))[None]
+    )
 
 
 @pytest.mark.parametrize("matrix", [(2, 0, 0, 2), (-0.5, 0, 0, 0.5), (0, 3, -1, 0)], ids=str)

@@ -1,4 +1,6 @@
-"""What is written comes back bit for bit, whoever wrote it and however often the work was stopped."""
+"""What is written comes back bit for bit, whoever wrote it and however often the work was
+stopped.
+"""
 
 import json
 import sys
@@ -32,7 +34,13 @@ def make(numbers):
 
 
 def write(directory, make=make, **changes):
-    values = {"settings": SETTINGS, "shapes": SHAPES, "null_text": NULL, "names": NAMES, "per_part": 4}
+    values = {
+        "settings": SETTINGS,
+        "shapes": SHAPES,
+        "null_text": NULL,
+        "names": NAMES,
+        "per_part": 4,
+    }
     values |= {"process_index": 0, "process_count": 1}
     return write_records(directory, make=make, **(values | changes))
 
@@ -84,7 +92,9 @@ def test_it_is_a_tfds_data_set(tmp_path):
     assert "tensorflow" not in sys.modules
 
 
-@pytest.mark.parametrize("shapes", [{"text": (None, DIM)}, {"latent": CLIP, "text": (None, DIM)}], ids=len)
+@pytest.mark.parametrize(
+    "shapes", [{"text": (None, DIM)}, {"latent": CLIP, "text": (None, DIM)}], ids=len
+)
 def test_prompts_alone_and_clips_without_pictures(tmp_path, shapes):
     write(tmp_path, lambda numbers: (example(i, shapes) for i in numbers), shapes=shapes)
     encoded = assert_holds(tmp_path, range(11), shapes)
@@ -170,7 +180,9 @@ def test_other_settings_are_refused(tmp_path, change, message):
     assert_holds(tmp_path)
 
 
-@pytest.mark.parametrize("value, shown", [(7e4, "70000"), (-1e6, "1e+06"), (np.nan, "nan"), (np.inf, "inf")])
+@pytest.mark.parametrize(
+    "value, shown", [(7e4, "70000"), (-1e6, "1e+06"), (np.nan, "nan"), (np.inf, "inf")]
+)
 @pytest.mark.parametrize("name", ["latent", "text"])
 def test_values_beyond_float16_are_rejected(tmp_path, name, value, shown):
     def large(numbers):
@@ -188,14 +200,17 @@ def test_values_beyond_float16_are_rejected(tmp_path, name, value, shown):
 
 def test_nothing_encoded_is_an_error(tmp_path):
     with pytest.raises(
-        UserError, match=r"none of 11 sources could be encoded \(clip 0: dark\); see .*rejected.jsonl"
+        UserError,
+        match=r"none of 11 sources could be encoded \(clip 0: dark\); see .*rejected.jsonl",
     ):
         write(tmp_path, lambda numbers: ["dark" for _ in numbers])
     assert len((tmp_path / "rejected.jsonl").read_text().splitlines()) == 11
 
 
 def test_a_record_of_another_size_is_a_mistake_of_the_program(tmp_path):
-    odd = lambda numbers: (example(i) | {"latent": np.zeros((1, 4, 6, 16), np.float32)} for i in numbers)
+    odd = lambda numbers: (
+        example(i) | {"latent": np.zeros((1, 4, 6, 16), np.float32)} for i in numbers
+    )
     with pytest.raises(ValueError, match="latent"):
         write(tmp_path, odd)
 
@@ -204,7 +219,9 @@ def test_data_that_do_not_fit_are_refused_on_reading(tmp_path):
     with pytest.raises(UserError, match=r"holds no encoded data; write it with launch.encode"):
         open_records(tmp_path, CLIP, 6)
     write(tmp_path)
-    with pytest.raises(UserError, match=r"are \[3, 4, 6, 16\] .* the run wants \[21, 60, 104, 16\]"):
+    with pytest.raises(
+        UserError, match=r"are \[3, 4, 6, 16\] .* the run wants \[21, 60, 104, 16\]"
+    ):
         open_records(tmp_path, (21, 60, 104, 16), 6)
     records = open_records(tmp_path, CLIP, 3).records
     with pytest.raises(ValueError, match="a text has 4 tokens, the model reads 3"):
@@ -244,13 +261,17 @@ def test_what_fails_while_loading_or_encoding_is_not_hidden():
 def test_what_another_reader_began_is_not_continued(tmp_path):
     """Records of before would have other frames and colours than those that follow."""
     write(tmp_path, settings=SETTINGS | {"reader": 1})
-    with pytest.raises(UserError, match=r"begun with reader=1, this run has 2; .*choose another --dst"):
+    with pytest.raises(
+        UserError, match=r"begun with reader=1, this run has 2; .*choose another --dst"
+    ):
         write(tmp_path, settings=SETTINGS | {"reader": 2})
 
 
 def test_a_place_that_is_no_directory_and_damaged_settings_are_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot make the directory .*file .File exists.; choose another"):
+    with pytest.raises(
+        UserError, match=r"cannot make the directory .*file .File exists.; choose another"
+    ):
         write(tmp_path / "file")
     (tmp_path / "settings.json").write_text("{")
     with pytest.raises(UserError, match=r"settings.json is damaged"):

@@ -1,4 +1,6 @@
-"""Pictures as phones, cameras, scanners and programs write them; expected is what they were made from."""
+"""Pictures as phones, cameras, scanners and programs write them; expected is what they were made
+from.
+"""
 
 import io
 import struct
@@ -42,7 +44,9 @@ TURNED = {
 def test_exif_turns_and_mirrors(tmp_path, form, orientation):
     exif = Image.Exif()
     exif[274] = orientation
-    lossless = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(form, {})
+    lossless = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(
+        form, {}
+    )
     Image.fromarray(quarter()).save(tmp_path / "a", form, exif=exif, **lossless)
     picture = read_picture(tmp_path / "a")
     wanted = TURNED[orientation](quarter())
@@ -74,7 +78,9 @@ def test_16_bit_colours(tmp_path, name, form):
 def test_floating_point_runs_from_0_to_1_or_is_refused(tmp_path):
     values = np.linspace(0, 1, 96, dtype=np.float32).reshape(8, 12)
     Image.fromarray(values).save(tmp_path / "a.tiff")
-    np.testing.assert_array_equal(read_picture(tmp_path / "a.tiff")[..., 0], np.rint(values * 255.0))
+    np.testing.assert_array_equal(
+        read_picture(tmp_path / "a.tiff")[..., 0], np.rint(values * 255.0)
+    )
     for wrong in (values * 255, values - 1, values * np.nan):
         Image.fromarray(wrong.astype(np.float32)).save(tmp_path / "a.tiff")
         with pytest.raises(
@@ -93,7 +99,9 @@ def clear_left(mode):
     return Image.fromarray(picture).convert(mode)
 
 
-@pytest.mark.parametrize("form, mode", [("PNG", "RGBA"), ("WEBP", "RGBA"), ("TIFF", "RGBA"), ("PNG", "LA")])
+@pytest.mark.parametrize(
+    "form, mode", [("PNG", "RGBA"), ("WEBP", "RGBA"), ("TIFF", "RGBA"), ("PNG", "LA")]
+)
 def test_what_is_transparent_is_white(tmp_path, form, mode):
     image = clear_left(mode)
     image.save(tmp_path / "a", form, **({"lossless": True} if form == "WEBP" else {}))
@@ -117,7 +125,9 @@ def test_a_colour_that_counts_as_transparent_is_white(tmp_path, mode):
 
 
 def p3_profile():
-    """The sRGB profile with the colorants of Display P3, SMPTE EG 432-1, adapted to D50 as ICC wants."""
+    """The sRGB profile with the colorants of Display P3, SMPTE EG 432-1, adapted to D50 as ICC
+    wants.
+    """
     data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     colorants = {
         b"rXYZ": (0.51512, 0.24120, -0.00105),
@@ -127,7 +137,9 @@ def p3_profile():
     for i in range(struct.unpack(">I", data[128:132])[0]):
         name, at, _ = struct.unpack(">4sII", data[132 + 12 * i : 144 + 12 * i])
         if name in colorants:
-            data[at + 8 : at + 20] = struct.pack(">3i", *(round(65536 * x) for x in colorants[name]))
+            data[at + 8 : at + 20] = struct.pack(
+                ">3i", *(round(65536 * x) for x in colorants[name])
+            )
     return bytes(data)
 
 
@@ -144,7 +156,9 @@ def to_p3(rgb):
     srgb = matrix((0.64, 0.33), (0.30, 0.60), (0.15, 0.06))
     p3 = matrix((0.68, 0.32), (0.265, 0.69), (0.15, 0.06))
     linear = np.linalg.solve(p3, srgb @ linear)
-    return np.rint(255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055))
+    return np.rint(
+        255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    )
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "WEBP", "AVIF"])
@@ -162,7 +176,9 @@ def test_profiles_of_transparent_and_grey_pictures(tmp_path):
     assert np.abs(read_picture(tmp_path / "a.png") - wanted).max() <= 2
     Image.new("L", (8, 4), 100).save(tmp_path / "b.jpg", icc_profile=p3_profile())
     assert np.abs(read_picture(tmp_path / "b.jpg").astype(int) - 100).max() <= 1
-    Image.new("RGB", (8, 4)).save(tmp_path / "c.png", icc_profile=b"no profile at all, of no colour space")
+    Image.new("RGB", (8, 4)).save(
+        tmp_path / "c.png", icc_profile=b"no profile at all, of no colour space"
+    )
     with pytest.raises(UserError, match=r"c.png \(its colour profile does not fit it"):
         read_picture(tmp_path / "c.png")
 
@@ -206,7 +222,11 @@ def with_cicp(primaries, curve):
 
 @pytest.mark.parametrize(
     "primaries, curve, reason",
-    [(9, 16, "it is HDR .PQ."), (9, 18, "it is HDR .HLG."), (12, 13, "numbers 12 and 13 of ITU-T H.273")],
+    [
+        (9, 16, "it is HDR .PQ."),
+        (9, 18, "it is HDR .HLG."),
+        (12, 13, "numbers 12 and 13 of ITU-T H.273"),
+    ],
 )
 def test_hdr_and_wide_gamut_by_number_are_refused(tmp_path, primaries, curve, reason):
     (tmp_path / "a.png").write_bytes(with_cicp(primaries, curve))
@@ -261,7 +281,10 @@ def test_files_that_are_no_picture_have_one_sentence(tmp_path):
         with pytest.raises(UserError, match=reason) as refused:
             read_picture(tmp_path / name)
         message = str(refused.value)
-        assert message.startswith(f"cannot read the picture {tmp_path / name} (") and "\n" not in message
+        assert (
+            message.startswith(f"cannot read the picture {tmp_path / name} (")
+            and "\n" not in message
+        )
         assert message.endswith("give one in PNG or JPEG, in sRGB")
 
 

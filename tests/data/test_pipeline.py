@@ -1,4 +1,6 @@
-"""A batch is a function of (seed, step): no matter where reading starts or how many processes share it."""
+"""A batch is a function of (seed, step): no matter where reading starts or how many processes share
+it.
+"""
 
 import itertools
 from collections import Counter
@@ -62,7 +64,9 @@ def test_reading_from_start_is_the_rest_of_the_stream(source, start, process_ind
 @pytest.mark.parametrize("process_count", [2, 4])
 def test_shares_of_processes_are_the_batch_of_one(source, process_count):
     whole = read(source, 5)
-    shares = [read(source, 5, process_index=i, process_count=process_count) for i in range(process_count)]
+    shares = [
+        read(source, 5, process_index=i, process_count=process_count) for i in range(process_count)
+    ]
     joined = [
         {name: np.concatenate([s[name] for s in step]) for name in step[0]}
         for step in zip(*shares, strict=True)
@@ -72,12 +76,16 @@ def test_shares_of_processes_are_the_batch_of_one(source, process_count):
 
 
 def test_every_epoch_has_every_example_once_in_another_order():
-    source = [{"video": np.zeros((1, 1, 1, 3), np.uint8), "caption": "", "scene": i} for i in range(NUM)]
+    source = [
+        {"video": np.zeros((1, 1, 1, 3), np.uint8), "caption": "", "scene": i} for i in range(NUM)
+    ]
     stream = np.concatenate([b["scene"] for b in read(source, 11)])  # 88 = 4 epochs
     epochs = stream.reshape(4, NUM)
     assert all(Counter(epoch.tolist()) == Counter(range(NUM)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert not np.array_equal(stream, np.concatenate([b["scene"] for b in read(source, 11, seed=6)]))
+    assert not np.array_equal(
+        stream, np.concatenate([b["scene"] for b in read(source, 11, seed=6)])
+    )
 
 
 def test_each_caption_is_encoded_once(source):
@@ -119,7 +127,9 @@ def test_encoded_records_bring_their_text_and_only_what_they_have(names):
     rng = np.random.default_rng(0)
     shapes = {"video": (3, 4, 4, 16), "image": (5, 8), "condition": (3, 4, 4, 16), "text": (6, 8)}
     draw = lambda name: rng.normal(size=shapes[name]).astype(np.float32)
-    records = [{"caption": "x"} | {name: draw(name) for name in (*names, "text")} for _ in range(NUM)]
+    records = [
+        {"caption": "x"} | {name: draw(name) for name in (*names, "text")} for _ in range(NUM)
+    ]
     number = {record["text"].tobytes(): record for record in records}
 
     def fails(caption: str) -> np.ndarray:

@@ -38,9 +38,13 @@ def test_nothing_else_ends_a_line(tmp_path, mark):
     assert read_lines(put(tmp_path, f"A{mark}cat\nA dog")) == [f"A{mark}cat", "A dog"]
     for name, text in {
         "p.csv": f"id,prompt\n1,A{mark}cat\n2,A dog\n",
-        "p.jsonl": json.dumps({"prompt": f"A{mark}cat"}, ensure_ascii=False) + '\n{"prompt": "A dog"}',
+        "p.jsonl": json.dumps({"prompt": f"A{mark}cat"}, ensure_ascii=False)
+        + '\n{"prompt": "A dog"}',
     }.items():
-        assert [prompt.text for prompt in read_prompts(put(tmp_path, text, name))] == [f"A{mark}cat", "A dog"]
+        assert [prompt.text for prompt in read_prompts(put(tmp_path, text, name))] == [
+            f"A{mark}cat",
+            "A dog",
+        ]
 
 
 def test_blank_lines_keep_their_place(tmp_path):
@@ -109,7 +113,8 @@ def test_an_unquoted_comma_cuts_no_prompt(tmp_path):
     prompts = read_prompts(put(tmp_path, f"prompt\n{CAT}\n{DOG}\n", "p.csv"))
     assert [prompt.text for prompt in prompts] == ["", DOG]
     assert (
-        prompts[0].problem == "row 1 of p.csv: it has 2 cells, the header 1; quote captions that have a ','"
+        prompts[0].problem
+        == "row 1 of p.csv: it has 2 cells, the header 1; quote captions that have a ','"
     )
     with pytest.raises(UserError, match=r"has no prompt .row 1 of p.csv: it has 2 cells"):
         read_prompts(put(tmp_path, f"prompt\n{CAT}\n", "p.csv"))
@@ -124,12 +129,20 @@ def test_an_unquoted_comma_cuts_no_prompt(tmp_path):
             "cannot be read as csv near row 1 .unexpected end",
         ),
         ("t.csv", 'file,text\na.mp4,x\nb.mp4,"big" dog\n', "cannot be read as csv near row 2"),
-        ("t.csv", "file,text\na.mp4," + "x" * 200_000, "cannot be read as csv near row 1 .field larger"),
+        (
+            "t.csv",
+            "file,text\na.mp4," + "x" * 200_000,
+            "cannot be read as csv near row 1 .field larger",
+        ),
         ("t.csv", "file,file,text\na,b,c", "header of .*t.csv has 'file' twice"),
         ("t.csv", "", "t.csv has no row"),
         ("t.jsonl", "[" * 100_000, "line 1 of .*t.jsonl is not JSON"),
         ("t.json", "[" * 100_000, "t.json is not JSON"),
-        ("t.jsonl", '{"file": ' + "9" * 5000 + "}", "line 1 of .*t.jsonl is not JSON .Exceeds the limit"),
+        (
+            "t.jsonl",
+            '{"file": ' + "9" * 5000 + "}",
+            "line 1 of .*t.jsonl is not JSON .Exceeds the limit",
+        ),
         ("t.jsonl", '{"text": "A", "text": "B"}', "line 1 of .*t.jsonl has 'text' twice"),
         ("t.json", '{"a.mp4": "A cat"}', "t.json is no list of JSON objects"),
         ("t.json", '["A cat"]', "entry 1 of .*t.json is no JSON object"),
@@ -144,7 +157,9 @@ def test_damaged_tables_are_refused_in_one_sentence(tmp_path, name, content, mes
 
 def test_no_message_lists_all_columns(tmp_path):
     names = ",".join(f"c{i:03d}" for i in range(300))
-    with pytest.raises(UserError, match=r"'c009'\] and 290 more; one must be called caption") as refused:
+    with pytest.raises(
+        UserError, match=r"'c009'\] and 290 more; one must be called caption"
+    ) as refused:
         read_prompts(put(tmp_path, f"{names}\n{names}\n", "t.csv"))
     assert str(refused.value).count("'") == 2 * LISTED
 
@@ -152,7 +167,10 @@ def test_no_message_lists_all_columns(tmp_path):
 @pytest.mark.parametrize("value", ["A\\u0000 cat", "\\ud83d"])
 def test_characters_that_no_text_has_are_named(tmp_path, value):
     prompts = read_prompts(put(tmp_path, f'{{"text": "{value}"}}\n{{"text": "A dog"}}', "p.jsonl"))
-    assert "NUL character or half a surrogate pair" in prompts[0].problem and prompts[1].text == "A dog"
+    assert (
+        "NUL character or half a surrogate pair" in prompts[0].problem
+        and prompts[1].text == "A dog"
+    )
 
 
 def test_a_quoted_caption_of_several_lines_stays_one(tmp_path):

@@ -36,7 +36,10 @@ def test_captions_beside_videos(tmp_path):
         ("bare.mp4", "", "no caption: there is no bare.txt beside it"),
         ("blank.mp4", "", "no caption: blank.txt is empty"),
     ]
-    assert found[4].name == "latin.webm" and "latin.txt is not UTF-8 (byte 1 is 0xe4" in found[4].problem
+    assert (
+        found[4].name == "latin.webm"
+        and "latin.txt is not UTF-8 (byte 1 is 0xe4" in found[4].problem
+    )
     assert told(found)[5:] == [("more/c.mp4", "More.", "")] and found[5].file.is_file()
 
 
@@ -55,7 +58,9 @@ def test_captions_in_a_table(tmp_path, kind, file_column, caption_column):
     if kind == "csv":
         quoted = ['"' + caption.replace('"', '""') + '"' for _, caption in rows]
         lines = [f"{name},7,{caption}" for (name, _), caption in zip(rows, quoted, strict=True)]
-        table.write_text("\n".join([f"{file_column},seconds,{caption_column}", *lines]), encoding="utf-8-sig")
+        table.write_text(
+            "\n".join([f"{file_column},seconds,{caption_column}", *lines]), encoding="utf-8-sig"
+        )
     else:
         lines = [json.dumps({file_column: name, caption_column: caption}) for name, caption in rows]
         table.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
@@ -73,7 +78,11 @@ def test_captions_in_a_table(tmp_path, kind, file_column, caption_column):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("t.csv", "name,words\na.mp4,hello", r"columns \['name', 'words'\]; one must be called file or path"),
+        (
+            "t.csv",
+            "name,words\na.mp4,hello",
+            r"columns \['name', 'words'\]; one must be called file or path",
+        ),
         ("t.csv", "file,words\na.mp4,hello", "one must be called caption or text"),
         ("t.jsonl", '{"file": "a.mp4", "text": "x"}\n{"file"', "line 2 of .*t.jsonl is not JSON"),
         ("t.jsonl", '["a.mp4"]', "line 1 of .*t.jsonl is no JSON object"),
@@ -83,7 +92,11 @@ def test_captions_in_a_table(tmp_path, kind, file_column, caption_column):
         ("t.csv", "file,text,text\na.mp4,x,y", "header of .*t.csv has 'text' twice"),
         ("t.csv", b"file,text\na.mp4,\xff", "t.csv is not UTF-8"),
         ("t.csv", None, "cannot read .*t.csv"),
-        ("t.csv", "file,text\nx.mp4,hello", r"no video with a caption \(x.mp4: .* does not exist\)"),
+        (
+            "t.csv",
+            "file,text\nx.mp4,hello",
+            r"no video with a caption \(x.mp4: .* does not exist\)",
+        ),
     ],
 )
 def test_unusable_tables_are_named(tmp_path, name, content, message):
@@ -107,7 +120,9 @@ def reasons(videos):
 
 
 def test_every_file_that_could_be_meant_is_named(tmp_path):
-    """Videos by their suffix, whatever has a caption, captions that stand alone: each is a source, once."""
+    """Videos by their suffix, whatever has a caption, captions that stand alone: each is a source,
+    once.
+    """
     for name in (
         "a.MP4",
         "b.ts",
@@ -122,7 +137,16 @@ def test_every_file_that_could_be_meant_is_named(tmp_path):
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    for name in ("a.TXT", "b.txt", "c.txt", "d.txt", "e.txt", "f.txt", "alone.txt", "sub.dir/h.txt"):
+    for name in (
+        "a.TXT",
+        "b.txt",
+        "c.txt",
+        "d.txt",
+        "e.txt",
+        "f.txt",
+        "alone.txt",
+        "sub.dir/h.txt",
+    ):
         (tmp_path / name).write_text("A cat.")
     for name in ("a.json", "e.srt", "picture.png", ".hidden.ts", "alone.json"):
         (tmp_path / name).touch()
@@ -160,7 +184,11 @@ def test_what_is_no_file_is_named(tmp_path):
     (tmp_path / "folder").symlink_to(tmp_path)
     os.mkfifo(tmp_path / "pipe.mp4")
     found = find_videos(tmp_path, None)
-    assert [video.name for video in found if not video.problem] == ["a.mp4", "more/b.mp4", "other.mp4"]
+    assert [video.name for video in found if not video.problem] == [
+        "a.mp4",
+        "more/b.mp4",
+        "other.mp4",
+    ]
     assert reasons(found) == {
         "folder": "it is a link to a folder, which is not followed; put the videos themselves there",
         "link.mp4": f"{tmp_path / 'link.mp4'} is a link to nothing",
@@ -177,7 +205,9 @@ def test_rows_that_do_not_fit_the_header_are_named_and_not_cut(tmp_path):
         (
             name,
             caption,
-            f"{row} of t.csv: it has {n} cells, the header 2; quote captions that have a ','" if row else "",
+            f"{row} of t.csv: it has {n} cells, the header 2; quote captions that have a ','"
+            if row
+            else "",
         )
         for name, caption, row, n in (
             ("a.mp4", "", "row 1", 3),
@@ -201,7 +231,8 @@ def test_captions_that_are_no_text_are_named_and_not_made_up(tmp_path, kind):
     names = [f"v{i}" for i in range(len(values))]
     folder(tmp_path, good=None, **dict.fromkeys(names))
     lines = [
-        f'{{"file": "{name}.mp4", "caption": {value}}}' for name, value in zip(names, values, strict=True)
+        f'{{"file": "{name}.mp4", "caption": {value}}}'
+        for name, value in zip(names, values, strict=True)
     ]
     lines += [
         '{"file": "good.mp4", "caption": "A dog."}',
@@ -245,7 +276,9 @@ def test_rows_that_lead_elsewhere_are_named(tmp_path):
 
 
 def test_tables_of_spreadsheets_are_read(tmp_path):
-    """Excel's semicolons where a comma is the decimal point, tabs, pandas' nameless index, names in capitals."""
+    """Excel's semicolons where a comma is the decimal point, tabs, pandas' nameless index, names in
+    capitals.
+    """
     folder(tmp_path, a=None, b=None)
     for name, text in {
         "t.csv": 'File;Caption\r\na.mp4;A cat, running\r\nb.mp4;"A ""dog""; asleep"\r\n',
@@ -268,5 +301,8 @@ def test_captions_of_windows_editors_beside_videos(tmp_path):
     (tmp_path / "c.txt").write_bytes("\ufeff \r\n".encode())
     found = told(find_videos(tmp_path, None))
     assert found[0] == ("a.mp4", "A cat,\nasleep.", "")
-    assert found[1][2] == f"no caption: {tmp_path / 'b.txt'} is not UTF-8 (it is UTF-16); save it as UTF-8"
+    assert (
+        found[1][2]
+        == f"no caption: {tmp_path / 'b.txt'} is not UTF-8 (it is UTF-16); save it as UTF-8"
+    )
     assert found[2][2] == "no caption: c.txt is empty"

@@ -10,7 +10,11 @@ def test_mean_squared_distance_of_every_pair():
     base = np.zeros((2, 3, 4, 4, 3), np.float32)
     half = base.copy()
     half[0] = 2.0  # one clip of two is off by 2
-    assert cross_step_distance({8: base + 1, 2: base, 4: half}) == {"2-4": 2.0, "2-8": 1.0, "4-8": 1.0}
+    assert cross_step_distance({8: base + 1, 2: base, 4: half}) == {
+        "2-4": 2.0,
+        "2-8": 1.0,
+        "4-8": 1.0,
+    }
 
 
 def test_pixels_do_not_wrap_around():

@@ -53,11 +53,14 @@ def slow_defect(params, x_s, text, s, m, e):
     v_m = curved_velocity(params, x_m, m, text)
     composed = x_m - (m - e) * v_m
     square = lambda a: float(np.sum(a**2))
-    return square(direct - composed) / (square(direct - x_s) + 1e-8), square(v_m - v_s) / square(v_s)
+    return square(direct - composed) / (square(direct - x_s) + 1e-8), square(v_m - v_s) / square(
+        v_s
+    )
 
 
 @pytest.mark.parametrize(
-    ("shift", "prefactors"), [(5.0, [0.309, 0.327, 0.360, 0.444]), (12.0, [0.319, 0.345, 0.402, 0.623])]
+    ("shift", "prefactors"),
+    [(5.0, [0.309, 0.327, 0.360, 0.444]), (12.0, [0.319, 0.345, 0.402, 0.623])],
 )
 def test_grid_splits_every_interval_of_the_inference_grid(shift, prefactors):
     sigmas, midpoints = defect_grid(4, shift)
@@ -68,7 +71,14 @@ def test_grid_splits_every_interval_of_the_inference_grid(shift, prefactors):
 @pytest.mark.parametrize("solver", ["euler", "cm"])
 def test_straight_lines_have_no_defect(solver):
     defect = semigroup_defect(
-        constant, None, TEXT, SIGMAS, MIDPOINTS, solver, jax.random.split(jax.random.key(1), 3), SHAPE
+        constant,
+        None,
+        TEXT,
+        SIGMAS,
+        MIDPOINTS,
+        solver,
+        jax.random.split(jax.random.key(1), 3),
+        SHAPE,
     )
     assert defect.per_interval.shape == defect.curvature.shape == (4,)
     assert not np.any(defect.per_interval)
@@ -78,7 +88,9 @@ def test_straight_lines_have_no_defect(solver):
 
 @pytest.mark.parametrize("solver", ["euler", "cm"])
 def test_linear_field_has_the_defect_derived_by_hand(solver):
-    """v = a x: v_m = a (1 - (s - m) a) x_s, so v_m - v_s = -(s - m) a v_s wherever the rollout stands."""
+    """v = a x: v_m = a (1 - (s - m) a) x_s, so v_m - v_s = -(s - m) a v_s wherever the rollout
+    stands.
+    """
     a = 0.8
     s, m, e = SIGMAS[:-1].astype(float), MIDPOINTS.astype(float), SIGMAS[1:].astype(float)
     curvature = ((s - m) * a) ** 2
@@ -93,7 +105,9 @@ def test_linear_field_has_the_defect_derived_by_hand(solver):
 
 @pytest.mark.parametrize("solver", ["euler", "cm"])
 def test_agrees_with_a_slow_loop_on_the_path_that_the_solver_takes(solver):
-    """The states at which the denoiser was asked are recorded: they are the path, and the oracle's input."""
+    """The states at which the denoiser was asked are recorded: they are the path, and the oracle's
+    input.
+    """
     seen, scale = [], 0.9
     keys = jax.random.split(
         jax.random.key(3, impl="rbg"), 3
@@ -105,7 +119,9 @@ def test_agrees_with_a_slow_loop_on_the_path_that_the_solver_takes(solver):
     ]
 
     text, path = np.array(TEXT, float), [x for x, _ in seen[::2]]
-    np.testing.assert_array_equal(path[0], noise_at(keys, jnp.float32(1.0), np.arange(SHAPE[0]), SHAPE[1:]))
+    np.testing.assert_array_equal(
+        path[0], noise_at(keys, jnp.float32(1.0), np.arange(SHAPE[0]), SHAPE[1:])
+    )
     pairs = np.array(
         [
             [slow_defect(scale, x[b], text[b], *map(float, levels)) for b in range(3)]

@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from salt_jax.evaluate.report import Plot, Report, Table, VideoRow, bars, curves, render, write_report
+from salt_jax.evaluate.report import (
+    Plot,
+    Report,
+    Table,
+    VideoRow,
+    bars,
+    curves,
+    render,
+    write_report,
+)
 from salt_jax.moving_shapes import shapes
 
 VOID = {"meta", "img", "link", "br", "input"}
@@ -53,7 +62,10 @@ def report() -> Report:
     videos = [
         VideoRow(
             shapes.caption(scene),
-            [(label, noisy(shapes.render(scene, modes[7 * j], world), i)) for i, label in enumerate(labels)],
+            [
+                (label, noisy(shapes.render(scene, modes[7 * j], world), i))
+                for i, label in enumerate(labels)
+            ],
         )
         for j, scene in enumerate((scenes[0], scenes[21], scenes[47]))
     ]
@@ -61,7 +73,11 @@ def report() -> Report:
     steps = np.arange(0, 400, 10)
     return Report(
         title="SC-DMD on Moving Shapes",
-        facts={"command": "python -m launch.evaluate --workdir=runs/sc_dmd", "seed": "0", "prompt": NASTY},
+        facts={
+            "command": "python -m launch.evaluate --workdir=runs/sc_dmd",
+            "seed": "0",
+            "prompt": NASTY,
+        },
         videos=[*videos, VideoRow(NASTY, [("K = 2", shapes.render(scenes[5], modes[3], world))])],
         tables=[
             Table(
@@ -78,7 +94,11 @@ def report() -> Report:
         plots=[
             Plot(
                 "Semigroup defect per interval",
-                bars(intervals, {"student": [0.01, 0.02, 0.01, 0.03], "teacher": [0.003] * 4}, "defect"),
+                bars(
+                    intervals,
+                    {"student": [0.01, 0.02, 0.01, 0.03], "teacher": [0.003] * 4},
+                    "defect",
+                ),
                 "Salt Eq. 16; lower means that two short updates land where one long update does.",
             ),
             Plot(
@@ -113,14 +133,17 @@ def test_videos_and_pictures_decode(report):
         kind, content = attrs["src"].split(";base64,")
         assert kind == "data:video/mp4"
         with av.open(io.BytesIO(base64.b64decode(content))) as container:
-            frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+            frames = np.stack(
+                [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            )
         assert frames.shape == (9, int(attrs["height"]), int(attrs["width"]), 3) == (9, 144, 144, 3)
         assert np.abs(frames[:, 6::12, 6::12].astype(int) - clip).mean() < 4
     for attrs, plot in zip(images, report.plots, strict=True):
         content = base64.b64decode(attrs["src"].removeprefix("data:image/png;base64,"))
         assert content == plot.png
         with Image.open(io.BytesIO(content)) as image:
-            assert np.asarray(image)[..., 3].max() == 255  # something is drawn on the transparent ground
+            # something is drawn on the transparent ground
+            assert np.asarray(image)[..., 3].max() == 255
 
 
 def test_text_is_escaped_and_complete(report):
@@ -177,7 +200,8 @@ def test_opens_in_a_browser(report, tmp_path):
     })</script>"""
     path.write_text(path.read_text().replace("</body>", probe + "</body>"))
     flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+        "--disable-background-networking "
         "--disable-component-update --disable-sync --window-size=400,800"
     )
     command = [
@@ -189,4 +213,6 @@ def test_opens_in_a_browser(report, tmp_path):
     ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     (body,) = Page(result.stdout).all("body")
-    assert body == {"data-videos": "13", "data-images": "2", "data-wide": "false"}, result.stderr[-2000:]
+    assert body == {"data-videos": "13", "data-images": "2", "data-wide": "false"}, result.stderr[
+        -2000:
+    ]

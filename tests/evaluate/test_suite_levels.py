@@ -10,9 +10,14 @@ from salt_jax.moving_shapes.shapes import World
 
 
 def test_listed_levels_are_those_that_the_network_sees():
-    """A network whose clean estimate is its level: by Euler the clip is a sum that the levels determine."""
+    """A network whose clean estimate is its level: by Euler the clip is a sum that the levels
+    determine.
+    """
     x0_is_sigma = lambda params, x, sigma, text: from_velocity(
-        x, (x - sigma[:, None, None, None, None] * jnp.ones_like(x)) / sigma[:, None, None, None, None], sigma
+        x,
+        (x - sigma[:, None, None, None, None] * jnp.ones_like(x))
+        / sigma[:, None, None, None, None],
+        sigma,
     )
     network = Network(x0_is_sigma, *[None] * 4)
     task = shapes_suite.Task(

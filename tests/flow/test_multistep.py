@@ -1,4 +1,6 @@
-"""Solvers against their theory: known solutions, orders of convergence, numbers of the official grids, diffusers."""
+"""Solvers against their theory: known solutions, orders of convergence, numbers of the official
+grids, diffusers.
+"""
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ NOISE = np.linspace(-2, 2, 7)
 
 
 def run(table, velocity, x):
-    """Inputs of the network, corrected states and clean estimates by row; the result is the last input."""
+    """Inputs of the network, corrected states and clean estimates by row; the result is the last
+    input.
+    """
     state, before, last = x, 0 * x, 0 * x
     inputs, states, estimates = [x], [], []
     for sigma, seen, correct, predict in zip(*table, strict=True):
@@ -64,7 +68,9 @@ def test_second_order_is_far_better_on_the_grids_themselves():
 @each_solver
 @pytest.mark.parametrize("num_updates", [1, 2, 3, 9])
 def test_a_constant_clean_estimate_is_reached_along_a_line(solver, num_updates):
-    """Then x = x0 + sigma (noise - x0) at every level: exact for each solver, whatever the network is told."""
+    """Then x = x0 + sigma (noise - x0) at every level: exact for each solver, whatever the network
+    is told.
+    """
     table, x0 = steps(solver, num_updates, 5.0), NOISE[::-1] ** 2
     levels = iter(table.sigma)
     start = x0 + table.sigma[0] * (NOISE - x0)
@@ -77,7 +83,9 @@ def test_a_constant_clean_estimate_is_reached_along_a_line(solver, num_updates):
 @each_solver
 @pytest.mark.parametrize("num_updates", [1, 2, 3, 9])
 def test_the_result_is_the_last_clean_estimate(solver, num_updates):
-    inputs, _, estimates = run(steps(solver, num_updates, 3.0), lambda x, seen: np.sin(3 * x + seen), NOISE)
+    inputs, _, estimates = run(
+        steps(solver, num_updates, 3.0), lambda x, seen: np.sin(3 * x + seen), NOISE
+    )
     np.testing.assert_array_equal(inputs[-1], estimates[-1])
 
 
@@ -91,7 +99,9 @@ def test_euler_moves_along_the_velocity():
     table, velocity = steps("euler", 5, 5.0), lambda x, seen: np.sin(3 * x + seen)
     np.testing.assert_array_equal(table.seen, table.sigma)
     inputs, _, _ = run(table, velocity, NOISE)
-    for x, after, s, e in zip(inputs, inputs[1:], table.sigma, [*table.sigma[1:], 0.0], strict=False):
+    for x, after, s, e in zip(
+        inputs, inputs[1:], table.sigma, [*table.sigma[1:], 0.0], strict=False
+    ):
         np.testing.assert_allclose(after, x - (s - e) * velocity(x, s), atol=1e-14)
 
 
@@ -104,12 +114,15 @@ def test_grids_are_the_official_ones():
     np.testing.assert_array_equal(timesteps[-4:], [302, 241, 172, 92])
     sigmas, timesteps = dpmpp_grid(50, 5.0)
     np.testing.assert_allclose(sigmas, grid(50, 5.0), atol=1e-7)
-    np.testing.assert_array_equal(timesteps[:2], [1000, 995])  # 1000 * 5 (49/50) / (1 + 4 (49/50)) = 995.93
+    # 1000 * 5 (49/50) / (1 + 4 (49/50)) = 995.93
+    np.testing.assert_array_equal(timesteps[:2], [1000, 995])
     assert timesteps[-1] == 92  # 1000 * 5 / 50 / (1 + 4 / 50) = 92.59
 
 
 def test_unipc_starts_from_a_number_stored_in_float32():
-    """0.999 in float32 is above 0.999, so that the timesteps of 999 u do not fall below whole numbers."""
+    """0.999 in float32 is above 0.999, so that the timesteps of 999 u do not fall below whole
+    numbers.
+    """
     np.testing.assert_array_equal(unipc_grid(3, 1.0)[1], [999, 666, 333])
 
 
@@ -124,7 +137,9 @@ def scheduler_of(solver, sigmas, timesteps):
     diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
     flow = dict(prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2)
     scheduler = (
-        diffusers.UniPCMultistepScheduler(solver_type="bh2", predict_x0=True, lower_order_final=True, **flow)
+        diffusers.UniPCMultistepScheduler(
+            solver_type="bh2", predict_x0=True, lower_order_final=True, **flow
+        )
         if solver == "unipc"
         else diffusers.DPMSolverMultistepScheduler(
             algorithm_type="dpmsolver++", solver_type="midpoint", lower_order_final=True, **flow
@@ -137,14 +152,17 @@ def scheduler_of(solver, sigmas, timesteps):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("solver,atol", [("unipc", 1e-12), ("dpmpp", 5e-7)])  # DPM++ of diffusers is float32
+# DPM++ of diffusers is float32
+@pytest.mark.parametrize("solver,atol", [("unipc", 1e-12), ("dpmpp", 5e-7)])
 @pytest.mark.parametrize("num_updates", [1, 2, 3, 7, 20, 50])
 def test_every_step_is_that_of_diffusers(solver, atol, num_updates):
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(num_updates)
     for shift in (1.0, 3.0, 5.0, 12.0):
         matrix, phase = rng.normal(size=(8, 8)) * 0.4, rng.normal(size=8)
-        velocity = lambda x, seen, m=matrix, p=phase: np.tanh(x @ m + np.sin(6 * seen) * p) + 0.5 * x
+        velocity = lambda x, seen, m=matrix, p=phase: (
+            np.tanh(x @ m + np.sin(6 * seen) * p) + 0.5 * x
+        )
         table = steps(solver, num_updates, shift)
         sigmas, timesteps = (unipc_grid if solver == "unipc" else dpmpp_grid)(num_updates, shift)
         np.testing.assert_array_equal(table.seen, timesteps / 1000)

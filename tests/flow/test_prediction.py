@@ -29,7 +29,9 @@ def test_expand_aligns_levels_with_clips_and_frames(sigma):
 def test_noise_is_added_on_the_straight_line(sigma):
     x0, noise = normal(0), normal(1)
     s = np.asarray(sigma, float).reshape(3, -1, 1, 1, 1)
-    np.testing.assert_allclose(add_noise(x0, noise, sigma), (1 - s) * x0 + s * np.asarray(noise), atol=1e-6)
+    np.testing.assert_allclose(
+        add_noise(x0, noise, sigma), (1 - s) * x0 + s * np.asarray(noise), atol=1e-6
+    )
 
 
 def test_the_ends_of_the_line():
@@ -45,7 +47,8 @@ def test_the_truth_in_any_form_is_the_same_prediction(sigma):
     x = add_noise(x0, noise, sigma)
     for prediction in (from_velocity(x, noise - x0, sigma), from_x0(x, x0, sigma)):
         np.testing.assert_allclose(prediction.x0, x0, atol=1e-6)
-        np.testing.assert_allclose(prediction.velocity, noise - x0, atol=3e-5)  # float32 over sigma = 0.02
+        # float32 over sigma = 0.02
+        np.testing.assert_allclose(prediction.velocity, noise - x0, atol=3e-5)
 
 
 def test_conversions_are_inverses():
@@ -77,7 +80,9 @@ def test_differences_of_scores_are_differences_of_x0():
     sigma = jnp.array([0.98, 0.5, 0.1])
     s = np.asarray(sigma, float).reshape(3, 1, 1, 1, 1)
     expected = (1 - s) / s**2 * (np.asarray(a, float) - np.asarray(b, float))
-    np.testing.assert_allclose(score(x, a, sigma) - score(x, b, sigma), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        score(x, a, sigma) - score(x, b, sigma), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 def predictions():
@@ -93,11 +98,15 @@ def test_guidance_1_is_none_and_0_forgets_the_text():
 
 def test_the_peers_guidance_scale_3_is_4_here():
     conditional, unconditional = predictions()
-    for got, c, u in zip(guide(conditional, unconditional, 4.0), conditional, unconditional, strict=True):
+    for got, c, u in zip(
+        guide(conditional, unconditional, 4.0), conditional, unconditional, strict=True
+    ):
         np.testing.assert_allclose(got, c + 3.0 * (c - u), atol=1e-5)
 
 
 def test_a_guided_prediction_still_agrees_with_itself():
     x = normal(0)
-    guided = guide(from_velocity(x, normal(1), PER_CLIP), from_velocity(x, normal(2), PER_CLIP), 4.0)
+    guided = guide(
+        from_velocity(x, normal(1), PER_CLIP), from_velocity(x, normal(2), PER_CLIP), 4.0
+    )
     np.testing.assert_allclose(guided.x0, from_velocity(x, guided.velocity, PER_CLIP).x0, atol=1e-5)

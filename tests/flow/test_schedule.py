@@ -21,7 +21,9 @@ SHIFTED = {
 def test_shift_and_grid_give_the_printed_levels(amount):
     u = np.array(SHIFTED[1.0]) / 1000
     np.testing.assert_allclose(1000 * shift(u, amount), SHIFTED[amount], atol=0.005)
-    assert [1000 * shift(x, amount) for x in u.tolist()] == pytest.approx(SHIFTED[amount], abs=0.005)
+    assert [1000 * shift(x, amount) for x in u.tolist()] == pytest.approx(
+        SHIFTED[amount], abs=0.005
+    )
     np.testing.assert_allclose(1000 * grid(8, amount)[:-1], SHIFTED[amount], atol=0.005)
 
 
@@ -59,12 +61,18 @@ def test_a_grid_without_updates_is_refused():
         grid(0, 5.0)
 
 
-@pytest.mark.parametrize("timesteps", [(1000, 757, 522), (1000, 757, 522, 0), [1000.0, 757.0, 522.0, 0.0]])
+@pytest.mark.parametrize(
+    "timesteps", [(1000, 757, 522), (1000, 757, 522, 0), [1000.0, 757.0, 522.0, 0.0]]
+)
 def test_published_levels_are_a_thousandth_of_their_timesteps_and_end_clean(timesteps):
     """CausVid's list is of shift 8: steps 36 and 44 of 50 (its generate_ode_pairs.py)."""
     levels = explicit(timesteps)
-    assert levels.dtype == np.float32 and levels.tolist() == np.float32([1, 0.757, 0.522, 0]).tolist()
-    np.testing.assert_allclose(levels[1:3], [shift(1 - 36 / 50, 8.0), shift(1 - 44 / 50, 8.0)], atol=5e-4)
+    assert (
+        levels.dtype == np.float32 and levels.tolist() == np.float32([1, 0.757, 0.522, 0]).tolist()
+    )
+    np.testing.assert_allclose(
+        levels[1:3], [shift(1 - 36 / 50, 8.0), shift(1 - 44 / 50, 8.0)], atol=5e-4
+    )
 
 
 def test_a_list_may_have_one_level_or_the_levels_of_a_grid():
@@ -101,8 +109,24 @@ def test_what_is_no_list_of_levels_is_refused_in_one_sentence(timesteps, told):
 @pytest.mark.parametrize(
     ("amount", "expected"),
     [
-        (5.0, [(1, 0.9722, 0.9375), (0.9375, 0.8929, 0.8333), (0.8333, 0.75, 0.625), (0.625, 0.4167, 0)]),
-        (12.0, [(1, 0.9882, 0.9730), (0.9730, 0.9524, 0.9231), (0.9231, 0.8780, 0.8), (0.8, 0.6316, 0)]),
+        (
+            5.0,
+            [
+                (1, 0.9722, 0.9375),
+                (0.9375, 0.8929, 0.8333),
+                (0.8333, 0.75, 0.625),
+                (0.625, 0.4167, 0),
+            ],
+        ),
+        (
+            12.0,
+            [
+                (1, 0.9882, 0.9730),
+                (0.9730, 0.9524, 0.9231),
+                (0.9231, 0.8780, 0.8),
+                (0.8, 0.6316, 0),
+            ],
+        ),
     ],
 )
 def test_the_only_midpoints_between_the_levels_of_t4_are_those_of_t8(amount, expected):
@@ -140,7 +164,11 @@ def test_triples_are_those_of_equation_9(train, anchors):
     expected = enumerated(train, anchors)
     assert len(table.probability) == train
     for start, (middles, ends, probabilities) in enumerate(zip(*table, strict=True)):
-        rows = [(levels[m], levels[e], p) for m, e, p in zip(middles, ends, probabilities, strict=True) if p]
+        rows = [
+            (levels[m], levels[e], p)
+            for m, e, p in zip(middles, ends, probabilities, strict=True)
+            if p
+        ]
         assert len(rows) == len(expected[levels[start]])
         assert {(m, e): p for m, e, p in rows} == pytest.approx(expected[levels[start]])
 
@@ -148,7 +176,11 @@ def test_triples_are_those_of_equation_9(train, anchors):
 def test_probabilities_by_hand():
     """From pure noise with anchors T(4): each end 1/4; seven middles share the last one."""
     table = triples(8, 4)
-    of = {(m, e): p for m, e, p in zip(table.middle[0], table.end[0], table.probability[0], strict=True) if p}
+    of = {
+        (m, e): p
+        for m, e, p in zip(table.middle[0], table.end[0], table.probability[0], strict=True)
+        if p
+    }
     assert of[1, 2] == pytest.approx(1 / 4)
     assert of[7, 8] == of[1, 8] == pytest.approx(1 / 28)
     np.testing.assert_allclose(table.probability.sum(1), [1] * 7 + [0], atol=1e-6)
@@ -163,7 +195,9 @@ def test_anchors_outside_the_training_grid_are_refused():
 def test_triples_are_drawn_as_often_as_tabulated(anchors):
     table, draws = triples(8, anchors), 4000
     start = np.repeat(np.arange(8), draws)
-    middle, end, exists = jax.jit(lambda key, start: draw_triple(key, start, table))(jax.random.key(0), start)
+    middle, end, exists = jax.jit(lambda key, start: draw_triple(key, start, table))(
+        jax.random.key(0), start
+    )
     middle, end, exists = (np.asarray(a).reshape(8, draws) for a in (middle, end, exists))
     assert exists[:7].all() and not exists[7].any()
     assert np.all(middle[7] == 7) and np.all(end[7] == 7)
@@ -193,7 +227,8 @@ def test_mean_of_the_clamped_thousand_levels():
 
 
 @pytest.mark.parametrize(
-    ("amount", "mean", "at_highest", "at_lowest"), [(5.0, 0.7457, 0.093, 0.004), (12.0, None, 0.197, None)]
+    ("amount", "mean", "at_highest", "at_lowest"),
+    [(5.0, 0.7457, 0.093, 0.004), (12.0, None, 0.197, None)],
 )
 def test_levels_at_which_teacher_and_critic_judge(amount, mean, at_highest, at_lowest):
     sigma = np.asarray(draw_view_sigma(jax.random.key(3), 200_000, amount, 0.02, 0.98))

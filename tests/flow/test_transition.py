@@ -60,7 +60,9 @@ def test_euler_with_the_true_velocity_follows_the_line(levels):
 def test_renoise_is_a_fresh_draw_around_the_clean_estimate(levels):
     x0, noise, (_, m, _) = normal(0), normal(1), levels
     (level,) = wide(m)
-    np.testing.assert_allclose(renoise(x0, noise, m), (1 - level) * x0 + level * np.asarray(noise), atol=1e-6)
+    np.testing.assert_allclose(
+        renoise(x0, noise, m), (1 - level) * x0 + level * np.asarray(noise), atol=1e-6
+    )
     np.testing.assert_array_equal(renoise(x0, noise, jnp.zeros_like(m)), x0)
 
 
@@ -82,7 +84,9 @@ def test_endpoints_differ_by_the_change_of_velocity(levels):
     """x^(1) - x^(2) = (sigma_m - sigma_e) (v_m - v_s): the end is only a weight."""
     x_s, v_s, v_m = (normal(seed) for seed in range(3))
     _, m, e = wide(*levels)
-    difference = direct_endpoint(x_s, v_s, levels[0], levels[2]) - composed_endpoint(x_s, v_s, v_m, *levels)
+    difference = direct_endpoint(x_s, v_s, levels[0], levels[2]) - composed_endpoint(
+        x_s, v_s, v_m, *levels
+    )
     np.testing.assert_allclose(difference, (m - e) * (np.asarray(v_m, float) - v_s), atol=2e-6)
 
 

@@ -1,7 +1,8 @@
 """python -m tests.frozen.make: what test_frozen.py opens, as the code of this checkout writes it.
 
-Run by version 0.1 before its files were moved and its words renamed. Later versions have to open these files, so they
-are never made anew; only `RUNS`, the flags that go on with them, follows the words of today.
+Run by version 0.1 before its files were moved and its words renamed. Later versions have to open
+these files, so they are never made anew; only `RUNS`, the flags that go on with them, follows the
+words of today.
 """
 
 import json
@@ -20,7 +21,8 @@ RUNS = {
     # videos under way that may change their prompt, adapters alone are trained
     "stream": (
         "shapes_longlive.py:lora_salt",
-        SHORT | {"lora.rank": 2, "data.num_train": 8, "data.num_test": 1, "data.dir": "data/shapes"},
+        SHORT
+        | {"lora.rank": 2, "data.num_train": 8, "data.num_test": 1, "data.dir": "data/shapes"},
     ),
     # Wan in form, small, with fresh weights and nothing but prompts: every parameter is trained
     "wan": (
@@ -58,10 +60,17 @@ def main() -> None:
         folder = Path(made)
         prompts = folder / "prompts.txt"
         prompts.write_text("A cat walks.\nA dog runs.\n", encoding="utf-8")
-        succeed("encode", "--preset_size=tiny", f"--prompts={prompts}", f"--dst={folder / 'data/wan'}")
+        succeed(
+            "encode", "--preset_size=tiny", f"--prompts={prompts}", f"--dst={folder / 'data/wan'}"
+        )
         for name in RUNS:
             train(name, folder, 2)
-        succeed("convert_wan", "--to=official", f"--src={folder / 'wan'}", f"--dst={folder / 'exported'}")
+        succeed(
+            "convert_wan",
+            "--to=official",
+            f"--src={folder / 'wan'}",
+            f"--dst={folder / 'exported'}",
+        )
         for name in (*RUNS, "data", "exported"):  # the shapes are drawn again
             with tarfile.open(HERE / f"{name}.tar.gz", "w:gz") as archive:
                 archive.add(folder / name, name, filter=lambda f: None if "shapes" in f.name else f)

@@ -52,8 +52,12 @@ def test_float32_comes_back_bit_for_bit_from_shapes_alone(file):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(tree()), strict=True):
         assert a.dtype == jnp.float32 and np.asarray(a).tobytes() == np.asarray(b).tobytes()
     with safe_open(file, "numpy") as stored:
-        assert stored.metadata() == {"made_by": "a test"} and "wan/blocks/ffn_in/kernel" in stored.keys()
-    assert [path.name for path in file.parent.iterdir()] == [file.name]  # nothing half-written is left
+        assert (
+            stored.metadata() == {"made_by": "a test"}
+            and "wan/blocks/ffn_in/kernel" in stored.keys()
+        )
+    # nothing half-written is left
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
 def test_float16_halves_the_file_and_rounds(tmp_path):
@@ -97,8 +101,12 @@ def test_what_is_no_weights_file_is_refused(tmp_path):
 
 def test_bfloat16_is_written_and_kept_as_stored(tmp_path):
     numbers = jnp.linspace(-2, 2, 1000)
-    save_weights(tmp_path / "w.safetensors", {"a": {"kernel": numbers}, "b": numbers[:3]}, "bfloat16", {})
-    found = load_weights(tmp_path / "w.safetensors", {"a": {"kernel": numbers}, "b": numbers[:3]}, None)
+    save_weights(
+        tmp_path / "w.safetensors", {"a": {"kernel": numbers}, "b": numbers[:3]}, "bfloat16", {}
+    )
+    found = load_weights(
+        tmp_path / "w.safetensors", {"a": {"kernel": numbers}, "b": numbers[:3]}, None
+    )
     assert found["a"]["kernel"].dtype == jnp.bfloat16
     want = np.asarray(numbers).astype(ml_dtypes.bfloat16)
     assert np.asarray(found["a"]["kernel"]).tobytes() == want.tobytes()
@@ -109,7 +117,10 @@ def test_bfloat16_is_written_and_kept_as_stored(tmp_path):
 def test_every_device_gets_its_slice_straight_from_the_file(tmp_path, monkeypatch, dtype):
     """Nothing larger than a slice is read, except what every device has whole."""
     rng = np.random.default_rng(0)
-    whole = {"kernel": rng.standard_normal((3, 16, 8)).astype(np.float32), "bias": np.float32([1, 2, 3])}
+    whole = {
+        "kernel": rng.standard_normal((3, 16, 8)).astype(np.float32),
+        "bias": np.float32([1, 2, 3]),
+    }
     save_weights(tmp_path / "w.safetensors", whole, "bfloat16", {})
     mesh = make_mesh({"data": 1, "fsdp": 4, "context": 1, "tensor": 2})
     specs = {"kernel": P(None, "fsdp", "tensor"), "bias": P()}
@@ -138,8 +149,10 @@ def test_every_device_gets_its_slice_straight_from_the_file(tmp_path, monkeypatc
 def test_written_arrays_of_many_kinds_are_read_by_the_library_of_the_format(tmp_path):
     rng, path = np.random.default_rng(0), tmp_path / "x.safetensors"
     arrays = {
-        "odd/bf16": rng.standard_normal((3, 5)).astype(ml_dtypes.bfloat16), "f32": rng.standard_normal(7).astype("f4"),
-        "scalar": np.float32(2.5), "empty": np.zeros((0, 4), "f4"), "f16": rng.standard_normal((2, 3)).astype("f2"),
+        "odd/bf16": rng.standard_normal((3, 5)).astype(ml_dtypes.bfloat16),
+        "f32": rng.standard_normal(7).astype("f4"),
+        "scalar": np.float32(2.5), "empty": np.zeros((0, 4), "f4"),
+        "f16": rng.standard_normal((2, 3)).astype("f2"),
     }  # fmt: skip
     pieces = lambda a: np.array_split(a, 2) if a.ndim else [np.asarray(a)]
     out = {name: Outgoing(a.dtype, a.shape, lambda a=a: pieces(a)) for name, a in arrays.items()}
@@ -151,7 +164,11 @@ def test_written_arrays_of_many_kinds_are_read_by_the_library_of_the_format(tmp_
     assert metadata == {"by": "a test", "umlaut": "ä"}
     for name, array in arrays.items():
         for got in (found[name], view(stored[name])):
-            assert got.dtype == array.dtype and got.shape == array.shape and got.tobytes() == array.tobytes()
+            assert (
+                got.dtype == array.dtype
+                and got.shape == array.shape
+                and got.tobytes() == array.tobytes()
+            )
         assert stored[name].offset % array.dtype.itemsize == 0
 
 
@@ -168,7 +185,9 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     with pytest.raises(ValueError, match="the parts of a and its shape differ by 8 bytes"):
         write_tensors(path, {"a": Outgoing(np.dtype("f4"), (4,), lambda: [np.zeros(2, "f4")])}, {})
     assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.read_text() == "old"
-    with pytest.raises(UserError, match=r"cannot write .*absent/x\.safetensors .*choose another place"):
+    with pytest.raises(
+        UserError, match=r"cannot write .*absent/x\.safetensors .*choose another place"
+    ):
         write_tensors(tmp_path / "absent" / "x.safetensors", {}, {})
 
 

@@ -1,4 +1,6 @@
-"""The contract of both tokenizers: end token, padding, refusal or cut, and errors a user can act on."""
+"""The contract of both tokenizers: end token, padding, refusal or cut, and errors a user can act
+on.
+"""
 
 import io
 import sys
@@ -40,9 +42,11 @@ NASTY = (
     "",
     " \t\r\n\u3000\u00a0 ",
     "a cat\u2028walks\u0085on\x0bgrass\x1c.",
-    "caf\u00c3\u00a9 na\u00c3\u00afve \u00e2\u20ac\u0153quoted\u00e2\u20ac\u009d",  # UTF-8 read as Latin-1
+    # UTF-8 read as Latin-1
+    "caf\u00c3\u00a9 na\u00c3\u00afve \u00e2\u20ac\u0153quoted\u00e2\u20ac\u009d",
     "&amp;lt;b&amp;gt; &amp;amp;amp; &nbsp; &#x1F408; &notanentity; &lt",
-    "\u201ccurly\u201d \u2018quotes\u2019 \ufb01sh \uff21\uff22 e\u0301 \ud83d",  # the last one is half a pair
+    # the last one is half a pair
+    "\u201ccurly\u201d \u2018quotes\u2019 \ufb01sh \uff21\uff22 e\u0301 \ud83d",
     "\x1b[31mred\x1b[0m \ufeffmark \x00nul \u200bno width \u00ad soft",
     "\u4e00\u53ea\u732b\uff0c\u8d70\u8def\uff01  \U0001f468\u200d\U0001f469\u200d\U0001f467",
 )
@@ -59,7 +63,9 @@ def test_cleaning_equals_diffusers(text):
 def write_json_vocabulary(path, tokens=("<pad>", "</s>", "<s>", "<unk>")):
     tokenizers = pytest.importorskip("tokenizers")
     words = ["\u2581a", "\u2581cat", "\u2581walks", "\u2581<"]
-    model = tokenizers.models.WordLevel({w: i for i, w in enumerate([*tokens, *words])}, unk_token="<unk>")
+    model = tokenizers.models.WordLevel(
+        {w: i for i, w in enumerate([*tokens, *words])}, unk_token="<unk>"
+    )
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     # settings of the file that must not act twice
@@ -75,7 +81,8 @@ def write_sentencepiece_vocabulary(path, pad_id=0):
     sentencepiece = pytest.importorskip("sentencepiece")
     with io.BytesIO() as model:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(["a cat walks", "a cat <"] * 20), model_writer=model, vocab_size=20,
+            sentence_iterator=iter(["a cat walks", "a cat <"] * 20), model_writer=model,
+            vocab_size=20,
             pad_id=pad_id, eos_id=1, bos_id=2, unk_id=3, hard_vocab_limit=False, minloglevel=2,
         )  # fmt: skip
         path.write_bytes(model.getvalue())
@@ -116,7 +123,9 @@ def test_a_file_of_another_kind_or_vocabulary_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"vocab\.txt is no tokenizer file"):
         load_tokenizer(tmp_path / "vocab.txt")
     with pytest.raises(ValueError, match=r"not umT5's: its <pad> and </s> have ids \(1, 0\)"):
-        load_tokenizer(write_json_vocabulary(tmp_path / "tokenizer.json", ("</s>", "<pad>", "<s>", "<unk>")))
+        load_tokenizer(
+            write_json_vocabulary(tmp_path / "tokenizer.json", ("</s>", "<pad>", "<s>", "<unk>"))
+        )
     with pytest.raises(ValueError, match=r"not umT5's: its <pad> and </s> have ids \(-1, 1\)"):
         load_tokenizer(write_sentencepiece_vocabulary(tmp_path / "spiece.model", pad_id=-1))
 

@@ -1,4 +1,6 @@
-"""Written clips are read back with another reader than the one that wrote them, or pixel by pixel."""
+"""Written clips are read back with another reader than the one that wrote them, or pixel by
+pixel.
+"""
 
 import io
 from pathlib import Path
@@ -10,7 +12,9 @@ from PIL import Image
 
 from salt_jax.io import video
 
-COLOURS = np.array([[230, 20, 20], [20, 200, 20], [40, 60, 240], [240, 220, 20], [250, 250, 250]], np.uint8)
+COLOURS = np.array(
+    [[230, 20, 20], [20, 200, 20], [40, 60, 240], [240, 220, 20], [250, 250, 250]], np.uint8
+)
 
 
 def stripes(frames: int, height: int, width: int) -> np.ndarray:
@@ -37,7 +41,8 @@ def test_mp4_keeps_frames_colours_and_rate(tmp_path):
     expected = np.kron(clip, np.ones((1, 8, 8, 1), np.uint8))
     assert frames.shape == expected.shape == (9, 96, 96, 3)
     assert np.abs(frames.astype(int) - expected).mean() < 4
-    assert np.abs(frames.astype(int) - np.roll(expected, 1, axis=0)).mean() > 10  # the order is not by chance
+    # the order is not by chance
+    assert np.abs(frames.astype(int) - np.roll(expected, 1, axis=0)).mean() > 10
 
 
 def test_mp4_makes_odd_sizes_even(tmp_path):
@@ -46,7 +51,8 @@ def test_mp4_makes_odd_sizes_even(tmp_path):
     frames, rate, *_ = decode(tmp_path / "clip.mp4")
     assert frames.shape == (3, 40, 34, 3)
     assert rate == 24
-    assert np.abs(frames[:, 39].astype(int) - frames[:, 38]).mean() < 8  # the last row is repeated, not black
+    # the last row is repeated, not black
+    assert np.abs(frames[:, 39].astype(int) - frames[:, 38]).mean() < 8
 
 
 def planes(data: bytes) -> list[np.ndarray]:
@@ -60,7 +66,9 @@ def planes(data: bytes) -> list[np.ndarray]:
         ]
 
 
-@pytest.mark.parametrize("colour", [(200, 40, 40), (40, 200, 40), (40, 40, 200), (255, 255, 255), (0, 0, 0)])
+@pytest.mark.parametrize(
+    "colour", [(200, 40, 40), (40, 200, 40), (40, 40, 200), (255, 255, 255), (0, 0, 0)]
+)
 @pytest.mark.parametrize("height, width", [(64, 96), (33, 47), (720, 1280)])
 def test_mp4_is_bt709_in_limited_range(colour, height, width):
     """ITU-R BT.709-6, 3.2 to 3.4, by hand."""
@@ -90,7 +98,10 @@ def test_mp4_says_its_colours_and_has_its_index_in_front(tmp_path):
     assert colr[:10] == b"nclx" + bytes([0, 1, 0, 1, 0, 1])  # primaries, transfer, matrix
     assert colr[10] >> 7 == 0  # limited range
     bare = tmp_path / "bare.h264"  # what the stream itself says, without the container
-    with av.open(str(tmp_path / "a.mp4")) as source, av.open(str(bare), "w", format="h264") as target:
+    with (
+        av.open(str(tmp_path / "a.mp4")) as source,
+        av.open(str(bare), "w", format="h264") as target,
+    ):
         stream = target.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(video=0):
             if packet.size:
@@ -98,7 +109,12 @@ def test_mp4_says_its_colours_and_has_its_index_in_front(tmp_path):
                 target.mux(packet)
     with av.open(str(bare)) as container:
         frame = next(container.decode(video=0))
-    assert (frame.color_primaries, frame.color_trc, frame.colorspace, frame.color_range) == (1, 1, 1, 1)
+    assert (frame.color_primaries, frame.color_trc, frame.colorspace, frame.color_range) == (
+        1,
+        1,
+        1,
+        1,
+    )
 
 
 def test_the_same_clip_is_the_same_bytes():
@@ -164,7 +180,11 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "clip",
-    [np.zeros((2, 4, 4, 3), np.float32), np.zeros((4, 4, 3), np.uint8), np.zeros((0, 4, 4, 3), np.uint8)],
+    [
+        np.zeros((2, 4, 4, 3), np.float32),
+        np.zeros((4, 4, 3), np.uint8),
+        np.zeros((0, 4, 4, 3), np.uint8),
+    ],
 )
 def test_refuses_what_is_not_a_clip(clip):
     for encode in (video.encode_mp4, video.encode_gif):

@@ -1,4 +1,7 @@
-"""python -m launch.bench at the smallest size: what it says is whole and counted right. No time is judged."""
+"""python -m launch.bench at the smallest size: what it says is whole and counted right.
+
+No time is judged.
+"""
 
 import json
 import math
@@ -34,7 +37,11 @@ def run(*args):
 
 def tiny():
     config = wan_causal_self_forcing.get_config()
-    config.model.preset, config.text_encoder, config.data.clip = "wan2.1-t2v-tiny", "wan-tiny", (3, 4, 4)
+    config.model.preset, config.text_encoder, config.data.clip = (
+        "wan2.1-t2v-tiny",
+        "wan-tiny",
+        (3, 4, 4),
+    )
     config.teacher.preset = config.teacher.weights = config.weights = ""
     config.batch_size = 1
     return read_recipe(config)
@@ -50,7 +57,9 @@ def test_all_parts_are_measured_and_told(tmp_path):
     for name, row in parts.items():
         assert name in done.stdout
         rate = row["flops"] / row["seconds"]
-        assert row["tflops_per_second"] == pytest.approx(rate / 1e12) and row["compile_seconds"] >= 0
+        assert (
+            row["tflops_per_second"] == pytest.approx(rate / 1e12) and row["compile_seconds"] >= 0
+        )
         best = parts["matmul"]["flops"] / parts["matmul"]["seconds"]
         assert math.isfinite(row["of_matmul"]) and row["of_matmul"] == pytest.approx(rate / best)
         assert len(row["every"]) == 2 and min(row["every"]) <= row["seconds"] <= max(row["every"])
@@ -75,7 +84,8 @@ def test_all_parts_are_measured_and_told(tmp_path):
     stream = parts["streaming"]["more"]
     assert stream["frames"] == 9 and stream["updates"] == 4
     both = stream["transformer_seconds"] + stream["vae_seconds"]
-    assert both == pytest.approx(parts["streaming"]["seconds"])  # the median of two runs is their mean
+    # the median of two runs is their mean
+    assert both == pytest.approx(parts["streaming"]["seconds"])
     assert stream["first_chunk_seconds"] == pytest.approx(both + parts["text encoder"]["seconds"])
 
 
@@ -106,7 +116,8 @@ def test_what_is_donated_comes_back_for_the_next_run():
         and len(found.every) == 3
         and found.more == {"kind": "test"}
     )
-    # Two arguments and two results of 12, 12 and 4 bytes, of which the state is both; with temporaries more.
+    # Two arguments and two results of 12, 12 and 4 bytes, of which the state is both; with
+    # temporaries more.
     assert found.xla_bytes is not None and found.xla_bytes >= 28
 
 

@@ -14,15 +14,27 @@ from tests.test_configs import ROOT
 TINY = (
     *("--config=configs/wan_causal_self_forcing.py:salt", "--config.model.preset=wan2.1-t2v-tiny"),
     *("--config.text_encoder=wan-tiny", "--config.data.clip=(3,4,4)", "--config.align.layers=1"),
-    *("--config.teacher.preset=", "--config.teacher.weights=", "--config.weights=", "--config.init_from="),
+    *(
+        "--config.teacher.preset=",
+        "--config.teacher.weights=",
+        "--config.weights=",
+        "--config.init_from=",
+    ),
     *("--config.mesh.fsdp=2", "--config.batch_size=2"),
 )
 
 
 def run(*args, **environment):
     """On two devices of a CPU."""
-    around = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **environment}
-    around["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=2 {environment.get('XLA_FLAGS', '')}"
+    around = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        **environment,
+    }
+    around["XLA_FLAGS"] = (
+        f"--xla_force_host_platform_device_count=2 {environment.get('XLA_FLAGS', '')}"
+    )
     command = [sys.executable, "-m", "launch.compile", *TINY, *args]
     return subprocess.run(command, cwd=ROOT, env=around, capture_output=True, text=True)
 
@@ -42,10 +54,16 @@ def test_programs_are_compiled_each_by_itself_and_told(tmp_path):
     assert list(rows) == ["critic step", "teacher forward", "text encoder"]
     for name, row in rows.items():
         assert name in done.stdout and name in done.stderr  # in the table, and beside the bar
-        assert row["problem"] is None and row["mesh"] == {"data": 1, "fsdp": 2, "context": 1, "tensor": 1}
+        assert row["problem"] is None and row["mesh"] == {
+            "data": 1,
+            "fsdp": 2,
+            "context": 1,
+            "tensor": 1,
+        }
         assert (
             row["peak_bytes"]
-            == sum(row[f"{k}_bytes"] for k in ("argument", "output", "temporary")) - row["alias_bytes"]
+            == sum(row[f"{k}_bytes"] for k in ("argument", "output", "temporary"))
+            - row["alias_bytes"]
         )
         assert row["collectives"] and len(row["largest"]) == 4 and row["largest"][0]["bytes"] > 0
         assert "?" not in {buffer["shape"] for buffer in row["largest"]}
@@ -58,9 +76,18 @@ def test_programs_are_compiled_each_by_itself_and_told(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--what=student", "--config.mesh.fsdp=4"], "config.mesh (data=-1, fsdp=4, context=1, tensor=1) does not"),
-        (["--what=critic", "--config.batch_size=3"], "config.batch_size=3 must be a multiple of mesh data x fsdp = 2"),
-        (["--what=stream", "--config.video=noised", "--config.align.weight=0"], "this config has no stream"),
+
+
+
+                                                         (["--what=student", "--config.mesh.fsdp=4"], "config.mesh (data=-1, fsdp=4, context=1, tensor=1) does not"),
+
+
+
+                                                         (["--what=critic", "--config.batch_size=3"], "config.batch_size=3 must be a multiple of mesh data x fsdp = 2"),
+
+
+
+                                                         (["--what=stream", "--config.video=noised", "--config.align.weight=0"], "this config has no stream"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_compiled_at_all_is_named(args, message):
@@ -111,14 +138,24 @@ def test_the_table_holds_what_was_found(capsys, tmp_path):
 
 
 def test_what_does_not_fit_is_named_with_what_stands_in_the_way(capsys):
-    wrong = {"program": "student step", "peak_bytes": 98 * 2**30, "share": 1.02, "largest": ROW["largest"]}
+    wrong = {
+        "program": "student step",
+        "peak_bytes": 98 * 2**30,
+        "share": 1.02,
+        "largest": ROW["largest"],
+    }
     wrong["problem"] = "does not fit: 98.00 GiB at its peak, 95.73 GiB may be filled"
-    crash = {"program": "critic step", "problem": "does not compile: its process ended with signal 6: F12 no"}
+    crash = {
+        "program": "critic step",
+        "problem": "does not compile: its process ended with signal 6: F12 no",
+    }
     assert compiling.tell([wrong, ROW, crash], "tpu:v5p:2x2x4", None) == 1
     told = capsys.readouterr()
     assert told.err.splitlines() == [
-        "error: student step for tpu:v5p:2x2x4 does not fit: 98.00 GiB at its peak, 95.73 GiB may be filled; "
+        "error: student step for tpu:v5p:2x2x4 does not fit: 98.00 GiB at its peak, 95.73 GiB may "
+        "be filled; "
         "largest: bf16[30,4] 5.00 GiB (x/y/z/dot)",
-        "error: critic step for tpu:v5p:2x2x4 does not compile: its process ended with signal 6: F12 no",
+        "error: critic step for tpu:v5p:2x2x4 does not compile: its process ended with signal 6: "
+        "F12 no",
     ]
     assert "102.0%" in told.out

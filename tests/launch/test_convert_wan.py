@@ -1,4 +1,6 @@
-"""launch.convert_wan as a user runs it: releases in, students out, mistakes in one line with nothing left behind."""
+"""launch.convert_wan as a user runs it: releases in, students out, mistakes in one line with
+nothing left behind.
+"""
 
 import hashlib
 import json
@@ -50,7 +52,11 @@ CONFIGS = {
     model_folder.TEXT: text_encoder.PRESETS["wan-tiny"],
     model_folder.IMAGE: image_encoder.PRESETS["tiny"],
 }
-TABLES = {model_folder.VAE: "vae", model_folder.TEXT: "text_encoder", model_folder.IMAGE: "image_encoder"}
+TABLES = {
+    model_folder.VAE: "vae",
+    model_folder.TEXT: "text_encoder",
+    model_folder.IMAGE: "image_encoder",
+}
 
 
 def program(*args):
@@ -66,7 +72,9 @@ def succeed(*args):
 def refused(dst, *args, told):
     done = program(*args, f"--dst={dst}")
     last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 2 and last.startswith("error: ") and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 2 and last.startswith("error: ") and "Traceback" not in done.stderr, (
+        done.stderr
+    )
     assert told in last, last
     assert not dst.exists() or not list(dst.iterdir()), "something is left"
 
@@ -92,7 +100,10 @@ def release(tmp_path):
         ("models_t5_umt5-xxl-enc-bf16", model_folder.TEXT),
         ("models_clip", model_folder.IMAGE),
     ):
-        save_torch(folder / f"{name}.pth", from_table(TABLES[part], "official", with_last(part, trees[part])))
+        save_torch(
+            folder / f"{name}.pth",
+            from_table(TABLES[part], "official", with_last(part, trees[part])),
+        )
     (folder / "google" / "umt5-xxl" / "tokenizer.json").write_text('{"umT5": true}')
     (folder / "google" / "umt5-xxl" / "spiece.model").write_bytes(b"umT5")
     (folder / "xlm-roberta-large" / "tokenizer.json").write_text('{"umT5": false}')
@@ -129,7 +140,10 @@ def test_a_release_becomes_a_folder_of_ours(release, tmp_path):
         assert f"{digest(path)}  {path}" in told
     source = json.loads(read_metadata(tmp_path / "out" / "vae.safetensors")["source"])
     assert source["sha256"] == {"Wan2.1_VAE.pth": digest(folder / "Wan2.1_VAE.pth")}
-    assert len(json.loads(read_metadata(tmp_path / "out" / "wan.safetensors")["source"])["sha256"]) == 3
+    assert (
+        len(json.loads(read_metadata(tmp_path / "out" / "wan.safetensors")["source"])["sha256"])
+        == 3
+    )
 
 
 @pytest.mark.slow
@@ -158,7 +172,9 @@ def test_what_went_out_in_either_layout_comes_back_bit_for_bit(release, tmp_path
     config, found = open_part(model_folder.WAN, model_folder.Source(str(tmp_path / "a")))
     assert config == T2V
     same_bits(found, jax.tree.map(lambda w: w.astype(jnp.bfloat16), student))
-    parts_are(tmp_path / "a", {part: tree for part, tree in trees.items() if part != model_folder.WAN})
+    parts_are(
+        tmp_path / "a", {part: tree for part, tree in trees.items() if part != model_folder.WAN}
+    )
 
 
 @pytest.mark.slow
@@ -182,7 +198,12 @@ def test_a_lora_is_merged_or_kept(tmp_path):
     down = matrices["base_model.model.blocks.1.ffn.0.lora_A.weight"]
     np.testing.assert_array_equal(kept["blocks/ffn_in/kernel/lora_a"][1], down.T)
     refused(tmp_path / "x", f"--src={pt}", f"--lora={pt}", told="is no LoRA of this network")
-    refused(tmp_path / "x", f"--src={pt}", "--keep_lora", told="--keep_lora has no meaning without --lora")
+    refused(
+        tmp_path / "x",
+        f"--src={pt}",
+        "--keep_lora",
+        told="--keep_lora has no meaning without --lora",
+    )
     refused(tmp_path / "x", *arguments, "--to=official", told="--lora is for taking files in")
 
 
@@ -198,21 +219,28 @@ def test_the_averaged_student_of_a_workdir_goes_out(tmp_path):
     (tmp_path / "run" / "config.json").write_text(to_json(recipe))
     succeed("--to=official", f"--src={tmp_path / 'run'}", f"--dst={tmp_path / 'out'}")
     same_bits(
-        load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors"), official(average, recipe.wan)
+        load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors"),
+        official(average, recipe.wan),
     )
     told = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (told["dim"], told["num_heads"], told["text_len"]) == (192, 4, 32)
 
 
 def other_lora(path, **header):
-    """A LoRA of every matrix with diffusers' names and metadata, and what it adds to one of them."""
+    """A LoRA of every matrix with diffusers' names and metadata, and what it adds to one of
+    them.
+    """
     params, tensors = randomised(shapes_of(T2V), 1), {}
     rng = np.random.default_rng(5)
     for name, w in official(params, T2V).items():
         if name.startswith("blocks.") and w.ndim == 2:
             layer = "transformer." + name.removesuffix(".weight")
-            tensors[f"{layer}.lora_A.weight"] = rng.standard_normal((4, w.shape[1])).astype(np.float32)
-            tensors[f"{layer}.lora_B.weight"] = rng.standard_normal((w.shape[0], 4)).astype(np.float32)
+            tensors[f"{layer}.lora_A.weight"] = rng.standard_normal((4, w.shape[1])).astype(
+                np.float32
+            )
+            tensors[f"{layer}.lora_B.weight"] = rng.standard_normal((w.shape[0], 4)).astype(
+                np.float32
+            )
     told = json.dumps({f"transformer.{k}": v for k, v in header.items()})
     save_file(tensors, path, {"lora_adapter_metadata": told})
     front = "transformer.blocks.1.ffn.0"
@@ -240,8 +268,20 @@ def test_loras_with_strengths_are_merged_recorded_kept_and_given_back(tmp_path):
     source = json.loads(metadata["source"])
     assert metadata["salt_jax"] == record and source["student"] == ""
     assert source["lora"] == [
-        {"file": "a.safetensors", "sha256": digest(a), "strength": 0.5, "rank": [4], "alpha": [16.0]},
-        {"file": "b.safetensors", "sha256": digest(b), "strength": -1.0, "rank": [4], "alpha": [8.0]},
+        {
+            "file": "a.safetensors",
+            "sha256": digest(a),
+            "strength": 0.5,
+            "rank": [4],
+            "alpha": [16.0],
+        },
+        {
+            "file": "b.safetensors",
+            "sha256": digest(b),
+            "strength": -1.0,
+            "rank": [4],
+            "alpha": [8.0],
+        },
     ]
     arguments = [f"--src={src}", f"--lora={a}", "--lora_strength=0.5"]
     succeed(*arguments, "--keep_lora", f"--dst={tmp_path / 'kept'}")
@@ -252,15 +292,24 @@ def test_loras_with_strengths_are_merged_recorded_kept_and_given_back(tmp_path):
     (file,) = (tmp_path / "out").iterdir()
     succeed(f"--src={src}", f"--lora={file}", f"--dst={tmp_path / 'again'}")
     again = load_file(tmp_path / "again" / "wan.safetensors")["blocks/ffn_in/kernel"][1]
-    np.testing.assert_allclose(again, params["blocks"]["ffn_in"]["kernel"][1] + 0.5 * 4 * one.T, atol=2e-5)
+    np.testing.assert_allclose(
+        again, params["blocks"]["ffn_in"]["kernel"][1] + 0.5 * 4 * one.T, atol=2e-5
+    )
     none = tmp_path / "none"
     refused(none, "--to=official", f"--src={kept}", told="is a LoRA; write it with --to=diffusers")
-    refused(none, "--to=comfyui", f"--src={tmp_path / 'again'}", told="ComfyUI reads with --to=official")
+    refused(
+        none, "--to=comfyui", f"--src={tmp_path / 'again'}", told="ComfyUI reads with --to=official"
+    )
     refused(none, *arguments[:2], "--lora_strength=1,2", told="does not give 1 finite numbers")
     refused(none, *arguments[:2], "--lora_strength=nan", told="does not give 1 finite numbers")
     refused(none, *arguments[:2], "--lora_strength=much", told="is no number")
     refused(
-        none, f"--src={src}", f"--lora={a}", f"--lora={b}", "--keep_lora", told="--keep_lora keeps one LoRA"
+        none,
+        f"--src={src}",
+        f"--lora={a}",
+        f"--lora={b}",
+        "--keep_lora",
+        told="--keep_lora keeps one LoRA",
     )
 
 
@@ -289,14 +338,23 @@ def test_a_key_chooses_and_what_was_chosen_is_told_and_kept(tmp_path):
     params = randomised(shapes_of(T2V), 1)
     (tmp_path / "config.json").write_text('{"num_heads": 2}')
     average = {k: 0 * v for k, v in official(params, T2V).items()}
-    pt = save_torch(tmp_path / "x.pt", {"generator_ema": average, "generator": official(params, T2V)})
+    pt = save_torch(
+        tmp_path / "x.pt", {"generator_ema": average, "generator": official(params, T2V)}
+    )
     for key in ("generator_ema", "generator"):
         told = succeed(
-            f"--src={pt}", f"--dst={tmp_path / key}", *([] if key == "generator_ema" else [f"--key={key}"])
+            f"--src={pt}",
+            f"--dst={tmp_path / key}",
+            *([] if key == "generator_ema" else [f"--key={key}"]),
         )
         assert f"official names, {key} of the file" in told
-        assert json.loads(read_metadata(tmp_path / key / "wan.safetensors")["source"])["student"] == key
-    same_bits(open_part(model_folder.WAN, model_folder.Source(str(tmp_path / "generator")))[1], params)
+        assert (
+            json.loads(read_metadata(tmp_path / key / "wan.safetensors")["source"])["student"]
+            == key
+        )
+    same_bits(
+        open_part(model_folder.WAN, model_folder.Source(str(tmp_path / "generator")))[1], params
+    )
     refused(
         tmp_path / "none",
         f"--src={pt}",
@@ -314,7 +372,9 @@ def test_umt5_of_comfyui_brings_its_tokenizer(tmp_path):
     }
     save_file(tensors, tmp_path / "umt5_xxl_fp16.safetensors")
     told = succeed(f"--src={tmp_path / 'umt5_xxl_fp16.safetensors'}", f"--dst={tmp_path / 'out'}")
-    assert (tmp_path / "out" / "spiece.model").read_bytes() == b"umT5" and "spiece.model from" in told
+    assert (
+        tmp_path / "out" / "spiece.model"
+    ).read_bytes() == b"umT5" and "spiece.model from" in told
 
 
 @pytest.mark.slow
@@ -366,14 +426,20 @@ print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 @pytest.mark.slow
 @pytest.mark.parametrize("direction", ["in", "out"])
 def test_memory_does_not_grow_with_the_model(tmp_path, direction):
-    """340 MB in one file, in arrays of at most 14 MB: what is needed above a tiny model is a few arrays."""
-    peaks, large = {}, replace(PRESETS["wan2.1-t2v-1.3b"], dim=768, num_heads=6, num_layers=9, ffn_dim=3072)
+    """340 MB in one file, in arrays of at most 14 MB: what is needed above a tiny model is a few
+    arrays.
+    """
+    peaks, large = (
+        {},
+        replace(PRESETS["wan2.1-t2v-1.3b"], dim=768, num_heads=6, num_layers=9, ffn_dim=3072),
+    )
     for name, config in (("tiny", T2V), ("large", large)):
         src = tmp_path / name
         src.mkdir()
         zeros = outgoing(shapes_of(config), config, "official", None)
         zeros = {
-            k: Outgoing(a.dtype, a.shape, lambda a=a: [np.zeros(a.shape, a.dtype)]) for k, a in zeros.items()
+            k: Outgoing(a.dtype, a.shape, lambda a=a: [np.zeros(a.shape, a.dtype)])
+            for k, a in zeros.items()
         }
         write_tensors(src / "diffusion_pytorch_model.safetensors", zeros, {})
         (src / "config.json").write_text(json.dumps({"num_heads": config.num_heads}))
@@ -384,7 +450,9 @@ def test_memory_does_not_grow_with_the_model(tmp_path, direction):
         for arguments in runs[: 1 + (direction == "out")]:
             command = [sys.executable, "-c", MEASURE, *arguments]
             environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True
+            )
             assert done.returncode == 0, done.stderr[-3000:]
         peaks[name] = int(done.stdout.split("peak ")[1])
     size = (tmp_path / "large_ours" / "wan.safetensors").stat().st_size

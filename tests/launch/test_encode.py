@@ -1,4 +1,6 @@
-"""launch.encode as a user runs it, on a folder of small random weights; records equal what the networks give."""
+"""launch.encode as a user runs it, on a folder of small random weights; records equal what the
+networks give.
+"""
 
 import dataclasses
 import json
@@ -59,7 +61,9 @@ def weights(tmp_path_factory):
         told = {"format": "salt_jax", "config": json.dumps(dataclasses.asdict(CONFIGS[part]))}
         save_weights(folder / part.file, tree, "float32", told)
     words = ["<pad>", "</s>", "<unk>", "A", "cat", "dog", "walks", "."]
-    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    model = tokenizers.models.WordLevel(
+        {word: i for i, word in enumerate(words)}, unk_token="<unk>"
+    )
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -88,7 +92,12 @@ def videos(tmp_path_factory):
             container.mux(stream.encode())
     (folder / "cut.mp4").write_bytes((folder / "b.mp4").read_bytes()[:300])
     (folder / "bare.mp4").write_bytes((folder / "b.mp4").read_bytes())
-    for name, caption in {"a": "A cat walks.", "b": "A dog.", "short": "A cat.", "cut": "A dog."}.items():
+    for name, caption in {
+        "a": "A cat walks.",
+        "b": "A dog.",
+        "short": "A cat.",
+        "cut": "A dog.",
+    }.items():
         (folder / f"{name}.txt").write_text(caption)
     return folder
 
@@ -111,7 +120,9 @@ def test_videos_become_what_the_networks_say_of_them(weights, videos, tmp_path):
         "--image",
         "--per_part=2",
     ]
-    assert "2 parts are left" in succeed(*args, "--process_index=1", "--process_count=3", "--batch=2")
+    assert "2 parts are left" in succeed(
+        *args, "--process_index=1", "--process_count=3", "--batch=2"
+    )
     for last in ("--process_count=1", "--process_index=0"):
         told = succeed(*args, last)
     for line in (
@@ -137,7 +148,9 @@ def test_videos_become_what_the_networks_say_of_them(weights, videos, tmp_path):
         }
         assert condition_latents(jnp.asarray(record["condition"])[None]).shape == (1, 3, 4, 6, 20)
         for key, value in wanted.items():
-            np.testing.assert_allclose(record[key][: len(value)], value, rtol=2e-3, atol=2e-3, err_msg=key)
+            np.testing.assert_allclose(
+                record[key][: len(value)], value, rtol=2e-3, atol=2e-3, err_msg=key
+            )
             assert not record[key][len(value) :].any()
     done = program(*args, "--negative_prompt=grey")
     assert done.returncode == 2 and "was begun with negative_prompt=" in done.stderr
@@ -166,13 +179,17 @@ def test_prompts_become_texts(weights, tmp_path):
 
 @pytest.mark.slow
 def test_a_teacher_makes_a_clip_of_each_prompt(weights, tmp_path):
-    """Its noise is of the prompt's number: however prompts are grouped and parted, the clips are the same."""
+    """Its noise is of the prompt's number: however prompts are grouped and parted, the clips are
+    the same.
+    """
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("A cat walks.\nA dog.\nA cat walks.\n")
     args = [f"--weights={weights[0]}", f"--prompts={prompts}", "--teacher", "--updates=3", *SIZE]
     succeed(*args, f"--dst={tmp_path / 'one'}")
     succeed(*args, f"--dst={tmp_path / 'two'}", "--batch=2", "--per_part=2")
-    one, two = (open_records(tmp_path / name, (3, 4, 6, 16), 512).records for name in ("one", "two"))
+    one, two = (
+        open_records(tmp_path / name, (3, 4, 6, 16), 512).records for name in ("one", "two")
+    )
     for first, second in zip(one, two, strict=True):
         assert first["caption"] == second["caption"] and first["video"].std() > 0.1
         np.testing.assert_allclose(first["video"], second["video"], rtol=5e-3, atol=5e-3)
@@ -199,8 +216,14 @@ def test_tiny_random_weights_need_no_files(tmp_path):
         (["--preset_size=tiny"], "give either --videos=DIR or --prompts=FILE"),
         (["--preset_size=tiny", "--videos=/nowhere"], "there is no folder /nowhere"),
         (["--preset_size=tiny", "--prompts=/nowhere"], "cannot read /nowhere"),
-        (["--preset_size=tiny", "--videos=/nowhere", "--teacher"], "--teacher makes clips of prompts"),
-        (["--preset_size=tiny", "--videos=v", "--size=830x480"], "--size=830x480 is not WIDTHxHEIGHT"),
+        (
+            ["--preset_size=tiny", "--videos=/nowhere", "--teacher"],
+            "--teacher makes clips of prompts",
+        ),
+        (
+            ["--preset_size=tiny", "--videos=v", "--size=830x480"],
+            "--size=830x480 is not WIDTHxHEIGHT",
+        ),
         (["--preset_size=tiny", "--videos=v", "--frames=80"], "--frames=80 must be 4k + 1"),
         (["--preset_size=tiny", "--prompts=p", "--frames=-3"], "--frames=-3"),
         (["--preset_size=tiny", "--videos=v", "--size=0x0"], "--size=0x0 is not WIDTHxHEIGHT"),
@@ -212,7 +235,10 @@ def test_tiny_random_weights_need_no_files(tmp_path):
             ["--preset_size=tiny", "--prompts=p", "--teacher", "--shift=inf"],
             "--shift=inf must be more than 0",
         ),
-        (["--preset_size=tiny", "--prompts=p", "--process_index=2"], "--process_index=2 must be below"),
+        (
+            ["--preset_size=tiny", "--prompts=p", "--process_index=2"],
+            "--process_index=2 must be below",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, args, message):
@@ -234,10 +260,16 @@ def test_every_source_is_a_record_or_a_reason(videos, tmp_path):
     (folder / "alone.txt").write_bytes("A cat.".encode("utf-16"))
     (folder / "a.json").write_text("{}")
     told = succeed(
-        "--preset_size=tiny", f"--videos={folder}", f"--dst={tmp_path / 'data'}", "--size=48x32", "--frames=9"
+        "--preset_size=tiny",
+        f"--videos={folder}",
+        f"--dst={tmp_path / 'data'}",
+        "--size=48x32",
+        "--frames=9",
     )
     assert "9 sources = 2 records + 7 left out\n" in told
-    rejected = [json.loads(line) for line in (tmp_path / "data" / "rejected.jsonl").read_text().splitlines()]
+    rejected = [
+        json.loads(line) for line in (tmp_path / "data" / "rejected.jsonl").read_text().splitlines()
+    ]
     assert [line["source"] for line in rejected] == [
         *("alone.txt", "bare.mp4", "cut.mp4", "more.ts", "notes.xyz", "short.mp4", "still.webp")
     ]

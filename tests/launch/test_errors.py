@@ -1,4 +1,5 @@
-"""What a user gets wrong ends in exit code 2 and one line that names it; what can be survived ends in a warning.
+"""What a user gets wrong ends in exit code 2 and one line that names it; what can be survived ends
+in a warning.
 
 Programs run in this process. Where weights do not matter a network of one matrix takes Wan's place.
 """
@@ -58,21 +59,27 @@ def refused(result, *told):
 
 @pytest.fixture
 def small(monkeypatch, tmp_path_factory, request):
-    """Arguments of a run of seconds: eight clips a batch, and a network that is one matrix times `gain`."""
+    """Arguments of a run of seconds: eight clips a batch, and a network that is one matrix times
+    `gain`.
+    """
     gain = getattr(request, "param", 1.0)
 
     def net(params, x, sigma, text, sight=None):
         return from_velocity(x, gain * x @ params["head"]["kernel"], sigma)
 
     def setup(recipe, mesh):
-        params = lambda seed: {"head": {"kernel": 0.1 * jax.random.normal(jax.random.key(seed), (3, 3))}}
+        params = lambda seed: {
+            "head": {"kernel": 0.1 * jax.random.normal(jax.random.key(seed), (3, 3))}
+        }
         learner = lambda p, o: init_learner(p, make_optimizer(o, 100))
         make = lambda p, q: init_state(
             learner(p, recipe.student_optimizer), learner(q, recipe.critic_optimizer)
         )
         first = first_state(make, (params(0), params(1)), {}, mesh)
         nets = Networks(Network(net, None, None, None, None), net, net)
-        return Setup(*first, {"teacher": params(2)}, nets, lambda caption: np.zeros((2, 3), np.float32))
+        return Setup(
+            *first, {"teacher": params(2)}, nets, lambda caption: np.zeros((2, 3), np.float32)
+        )
 
     monkeypatch.setattr(loop, "setup", setup)
     data = tmp_path_factory.getbasetemp() / "shapes"
@@ -85,7 +92,10 @@ def small(monkeypatch, tmp_path_factory, request):
     [
         ([CONFIG, "--workdir=w", "--config.loss.self_consistensy=1"], ["'self_consistensy'"]),
         ([CONFIG, "--workdir=w", "--config.updates=many"], ["many"]),
-        ([CONFIG, "--workdir=w", "--config.teacher.kind=oracle"], ["config.teacher.kind", "closed_form"]),
+        (
+            [CONFIG, "--workdir=w", "--config.teacher.kind=oracle"],
+            ["config.teacher.kind", "closed_form"],
+        ),
         (
             [CONFIG, "--workdir=w", "--config.teacher.kind=data"],
             ["config.teacher.kind", "to network or closed_form"],
@@ -106,7 +116,14 @@ def test_a_wrong_argument(train, args, told, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_program_itself_says_one_line(tmp_path):
-    command = [sys.executable, "-m", "launch.train", CONFIG, f"--workdir={tmp_path}/w", "--config.nope=1"]
+    command = [
+        sys.executable,
+        "-m",
+        "launch.train",
+        CONFIG,
+        f"--workdir={tmp_path}/w",
+        "--config.nope=1",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     refused((done.returncode, done.stderr), "'nope'")
     assert done.stderr.count("\n") == 1 and not done.stdout
@@ -128,11 +145,19 @@ def test_a_workdir_that_cannot_be_made(train, small, tmp_path):
 
 
 def test_a_batch_that_does_not_spread_over_the_devices(train, small, tmp_path):
-    refused(train(*small, f"--workdir={tmp_path}", "--config.batch_size=12"), "config.batch_size=12", "8")
+    refused(
+        train(*small, f"--workdir={tmp_path}", "--config.batch_size=12"),
+        "config.batch_size=12",
+        "8",
+    )
 
 
 def test_a_data_set_without_clips(train, small, tmp_path):
-    refused(train(*small, f"--workdir={tmp_path}", "--config.data.num_train=0"), "config.data", "num_train=0")
+    refused(
+        train(*small, f"--workdir={tmp_path}", "--config.data.num_train=0"),
+        "config.data",
+        "num_train=0",
+    )
 
 
 @pytest.mark.parametrize("small", [float("nan")], indirect=True)
@@ -148,7 +173,9 @@ def test_a_run_that_is_not_finite_stops_and_names_the_term(train, small, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_workdir_goes_on_and_what_does_not_fit_it_is_refused(train, small, tmp_path, caplog, monkeypatch):
+def test_a_workdir_goes_on_and_what_does_not_fit_it_is_refused(
+    train, small, tmp_path, caplog, monkeypatch
+):
     steps = lambda: {
         int(path.name) for path in (tmp_path / "checkpoints").glob("[0-9]*") if path.name.isdigit()
     }
@@ -156,13 +183,25 @@ def test_a_workdir_goes_on_and_what_does_not_fit_it_is_refused(train, small, tmp
     assert train(*here, "--config.updates=4")[0] in (None, 0)
     assert steps() == {2, 4}
 
-    refused(train(*here, "--config.updates=6", "--config.seed=1"), "config.seed = 0, not 1", "--workdir")
+    refused(
+        train(*here, "--config.updates=6", "--config.seed=1"), "config.seed = 0, not 1", "--workdir"
+    )
     with monkeypatch.context() as patch:
         narrow = loop.setup
-        more = lambda x: jax.ShapeDtypeStruct(tuple(n + 2 for n in x.shape), x.dtype, sharding=x.sharding)
+        more = lambda x: jax.ShapeDtypeStruct(
+            tuple(n + 2 for n in x.shape), x.dtype, sharding=x.sharding
+        )
         wide = lambda tree: jax.tree.map(more, tree)
-        patch.setattr(loop, "setup", lambda *args: narrow(*args)._replace(state=wide(narrow(*args).state)))
-        refused(train(*here, "--config.updates=6"), "another model preset", "[3, 3]", "[5, 5]", "--workdir")
+        patch.setattr(
+            loop, "setup", lambda *args: narrow(*args)._replace(state=wide(narrow(*args).state))
+        )
+        refused(
+            train(*here, "--config.updates=6"),
+            "another model preset",
+            "[3, 3]",
+            "[5, 5]",
+            "--workdir",
+        )
     assert steps() == {2, 4}
 
     for file in (tmp_path / "checkpoints" / "4" / "student").rglob("*"):

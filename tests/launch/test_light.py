@@ -35,6 +35,10 @@ finally:
     ],
 )  # fmt: skip
 def test_a_flag_that_means_nothing_is_told_before_jax_is_imported(name, args, told):
-    done = subprocess.run([sys.executable, "-c", RUN, name, *args], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and told in done.stderr, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, name, *args], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and told in done.stderr, (
+        done.stderr
+    )
     assert done.stderr.count("\n") == 1

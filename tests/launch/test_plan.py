@@ -27,7 +27,12 @@ def numbers(tmp_path_factory):
 
 def test_everything_is_told_in_numbers_that_add_up(numbers):
     _, told = numbers
-    assert told["devices"] == 64 and told["mesh"] == {"data": 8, "fsdp": 8, "context": 1, "tensor": 1}
+    assert told["devices"] == 64 and told["mesh"] == {
+        "data": 8,
+        "fsdp": 8,
+        "context": 1,
+        "tensor": 1,
+    }
     rows = {row["name"]: row for row in told["memory"]}
     networks = {"student", "critic", "teacher", "average of the student", "base"}
     moments = {"student optimizer", "critic optimizer"}
@@ -53,14 +58,19 @@ def test_everything_is_told_in_numbers_that_add_up(numbers):
 
 def test_the_table_says_the_same(numbers):
     table, told = numbers
-    for name in [row["name"] for row in told["memory"]] + [p for u in told["updates"].values() for p in u]:
+    for name in [row["name"] for row in told["memory"]] + [
+        p for u in told["updates"].values() for p in u
+    ]:
         assert name in table
     assert ("does NOT fit" in table) == (not told["fits"]) and "14,288,491,584" in table
 
 
 def test_what_is_told_decides_whether_it_fits(numbers, tmp_path):
     _, told = numbers
-    for gigabytes in (told["bytes_per_device"] / 1e9 + 0.001, told["bytes_per_device"] / 1e9 - 0.001):
+    for gigabytes in (
+        told["bytes_per_device"] / 1e9 + 0.001,
+        told["bytes_per_device"] / 1e9 - 0.001,
+    ):
         args = ("--mesh=data:8,fsdp:8", f"--memory_gb={gigabytes:.6f}")
         done = plan(SALT, *args, f"--json={tmp_path / 'plan.json'}")
         fits = gigabytes * 1e9 > told["bytes_per_device"]
@@ -73,10 +83,16 @@ def test_what_is_told_decides_whether_it_fits(numbers, tmp_path):
     [
         ([SALT, "--target=gpu:h100"], "--target=gpu:h100 is no machine"),
         ([SALT, "--target=here"], "--target=here: name the devices"),
-        ([SALT, "--mesh=rows:8"], "--mesh=rows:8 must name each of data, fsdp, context, tensor once at most"),
+        (
+            [SALT, "--mesh=rows:8"],
+            "--mesh=rows:8 must name each of data, fsdp, context, tensor once at most",
+        ),
         ([SALT, "--mesh=data:2,data:2"], "--mesh=data:2,data:2 must name"),
         ([SALT, "--mesh=data:0"], "the size of data must be a whole number >= 1"),
-        ([SALT, "--mesh=data:3"], "config.batch_size=64 must be a multiple of mesh data x fsdp = 3"),
+        (
+            [SALT, "--mesh=data:3"],
+            "config.batch_size=64 must be a multiple of mesh data x fsdp = 3",
+        ),
         (["--config=configs/none.py", "--mesh=data:1"], "configs/none.py"),
     ],
 )

@@ -1,4 +1,6 @@
-"""The programs one after another, as a user runs them: train, sample, evaluate, export, and train from the export."""
+"""The programs one after another, as a user runs them: train, sample, evaluate, export, and train
+from the export.
+"""
 
 import json
 import os
@@ -22,7 +24,9 @@ TINY = [
 
 
 def program(name, *args, tree=ROOT):
-    """Runs `python -m launch.NAME` in the root of the repository, or of another checkout, on one CPU device."""
+    """Runs `python -m launch.NAME` in the root of the repository, or of another checkout, on one
+    CPU device.
+    """
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     command = [sys.executable, "-m", f"launch.{name}", *map(str, args)]
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
@@ -38,7 +42,9 @@ def succeed(name, *args, tree=ROOT):
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("programs")
     data = f"--config.data.dir={folder / 'data'}"
-    succeed("train", "--config=configs/shapes_sc_dmd.py", f"--workdir={folder / 'run'}", data, *TINY)
+    succeed(
+        "train", "--config=configs/shapes_sc_dmd.py", f"--workdir={folder / 'run'}", data, *TINY
+    )
     return folder / "run"
 
 
@@ -63,7 +69,13 @@ def test_sampling_writes_clips_that_depend_on_the_seed_alone(workdir):
     before = [(out / f"2_{i:03d}.mp4").read_bytes() for i in range(3)]
     captions = workdir / "captions.txt"
     captions.write_text("\n".join(json.loads(succeed_captions())[:2]), encoding="utf-8")
-    succeed("sample", f"--workdir={workdir}", "--num_updates=2", f"--prompts_file={captions}", "--seed=5")
+    succeed(
+        "sample",
+        f"--workdir={workdir}",
+        "--num_updates=2",
+        f"--prompts_file={captions}",
+        "--seed=5",
+    )
     assert [(out / f"2_{i:03d}.mp4").read_bytes() for i in range(2)] == before[:2]
     assert "3 videos made" in succeed(
         "sample", f"--workdir={workdir}", "--num_updates=2", "--count=3", "--seed=6"
@@ -73,7 +85,9 @@ def test_sampling_writes_clips_that_depend_on_the_seed_alone(workdir):
 
 @pytest.mark.slow
 def test_what_another_checkpoint_made_is_made_anew(workdir):
-    """The averaged weights of the newest checkpoint, those of an earlier one, and those that are not averaged."""
+    """The averaged weights of the newest checkpoint, those of an earlier one, and those that are
+    not averaged.
+    """
     out = workdir / "chosen"
     args = ["sample", f"--workdir={workdir}", "--count=2", f"--out={out}"]
     seen, two = set(), "--num_updates=2"
@@ -83,7 +97,9 @@ def test_what_another_checkpoint_made_is_made_anew(workdir):
         assert succeed(*args, *chosen).startswith("0 videos made")
         seen.add((out / "2_001.mp4").read_bytes())
     assert len(seen) >= 4  # before the average begins it is a copy
-    told = [json.loads(line)["made_with"] for line in (out / "samples.jsonl").read_text().splitlines()]
+    told = [
+        json.loads(line)["made_with"] for line in (out / "samples.jsonl").read_text().splitlines()
+    ]
     assert {t["network"]["step"] for t in told if "network" in t} == {1, 2}
     assert (out / "2_sheet.png").stat().st_size
 
@@ -101,7 +117,9 @@ def test_evaluating_writes_numbers_and_a_report(workdir):
     table = succeed("evaluate", f"--workdir={workdir}", "--count=6", "--teacher_updates=2")
     numbers = json.loads((workdir / "evaluation.json").read_text())
     assert "direction" in table and (workdir / "report.html").stat().st_size > 10_000
-    assert set(numbers["student"]) == {"euler", "cm"} and set(numbers["student"]["cm"]["score"]) == {
+    assert set(numbers["student"]) == {"euler", "cm"} and set(
+        numbers["student"]["cm"]["score"]
+    ) == {
         "2",
         "4",
         "8",
@@ -153,7 +171,16 @@ def test_prompt_files_that_cannot_be_used_are_named(workdir, tmp_path):
 
 
 def test_tabulating_averages_seeds_and_draws_the_sweep(tmp_path):
-    names = ("all", "shape", "direction", "clean", "coverage_ratio", "off_grid", "sharpness", "motion")
+    names = (
+        "all",
+        "shape",
+        "direction",
+        "clean",
+        "coverage_ratio",
+        "off_grid",
+        "sharpness",
+        "motion",
+    )
     for run, defect in (
         ("sweep/30/lambda 1/0", 2.0),
         ("sweep/60/lambda 1/0", 1.0),
@@ -170,7 +197,8 @@ def test_tabulating_averages_seeds_and_draws_the_sweep(tmp_path):
         (tmp_path / run / "evaluation.json").write_text(numbers)
     table = succeed("tabulate", f"--dir={tmp_path}")
     assert (
-        "| main/x | 2 | 4.0000 ± 1.0000 |" in table and "| sweep/60/lambda 1 | 1 | 1.0000 | 1.0000 |" in table
+        "| main/x | 2 | 4.0000 ± 1.0000 |" in table
+        and "| sweep/60/lambda 1 | 1 | 1.0000 | 1.0000 |" in table
     )
     assert (tmp_path / "defect_lambda.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "defect_stop.png").exists()

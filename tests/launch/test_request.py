@@ -1,4 +1,5 @@
-"""What launch.sample refuses, before jax is even imported: each in one sentence that names the flag and the remedy.
+"""What launch.sample refuses, before jax is even imported: each in one sentence that names the flag
+and the remedy.
 
 All cases run in one process of their own, because programs define the same flags.
 """
@@ -46,7 +47,9 @@ print(json.dumps(told))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Workdirs with a config and no numbers, a converted folder that is a header, a picture and a clip."""
+    """Workdirs with a config and no numbers, a converted folder that is a header, a picture and a
+    clip.
+    """
     folder = tmp_path_factory.mktemp("request")
     causal = wan_causal_self_forcing.get_config("plain")
     listed = base.get_config()

@@ -20,7 +20,8 @@ def test_rows_have_names_of_their_own_and_machines_that_exist():
     assert len({row.name for row in scaling.ROWS}) == len(scaling.ROWS)
     for row in scaling.ROWS:
         assert (
-            read_target(row.target).devices >= 1 and (ROOT / "configs" / row.config.split(":")[0]).is_file()
+            read_target(row.target).devices >= 1
+            and (ROOT / "configs" / row.config.split(":")[0]).is_file()
         )
 
 
@@ -53,9 +54,15 @@ def test_a_program_is_a_line_that_says_whether_it_is_what_must_be():
         ),
     ]
     tables = scaling.document({row: TOLD})
-    assert "- self_forcing_8h100, student step: over. bf16[30,4] 5.00 GiB (`jit(run)/x/y/z/dot`)" in tables
+    assert (
+        "- self_forcing_8h100, student step: over. bf16[30,4] 5.00 GiB (`jit(run)/x/y/z/dot`)"
+        in tables
+    )
     command = " ".join(row.command)
-    assert f"| [self_forcing_8h100](scaling/self_forcing_8h100.json) | abc1234 | `{command}` |" in tables
+    assert (
+        f"| [self_forcing_8h100](scaling/self_forcing_8h100.json) | abc1234 | `{command}` |"
+        in tables
+    )
     assert (
         "--config=configs/wan_causal_self_forcing.py:salt --target=gpu:h100:8 --config.batch_size=8"
         in command
@@ -63,7 +70,10 @@ def test_a_program_is_a_line_that_says_whether_it_is_what_must_be():
 
 
 def test_what_did_not_compile_has_a_line_too():
-    broken = {"commit": "a", "programs": [{"program": "critic step", "problem": "does not compile: x"}]}
+    broken = {
+        "commit": "a",
+        "programs": [{"program": "critic step", "problem": "does not compile: x"}],
+    }
     (line,) = scaling.lines(scaling.ROWS[0], broken)
     assert line.count("|") == len(scaling.HEAD) + 1 and "**does not compile: x**" in line
 
@@ -71,7 +81,11 @@ def test_what_did_not_compile_has_a_line_too():
 def test_tables_go_between_the_marks():
     text = f"a\n{scaling.MARK}\nold\n{scaling.MARK}\nb\n"
     once = scaling.with_tables(text, "| new |")
-    assert once == f"a\n{scaling.MARK}\n| new |\n{scaling.MARK}\nb\n" == scaling.with_tables(once, "| new |")
+    assert (
+        once
+        == f"a\n{scaling.MARK}\n| new |\n{scaling.MARK}\nb\n"
+        == scaling.with_tables(once, "| new |")
+    )
     with pytest.raises(UserError, match="two lines"):
         scaling.with_tables("a", "b")
 

@@ -1,4 +1,6 @@
-"""From weights to a video, to data, to a student, and out again: Wan 2.1 in form, small, with random weights."""
+"""From weights to a video, to data, to a student, and out again: Wan 2.1 in form, small, with
+random weights.
+"""
 
 import json
 
@@ -54,7 +56,10 @@ def picture(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_teacher_makes_a_video_of_each_prompt_and_leaves_what_is_there(tmp_path, prompts):
-    """The noise is the seed's. A second call makes only what is missing; another prompt is another video."""
+    """The noise is the seed's.
+
+    A second call makes only what is missing; another prompt is another video.
+    """
     args = ["sample", *TINY, "--num_updates=2", f"--out={tmp_path}"]
     assert "2 videos made" in succeed(*args, f"--prompts_file={prompts}")
     clip, fps = frames(tmp_path / "2_001.mp4")
@@ -72,10 +77,16 @@ def test_a_teacher_makes_a_video_of_each_prompt_and_leaves_what_is_there(tmp_pat
         0
     ]  # the seed's; fresh weights say the same of all prompts
     told = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    assert told[-1]["made_with"]["prompt"] == "A dog runs." and told[-1]["made_with"]["guidance"] == 2
+    assert (
+        told[-1]["made_with"]["prompt"] == "A dog runs." and told[-1]["made_with"]["guidance"] == 2
+    )
     (tmp_path / "2_001.mp4").write_bytes(b"mine")
     done = program(*args, f"--prompts_file={prompts}")
-    assert done.returncode == 2 and "2_001.mp4 is there" in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 2
+        and "2_001.mp4 is there" in done.stderr
+        and done.stderr.count("\n") == 1
+    )
     assert (tmp_path / "2_001.mp4").read_bytes() == b"mine"
 
 
@@ -85,16 +96,23 @@ def test_vbench_gets_its_names_and_records_lie_beside(tmp_path):
     (tmp_path / "info.json").write_text(json.dumps(told))
     (tmp_path / "extended.txt").write_text("A cat on a long and sunny wall.\n")
     out = tmp_path / "videos"
-    args = [f"--vbench={tmp_path / 'info.json'}", f"--extended={tmp_path / 'extended.txt'}", f"--out={out}"]
+    args = [
+        f"--vbench={tmp_path / 'info.json'}",
+        f"--extended={tmp_path / 'extended.txt'}",
+        f"--out={out}",
+    ]
     assert "5 videos made" in succeed("sample", *TINY, "--num_updates=1", *args)
     assert sorted(path.name for path in out.iterdir()) == [f"a cat-{i}.mp4" for i in range(5)]
     seeds = json.loads((tmp_path / "videos.seeds.json").read_text())
     assert set(seeds) == {f"a cat-{i}.mp4" for i in range(5)} and len(set(seeds.values())) == 5
-    lines = [json.loads(line) for line in (tmp_path / "videos.samples.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "videos.samples.jsonl").read_text().splitlines()
+    ]
     assert {line["file"]: line["made_with"]["seed"] for line in lines} == seeds
     (out / "a cat-3.mp4").unlink()
     assert "1 videos made" in succeed("sample", *TINY, "--num_updates=1", *args)
-    assert "5 videos made" in succeed("sample", *TINY, "--num_updates=2", *args)  # not those of one update
+    # not those of one update
+    assert "5 videos made" in succeed("sample", *TINY, "--num_updates=2", *args)
 
 
 @pytest.mark.slow
@@ -118,13 +136,23 @@ def test_from_prompts_alone_to_a_causal_student(tmp_path, prompts):
         "--config.memory.chunk=1",
     ]
     changes += ["--config.memory.first=1", f"--config.data.dir={data}"]
-    succeed("train", "--config=configs/wan_causal_self_forcing.py:salt", f"--workdir={run}", *TRAIN, *changes)
-    succeed("sample", f"--workdir={run}", "--num_updates=2", "--prompt=A cat", "--count=1", "--frames=9")
+    succeed(
+        "train",
+        "--config=configs/wan_causal_self_forcing.py:salt",
+        f"--workdir={run}",
+        *TRAIN,
+        *changes,
+    )
+    succeed(
+        "sample", f"--workdir={run}", "--num_updates=2", "--prompt=A cat", "--count=1", "--frames=9"
+    )
     assert frames(run / "samples" / "2_000.mp4")[0].shape == (9, 32, 32, 3)
 
 
 def release(folder, layout, config):
-    """A release in one of the two layouts: Wan's networks, small and random, and a tokenizer of one word a token."""
+    """A release in one of the two layouts: Wan's networks, small and random, and a tokenizer of one
+    word a token.
+    """
     parts = {"wan": (config, init_wan), "vae": (vae.PRESETS["tiny"], vae.init_vae)}
     parts["text_encoder"] = (text_encoder.PRESETS["wan-tiny"], text_encoder.init_text_encoder)
     if config.image_dim:
@@ -138,7 +166,9 @@ def release(folder, layout, config):
     for name, (sizes, init) in parts.items():
         tree = randomised(shapes_of(sizes, init), 1)
         if name == "image_encoder":  # a file has one layer more than is used
-            tree["blocks"] = jax.tree.map(lambda leaf: np.concatenate([leaf, leaf[:1]]), tree["blocks"])
+            tree["blocks"] = jax.tree.map(
+                lambda leaf: np.concatenate([leaf, leaf[:1]]), tree["blocks"]
+            )
         place = folder / (places[name] if layout == "diffusers" else "")
         place.mkdir(parents=True, exist_ok=True)
         told = {"num_heads": 2, "num_attention_heads": 2}
@@ -153,7 +183,9 @@ def release(folder, layout, config):
         else:
             save_torch(place / f"{name}.pth", tensors)
     words = ["<pad>", "</s>", "<s>", "<unk>", "A", "cat", "dog", "walks", "runs", ".", "Noise"]
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
+    model = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>")
+    )
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     place = folder / ("tokenizer" if layout == "diffusers" else "google/umt5-xxl")
     place.mkdir(parents=True)
@@ -181,13 +213,22 @@ def test_a_clip_is_continued_under_guidance_and_other_prompts(tmp_path):
     succeed("sample", *chunks, "--frames=21", "--prompt=A cat walks.", f"--out={tmp_path / 'a'}")
     more = [f"--prefix={tmp_path / 'a' / '2_000.mp4'}", "--prompt=A dog runs.", "--frames=45"]
     succeed("sample", *chunks, *more, "--guidance=3", f"--out={tmp_path / 'b'}")
-    succeed("sample", *chunks, *more, "--guidance=3", "--switch=33:A cat walks.", f"--out={tmp_path / 'c'}")
+    succeed(
+        "sample",
+        *chunks,
+        *more,
+        "--guidance=3",
+        "--switch=33:A cat walks.",
+        f"--out={tmp_path / 'c'}",
+    )
     succeed("sample", *chunks, *more, f"--out={tmp_path / 'd'}")
     a, b, c, d = (frames(tmp_path / name / "2_000.mp4")[0].astype(int) for name in "abcd")
     assert a.shape[0] == 21 and b.shape[0] == c.shape[0] == d.shape[0] == 45
     config, params = open_part(VAE, Source(str(weights)))
     clip = read_ending(tmp_path / "a" / "2_000.mp4", 99, 32, 32, 16)
-    latents = vae.encode_video(params, jnp.asarray(clip[None] / 127.5 - 1, jnp.float32), config, jnp.float32)
+    latents = vae.encode_video(
+        params, jnp.asarray(clip[None] / 127.5 - 1, jnp.float32), config, jnp.float32
+    )
     again = to_bytes(vae.decode_video(params, latents, config, jnp.float32))[0]
     write_mp4(tmp_path / "again.mp4", again, 1)  # mp4 is lossy
     assert np.abs(b[:21] - frames(tmp_path / "again.mp4")[0].astype(int)).mean() < 6
@@ -197,7 +238,8 @@ def test_a_clip_is_continued_under_guidance_and_other_prompts(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("layout", "kind"), [("official", "i2v"), pytest.param("diffusers", "t2v", marks=pytest.mark.parity)]
+    ("layout", "kind"),
+    [("official", "i2v"), pytest.param("diffusers", "t2v", marks=pytest.mark.parity)],
 )
 def test_a_release_goes_in_makes_a_video_and_a_student_that_goes_out_again(
     tmp_path, layout, kind, prompts, picture
@@ -209,7 +251,9 @@ def test_a_release_goes_in_makes_a_video_and_a_student_that_goes_out_again(
         tmp_path / "data",
         tmp_path / "run",
     )
-    succeed("convert_wan", f"--src={release(tmp_path / 'release', layout, config)}", f"--dst={weights}")
+    succeed(
+        "convert_wan", f"--src={release(tmp_path / 'release', layout, config)}", f"--dst={weights}"
+    )
     look = [f"--image={picture}"] if kind == "i2v" else []
     succeed("sample", f"--weights={weights}", *SMALL, "--prompt=A cat walks.", "--count=1", "--num_updates=2",
             f"--out={tmp_path}", *look)  # fmt: skip
@@ -217,7 +261,11 @@ def test_a_release_goes_in_makes_a_video_and_a_student_that_goes_out_again(
     if kind == "i2v":
         rng = np.random.default_rng(0)
         for name in ("a", "b"):
-            write_mp4(tmp_path / "videos" / f"{name}.mp4", rng.integers(0, 256, (9, 32, 48, 3), np.uint8), 1)
+            write_mp4(
+                tmp_path / "videos" / f"{name}.mp4",
+                rng.integers(0, 256, (9, 32, 48, 3), np.uint8),
+                1,
+            )
             (tmp_path / "videos" / f"{name}.txt").write_text("Noise.")
         source = [f"--videos={tmp_path / 'videos'}", "--image"]
     else:
@@ -225,13 +273,19 @@ def test_a_release_goes_in_makes_a_video_and_a_student_that_goes_out_again(
     succeed("encode", f"--weights={weights}", *SMALL, *source, f"--dst={data}")
     changes = [*TRAIN, f"--config.weights={weights}", f"--config.model.preset=wan2.1-{kind}-tiny"]
     succeed(
-        "train", f"--config=configs/wan_{kind}.py", f"--workdir={run}", f"--config.data.dir={data}", *changes
+        "train",
+        f"--config=configs/wan_{kind}.py",
+        f"--workdir={run}",
+        f"--config.data.dir={data}",
+        *changes,
     )
     succeed("sample", f"--workdir={run}", "--num_updates=2", "--prompt=A cat", "--count=1", *look)
     assert frames(run / "samples" / "2_000.mp4")[0].shape == (9, 32, 32, 3)
     student = jax.tree.map(np.asarray, restore_params(run, "ema", all_devices()))
     before = open_part(WAN, Source(str(weights)))[1]
-    assert not np.array_equal(student["blocks"]["ffn_in"]["kernel"], before["blocks"]["ffn_in"]["kernel"])
+    assert not np.array_equal(
+        student["blocks"]["ffn_in"]["kernel"], before["blocks"]["ffn_in"]["kernel"]
+    )
     for out in ("official", "diffusers"):
         succeed("convert_wan", f"--to={out}", f"--src={run}", f"--dst={tmp_path / out}")
         succeed("convert_wan", f"--src={tmp_path / out}", f"--dst={tmp_path / f'{out} back'}")
@@ -260,4 +314,6 @@ def test_a_release_goes_in_makes_a_video_and_a_student_that_goes_out_again(
 )
 def test_a_wrong_argument_is_told_in_one_line(tmp_path, args, told):
     done = program("sample", "--prompt=A cat", f"--out={tmp_path}", *args)
-    assert done.returncode == 2 and told in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert done.returncode == 2 and told in done.stderr and done.stderr.count("\n") == 1, (
+        done.stderr
+    )

@@ -1,4 +1,6 @@
-"""Cache alignment against Salt Eq. 11-12 as printed, in a triple loop over places; what it ignores; its gradient."""
+"""Cache alignment against Salt Eq. 11-12 as printed, in a triple loop over places; what it ignores;
+its gradient.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,9 @@ def normal(seed, shape=SHAPE):
 
 
 def slow_loss(features, reference, margin):
-    """Eq. 11-12 for every pair of places of every frame: (loss, share of pairs outside the margin), [B] each."""
+    """Eq. 11-12 for every pair of places of every frame: (loss, share of pairs outside the margin),
+    [B] each.
+    """
     z, r = (np.asarray(a, np.float64) for a in (features, reference))
     b, f, s, _ = z.shape
     cosine = lambda u, v: u @ v / np.sqrt((u @ u) * (v @ v))
@@ -37,7 +41,8 @@ def test_value_and_share_are_those_of_the_equations(margin):
     assert loss.shape == active.shape == (2,) and loss.dtype == active.dtype == jnp.float32
     wanted_loss, wanted_active = slow_loss(normal(0), normal(1), margin)
     np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
-    # Without a margin the diagonal, where both are 1, is on one side or the other by rounding alone.
+    # Without a margin the diagonal, where both are 1, is on one side or the other by rounding
+    # alone.
     np.testing.assert_allclose(active, wanted_active, atol=0.21 if margin == 0 else 1e-6)
     assert wanted_loss.min() > 0.01
 
@@ -49,7 +54,9 @@ def test_example_of_the_docstring():
 
 
 def near(features, angle):
-    """The same features with the first place of each frame turned a little, in the plane of two coordinates."""
+    """The same features with the first place of each frame turned a little, in the plane of two
+    coordinates.
+    """
     z = np.array(features)
     z[:, :, 0, :2] = z[:, :, 0, :2] @ np.array(
         [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
@@ -77,7 +84,9 @@ def test_only_directions_matter_and_only_up_to_a_rotation_of_the_whole_feature_s
     z, r = normal(4), normal(5)
     wanted = cache_alignment_loss(z, r, MARGIN)
     for features, reference in ((z * lengths, r), (z, r * lengths), (z @ turn, r), (z, r @ turn)):
-        np.testing.assert_allclose(cache_alignment_loss(features, reference, MARGIN), wanted, rtol=1e-5)
+        np.testing.assert_allclose(
+            cache_alignment_loss(features, reference, MARGIN), wanted, rtol=1e-5
+        )
     assert not np.allclose(
         cache_alignment_loss(z.at[:, :, 0].multiply(-1), r, MARGIN)[0], wanted[0], rtol=1e-2
     )
@@ -93,7 +102,9 @@ def test_frames_and_clips_are_not_compared_with_each_other():
         ]
         for b in range(2)
     ]
-    np.testing.assert_allclose(cache_alignment_loss(z, r, MARGIN)[0], np.mean(parts, axis=1), rtol=1e-5)
+    np.testing.assert_allclose(
+        cache_alignment_loss(z, r, MARGIN)[0], np.mean(parts, axis=1), rtol=1e-5
+    )
 
 
 def test_gradient_is_that_of_finite_differences_and_reaches_the_first_argument_only():
@@ -105,7 +116,9 @@ def test_gradient_is_that_of_finite_differences_and_reaches_the_first_argument_o
     for index in np.ndindex(SHAPE):
         change = np.zeros(SHAPE)
         change[index] = step
-        up, down = (slow_loss(np.asarray(z, float) + sign * change, r, MARGIN)[0].sum() for sign in (1, -1))
+        up, down = (
+            slow_loss(np.asarray(z, float) + sign * change, r, MARGIN)[0].sum() for sign in (1, -1)
+        )
         wanted[index] = (up - down) / (2 * step)
     np.testing.assert_allclose(slope, wanted, atol=1e-4 * np.abs(wanted).max())
     # A feature's length is free, so its gradient stands at a right angle to it.
@@ -143,6 +156,8 @@ def test_matrices_of_all_frames_are_never_there_at_once_forwards_or_backwards():
     """B S^2 is one frame's of a batch; F of them would not fit beside the networks at full size."""
     b, f, s, d = 2, 7, 64, 4
     z = normal(14, (b, f, s, d))
-    run = jax.make_jaxpr(jax.value_and_grad(lambda z: cache_alignment_loss(z, z[:, ::-1], MARGIN)[0].sum()))
+    run = jax.make_jaxpr(
+        jax.value_and_grad(lambda z: cache_alignment_loss(z, z[:, ::-1], MARGIN)[0].sum())
+    )
     largest = max(sizes(run(z).jaxpr))
     assert largest == b * s * s, "the matrix of one frame should be the largest array"

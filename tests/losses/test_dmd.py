@@ -1,4 +1,6 @@
-"""The DMD gradient against numpy in float64, and against the scores of Gaussians, from which Eq. 4 follows."""
+"""The DMD gradient against numpy in float64, and against the scores of Gaussians, from which Eq. 4
+follows.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,9 @@ def gradient(x0, x0_critic, x0_teacher):
 def slow_direction(x0, x0_critic, x0_teacher):
     """Clip by clip, in float64."""
     clips = []
-    for x, critic, teacher in zip(*(np.asarray(a, float) for a in (x0, x0_critic, x0_teacher)), strict=True):
+    for x, critic, teacher in zip(
+        *(np.asarray(a, float) for a in (x0, x0_critic, x0_teacher)), strict=True
+    ):
         clips.append((critic - teacher) / np.mean(np.abs(x - teacher)))
     return np.stack(clips)
 
@@ -33,7 +37,9 @@ def test_gradient_and_value_are_those_of_the_formula():
     scale = jnp.array([0.1, 1.0, 30.0]).reshape(3, 1, 1, 1, 1)
     x0, critic, teacher = (scale * normal(seed) for seed in range(3))
     direction = slow_direction(x0, critic, teacher)
-    np.testing.assert_allclose(gradient(x0, critic, teacher), direction / SIZE, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(
+        gradient(x0, critic, teacher), direction / SIZE, rtol=1e-4, atol=1e-7
+    )
     value = dmd_loss(x0, critic, teacher)
     assert value.shape == (3,)
     np.testing.assert_allclose(value, 0.5 * (direction**2).mean((1, 2, 3, 4)), rtol=1e-4)
@@ -81,7 +87,10 @@ def test_a_teacher_that_returns_the_video_itself_is_reported_not_patched():
 def test_scale_of_the_clips_does_not_matter_to_the_gradient():
     x0, critic, teacher = (normal(seed) for seed in range(3))
     np.testing.assert_allclose(
-        gradient(8 * x0, 8 * critic, 8 * teacher), gradient(x0, critic, teacher), rtol=1e-5, atol=1e-8
+        gradient(8 * x0, 8 * critic, 8 * teacher),
+        gradient(x0, critic, teacher),
+        rtol=1e-5,
+        atol=1e-8,
     )
 
 
@@ -95,7 +104,9 @@ def test_descent_moves_the_video_to_the_teacher_and_away_from_the_critic():
 
 
 class Gaussian:
-    """N(mean, std^2) for every number: all that is known about its noisy copies, from the textbook."""
+    """N(mean, std^2) for every number: all that is known about its noisy copies, from the
+    textbook.
+    """
 
     def __init__(self, mean, std):
         self.mean, self.std = mean, std
@@ -123,8 +134,10 @@ def kl(student, teacher, sigma):
 
 @pytest.mark.parametrize("sigma", [0.98, 0.7, 0.3, 0.02])
 def test_direction_is_the_score_difference_of_equation_4(sigma):
-    """Gradient times its positive normalisers = sigma^2 / (1 - sigma) (score_student - score_teacher); and its
-    mean over the student's videos is the slope of the KL divergence in the student's mean."""
+    """Gradient times its positive normalisers = sigma^2 / (1 - sigma) (score_student -
+    score_teacher); and its mean over the student's videos is the slope of the KL divergence in the
+    student's mean.
+    """
     shape = (1, 5, 100, 100, 3)
     x0 = normal(0, shape, STUDENT.mean, STUDENT.std)
     x = (1 - sigma) * x0 + sigma * normal(1, shape)
@@ -138,7 +151,8 @@ def test_direction_is_the_score_difference_of_equation_4(sigma):
 
     h = 1e-4
     near = [kl(Gaussian(STUDENT.mean + d, STUDENT.std), TEACHER, sigma) for d in (-h, h)]
-    slope = (near[1] - near[0]) / (2 * h)  # = E[score difference d x / d mean], d x / d mean = 1 - sigma
+    # = E[score difference d x / d mean], d x / d mean = 1 - sigma
+    slope = (near[1] - near[0]) / (2 * h)
     assert got.mean() * (1 - sigma) ** 2 / sigma**2 == pytest.approx(slope, rel=0.02)
 
 

@@ -1,4 +1,6 @@
-"""Flow matching against numpy, and its minimiser against a distribution small enough to enumerate."""
+"""Flow matching against numpy, and its minimiser against a distribution small enough to
+enumerate.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +36,9 @@ def test_examples_of_the_docstring_and_of_the_sign():
 
 
 def test_minimiser_is_the_conditional_mean():
-    """One noisy x, four clips it may come from: each has its own noise, and a probability by Bayes."""
+    """One noisy x, four clips it may come from: each has its own noise, and a probability by
+    Bayes.
+    """
     sigma, clips = 0.6, np.asarray(normal(3, (4, 1, 2, 2, 1)), float)
     x = 0.4 * clips[1] + sigma * np.asarray(normal(4, (1, 2, 2, 1)), float)
     noises = (x - (1 - sigma) * clips) / sigma
@@ -53,7 +57,9 @@ def test_minimiser_is_the_conditional_mean():
     np.testing.assert_allclose(jax.grad(expected_loss)(best), np.zeros(best.shape), atol=1e-6)
     for seed in range(5, 8):  # a parabola with its lowest point there
         away = normal(seed, best.shape)
-        assert float(expected_loss(best + away) - expected_loss(best)) > 0.9 * np.mean(np.square(away))
+        assert float(expected_loss(best + away) - expected_loss(best)) > 0.9 * np.mean(
+            np.square(away)
+        )
 
 
 def test_half_precision_is_computed_in_float32():
@@ -65,7 +71,10 @@ def test_half_precision_is_computed_in_float32():
 
 @pytest.mark.parametrize("shape", [(3,), (3, 2)])
 def test_a_weight_multiplies_the_squares_of_its_clip_or_frame(shape):
-    arrays, weight = (normal(0), normal(1), normal(2)), jnp.arange(1.0, 1 + np.prod(shape)).reshape(shape)
+    arrays, weight = (
+        (normal(0), normal(1), normal(2)),
+        jnp.arange(1.0, 1 + np.prod(shape)).reshape(shape),
+    )
     velocity, x0, noise = (np.asarray(a, float) for a in arrays)
     by_frame = ((velocity - (noise - x0)) ** 2).mean((2, 3, 4))
     wanted = (by_frame * np.asarray(weight).reshape(3, -1)).mean(1)
@@ -76,7 +85,9 @@ def test_a_weight_multiplies_the_squares_of_its_clip_or_frame(shape):
 
 
 def slow_weights(shift):
-    """Self-Forcing's table: 1000 levels that fall from 1, a bell around the middle of their timesteps, mean 1."""
+    """Self-Forcing's table: 1000 levels that fall from 1, a bell around the middle of their
+    timesteps, mean 1.
+    """
     levels = [shift * u / (1 + (shift - 1) * u) for u in (1 - i / 1000 for i in range(1000))]
     bell = [np.exp(-2 * ((1000 * sigma - 500) / 1000) ** 2) for sigma in levels]
     raised = [y - min(bell) for y in bell]
@@ -88,7 +99,9 @@ def test_the_weight_of_levels_is_that_of_the_table(shift):
     levels, wanted = slow_weights(shift)
     weight = midlevel_weight(jnp.asarray(levels, jnp.float32), shift)
     np.testing.assert_allclose(weight, wanted, atol=2e-5)
-    assert float(weight.mean()) == pytest.approx(1.0, abs=1e-5) and weight[0] == pytest.approx(0.0, abs=1e-6)
+    assert float(weight.mean()) == pytest.approx(1.0, abs=1e-5) and weight[0] == pytest.approx(
+        0.0, abs=1e-6
+    )
     assert weight.min() >= -1e-6
 
 

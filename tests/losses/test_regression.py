@@ -15,7 +15,8 @@ def normal(seed):
 
 def slow_loss(x0, target):
     return [
-        np.mean((np.asarray(a, float) - np.asarray(b, float)) ** 2) for a, b in zip(x0, target, strict=True)
+        np.mean((np.asarray(a, float) - np.asarray(b, float)) ** 2)
+        for a, b in zip(x0, target, strict=True)
     ]
 
 
@@ -48,4 +49,6 @@ def test_half_precision_is_computed_in_float32():
     x0, target = normal(5).astype(jnp.bfloat16), normal(6).astype(jnp.bfloat16)
     loss = endpoint_loss(x0, target)
     assert loss.dtype == jnp.float32
-    np.testing.assert_allclose(loss, slow_loss(x0.astype(jnp.float32), target.astype(jnp.float32)), rtol=1e-5)
+    np.testing.assert_allclose(
+        loss, slow_loss(x0.astype(jnp.float32), target.astype(jnp.float32)), rtol=1e-5
+    )

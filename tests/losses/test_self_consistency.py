@@ -1,7 +1,7 @@
 """Eq. 8 as printed, through the endpoints, in float64, against the loss that never forms them.
 
-What a stop-gradient means is said here without automatic differentiation: parameters that move (`live`) and
-parameters that do not (`held`), and finite differences.
+What a stop-gradient means is said here without automatic differentiation: parameters that move
+(`live`) and parameters that do not (`held`), and finite differences.
 """
 
 import jax
@@ -36,7 +36,9 @@ def wide(level, xp=np):
 
 def field(theta, x, sigma, xp):
     """A small velocity field that bends with x, sigma and its three parameters."""
-    return theta[0] * x + theta[1] * xp.tanh(2 * x) * sigma + theta[2] * xp.sin(theta[0] + 3 * sigma)
+    return (
+        theta[0] * x + theta[1] * xp.tanh(2 * x) * sigma + theta[2] * xp.sin(theta[0] + 3 * sigma)
+    )
 
 
 def printed_loss(live, held, x_s, stop):
@@ -105,7 +107,9 @@ def test_agrees_with_explicit_stop_gradients_on_our_endpoints(stop):
         return ((x1 - x2) ** 2).mean()
 
     expected = jax.value_and_grad(through_endpoints)(jnp.array(THETA))
-    for got, want in zip(jax.value_and_grad(our_loss)(jnp.array(THETA), x_s, stop), expected, strict=True):
+    for got, want in zip(
+        jax.value_and_grad(our_loss)(jnp.array(THETA), x_s, stop), expected, strict=True
+    ):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
 
 
@@ -119,7 +123,9 @@ def test_agrees_with_explicit_stop_gradients_on_our_endpoints(stop):
     ],
 )
 def test_pull_on_the_two_velocities_by_hand(stop, to_v_s, to_v_m):
-    """d loss = 2 (m - e) (v_m - v_s) d(x^(1) - x^(2)) / size; composed: v_s is pulled to v_m, no more."""
+    """d loss = 2 (m - e) (v_m - v_s) d(x^(1) - x^(2)) / size; composed: v_s is pulled to v_m, no
+    more.
+    """
     v_s, v_m = normal(0), normal(1)
     loss = lambda v_s, v_m: self_consistency_loss(v_s, v_m, *levels(), stop).sum()
     got = jax.grad(loss, argnums=(0, 1))(jnp.array(v_s), jnp.array(v_m))
@@ -143,7 +149,9 @@ def test_nothing_is_asked_where_no_triple_exists(stop):
     """Three equal levels: neither value nor gradient, however much the velocities differ."""
     level = jnp.array([0.4167, 0.4167, 1.0])
     loss = lambda v_s, v_m: self_consistency_loss(v_s, v_m, level, level, level, stop).sum()
-    value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(jnp.array(normal(0)), jnp.array(normal(1)))
+    value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(
+        jnp.array(normal(0)), jnp.array(normal(1))
+    )
     assert value == 0
     assert not np.any(gradients)
 
@@ -160,7 +168,9 @@ def test_straight_paths_are_content(stop):
 
 def test_example_of_the_docstring():
     v, level = jnp.zeros((1, 1, 1, 1, 1)), lambda s: jnp.array([s])
-    assert self_consistency_loss(v, v + 2.0, level(1.0), level(0.75), level(0.25), "none").tolist() == [1.0]
+    assert self_consistency_loss(
+        v, v + 2.0, level(1.0), level(0.75), level(0.25), "none"
+    ).tolist() == [1.0]
 
 
 @pytest.mark.parametrize(
@@ -170,11 +180,15 @@ def test_long_triples_that_end_clean_carry_the_loss(triple, weight):
     """(sigma_m - sigma_e)^2 on the grid of 8 updates at shift 5."""
     levels = (jnp.array([grid(8, 5.0)[i]]) for i in triple)
     v = jnp.zeros((1, 2, 4, 2, 3))
-    assert float(self_consistency_loss(v, v + 1.0, *levels, "none")[0]) == pytest.approx(weight, rel=0.03)
+    assert float(self_consistency_loss(v, v + 1.0, *levels, "none")[0]) == pytest.approx(
+        weight, rel=0.03
+    )
 
 
 def test_half_precision_keeps_what_the_endpoints_lose():
-    """Velocities that differ by 3 %: the difference of endpoints in bfloat16 is mostly rounding, ours is exact."""
+    """Velocities that differ by 3 %: the difference of endpoints in bfloat16 is mostly rounding,
+    ours is exact.
+    """
     half = lambda x: jnp.array(x, jnp.bfloat16)
     x_s, v_s = half(3 * normal(0)), half(normal(1))
     v_m = half(np.asarray(v_s, float) * 1.03)

@@ -1,4 +1,6 @@
-"""Every kernel against attention written down in numpy, and the layouts over a mesh against one device."""
+"""Every kernel against attention written down in numpy, and the layouts over a mesh against one
+device.
+"""
 
 import functools
 
@@ -56,7 +58,9 @@ def check(attend, queries, keys, length, atol, **how):
     told = None if length is None else jnp.int32(length)
     out, back = jax.vjp(lambda *x: attend(*x, told), q, k, v)
     got = (out, *back(d_out))
-    for name, ours, hand in zip(("out", "dq", "dk", "dv"), got, by_hand(q, k, v, length, d_out), strict=True):
+    for name, ours, hand in zip(
+        ("out", "dq", "dk", "dv"), got, by_hand(q, k, v, length, d_out), strict=True
+    ):
         ours = np.asarray(ours, np.float64)
         if ours.shape != hand.shape:  # keys that do not count have no gradient
             np.testing.assert_array_equal(ours[:, length:], 0)
@@ -91,7 +95,10 @@ def test_the_tpu_kernel_interpreted(shape):
 
 
 def test_on_a_tpu_blocks_behind_the_length_are_not_read():
-    """Of 1,300 keys 600 count: two blocks of three. The third is NaN; the length is a value of the program."""
+    """Of 1,300 keys 600 count: two blocks of three.
+
+    The third is NaN; the length is a value of the program.
+    """
     length, rng = 600, np.random.default_rng(0)
     draw = lambda tokens: jnp.asarray(rng.standard_normal((1, tokens, 2, 128)), jnp.float32)
     q, k, v = draw(130), draw(1300), draw(1300)
@@ -125,7 +132,9 @@ def test_scores_never_stand_whole():
 )
 @pytest.mark.parametrize("text", [False, True])
 def test_a_mesh_changes_nothing(axes, text):
-    """Heads that divide and heads that do not (12 over 8), keys of clips and of texts, output and gradient."""
+    """Heads that divide and heads that do not (12 over 8), keys of clips and of texts, output and
+    gradient.
+    """
     mesh = make_mesh(dict(data=1, fsdp=1, context=1, tensor=1) | axes, jax.devices())
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal((8, *shape, 12, 4)), jnp.float32)
@@ -147,7 +156,10 @@ def test_along_context_tokens_are_exchanged_for_heads():
     cut = P(batch, None, ("context",), ("tensor",))
     assert attention_layout(mesh, clip, text) == (cut, P(batch, None, ("tensor",)))
     odd = (3, 3, 8, 3, 16)  # neither the batch nor the heads divide
-    assert attention_layout(mesh, odd, odd) == (P(None, None, ("context",), None), P(None, None, None, None))
+    assert attention_layout(mesh, odd, odd) == (
+        P(None, None, ("context",), None),
+        P(None, None, None, None),
+    )
 
 
 def test_the_kernel_follows_the_devices():
@@ -162,4 +174,10 @@ def test_the_kernel_follows_the_devices():
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_gpu_kernel(shape):
-    check(functools.partial(attention, kernel="cudnn"), *SHAPES[shape], 4e-2, dtype=jnp.bfloat16, width=64)
+    check(
+        functools.partial(attention, kernel="cudnn"),
+        *SHAPES[shape],
+        4e-2,
+        dtype=jnp.bfloat16,
+        width=64,
+    )

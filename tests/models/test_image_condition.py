@@ -1,4 +1,6 @@
-"""Preparing the first frame against torch, transformers and diffusers, and against the definitions."""
+"""Preparing the first frame against torch, transformers and diffusers, and against the
+definitions.
+"""
 
 import math
 import types
@@ -31,16 +33,21 @@ def smooth(height, width):
 
 
 def torch_bicubic(torch, image, height, width):
-    """In float64: in float32 torch's own rounding of the sample positions is up to 1e-3 on large pictures."""
+    """In float64: in float32 torch's own rounding of the sample positions is up to 1e-3 on large
+    pictures.
+    """
     x = torch.from_numpy(image.astype(np.float64)).movedim(-1, -3)
     x = x[None] if x.ndim == 3 else x
-    y = torch.nn.functional.interpolate(x, size=(height, width), mode="bicubic", align_corners=False)
+    y = torch.nn.functional.interpolate(
+        x, size=(height, width), mode="bicubic", align_corners=False
+    )
     return y.movedim(-3, -1).reshape(*image.shape[:-3], height, width, image.shape[-1]).numpy()
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize(
-    "old, new", [((37, 53), (28, 28)), ((20, 31), (48, 80)), ((300, 17), (33, 40)), ((9, 9), (9, 9))]
+    "old, new",
+    [((37, 53), (28, 28)), ((20, 31), (48, 80)), ((300, 17), (33, 40)), ((9, 9), (9, 9))],
 )
 def test_bicubic_equals_torch(old, new):
     torch = pytest.importorskip("torch")
@@ -49,18 +56,24 @@ def test_bicubic_equals_torch(old, new):
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, torch_bicubic(torch, image, *new), atol=2e-6)
     batch = np.stack([image, -image])
-    np.testing.assert_allclose(resize_bicubic(batch, *new), torch_bicubic(torch, batch, *new), atol=2e-6)
+    np.testing.assert_allclose(
+        resize_bicubic(batch, *new), torch_bicubic(torch, batch, *new), atol=2e-6
+    )
 
 
 def test_bicubic_by_hand():
-    """Halving a row reads in the middle of two samples: 0.59375 of the near ones, -0.09375 of the far ones."""
+    """Halving a row reads in the middle of two samples: 0.59375 of the near ones, -0.09375 of the
+    far ones.
+    """
     row = np.array([1, 10, 100, 1000], np.float32).reshape(1, 4, 1)
     near, far = 0.59375, -0.09375
     want = [far + near + 10 * near + 100 * far, 10 * far + 100 * near + 1000 * near + 1000 * far]
     np.testing.assert_allclose(resize_bicubic(row, 1, 2)[0, :, 0], want, rtol=1e-6)
     np.testing.assert_allclose(resize_bicubic(row.reshape(4, 1, 1), 2, 1)[:, 0, 0], want, rtol=1e-6)
     np.testing.assert_array_equal(resize_bicubic(row, 1, 4), row)
-    np.testing.assert_allclose(resize_bicubic(np.full((5, 7, 2), 0.3, np.float32), 16, 3), 0.3, rtol=1e-6)
+    np.testing.assert_allclose(
+        resize_bicubic(np.full((5, 7, 2), 0.3, np.float32), 16, 3), 0.3, rtol=1e-6
+    )
 
 
 @pytest.mark.parity
@@ -74,11 +87,15 @@ def test_squashing_equals_wan(image):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("image", [noise(301, 450, 3), smooth(500, 333), noise(60, 41, 3), smooth(224, 301)])
+@pytest.mark.parametrize(
+    "image", [noise(301, 450, 3), smooth(500, 333), noise(60, 41, 3), smooth(224, 301)]
+)
 def test_cropping_equals_transformers(image):
     pytest.importorskip("transformers")
     clip = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
-    want = clip.CLIPImageProcessorPil()(images=image, return_tensors="np", input_data_format="channels_last")
+    want = clip.CLIPImageProcessorPil()(
+        images=image, return_tensors="np", input_data_format="channels_last"
+    )
     got = crop_for_clip(image, 224)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, want["pixel_values"][0].transpose(1, 2, 0), atol=2e-6)
@@ -117,7 +134,9 @@ def test_size_is_wan_s_but_for_what_its_floating_point_loses():
             official = [round(math.sqrt(a) // 8 // 2 * 2) * 8 for a in (area * ratio, area / ratio)]
             got = fit_size(height, width, area)
             exact = [got[0] ** 2 * width == area * height, got[1] ** 2 * height == area * width]
-            assert all(g == o or (e and g == o + 16) for g, o, e in zip(got, official, exact, strict=True))
+            assert all(
+                g == o or (e and g == o + 16) for g, o, e in zip(got, official, exact, strict=True)
+            )
             same += list(got) == official
     assert same > 950
 
@@ -164,8 +183,12 @@ def test_condition_equals_diffusers():
     prepare = diffusers.WanImageToVideoPipeline.prepare_latents
     first = torch.from_numpy(clip[0]).permute(2, 0, 1)[None]
     with torch.no_grad():
-        _, want = prepare(pipeline, first, 1, 16, 16, 24, 9, torch.float32, generator=torch.Generator())
+        _, want = prepare(
+            pipeline, first, 1, 16, 16, 24, 9, torch.float32, generator=torch.Generator()
+        )
         moments = vae.encode(torch.from_numpy(clip).permute(3, 0, 1, 2)[None]).latent_dist.mode()
-    latents = (moments.permute(0, 2, 3, 4, 1).numpy() - vae.config.latents_mean) / vae.config.latents_std
+    latents = (
+        moments.permute(0, 2, 3, 4, 1).numpy() - vae.config.latents_mean
+    ) / vae.config.latents_std
     got = condition_latents(jnp.asarray(latents, jnp.float32))
     np.testing.assert_allclose(got, want.permute(0, 2, 3, 4, 1).numpy(), atol=1e-5)

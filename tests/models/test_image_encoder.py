@@ -1,14 +1,23 @@
-"""The CLIP image encoder against transformers, the published size, and what the denoiser relies on."""
+"""The CLIP image encoder against transformers, the published size, and what the denoiser
+relies on.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from salt_jax.models.image_encoder import PRESETS, ImageEncoderConfig, encode_image, init_image_encoder
+from salt_jax.models.image_encoder import (
+    PRESETS,
+    ImageEncoderConfig,
+    encode_image,
+    init_image_encoder,
+)
 
 encode = jax.jit(encode_image, static_argnums=(2, 3))
-SMALL = ImageEncoderConfig(dim=32, num_layers=3, num_heads=2, mlp_dim=64, image_size=42, patch_size=14)
+SMALL = ImageEncoderConfig(
+    dim=32, num_layers=3, num_heads=2, mlp_dim=64, image_size=42, patch_size=14
+)
 
 
 def shapes(config):
@@ -20,7 +29,8 @@ def random_params(seed=0):
     rng = np.random.default_rng(seed)
     gain = lambda path: path[-1].key == "scale"
     return jax.tree_util.tree_map_with_path(
-        lambda path, w: jnp.asarray(gain(path) + rng.normal(0, 0.2, w.shape), jnp.float32), shapes(SMALL)
+        lambda path, w: jnp.asarray(gain(path) + rng.normal(0, 0.2, w.shape), jnp.float32),
+        shapes(SMALL),
     )
 
 
@@ -29,22 +39,36 @@ def random_pixels(batch=2):
 
 
 def from_transformers(state, num_layers):
-    """CLIPVisionModel's state dict -> our tree, `num_layers` of its layers. Reads every tensor once."""
+    """CLIPVisionModel's state dict -> our tree, `num_layers` of its layers.
+
+    Reads every tensor once.
+    """
     state = {name.removeprefix("vision_model."): w for name, w in state.items()}
-    for name in [n for n in state if n.startswith(("post_layernorm.", f"encoder.layers.{num_layers}."))]:
+    for name in [
+        n for n in state if n.startswith(("post_layernorm.", f"encoder.layers.{num_layers}."))
+    ]:
         del state[name]
     norm = lambda name: {"scale": state.pop(name + ".weight"), "bias": state.pop(name + ".bias")}
-    dense = lambda name: {"kernel": state.pop(name + ".weight").T, "bias": state.pop(name + ".bias")}
+    dense = lambda name: {
+        "kernel": state.pop(name + ".weight").T,
+        "bias": state.pop(name + ".bias"),
+    }
     parts = {"norm1": (norm, "layer_norm1"), "norm2": (norm, "layer_norm2")}
     parts |= {name: (dense, f"self_attn.{name}_proj") for name in "qkv"}
-    parts |= {"o": (dense, "self_attn.out_proj"), "fc_in": (dense, "mlp.fc1"), "fc_out": (dense, "mlp.fc2")}
+    parts |= {
+        "o": (dense, "self_attn.out_proj"),
+        "fc_in": (dense, "mlp.fc1"),
+        "fc_out": (dense, "mlp.fc2"),
+    }
     layers = [
         {ours: read(f"encoder.layers.{i}.{theirs}") for ours, (read, theirs) in parts.items()}
         for i in range(num_layers)
     ]
     tree = {
         "class_embedding": state.pop("embeddings.class_embedding"),
-        "patch_embedding": {"kernel": state.pop("embeddings.patch_embedding.weight").transpose(2, 3, 1, 0)},
+        "patch_embedding": {
+            "kernel": state.pop("embeddings.patch_embedding.weight").transpose(2, 3, 1, 0)
+        },
         "position_embedding": state.pop("embeddings.position_embedding.weight"),
         "norm_in": norm("pre_layrnorm"),
         "blocks": jax.tree.map(lambda *ws: np.stack(ws), *layers),
@@ -61,7 +85,8 @@ def test_equals_transformers_behind_the_last_layer_but_one():
     transformers = pytest.importorskip("transformers")
     oracle = transformers.CLIPVisionModel(
         transformers.CLIPVisionConfig(
-            hidden_size=32, intermediate_size=64, projection_dim=24, num_hidden_layers=4, num_attention_heads=2,
+            hidden_size=32, intermediate_size=64, projection_dim=24, num_hidden_layers=4,
+            num_attention_heads=2,
             image_size=42, patch_size=14, hidden_act="gelu", layer_norm_eps=1e-5,
         )
     ).eval()  # fmt: skip
@@ -70,7 +95,10 @@ def test_equals_transformers_behind_the_last_layer_but_one():
         for name, w in oracle.named_parameters():
             is_gain = "norm" in name and name.endswith("weight")
             # fc1 wide enough to tell GELU's forms apart
-            w.copy_(is_gain + (0.5 if "fc1" in name else 0.1) * torch.randn(w.shape, generator=generator))
+            w.copy_(
+                is_gain
+                + (0.5 if "fc1" in name else 0.1) * torch.randn(w.shape, generator=generator)
+            )
     params = from_transformers({k: v.numpy() for k, v in oracle.state_dict().items()}, 3)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes(SMALL))
 
@@ -106,9 +134,13 @@ def test_fresh_tiny_weights_tell_pictures_apart():
 
 
 def test_patches_are_read_row_by_row_behind_the_class_token():
-    """Exchanging two patches of the picture together with their positions exchanges their features."""
+    """Exchanging two patches of the picture together with their positions exchanges their
+    features.
+    """
     params, pixels = random_params(), random_pixels(1)
-    swapped = pixels.at[:, :14, 28:].set(pixels[:, 28:, :14]).at[:, 28:, :14].set(pixels[:, :14, 28:])
+    swapped = (
+        pixels.at[:, :14, 28:].set(pixels[:, 28:, :14]).at[:, 28:, :14].set(pixels[:, :14, 28:])
+    )
     order = np.array(
         [0, 1, 2, 7, 4, 5, 6, 3, 8, 9]
     )  # patch 2 is on the right of row 0, patch 6 on the left of row 2

@@ -1,4 +1,6 @@
-"""The cache against a plain list, and chunks that read it against diffusers' network under a dense mask."""
+"""The cache against a plain list, and chunks that read it against diffusers' network under a dense
+mask.
+"""
 
 from dataclasses import replace
 from functools import cache as once
@@ -70,7 +72,9 @@ def test_sizes_are_a_first_chunk_and_equal_ones():
     assert policy(1, 1).sizes(3) == (1, 1, 1)
     assert policy(3, 1).sizes(1) == (1,)
     assert policy(3, 1).sizes(6, before=7) == (3, 3)
-    with pytest.raises(ValueError, match="8 latent frames do not split into a chunk of 1 and chunks of 3"):
+    with pytest.raises(
+        ValueError, match="8 latent frames do not split into a chunk of 1 and chunks of 3"
+    ):
         policy(3, 1).sizes(8)
     with pytest.raises(ValueError, match="2 latent frames do not split into a chunk of 3"):
         policy(3, 3).sizes(2)
@@ -106,7 +110,8 @@ def test_a_video_too_long_for_its_cache_or_its_positions_is_refused():
     refuse_overflow(window, 3, MAX_FRAMES)
     refuse_overflow(replace(window, positions="relative"), 3, 10 * MAX_FRAMES)
     with pytest.raises(
-        ValueError, match="12 latent frames do not fit a cache of 9 that forgets nothing; set a window"
+        ValueError,
+        match="12 latent frames do not fit a cache of 9 that forgets nothing; set a window",
     ):
         refuse_overflow(everything, 9, 12)
     with pytest.raises(
@@ -132,9 +137,9 @@ def blank(slots, garbage=-7.0):
 def content(frames):
     """(keys, values), x0 that tell which frame they are of."""
     n = jnp.asarray(frames, jnp.float32)
-    return ((n + 0.25).reshape(1, 1, -1, 1, 1, 1), (n + 0.5).reshape(1, 1, -1, 1, 1, 1)), (n + 0.75).reshape(
-        1, -1, 1, 1, 1
-    )
+    return ((n + 0.25).reshape(1, 1, -1, 1, 1, 1), (n + 0.5).reshape(1, 1, -1, 1, 1, 1)), (
+        n + 0.75
+    ).reshape(1, -1, 1, 1, 1)
 
 
 remember = jax.jit(append, static_argnames="policy")
@@ -186,7 +191,10 @@ def test_appending_is_that_of_a_list(policy, slots, chunks):
 
 @pytest.mark.parametrize("more_slots", [0, 4])
 def test_looking_back_gives_the_frames_of_the_rule(more_slots):
-    """On caches that just suffice and on larger ones. The chunk comes first, empty slots last and uncounted."""
+    """On caches that just suffice and on larger ones.
+
+    The chunk comes first, empty slots last and uncounted.
+    """
     for values, positions in product([(3, 1, 7, 1), (1, 1, 3, 0)], ("absolute", "relative")):
         policy = CachePolicy(*values, positions)
         cache, start = blank(policy.capacity(0) + more_slots), 0
@@ -196,8 +204,12 @@ def test_looking_back_gives_the_frames_of_the_rule(more_slots):
             seen = [f for f in range(start) if sees(policy, f, start + size)]
             counted = int(view.length) - size
             assert counted == len(seen)
-            np.testing.assert_array_equal(sight.memory[0].ravel()[:counted], content(seen)[0][0].ravel())
-            np.testing.assert_array_equal(sight.memory[1].ravel()[:counted], content(seen)[0][1].ravel())
+            np.testing.assert_array_equal(
+                sight.memory[0].ravel()[:counted], content(seen)[0][0].ravel()
+            )
+            np.testing.assert_array_equal(
+                sight.memory[1].ravel()[:counted], content(seen)[0][1].ravel()
+            )
             np.testing.assert_array_equal(sight.frames, np.arange(start, start + size))
             here = np.arange(size) + (start if positions == "absolute" else counted)
             there = seen if positions == "absolute" else np.arange(counted)
@@ -214,7 +226,8 @@ def full_cache(policy, frames):
 
 
 @pytest.mark.parametrize(
-    ("window", "sink", "frames"), [(12, 3, 21), (6, 1, 9), (6, 0, 6), (3, 0, 6), (0, 0, 9), (0, 2, 9)]
+    ("window", "sink", "frames"),
+    [(12, 3, 21), (6, 1, 9), (6, 0, 6), (3, 0, 6), (0, 0, 9), (0, 2, 9)],
 )
 def test_forgetting_keeps_the_sink_and_the_end(window, sink, frames):
     policy = CachePolicy(3, 3, window, sink, "absolute")
@@ -223,7 +236,9 @@ def test_forgetting_keeps_the_sink_and_the_end(window, sink, frames):
     assert_holds(cut, listed([], range(frames), cut.slots, sink), frames)
 
 
-@pytest.mark.parametrize(("window", "sink", "frames"), [(12, 3, 6), (12, 0, 3), (9, 5, 3), (9, 3, 6)])
+@pytest.mark.parametrize(
+    ("window", "sink", "frames"), [(12, 3, 6), (12, 0, 3), (9, 5, 3), (9, 3, 6)]
+)
 def test_forgetting_leaves_a_short_cache_as_it_is(window, sink, frames):
     """One with no more frames than the next chunk may see."""
     policy = CachePolicy(3, 3, window, sink, "absolute")
@@ -241,7 +256,10 @@ def test_flushing_keeps_the_sink_and_the_last_frames(sink):
     assert_holds(cache, memory, 12)
     for start in (12, 15):
         new = range(start, start + 3)
-        cache, memory = remember(cache, *content(new), policy=policy), listed(memory, new, 6 + sink, sink)
+        cache, memory = (
+            remember(cache, *content(new), policy=policy),
+            listed(memory, new, 6 + sink, sink),
+        )
         assert_holds(cache, memory, start + 3)
 
 
@@ -262,12 +280,16 @@ def test_more_room_is_behind():
 
 
 def test_views_of_a_clip_that_goes_on_are_those_of_the_long_clip():
-    """After `forget`, slots are not frame numbers; what is seen is the same frames at the same positions."""
+    """After `forget`, slots are not frame numbers; what is seen is the same frames at the same
+    positions.
+    """
     for positions in ("absolute", "relative"):
         policy = CachePolicy(3, 3, 7, 1, positions)
         long = chunk_views(policy, policy.sizes(15), np.arange(15), 0, clean="memory")[3:]
         slots = np.array([0, 6, 7, 8, *range(9, 15)])
-        for ours, theirs in zip(chunk_views(policy, (3, 3), slots, 4, clean="memory"), long, strict=True):
+        for ours, theirs in zip(
+            chunk_views(policy, (3, 3), slots, 4, clean="memory"), long, strict=True
+        ):
             seen = lambda view, numbers: np.concatenate([numbers[part] for part in view.past])
             np.testing.assert_array_equal(seen(ours, slots), seen(theirs, np.arange(15)))
             np.testing.assert_array_equal(ours.key_positions, theirs.key_positions)
@@ -290,7 +312,9 @@ def test_attention_to_a_length_is_attention_to_the_keys_in_front():
         got = masked(q, k, v, jnp.int32(length))
         np.testing.assert_allclose(got, attention(q, k[:, :length], v[:, :length]), atol=1e-6)
         for garbage in (1e4, -1e4):
-            other = masked(q, jnp.where(behind, garbage, k), jnp.where(behind, garbage, v), jnp.int32(length))
+            other = masked(
+                q, jnp.where(behind, garbage, k), jnp.where(behind, garbage, v), jnp.int32(length)
+            )
             np.testing.assert_array_equal(other, got)
 
 
@@ -310,9 +334,9 @@ def clip(frames, seed=3):
 
 
 TEXT, SIGMA = normal(2, 4, 16, seed=2), jnp.array([0.9, 0.3])
-SLOTS = (
-    12  # of the memory that programs read, whatever the policy keeps: one program then serves all policies
-)
+# of the memory that programs read, whatever the policy keeps: one program then serves all
+# policies
+SLOTS = 12
 
 
 @partial(jax.jit, static_argnames=("size", "policy"))
@@ -346,7 +370,9 @@ def denoise(x, sigma, text, cache, policy, jump=0):
 
 
 def committed(cache, x0, text, policy):
-    return remember(cache, read(PARAMS, x0, text, seen(cache, x0.shape[1], policy, 0)), x0, policy=policy)
+    return remember(
+        cache, read(PARAMS, x0, text, seen(cache, x0.shape[1], policy, 0)), x0, policy=policy
+    )
 
 
 def fill(policy, x0, slots):
@@ -360,8 +386,12 @@ def fill(policy, x0, slots):
 def test_commit_is_reading_and_appending():
     policy = CachePolicy(3, 3, 7, 1, "relative")
     cache, x0 = fill(policy, clip(6), 4), clip(3, seed=4)
-    whole = jax.jit(lambda params, cache: commit(NETWORK, params, cache, x0, TEXT, policy))(PARAMS, cache)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), whole, committed(cache, x0, TEXT, policy))
+    whole = jax.jit(lambda params, cache: commit(NETWORK, params, cache, x0, TEXT, policy))(
+        PARAMS, cache
+    )
+    jax.tree.map(
+        partial(np.testing.assert_allclose, atol=1e-5), whole, committed(cache, x0, TEXT, policy)
+    )
 
 
 def test_what_stands_in_empty_slots_never_matters():
@@ -369,7 +399,9 @@ def test_what_stands_in_empty_slots_never_matters():
     cache = fill(policy, clip(3), 9)
 
     def spoilt(garbage, number):
-        put = lambda z, axis, with_: jnp.where(kept.reshape(-1, *(1,) * (z.ndim - axis - 1)), z, with_)
+        put = lambda z, axis, with_: jnp.where(
+            kept.reshape(-1, *(1,) * (z.ndim - axis - 1)), z, with_
+        )
         return replace(
             cache,
             k=put(cache.k, 2, garbage),
@@ -389,7 +421,9 @@ def test_what_stands_in_empty_slots_never_matters():
 
 @pytest.mark.parametrize("positions", ["absolute", "relative"])
 def test_only_distances_in_time_matter(positions):
-    """Moving the whole video changes nothing: not a bit of relative positions, rounding of absolute ones."""
+    """Moving the whole video changes nothing: not a bit of relative positions, rounding of absolute
+    ones.
+    """
     policy, x = CachePolicy(3, 3, 7, 1, positions), clip(3, seed=4)
     cache = fill(policy, clip(9), 4)
     moved = replace(cache, frames=cache.frames + 100, end=cache.end + 100)
@@ -416,7 +450,9 @@ def test_a_cached_text_gives_what_the_text_gives():
     policy, x = CachePolicy(3, 3, 7, 1, "absolute"), clip(3, seed=4)
     cache = fill(policy, clip(3), 4)
     told = jax.jit(NETWORK.read_text)(PARAMS, TEXT)
-    for ours, theirs in zip(*(denoise(x, SIGMA, z, cache, policy) for z in (told, TEXT)), strict=True):
+    for ours, theirs in zip(
+        *(denoise(x, SIGMA, z, cache, policy) for z in (told, TEXT)), strict=True
+    ):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
     ours, theirs = (committed(cache, x, z, policy) for z in (told, TEXT))
     np.testing.assert_allclose(ours.k, theirs.k, atol=1e-5)
@@ -482,8 +518,8 @@ def oracle():
 def looks(policy, sizes, halves=False):
     """How the frames of [clip], or of the halves [clean clip | noisy clip], look around.
 
-    A list of (which frames look, bool [L, L] who sees whom, int [L] positions in time). One item where positions are
-    absolute; relative ones differ from chunk to chunk.
+    A list of (which frames look, bool [L, L] who sees whom, int [L] positions in time). One item
+    where positions are absolute; relative ones differ from chunk to chunk.
     """
     frames = sum(sizes)
     ends = np.repeat(np.cumsum(sizes), sizes)
@@ -504,7 +540,8 @@ def looks(policy, sizes, halves=False):
 
 
 def masked_oracle(x, sigma, text, items, constant=0):
-    """Velocity of diffusers' network, torch [B, L, H, W, C], at one sigma for each frame, under dense masks.
+    """Velocity of diffusers' network, torch [B, L, H, W, C], at one sigma for each frame, under
+    dense masks.
 
     Keys and values of the first `constant` frames carry no gradient.
     """
@@ -528,7 +565,12 @@ def masked_oracle(x, sigma, text, items, constant=0):
 
     class Masked(WanAttnProcessor):
         def __call__(
-            self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None
+            self,
+            attn,
+            hidden_states,
+            encoder_hidden_states=None,
+            attention_mask=None,
+            rotary_emb=None,
         ):
             call = lambda *more: super(Masked, self).__call__(
                 attn, hidden_states, encoder_hidden_states, *more
@@ -541,7 +583,9 @@ def masked_oracle(x, sigma, text, items, constant=0):
         [out[:, : constant * TOKENS].detach(), out[:, constant * TOKENS :]], 1
     )
     hooks = [
-        module.register_forward_hook(cut) for b in model.blocks for module in (b.attn1.norm_k, b.attn1.to_v)
+        module.register_forward_hook(cut)
+        for b in model.blocks
+        for module in (b.attn1.norm_k, b.attn1.to_v)
     ]
     for block in model.blocks:
         block.attn1.set_processor(Masked())
@@ -570,7 +614,9 @@ def to_torch(z):
     ],
 )
 def test_chunks_on_a_cache_equal_the_dense_mask(case, room):
-    """Each chunk has noisy passes at several levels before its clean one; clean frames so far | the noisy chunk."""
+    """Each chunk has noisy passes at several levels before its clean one; clean frames so far | the
+    noisy chunk.
+    """
     torch = pytest.importorskip("torch")
     policy, frames = CASES[case]
     cache = empty(policy.capacity(frames) if room == "rolling" else frames)
@@ -583,7 +629,9 @@ def test_chunks_on_a_cache_equal_the_dense_mask(case, room):
             levels[:, start:] = sigma[:, None]
             sequence = to_torch(jnp.concatenate([x0[:, :start], noisy], 1))
             with torch.no_grad():
-                expected = masked_oracle(sequence, levels, TEXT, looks(policy, sizes[: i + 1]))[:, start:]
+                expected = masked_oracle(sequence, levels, TEXT, looks(policy, sizes[: i + 1]))[
+                    :, start:
+                ]
             np.testing.assert_allclose(got.velocity, expected, atol=2e-5)
         assert np.std(got.velocity) > 0.05
         cache = committed(cache, x0[:, start : start + size], TEXT, policy)
@@ -604,8 +652,10 @@ def assert_same_gradients(got, model, tolerance):
 @pytest.mark.parity
 @pytest.mark.parametrize("case", ["sink, picture first", "window, relative, frame by frame"])
 def test_replay_has_the_gradients_of_the_dense_mask(case):
-    """Sequence [clean | noisy]: a noisy chunk sees itself and the clean frames before it, whose keys and values are
-    constants, as are the entries of our cache. Gradients to all parameters and to the noisy frames, and the values."""
+    """Sequence [clean | noisy]: a noisy chunk sees itself and the clean frames before it, whose
+    keys and values are constants, as are the entries of our cache. Gradients to all parameters and
+    to the noisy frames, and the values.
+    """
     pytest.importorskip("torch")
     policy, frames = CASES[case]
     x0, noisy, weights = clip(frames), clip(frames, seed=6), clip(frames, seed=7)
@@ -629,7 +679,9 @@ def test_replay_has_the_gradients_of_the_dense_mask(case):
 
 
 def backward(policy, x0, noisy, levels, weights, constant):
-    """The oracle on [clean | noisy]; leaves gradients of the weighted noisy half in its parameters and in `noisy`."""
+    """The oracle on [clean | noisy]; leaves gradients of the weighted noisy half in its parameters
+    and in `noisy`.
+    """
     model, frames = oracle(), x0.shape[1]
     model.zero_grad()
     import torch
@@ -674,7 +726,9 @@ def test_teacher_forcing_equals_the_dense_mask(case):
 @pytest.mark.parity
 @pytest.mark.parametrize("chunk", [2, 3])
 def test_diffusion_forcing_equals_skyreels(chunk):
-    """Its block-causal forward, which loads Wan's parameters as they are; a level for each frame."""
+    """Its block-causal forward, which loads Wan's parameters as they are; a level for each
+    frame.
+    """
     torch = pytest.importorskip("torch")
     model = (
         pytest.importorskip("diffusers")
@@ -685,9 +739,9 @@ def test_diffusion_forcing_equals_skyreels(chunk):
     policy, x = CachePolicy(chunk, chunk, 0, 0, "absolute"), clip(6)
     levels = np.linspace(1.0, 0.2, 12).reshape(2, 6).astype(np.float32)
     sight = diffusion_forcing(6, policy)
-    got = jax.jit(lambda params: NETWORK.denoise(params, x, jnp.asarray(levels), TEXT, sight).velocity)(
-        PARAMS
-    )
+    got = jax.jit(
+        lambda params: NETWORK.denoise(params, x, jnp.asarray(levels), TEXT, sight).velocity
+    )(PARAMS)
     with torch.no_grad():
         expected = model(
             to_torch(x).permute(0, 4, 1, 2, 3),
@@ -704,11 +758,14 @@ def test_diffusion_forcing_equals_the_dense_mask(case):
     """With windows, sinks and first pictures, which SkyReels has not."""
     torch = pytest.importorskip("torch")
     policy, frames = CASES[case]
-    x, levels = clip(frames), np.linspace(1.0, 0.2, 2 * frames).reshape(2, frames).astype(np.float32)
-    sight = diffusion_forcing(frames, policy)
-    got = jax.jit(lambda params: NETWORK.denoise(params, x, jnp.asarray(levels), TEXT, sight).velocity)(
-        PARAMS
+    x, levels = (
+        clip(frames),
+        np.linspace(1.0, 0.2, 2 * frames).reshape(2, frames).astype(np.float32),
     )
+    sight = diffusion_forcing(frames, policy)
+    got = jax.jit(
+        lambda params: NETWORK.denoise(params, x, jnp.asarray(levels), TEXT, sight).velocity
+    )(PARAMS)
     with torch.no_grad():
         expected = masked_oracle(to_torch(x), levels, TEXT, looks(policy, policy.sizes(frames)))
     np.testing.assert_allclose(got, expected, atol=2e-5)

@@ -40,7 +40,9 @@ def test_every_matrix_of_the_blocks_gets_its_product_and_nothing_else_changes():
         if path not in adapted:
             np.testing.assert_array_equal(whole[path], base[path])
             continue
-        a, b = (np.asarray(flatten_dict(params)[(*path, name)], float) for name in ("lora_a", "lora_b"))
+        a, b = (
+            np.asarray(flatten_dict(params)[(*path, name)], float) for name in ("lora_a", "lora_b")
+        )
         for layer in range(SMALL.num_layers):
             product = np.asarray(base[path][layer], float) + ALPHA / RANK * a[layer] @ b[layer]
             np.testing.assert_allclose(whole[path][layer], product, atol=1e-5)
@@ -48,9 +50,16 @@ def test_every_matrix_of_the_blocks_gets_its_product_and_nothing_else_changes():
 
 
 def test_layers_and_matrices_start_with_noise_of_their_own_and_of_unit_variance():
-    """x a has the variance of x, as in the paper's code up to a factor: rows are scaled by their number."""
+    """x a has the variance of x, as in the paper's code up to a factor: rows are scaled by their
+    number.
+    """
     flat = flatten_dict(init_lora(jax.random.key(4), BASE, 16))
-    starts = [np.asarray(z[layer]) for path, z in flat.items() if path[-1] == "lora_a" for layer in range(2)]
+    starts = [
+        np.asarray(z[layer])
+        for path, z in flat.items()
+        if path[-1] == "lora_a"
+        for layer in range(2)
+    ]
     for start in starts:
         assert start.std() * np.sqrt(len(start)) == pytest.approx(1.0, abs=0.12)
     first = [start[:48, :16].ravel() for start in starts]
@@ -90,7 +99,9 @@ def test_full_size_adapters_are_small():
     params = jax.eval_shape(lambda p: init_lora(jax.random.key(0), p, 256), base)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert count == 40 * 256 * (8 * (5120 + 5120) + 2 * (5120 + 13824))
-    merged = jax.eval_shape(lambda b, p: merge(b, p, SimpleNamespace(rank=256, alpha=256.0)), base, params)
+    merged = jax.eval_shape(
+        lambda b, p: merge(b, p, SimpleNamespace(rank=256, alpha=256.0)), base, params
+    )
     assert jax.tree.map(lambda x: (x.shape, x.dtype), merged) == jax.tree.map(
         lambda x: (x.shape, x.dtype), base
     )

@@ -6,7 +6,9 @@ from salt_jax.models.prompts import NEGATIVE_IMAGE_TO_VIDEO, NEGATIVE_TEXT_TO_VI
 
 
 def test_negative_prompts_are_the_published_ones():
-    """Lengths and digests of the strings in Wan 2.1's shared_config.py and of what its image-to-video adds."""
+    """Lengths and digests of the strings in Wan 2.1's shared_config.py and of what its
+    image-to-video adds.
+    """
     text, image = NEGATIVE_TEXT_TO_VIDEO, NEGATIVE_IMAGE_TO_VIDEO
     digest = lambda prompt: hashlib.sha256(prompt.encode()).hexdigest()
     assert (len(text), len(text.encode())) == (137, 403)

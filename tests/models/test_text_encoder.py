@@ -1,4 +1,6 @@
-"""The umT5 encoder against transformers, the published bucket table, and what the denoiser relies on."""
+"""The umT5 encoder against transformers, the published bucket table, and what the denoiser relies
+on.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +17,16 @@ from salt_jax.models.text_encoder import (
 )
 
 # `num_buckets` and `max_distance` are umT5's, so that a text of 160 tokens reaches the last bucket.
-SMALL = TextEncoderConfig(vocab_size=100, dim=32, num_layers=3, num_heads=4, head_dim=16, ffn_dim=48)
+SMALL = TextEncoderConfig(
+    vocab_size=100, dim=32, num_layers=3, num_heads=4, head_dim=16, ffn_dim=48
+)
 
 
 def random_tokens(lengths, width, seed=0):
     tokens = np.random.default_rng(seed).integers(2, SMALL.vocab_size, (len(lengths), width))
-    return jnp.asarray(np.where(np.arange(width) < np.array(lengths)[:, None], tokens, 0), jnp.int32)
+    return jnp.asarray(
+        np.where(np.arange(width) < np.array(lengths)[:, None], tokens, 0), jnp.int32
+    )
 
 
 def random_params(seed=0, std=0.2):
@@ -34,7 +40,10 @@ def random_params(seed=0, std=0.2):
 
 
 def from_transformers(state, config):
-    """UMT5EncoderModel's state dict -> our tree. Reads every tensor once; linear weights are transposed."""
+    """UMT5EncoderModel's state dict -> our tree.
+
+    Reads every tensor once; linear weights are transposed.
+    """
     state = dict(state)
     take = lambda name: state.pop(name + ".weight")
     layers = [f"encoder.block.{i}.layer." for i in range(config.num_layers)]
@@ -43,10 +52,15 @@ def from_transformers(state, config):
     state.pop("encoder.embed_tokens.weight", None)  # tied to shared
     blocks = {
         "attention_layer_norm": {"scale": stack("0.layer_norm", same)},
-        "relative_attention_bias": {"embedding": stack("0.SelfAttention.relative_attention_bias", same)},
+        "relative_attention_bias": {
+            "embedding": stack("0.SelfAttention.relative_attention_bias", same)
+        },
         **{name: {"kernel": stack(f"0.SelfAttention.{name}", transpose)} for name in "qkvo"},
         "ffn_layer_norm": {"scale": stack("1.layer_norm", same)},
-        **{name: {"kernel": stack(f"1.DenseReluDense.{name}", transpose)} for name in ("wi_0", "wi_1", "wo")},
+        **{
+            name: {"kernel": stack(f"1.DenseReluDense.{name}", transpose)}
+            for name in ("wi_0", "wi_1", "wo")
+        },
     }
     tree = {
         "shared": {"embedding": take("shared")},
@@ -63,8 +77,10 @@ def test_equals_transformers_with_padding():
     transformers = pytest.importorskip("transformers")
     oracle = transformers.UMT5EncoderModel(
         transformers.UMT5Config(
-            vocab_size=100, d_model=32, d_kv=16, d_ff=48, num_layers=3, num_heads=4, dropout_rate=0.0,
-            relative_attention_num_buckets=32, relative_attention_max_distance=128, layer_norm_epsilon=1e-6,
+            vocab_size=100, d_model=32, d_kv=16, d_ff=48, num_layers=3, num_heads=4,
+            dropout_rate=0.0,
+            relative_attention_num_buckets=32, relative_attention_max_distance=128,
+            layer_norm_epsilon=1e-6,
             feed_forward_proj="gated-gelu",
         )
     ).eval()  # fmt: skip
@@ -91,7 +107,9 @@ def test_equals_transformers_with_padding():
 
 
 def test_buckets_are_the_published_ones():
-    relative = np.array([-200, -128, -64, -16, -9, -8, -7, -1, 0, 1, 7, 8, 9, 16, 64, 127, 128, 200])
+    relative = np.array(
+        [-200, -128, -64, -16, -9, -8, -7, -1, 0, 1, 7, 8, 9, 16, 64, 127, 128, 200]
+    )
     want = [15, 15, 14, 10, 8, 8, 7, 1, 0, 17, 23, 24, 24, 26, 30, 31, 31, 31]
     buckets = text_encoder.relative_buckets(401, SMALL)  # [query, key], relative = key - query
     np.testing.assert_array_equal(buckets[200, 200 + relative], want)
@@ -125,7 +143,9 @@ def test_gradient_reaches_every_layer_and_only_the_tokens_used():
 def test_fresh_sub_layers_put_out_values_of_order_one():
     """With q's missing 1/sqrt(d) absorbed in the initialisation, no softmax starts saturated."""
     config = PRESETS["tiny"]
-    params = jax.tree.map(np.asarray, jax.jit(lambda k: init_text_encoder(k, config))(jax.random.key(0)))
+    params = jax.tree.map(
+        np.asarray, jax.jit(lambda k: init_text_encoder(k, config))(jax.random.key(0))
+    )
     assert 0.7 < params["shared"]["embedding"].std() < 1.4
     assert not np.allclose(params["blocks"]["q"]["kernel"][0], params["blocks"]["q"]["kernel"][1])
     h = np.random.default_rng(0).normal(size=(64, config.dim))
@@ -151,7 +171,9 @@ def test_prompts_cost_their_longest_and_equal_the_padded_encoding(monkeypatch):
     widths = []
     encode = text_encoder._encode
     monkeypatch.setattr(
-        text_encoder, "_encode", lambda p, t, *a, **k: widths.append(t.shape[1]) or encode(p, t, *a, **k)
+        text_encoder,
+        "_encode",
+        lambda p, t, *a, **k: widths.append(t.shape[1]) or encode(p, t, *a, **k),
     )
     params = random_params(std=0.1)
     for lengths, width in (((64, 3), 64), ((65, 1), 100)):
@@ -165,21 +187,31 @@ def arrays_of(jaxpr):
     """(dtype, shape) of everything that a program computes, inside its loops too."""
     for equation in jaxpr.eqns:
         yield from ((str(v.aval.dtype), v.aval.shape) for v in equation.outvars)
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")
+        ):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
                 yield from arrays_of(inner)
 
 
 def test_weights_stored_in_bfloat16_stay_so():
-    """umT5-xxl is stored in bfloat16 and fits beside little else: no weight is copied into float32."""
+    """umT5-xxl is stored in bfloat16 and fits beside little else: no weight is copied into
+    float32.
+    """
     params, tokens = (
         jax.tree.map(lambda w: w.astype(jnp.bfloat16), random_params()),
         random_tokens([20, 9], 20),
     )
     encode = lambda p: encode_text(p, tokens, SMALL, dtype=jnp.bfloat16)
-    matrices = {w.shape[-2:] for w in jax.tree.leaves(params) if w.shape[-1] >= SMALL.dim and w.ndim > 1}
-    made = [shape for dtype, shape in arrays_of(jax.make_jaxpr(encode)(params).jaxpr) if dtype == "float32"]
+    matrices = {
+        w.shape[-2:] for w in jax.tree.leaves(params) if w.shape[-1] >= SMALL.dim and w.ndim > 1
+    }
+    made = [
+        shape
+        for dtype, shape in arrays_of(jax.make_jaxpr(encode)(params).jaxpr)
+        if dtype == "float32"
+    ]
     assert made and not matrices & set(made)
     assert jax.eval_shape(encode, params).dtype == jnp.bfloat16
 

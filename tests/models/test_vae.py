@@ -13,14 +13,17 @@ from salt_jax.models import vae, vae_blocks
 from salt_jax.models.vae import PRESETS, VAEConfig, init_vae
 
 TINY = PRESETS["tiny"]
-jitted = lambda run, n=2: jax.jit(run, static_argnums=tuple(range(2, 2 + n)))  # config, dtype, tile, overlap
+# config, dtype, tile, overlap
+jitted = lambda run, n=2: jax.jit(run, static_argnums=tuple(range(2, 2 + n)))
 _encode, _decode = jitted(vae.encode_video), jitted(vae.decode_video)
 encode = lambda params, video, config=TINY, dtype=jnp.float32: _encode(params, video, config, dtype)
 decode = lambda params, z, config=TINY, dtype=jnp.float32: _decode(params, z, config, dtype)
 
 
 def random_params(config=TINY, seed=0):
-    """Every leaf random: kernels of variance 1 / fan-in, gains around 1, biases 0.1; few pixels reach the clamp."""
+    """Every leaf random: kernels of variance 1 / fan-in, gains around 1, biases 0.1; few pixels
+    reach the clamp.
+    """
     rng = np.random.default_rng(seed)
 
     def draw(path, w):
@@ -50,7 +53,10 @@ def from_diffusers(state):
 
     def conv(name):
         kernel = state.pop(name + ".weight")
-        return {"kernel": kernel.transpose(*range(2, kernel.ndim), 1, 0), "bias": state.pop(name + ".bias")}
+        return {
+            "kernel": kernel.transpose(*range(2, kernel.ndim), 1, 0),
+            "bias": state.pop(name + ".bias"),
+        }
 
     norm = lambda name: {"scale": state.pop(name + ".gamma").reshape(-1)}
 
@@ -60,7 +66,9 @@ def from_diffusers(state):
         return parts | ({"shortcut": conv(shortcut)} if shortcut + ".weight" in state else {})
 
     def sampler(name):
-        time = {"time_conv": conv(name + ".time_conv")} if name + ".time_conv.weight" in state else {}
+        time = (
+            {"time_conv": conv(name + ".time_conv")} if name + ".time_conv.weight" in state else {}
+        )
         return {"conv": conv(name + ".resample.1")} | time
 
     def middle(name):
@@ -80,7 +88,10 @@ def from_diffusers(state):
     names = [f"{level}.resnets.{i}" for level in range(4) for i in range(3)]
     for place, level in ((3, 0), (7, 1), (11, 2)):
         names.insert(place, f"{level}.upsamplers.0")
-    up = {i: (sampler if "upsamplers" in n else res)(f"decoder.up_blocks.{n}") for i, n in enumerate(names)}
+    up = {
+        i: (sampler if "upsamplers" in n else res)(f"decoder.up_blocks.{n}")
+        for i, n in enumerate(names)
+    }
     tree: Any = {"to_moments": conv("quant_conv"), "from_latent": conv("post_quant_conv")}
     for part, key, blocks in (("encoder", "down", down), ("decoder", "up", up)):
         tree[part] = {
@@ -148,13 +159,17 @@ def check_decode(oracle, z, config=TINY):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("frames", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 9, 13))])
+@pytest.mark.parametrize(
+    "frames", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 9, 13))]
+)
 def test_encode_equals_diffusers(oracle, frames):
     check_encode(oracle, random_video(frames))
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("frames", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3)), 4])
+@pytest.mark.parametrize(
+    "frames", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3)), 4]
+)
 def test_decode_equals_diffusers(oracle, frames):
     check_decode(oracle, random_latents(frames))
 
@@ -180,11 +195,14 @@ def test_fresh_kernels_keep_the_scale_of_what_they_read():
     params = jax.jit(lambda k: init_vae(k, TINY))(jax.random.key(0))
     for path, w in jax.tree_util.tree_leaves_with_path(params):
         if path[-1].key == "kernel":
-            assert 0.8 < float(w.std()) * np.prod(w.shape[:-1]) ** 0.5 < 1.2, jax.tree_util.keystr(path)
+            assert 0.8 < float(w.std()) * np.prod(w.shape[:-1]) ** 0.5 < 1.2, jax.tree_util.keystr(
+                path
+            )
         else:
             assert (w == (path[-1].key == "scale")).all()
     first, second = (params["encoder"]["down"][i]["conv1"]["kernel"] for i in "01")
-    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.1  # no two kernels share a draw
+    # no two kernels share a draw
+    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.1
 
 
 @pytest.mark.slow
@@ -209,7 +227,9 @@ def test_later_latents_change_no_earlier_frame():
 @pytest.mark.optimized
 def test_a_stream_is_the_whole_video_bit_for_bit():
     params, z = random_params(), random_latents(5)
-    frames, memory = jax.jit(lambda p, z: vae.decode_first(p, z, TINY, jnp.float32))(params, z[:, :1])
+    frames, memory = jax.jit(lambda p, z: vae.decode_first(p, z, TINY, jnp.float32))(
+        params, z[:, :1]
+    )
     go_on = jax.jit(lambda p, memory, z: vae.decode_next(p, memory, z, TINY, jnp.float32))
     stream = [frames]
     for a, b in pairwise([1, 2, 3, 5]):
@@ -228,7 +248,8 @@ def test_bfloat16_stays_near_float32():
 
 
 @pytest.mark.parametrize(
-    ("taps", "stride", "padding"), [(3, (1, 1, 1), None), (3, (2, 1, 1), (0, 0)), (1, (1, 2, 2), (0, 1))]
+    ("taps", "stride", "padding"),
+    [(3, (1, 1, 1), None), (3, (2, 1, 1), (0, 0)), (1, (1, 2, 2), (0, 1))],
 )
 def test_convolution_frame_by_frame_is_the_one_in_3d(taps, stride, padding):  # fmt: skip
     rng = np.random.default_rng(0)
@@ -236,7 +257,9 @@ def test_convolution_frame_by_frame_is_the_one_in_3d(taps, stride, padding):  # 
     kernel, bias, x = draw(taps, 3, 3, 4, 5), draw(5), draw(2, 7, 6, 8, 4)
     how = dict(stride=stride, pad=[padding or (1, 1)] * 2)
     at_once = vae_blocks.conv_at_once(x, kernel, **how)
-    np.testing.assert_allclose(vae_blocks.conv_by_frame(x, kernel, **how), at_once, atol=2e-5, rtol=0)
+    np.testing.assert_allclose(
+        vae_blocks.conv_by_frame(x, kernel, **how), at_once, atol=2e-5, rtol=0
+    )
     here = vae_blocks.conv({"kernel": kernel, "bias": bias}, x, stride, padding)
     np.testing.assert_allclose(here, at_once + bias[None, None, None, None], atol=2e-5, rtol=0)
 
@@ -246,7 +269,9 @@ def test_the_devices_that_a_program_is_for_decide_how_it_convolves():
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     params, x = {"kernel": draw(3, 3, 3, 4, 5), "bias": draw(5)}, draw(2, 7, 6, 8, 4)
     traced = jax.jit(vae_blocks.conv).trace(params, x)
-    count = lambda platform: traced.lower(lowering_platforms=(platform,)).as_text().count("convolution")
+    count = lambda platform: (
+        traced.lower(lowering_platforms=(platform,)).as_text().count("convolution")
+    )
     assert (count("cpu"), count("tpu")) == (3, 1)
 
 
@@ -283,7 +308,9 @@ def test_other_misfits_are_refused():
 def test_tiles_cover_an_axis_and_their_weights_sum_to_one(size, tile, overlap, unit):
     starts, weights = vae._axis_tiles(size, tile, overlap, unit)
     tile = min(tile, size)
-    assert starts[0] == 0 and starts[-1] + tile == size and weights.shape == (len(starts), tile * unit)
+    assert (
+        starts[0] == 0 and starts[-1] + tile == size and weights.shape == (len(starts), tile * unit)
+    )
     assert all(overlap <= before + tile - start < tile for before, start in pairwise(starts))
     total = np.zeros(size * unit)
     for start, weight in zip(starts, weights, strict=True):
@@ -294,8 +321,9 @@ def test_tiles_cover_an_axis_and_their_weights_sum_to_one(size, tile, overlap, u
 @pytest.mark.slow
 @pytest.mark.parity
 def test_tiles_equal_those_of_diffusers():
-    """Where both have the same tiles: two by two of 8 x 8, of which diffusers cuts off 2 for a third. It blends
-    corners, where four tiles meet, one axis after the other, so that their weights do not sum like ours.
+    """Where both have the same tiles: two by two of 8 x 8, of which diffusers cuts off 2 for a
+    third. It blends corners, where four tiles meet, one axis after the other, so that their weights
+    do not sum like ours.
     """
     module, _ = make_oracle(TINY, base_dim=8, z_dim=16)
     module.decoder.conv_out.weight.mul_(

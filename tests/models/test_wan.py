@@ -1,4 +1,6 @@
-"""The Wan port: parity with diffusers, parameter counts of the real sizes, and the traps of the architecture."""
+"""The Wan port: parity with diffusers, parameter counts of the real sizes, and the traps of the
+architecture.
+"""
 
 import functools
 from functools import partial
@@ -23,9 +25,9 @@ SMALL = WanConfig(48, 2, 2, 96, 16, 16, (1, 2, 2), 32, 12, 64, 0, 1e-6)
 def randomised(params, seed):
     """Every leaf random, gains around one: default zeros and ones would hide a wrong mapping."""
     rng = np.random.default_rng(seed)
-    noise = lambda path, p: (0.08 * rng.standard_normal(p.shape) + (path[-1].key == "scale")).astype(
-        np.float32
-    )
+    noise = lambda path, p: (
+        0.08 * rng.standard_normal(p.shape) + (path[-1].key == "scale")
+    ).astype(np.float32)
     return jax.tree_util.tree_map_with_path(noise, params)
 
 
@@ -37,7 +39,9 @@ def inputs(seed, config=SMALL, batch=2, frames=3, height=8, width=6, rows=12):
 
 
 def to_diffusers(params, config):
-    """Our tree under diffusers' names, torch tensors: written from the name table, not from our loader."""
+    """Our tree under diffusers' names, torch tensors: written from the name table, not from our
+    loader.
+    """
     torch = pytest.importorskip("torch")
     out = {}
 
@@ -46,7 +50,9 @@ def to_diffusers(params, config):
 
     pt, ph, pw = config.patch_size
     patch = params["patch_embedding"]
-    out["patch_embedding.weight"] = patch["kernel"].T.reshape(config.dim, config.in_channels, pt, ph, pw)
+    out["patch_embedding.weight"] = patch["kernel"].T.reshape(
+        config.dim, config.in_channels, pt, ph, pw
+    )
     out["patch_embedding.bias"] = patch["bias"]
     for ours, theirs in (("time", "time_embedder"), ("text", "text_embedder")):
         linear(f"condition_embedder.{theirs}.linear_1", params[f"{ours}_embedding"]["in"])
@@ -57,7 +63,10 @@ def to_diffusers(params, config):
     if config.image_dim:
         image, theirs = params["image_embedding"], "condition_embedder.image_embedder"
         for a, b in (("norm_in", "norm1"), ("norm_out", "norm2")):
-            out[f"{theirs}.{b}.weight"], out[f"{theirs}.{b}.bias"] = image[a]["scale"], image[a]["bias"]
+            out[f"{theirs}.{b}.weight"], out[f"{theirs}.{b}.bias"] = (
+                image[a]["scale"],
+                image[a]["bias"],
+            )
         linear(f"{theirs}.ff.net.0.proj", image["in"])
         linear(f"{theirs}.ff.net.2", image["out"])
     for i in range(config.num_layers):
@@ -110,7 +119,9 @@ def image_text(seed, config, shape, rows):
     rng, (batch, frames, height, width) = np.random.default_rng(seed), shape
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
     condition = draw(batch, frames, height, width, config.condition_channels)
-    return ImageText(draw(batch, rows, config.text_dim), draw(batch, 3, config.image_dim), condition)
+    return ImageText(
+        draw(batch, rows, config.text_dim), draw(batch, 3, config.image_dim), condition
+    )
 
 
 @pytest.mark.parity
@@ -124,7 +135,11 @@ def test_image_to_video_equals_diffusers(config):
     theirs, params = oracle(config), randomised(init_wan(jax.random.key(0), config), 1)
     assert not theirs.load_state_dict(to_diffusers(params, config), strict=True).missing_keys
     told = image_text(3, config, (2, 3, 4, 6), 512)
-    x = np.random.default_rng(2).standard_normal((2, 3, 4, 6, config.out_channels)).astype(np.float32)
+    x = (
+        np.random.default_rng(2)
+        .standard_normal((2, 3, 4, 6, config.out_channels))
+        .astype(np.float32)
+    )
     sigma = np.array([0.9375, 0.02], np.float32)
     denoise = wan_network(config, Compute(), 3, 3).denoise
     ours = denoise(params, jnp.asarray(x), jnp.asarray(sigma), told).velocity
@@ -140,8 +155,13 @@ def test_image_to_video_equals_diffusers(config):
 
 
 def test_image_to_video_is_told_a_picture():
-    """Each part of what it is told matters; guidance nulls the text alone; its parts of a prompt can be read once."""
-    params, network = randomised(init_wan(jax.random.key(0), I2V), 1), wan_network(I2V, Compute(), 3, 3)
+    """Each part of what it is told matters; guidance nulls the text alone; its parts of a prompt
+    can be read once.
+    """
+    params, network = (
+        randomised(init_wan(jax.random.key(0), I2V), 1),
+        wan_network(I2V, Compute(), 3, 3),
+    )
     told, sigma = image_text(3, I2V, (1, 3, 4, 4), 5), jnp.array([0.9])
     x = jnp.asarray(np.random.default_rng(2).standard_normal((1, 3, 4, 4, 16)), jnp.float32)
     denoise = jax.jit(network.denoise)
@@ -156,7 +176,9 @@ def test_image_to_video_is_told_a_picture():
     with pytest.raises(ValueError, match="image_dim=40 was told"):
         network.denoise(params, x, sigma, told.text)
     read = network.read_text(params, told)
-    again = apply_wan(params, jnp.concatenate([x, told.condition], -1), 1000 * sigma, read, I2V, Compute())
+    again = apply_wan(
+        params, jnp.concatenate([x, told.condition], -1), 1000 * sigma, read, I2V, Compute()
+    )
     np.testing.assert_allclose(again, out, atol=1e-5)
 
 
@@ -175,7 +197,9 @@ def test_equals_diffusers(config, shape):
     missing = network.load_state_dict(to_diffusers(params, config), strict=True)
     assert not missing.missing_keys
     x, timestep, text = inputs(2, config, 2, *shape, rows=config.text_length)
-    ours = apply_wan(params, jnp.asarray(x), jnp.asarray(timestep), jnp.asarray(text), config, Compute())
+    ours = apply_wan(
+        params, jnp.asarray(x), jnp.asarray(timestep), jnp.asarray(text), config, Compute()
+    )
     with torch.no_grad():
         theirs = network(
             torch.tensor(x.transpose(0, 4, 1, 2, 3)), torch.tensor(timestep), torch.tensor(text)
@@ -200,7 +224,9 @@ def test_real_sizes_trace(preset, count):
     assert sum(p.size for p in jax.tree.leaves(params)) == count
     spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     text = spec(1, 512, 4096)
-    told = ImageText(text, spec(1, 257, 1280), spec(1, 21, 60, 104, 20)) if config.image_dim else text
+    told = (
+        ImageText(text, spec(1, 257, 1280), spec(1, 21, 60, 104, 20)) if config.image_dim else text
+    )
     out = jax.eval_shape(
         lambda p, x, t, c: apply_wan(p, x, t, c, config, Compute(jnp.bfloat16, remat="all")),
         params, spec(1, 21, 60, 104, config.in_channels), spec(1), told,
@@ -222,7 +248,9 @@ def test_one_sigma_per_frame_equals_one_per_clip():
 
 
 def test_padding_rows_of_text_are_seen():
-    """Zero rows become a constant row after the MLP and take part in the softmax: dropping them changes the output."""
+    """Zero rows become a constant row after the MLP and take part in the softmax: dropping them
+    changes the output.
+    """
     params, (x, t, text) = randomised(init_wan(jax.random.key(0), SMALL), 5), inputs(6, rows=5)
     padded = np.pad(text, ((0, 0), (0, 7), (0, 0)))
     np.testing.assert_array_equal(run(params, x, t, text), run(params, x, t, padded))
@@ -277,7 +305,9 @@ def test_guidance_has_one_convention():
     c, u = denoise(params, x, sigma, text), denoise(params, x, sigma, null.repeat(2, 0))
     np.testing.assert_array_equal(guided(denoise, null, 1.0)(params, x, sigma, text).x0, c.x0)
     peers = c.x0 + 3.0 * (c.x0 - u.x0)
-    np.testing.assert_allclose(guided(denoise, null, 4.0)(params, x, sigma, text).x0, peers, atol=1e-5)
+    np.testing.assert_allclose(
+        guided(denoise, null, 4.0)(params, x, sigma, text).x0, peers, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -301,19 +331,27 @@ def test_position_channels_tell_every_place_apart():
     config = WanConfig(**{**SMALL.__dict__, "in_channels": 16 + POSITION_CHANNELS})
     params, (x, _, text) = randomised(init_wan(jax.random.key(0), config), 11), inputs(12)
     sigma = jnp.array([0.9, 0.3])
-    got = wan_network(config, Compute(), 3, 3).denoise(params, jnp.asarray(x), sigma, jnp.asarray(text))
+    got = wan_network(config, Compute(), 3, 3).denoise(
+        params, jnp.asarray(x), sigma, jnp.asarray(text)
+    )
     behind = np.concatenate(
         [x, np.broadcast_to(position_channels(3, 8, 6), (2, 3, 8, 6, POSITION_CHANNELS))], -1
     )
-    direct = apply_wan(params, jnp.asarray(behind), 1000 * sigma, jnp.asarray(text), config, Compute())
+    direct = apply_wan(
+        params, jnp.asarray(behind), 1000 * sigma, jnp.asarray(text), config, Compute()
+    )
     np.testing.assert_allclose(got.velocity, direct, atol=1e-6)
     with pytest.raises(ValueError, match="3 additional input channels"):
         wan_network(WanConfig(**{**SMALL.__dict__, "in_channels": 19}), Compute(), 3, 3)
 
 
-@pytest.mark.parametrize("axes", [{"data": 2, "context": 4}, {"fsdp": 2, "context": 2, "tensor": 2}])
+@pytest.mark.parametrize(
+    "axes", [{"data": 2, "context": 4}, {"fsdp": 2, "context": 2, "tensor": 2}]
+)
 def test_tokens_cut_along_context_change_nothing(axes):
-    """Loss and gradient of chunks that see a cache, and the keys and values that are kept, as on one device."""
+    """Loss and gradient of chunks that see a cache, and the keys and values that are kept, as on
+    one device.
+    """
     config = WanConfig(**{**SMALL.__dict__, "dim": 48, "num_heads": 4, "patch_size": (1, 2, 2)})
     mesh = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1} | axes, jax.devices())
     params = randomised(init_wan(jax.random.key(0), config), 1)
@@ -329,7 +367,9 @@ def test_tokens_cut_along_context_change_nothing(axes):
 
         def loss(params):
             sight = teacher_forcing(network, params, clean, text, policy)
-            return (network.denoise(params, x, sigma, text, sight).velocity ** 2).mean(), sight.memory
+            return (
+                network.denoise(params, x, sigma, text, sight).velocity ** 2
+            ).mean(), sight.memory
 
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 

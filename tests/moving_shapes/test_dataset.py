@@ -45,7 +45,10 @@ def test_example_agrees_with_its_indices(world):
 
 def test_scenes_and_modes_are_uniform_and_independent(monkeypatch):
     monkeypatch.setattr(shapes, "render", lambda *args: None)  # only the draws matter here
-    draws = [dataset.example(World(size=6, radius=1.0, starts=(0.0, 2.0, 4.0)), 0, i) for i in range(4800)]
+    draws = [
+        dataset.example(World(size=6, radius=1.0, starts=(0.0, 2.0, 4.0)), 0, i)
+        for i in range(4800)
+    ]
     scenes, modes = (np.array([d[name] for d in draws]) for name in ("scene", "mode"))
     for values, count in ((scenes, 48), (modes, 18), (scenes % 8 * 6 + modes % 6, 48)):
         expected = len(draws) / count
@@ -73,11 +76,18 @@ def test_second_build_reads_what_the_first_wrote(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset.MovingShapes, "_generate_examples", None)  # would fail if called
     train, _ = dataset.build(tmp_path, World(), 6, 2, 0)
     assert_same(train[5], dataset.example(World(), 0, 5))
-    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {
+        path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()
+    }
 
 
 def test_different_data_sets_share_a_directory(tmp_path):
-    sets = [(World(), 4, 2, 0), (World(), 4, 2, 1), (World(), 5, 2, 0), (World(speeds=(1.0,)), 4, 2, 0)]
+    sets = [
+        (World(), 4, 2, 0),
+        (World(), 4, 2, 1),
+        (World(), 5, 2, 0),
+        (World(speeds=(1.0,)), 4, 2, 0),
+    ]
     built = [dataset.build(tmp_path, *values)[0] for values in sets]
     for train, (world, num_train, _, seed) in zip(built, sets, strict=True):
         assert len(train) == num_train

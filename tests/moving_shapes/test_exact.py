@@ -1,4 +1,6 @@
-"""The optimal denoiser against Bayes' rule in a slow float64 loop, and against its own claim: nothing is better."""
+"""The optimal denoiser against Bayes' rule in a slow float64 loop, and against its own claim:
+nothing is better.
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +35,9 @@ def noised(sigma, seed=1):
 
 
 def slow_posterior(x, sigma, choice):
-    """p(clip | x, caption) over all 12 clips by Bayes' rule: Gaussian likelihood times prior, normalised."""
+    """p(clip | x, caption) over all 12 clips by Bayes' rule: Gaussian likelihood times prior,
+    normalised.
+    """
     x, scores = np.asarray(x, float), np.full(12, -np.inf)
     for i, clip in enumerate(CLIPS.reshape(12, *SHAPE).astype(float)):
         if choice is None or i // 4 == choice:
@@ -75,7 +79,10 @@ def test_each_example_has_its_own_level():
     _, low, sigma_low = noised(0.3)
     _, high, sigma_high = noised(0.9)
     mixed = closed_form_denoiser(
-        PARAMS, jnp.concatenate([low[:1], high[1:]]), jnp.concatenate([sigma_low[:1], sigma_high[1:]]), TEXT
+        PARAMS,
+        jnp.concatenate([low[:1], high[1:]]),
+        jnp.concatenate([sigma_low[:1], sigma_high[1:]]),
+        TEXT,
     )
     np.testing.assert_allclose(
         mixed.x0[:1], closed_form_denoiser(PARAMS, low, sigma_low, TEXT).x0[:1], atol=1e-6
@@ -126,7 +133,9 @@ def test_expected_error_is_the_distance_to_the_optimum():
     assert not np.any(expected_error(PARAMS, best, x, sigma, TEXT))
     off = jnp.arange(1.0, 5.0).reshape(4, 1, 1, 1, 1)
     worse = Prediction(best.velocity + off, best.x0)
-    np.testing.assert_allclose(expected_error(PARAMS, worse, x, sigma, TEXT), [1, 4, 9, 16], rtol=1e-4)
+    np.testing.assert_allclose(
+        expected_error(PARAMS, worse, x, sigma, TEXT), [1, 4, 9, 16], rtol=1e-4
+    )
 
 
 WORSE = {
@@ -135,13 +144,17 @@ WORSE = {
     "wrong level": lambda best, x, s, text: (
         from_x0(x, closed_form_denoiser(PARAMS, x, 0.7 * s, text).x0, s).velocity
     ),
-    "deaf": lambda best, x, s, text: closed_form_denoiser(PARAMS, x, s, jnp.zeros_like(text)).velocity,
+    "deaf": lambda best, x, s, text: (
+        closed_form_denoiser(PARAMS, x, s, jnp.zeros_like(text)).velocity
+    ),
 }
 
 
 @pytest.mark.parametrize("worse", WORSE.values(), ids=WORSE)
 def test_nothing_has_a_lower_flow_matching_loss(worse):
-    """And the excess of the worse is its expected error: the cross term has mean zero over the data."""
+    """And the excess of the worse is its expected error: the cross term has mean zero over the
+    data.
+    """
     count, rng = 6000, np.random.default_rng(4)
     caption, mode = rng.integers(3, size=count), rng.integers(4, size=count)
     x0 = jnp.asarray(CLIPS[caption, mode])

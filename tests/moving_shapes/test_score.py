@@ -1,4 +1,6 @@
-"""The scorer must read clean clips without fault, and must not be fooled by any kind of broken clip."""
+"""The scorer must read clean clips without fault, and must not be fooled by any kind of broken
+clip.
+"""
 
 import numpy as np
 import pytest
@@ -19,7 +21,9 @@ def clips(world: World, count: int, seed: int = 0):
 
 def render(scene, mode, world: World):
     scenes, modes = shapes.scenes(world), shapes.modes(world)
-    return np.stack([shapes.render(scenes[s], modes[m], world) for s, m in zip(scene, mode, strict=True)])
+    return np.stack(
+        [shapes.render(scenes[s], modes[m], world) for s, m in zip(scene, mode, strict=True)]
+    )
 
 
 def to_uint8(a):
@@ -36,7 +40,9 @@ def blur(videos, sigma: float):
 def averaged_with(other, videos, scene, mode, world: World):
     """Mean of each clip and the clip of the same scene at `other(mode)`."""
     scenes, modes = shapes.scenes(world), shapes.modes(world)
-    seconds = [shapes.render(scenes[s], other(modes[m]), world) for s, m in zip(scene, mode, strict=True)]
+    seconds = [
+        shapes.render(scenes[s], other(modes[m]), world) for s, m in zip(scene, mode, strict=True)
+    ]
     return to_uint8((videos.astype(float) + np.stack(seconds)) / 2)
 
 
@@ -50,7 +56,8 @@ def averaged_with(other, videos, scene, mode, world: World):
         PAIR,
         World(frames=21, pair=True),
         World(size=24, radius=6.0, pair=True),
-        World(size=24, pair=True),  # objects that do not overlap: the order of drawing does not show
+        # objects that do not overlap: the order of drawing does not show
+        World(size=24, pair=True),
     ],
     ids=str,
 )
@@ -81,7 +88,9 @@ def test_every_scene_is_read_without_fault(world):
 
 
 def test_reading_is_independent_of_the_table_of_statements():
-    """`compare` and `read` could agree on a wrong numbering; so one clip of each world is spelt out."""
+    """`compare` and `read` could agree on a wrong numbering; so one clip of each world is spelt
+    out.
+    """
     red, blue = list(shapes.COLOURS).index("red"), list(shapes.COLOURS).index("blue")
     up, above = list(shapes.DIRECTIONS).index("up"), list(shapes.RELATIONS).index("above")
     mode = Mode(4.0, 2.0, 0.5)
@@ -108,7 +117,9 @@ def test_places_and_speeds_between_the_modes(world):
     speeds[:32] = 0.5
     free = [Mode(*start, speed) for start, speed in zip(starts, speeds, strict=True)]
     scenes = shapes.scenes(world)
-    videos = np.stack([shapes.render(scenes[s], m, world) for s, m in zip(scene, free, strict=True)])
+    videos = np.stack(
+        [shapes.render(scenes[s], m, world) for s, m in zip(scene, free, strict=True)]
+    )
     card = score.score(videos, scene, world)
     assert card["all"] >= 0.99
     assert card["off_grid"] == 1
@@ -145,13 +156,16 @@ def test_flaws_that_are_small_pass_and_flaws_that_are_large_fail(world):
         assert score.score(broken, scene, world)["all"] >= 0.95, name
     for name, broken in large.items():
         card = score.score(broken, scene, world)
-        # A neighbouring start on the side of a pair's outline may blur as little as a fair edge does.
+        # A neighbouring start on the side of a pair's outline may blur as little as a fair edge
+        # does.
         assert card["all"] <= 0.05 and card["clean"] <= 0.05 and card["off_grid"] >= 0.95, name
 
 
 def test_scales_of_sharpness_and_residual():
     videos, scene, _ = clips(SINGLE, 32)
-    blurred = [score.score(blur(videos, s), scene, SINGLE)["sharpness"] for s in (0.4, 0.7, 1.0, 2.0)]
+    blurred = [
+        score.score(blur(videos, s), scene, SINGLE)["sharpness"] for s in (0.4, 0.7, 1.0, 2.0)
+    ]
     assert 1 > blurred[0] and all(np.diff(blurred) < -0.05) and blurred[-1] < 0.3
     for left in (0.9, 0.7, 0.5):  # an object of this brightness misses the rest
         dark = score.read(to_uint8(left * videos), SINGLE)
@@ -167,7 +181,17 @@ def test_scales_of_sharpness_and_residual():
 def test_black_is_right_about_nothing(world):
     _, scene, _ = clips(world, 8)
     card = score.score(np.zeros((8, 9, 12, 12, 3), np.uint8), scene, world)
-    for name in ("shape", "colour", "direction", "all", "clean", "identity", "sharpness", "speed", "motion"):
+    for name in (
+        "shape",
+        "colour",
+        "direction",
+        "all",
+        "clean",
+        "identity",
+        "sharpness",
+        "speed",
+        "motion",
+    ):
         assert card[name] == 0, name
     assert card["residual"] == pytest.approx(1) and card["off_grid"] == 1
 
@@ -215,9 +239,16 @@ def test_changing_brightness_is_flicker():
 
 def test_a_pair_must_move_together():
     one, two = shapes.Scene("circle", "red", "left"), shapes.Scene("square", "blue", "right")
-    both = [shapes.render(s, Mode(6.0 + 12 * i, 12.0, 0.5), World(size=24)) for i, s in enumerate((one, two))]
+    both = [
+        shapes.render(s, Mode(6.0 + 12 * i, 12.0, 0.5), World(size=24))
+        for i, s in enumerate((one, two))
+    ]
     reading = score.read(np.maximum(*both)[None], World(size=24, pair=True))
-    assert reading.direction[0] == -1 and reading.speed[0] == 0 and reading.motion[0] == pytest.approx(0.5)
+    assert (
+        reading.direction[0] == -1
+        and reading.speed[0] == 0
+        and reading.motion[0] == pytest.approx(0.5)
+    )
     assert not score.is_clean(reading)[0]
 
 
@@ -225,7 +256,12 @@ def test_mismatched_captions_score_by_chance():
     videos, _, _ = clips(SINGLE, 480)
     scene = np.random.default_rng(5).integers(48, size=480)
     card = score.score(videos, scene, SINGLE)
-    for name, chance in (("shape", 1 / 3), ("colour", 1 / 4), ("direction", 1 / 4), ("all", 1 / 48)):
+    for name, chance in (
+        ("shape", 1 / 3),
+        ("colour", 1 / 4),
+        ("direction", 1 / 4),
+        ("all", 1 / 48),
+    ):
         assert abs(card[name] - chance) < 4 * np.sqrt(chance * (1 - chance) / 480), name
     assert card["clean"] == 1 and card["off_grid"] == 0
 
@@ -252,7 +288,13 @@ def test_coverage_tells_dropped_modes_from_few_samples():
 
 def test_wrong_input_is_refused_with_a_reason():
     videos, scene, _ = clips(SINGLE, 2)
-    for wrong in (videos.astype(np.float32), videos[0], videos[:, :, :8], videos[:, :1], videos[:0]):
+    for wrong in (
+        videos.astype(np.float32),
+        videos[0],
+        videos[:, :, :8],
+        videos[:, :1],
+        videos[:0],
+    ):
         with pytest.raises(ValueError, match="expected"):
             score.read(wrong, SINGLE)
     for wrong in (scene[:1], np.array([0, 48]), np.array([-1, 0])):

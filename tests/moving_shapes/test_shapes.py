@@ -1,4 +1,6 @@
-"""The world is what its captions say: truth is read off the pixels without the code that drew them."""
+"""The world is what its captions say: truth is read off the pixels without the code that drew
+them.
+"""
 
 import itertools
 
@@ -26,7 +28,9 @@ def centre(mass: np.ndarray) -> np.ndarray:
     """Row and column [..., 2] of the centre of mass [..., H, W] on the torus: the circular mean."""
     size = mass.shape[-1]
     turn = np.exp(2j * np.pi * np.arange(size) / size)
-    angles = np.stack([np.angle((mass.sum(-1) * turn).sum(-1)), np.angle((mass.sum(-2) * turn).sum(-1))], -1)
+    angles = np.stack(
+        [np.angle((mass.sum(-1) * turn).sum(-1)), np.angle((mass.sum(-2) * turn).sum(-1))], -1
+    )
     return angles * size / (2 * np.pi)
 
 
@@ -50,7 +54,14 @@ def test_captions_are_distinct_and_complete(world, num_scenes):
     captions = [shapes.caption(scene) for scene in scenes]
     assert len(scenes) == len(set(scenes)) == len(set(captions)) == num_scenes
     for scene, caption in zip(scenes, captions, strict=True):
-        words = (scene.shape, scene.colour, scene.direction, scene.relation, scene.shape2, scene.colour2)
+        words = (
+            scene.shape,
+            scene.colour,
+            scene.direction,
+            scene.relation,
+            scene.shape2,
+            scene.colour2,
+        )
         assert all(word in caption for word in words)
         assert scene.colour != scene.colour2
 
@@ -77,7 +88,9 @@ def test_modes_are_the_grid_of_starts_and_speeds():
 
 
 def test_the_mean_clip_of_a_caption_tells_its_direction():
-    """Starts around the middle: even in pure noise, where only the mean is left, the four directions differ."""
+    """Starts around the middle: even in pure noise, where only the mean is left, the four
+    directions differ.
+    """
     world = World()
     mean = lambda scene: np.mean(
         [shapes.render(scene, mode, world).astype(float) for mode in shapes.modes(world)], 0
@@ -123,7 +136,9 @@ def test_clip_starts_where_its_mode_says():
     for mode in shapes.modes(world):
         for shape in ("circle", "square"):  # symmetric, so the centre of mass is the centre
             clip = shapes.render(Scene(shape, "blue", "down"), mode, world)
-            off = around(centre(clip[0].sum(-1, dtype=float)) - np.array([mode.y, mode.x]), world.size)
+            off = around(
+                centre(clip[0].sum(-1, dtype=float)) - np.array([mode.y, mode.x]), world.size
+            )
             np.testing.assert_allclose(off, 0, atol=0.01)
 
 
@@ -150,18 +165,23 @@ def test_shapes_have_equal_area_wherever_they_are(radius, tolerance):
 
 def test_shapes_look_like_their_names():
     world = World(size=24, radius=6.0)
-    circle, square, triangle = (shapes.shape_mask(s, 12.0, 12.0, world) > 0.5 for s in shapes.SHAPES)
+    circle, square, triangle = (
+        shapes.shape_mask(s, 12.0, 12.0, world) > 0.5 for s in shapes.SHAPES
+    )
     row, column = np.indices(circle.shape) - 12
     np.testing.assert_array_equal(circle, row**2 + column**2 < 36)
-    np.testing.assert_array_equal(square, np.maximum(abs(row), abs(column)) <= 5)  # half a side is 5.3
+    # half a side is 5.3
+    np.testing.assert_array_equal(square, np.maximum(abs(row), abs(column)) <= 5)
     widths = triangle.sum(1)[triangle.any(1)]
-    assert np.all(np.diff(widths) >= 0) and widths[0] <= 2 and widths[-1] == widths.max() >= 15  # points up
+    # points up
+    assert np.all(np.diff(widths) >= 0) and widths[0] <= 2 and widths[-1] == widths.max() >= 15
     np.testing.assert_array_equal(triangle[:, 1:], triangle[:, :0:-1])  # column 12 is the axis
 
 
 def test_colours_are_what_they_are_called():
     clip = {
-        c: shapes.render(Scene("square", c, "left"), Mode(6.0, 6.0, 1.0), World()) for c in shapes.COLOURS
+        c: shapes.render(Scene("square", c, "left"), Mode(6.0, 6.0, 1.0), World())
+        for c in shapes.COLOURS
     }
     pixel = {colour: video[0, 6, 6].astype(int) for colour, video in clip.items()}
     bright = {colour: tuple(value > 200) for colour, value in pixel.items()}
@@ -178,7 +198,9 @@ def test_pair_stands_in_the_stated_relation_in_every_frame():
     from_second = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
     for scene in some(shapes.scenes(world), 200):
         clip = shapes.render(scene, shapes.modes(world)[17], world).astype(float)
-        colours = np.array([[0, 0, 0], shapes.COLOURS[scene.colour], shapes.COLOURS[scene.colour2]]) * 255
+        colours = (
+            np.array([[0, 0, 0], shapes.COLOURS[scene.colour], shapes.COLOURS[scene.colour2]]) * 255
+        )
         nearest = np.argmin(((clip[..., None, :] - colours) ** 2).sum(-1), -1)
         first, second = (centre((nearest == i).astype(float)) for i in (1, 2))
         apart = around(first - second, world.size)

@@ -1,4 +1,6 @@
-"""Closed forms against the counts of Wan's files, against derivations by hand, and against traces of the programs."""
+"""Closed forms against the counts of Wan's files, against derivations by hand, and against traces
+of the programs.
+"""
 
 import dataclasses
 import functools
@@ -48,7 +50,9 @@ ALL = CachePolicy(3, 3, 0, 0, "absolute")
 @functools.cache
 def recipe(config, variant, **changes):
     made = config.get_config(variant)
-    made.update_from_flattened_dict({"batch_size": 1} | {k.replace("__", "."): v for k, v in changes.items()})
+    made.update_from_flattened_dict(
+        {"batch_size": 1} | {k.replace("__", "."): v for k, v in changes.items()}
+    )
     return read_recipe(made)
 
 
@@ -105,14 +109,18 @@ def network_shapes(c, frames, height, width):
     told = text
     if c.image_dim:
         image = S((1, image_tokens(c), c.image_dim), jnp.float32)
-        told = ImageText(text, image, S((1, frames, height, width, c.condition_channels), jnp.float32))
+        told = ImageText(
+            text, image, S((1, frames, height, width, c.condition_channels), jnp.float32)
+        )
     params = jax.eval_shape(lambda: init_wan(jax.random.key(0), c))
     x = S((1, frames, height, width, c.in_channels), jnp.float32)
     return params, x, S((1,), jnp.float32), told
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("c", [SMALL, IMAGE, PRESETS["wan2.1-i2v-tiny"]], ids=["1.3b", "i2v-14b", "i2v-tiny"])
+@pytest.mark.parametrize(
+    "c", [SMALL, IMAGE, PRESETS["wan2.1-i2v-tiny"]], ids=["1.3b", "i2v-14b", "i2v-tiny"]
+)
 def test_a_forward_costs_what_its_trace_multiplies(c):
     """All that the closed form leaves out is the time MLP."""
     size = (21, 60, 104)
@@ -125,7 +133,10 @@ def test_a_forward_costs_what_its_trace_multiplies(c):
 @pytest.mark.slow
 @pytest.mark.optimized
 def test_xla_counts_the_same_products_in_one_block():
-    """And a few percent of elementwise work. Of a scan it counts one turn, so the network has one block."""
+    """And a few percent of elementwise work.
+
+    Of a scan it counts one turn, so the network has one block.
+    """
     c = dataclasses.replace(
         SMALL, dim=256, num_heads=4, ffn_dim=1024, num_layers=1, text_length=32, text_dim=64
     )
@@ -139,11 +150,15 @@ def test_xla_counts_the_same_products_in_one_block():
 @pytest.mark.parametrize("kernel", ["plain", "blocks"])
 @pytest.mark.parametrize("remat", get_args(Remat))
 def test_a_gradient_costs_what_its_trace_multiplies(remat, kernel):
-    run = lambda p, *args: apply_wan(p, *args, SMALL, Compute(jnp.bfloat16, remat, kernel=kernel)).sum()
+    run = lambda p, *args: apply_wan(
+        p, *args, SMALL, Compute(jnp.bfloat16, remat, kernel=kernel)
+    ).sum()
     work = sweep(SMALL, (60, 104), [(21, 21)])
     found = traced_flops(jax.grad(run), *network_shapes(SMALL, 21, 60, 104))
     again = remade(remat, work, kernel != "plain")
-    assert found == pytest.approx(work.total + again + gradient_flops(work, kernel != "plain"), rel=2e-3)
+    assert found == pytest.approx(
+        work.total + again + gradient_flops(work, kernel != "plain"), rel=2e-3
+    )
 
 
 def test_a_trace_counts_scans_as_often_as_they_run_loops_as_told_and_convolutions():
@@ -171,8 +186,8 @@ def test_decoding_81_frames_costs_what_was_estimated():
     )
 
 
-# Updates, in TFLOP, by the arithmetic of one clip of 81 frames at 480p: student and critic 1.3B, teacher 14B with
-# guidance, flash attention, remat (derived by hand for this project).
+# Updates, in TFLOP, by the arithmetic of one clip of 81 frames at 480p: student and critic 1.3B,
+# teacher 14B with guidance, flash attention, remat (derived by hand for this project).
 
 
 def tera(parts):
@@ -195,15 +210,20 @@ def test_self_forcing_costs_what_was_derived_by_hand():
 
 
 def test_salt_costs_what_was_derived_by_hand():
-    plain, r = (recipe(wan_causal_self_forcing, v, align__probability=1.0) for v in ("plain", "salt"))
+    plain, r = (
+        recipe(wan_causal_self_forcing, v, align__probability=1.0) for v in ("plain", "salt")
+    )
     mix = mean_mix(r)
     parts, less = (tera(student_flops(x, mean_mix(x), True)) for x in (r, plain))
     assert parts["student: rollout"] - less["student: rollout"] == pytest.approx(119, rel=0.01)
     assert parts["student: reference rollout"] == pytest.approx(911, rel=0.01)
     # K = 8 in 2 of 5 updates, and 7 of its 8 levels begin a triple.
-    assert mix.self_consistency == pytest.approx(0.4 * 7 / 8) and mix.alignment == pytest.approx(0.6)
+    assert mix.self_consistency == pytest.approx(0.4 * 7 / 8) and mix.alignment == pytest.approx(
+        0.6
+    )
     terms = (
-        sum(f for name, f in parts.items() if "self-consistency" in name) + 0.35 * less["student: recompute"]
+        sum(f for name, f in parts.items() if "self-consistency" in name)
+        + 0.35 * less["student: recompute"]
     )
     assert terms == pytest.approx(0.35 * (198 + 651), rel=0.01)
     # Two looks through 18 of 30 layers, in 3 of 5 updates.
@@ -233,15 +253,20 @@ def test_the_mean_is_that_of_many_draws(config, variant):
     np.testing.assert_allclose(found, np.array(mean_mix(r)), rtol=0.08, atol=1e-6)
 
 
-# Whole updates against their traces. A trace shows what XLA's attention multiplies: in a rollout all slots of the
-# cache, filled or not. So the count of the rollouts is replaced by that, and nothing else. The attention of a CPU makes
-# its scores again for a gradient, as flash kernels do.
+# Whole updates against their traces. A trace shows what XLA's attention multiplies: in a rollout
+# all slots of the cache, filled or not. So the count of the rollouts is replaced by that, and
+# nothing else. The attention of a CPU makes its scores again for a gradient, as flash kernels do.
 
 FLASH = is_flash(choose_kernel("cpu", jnp.bfloat16, 128))
 
 
 def short(config, variant="plain", **changes):
-    sizes = {"data__clip": (6, 60, 104), "teacher__preset": "", "teacher__weights": "", "batch_size": 2}
+    sizes = {
+        "data__clip": (6, 60, 104),
+        "teacher__preset": "",
+        "teacher__weights": "",
+        "batch_size": 2,
+    }
     return recipe(config, variant, **(sizes | changes))
 
 
@@ -273,11 +298,18 @@ def dense(r, evaluations):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("who", "kind"),
-    [("student", "plain"), ("student", "self_consistency"), ("student", "alignment"), ("critic", "plain")],
+    [
+        ("student", "plain"),
+        ("student", "self_consistency"),
+        ("student", "alignment"),
+        ("critic", "plain"),
+    ],
 )
 def test_updates_with_rollouts_cost_what_their_traces_multiply(who, kind):
     r = short(wan_causal_self_forcing, "salt")
-    step, count = {"student": (student_step, student_flops), "critic": (critic_step, critic_flops)}[who]
+    step, count = {"student": (student_step, student_flops), "critic": (critic_step, critic_flops)}[
+        who
+    ]
     kinds = {"plain": Choice(), "self_consistency": Choice(True), "alignment": Choice(False, True)}
     choice = kinds[kind]
     draws = (decide(r, r.updates, call) for call in range(300))
@@ -285,11 +317,13 @@ def test_updates_with_rollouts_cost_what_their_traces_multiply(who, kind):
     mix = mix_of(r, choice, draw)
     parts = count(r, mix, FLASH)
     rollouts = sum(f for name, f in parts.items() if name.endswith("rollout"))
-    # One number stands for all loops of a trace: here both rollouts go round as often as the first one.
+    # One number stands for all loops of a trace: here both rollouts go round as often as the first
+    # one.
     expected = sum(parts.values()) - rollouts + (1 + choice.alignment) * dense(r, mix.rest)
     # Of features, whose weights get no gradient, a block's last product need not be made again.
     near = 1e-2 if choice.alignment else NEAR
-    # The rest: the time MLP, heads of features, and that text has neither a gradient nor its MLP made again.
+    # The rest: the time MLP, heads of features, and that text has neither a gradient nor its MLP
+    # made again.
     assert trace(r, step, choice, draw, int(mix.rest) - 1) == pytest.approx(expected, rel=near)
 
 

@@ -1,4 +1,6 @@
-"""Bytes against the trees that a run has, against arrays on a mesh, and against XLA's account of compiled updates."""
+"""Bytes against the trees that a run has, against arrays on a mesh, and against XLA's account of
+compiled updates.
+"""
 
 import math
 from typing import get_args
@@ -81,9 +83,12 @@ def test_what_is_counted_is_what_a_run_starts_from(start):
 def test_a_device_holds_what_it_is_given(sizes):
     r = recipe(shapes_self_forcing, weights="", batch_size=8)
     state, _ = jax.eval_shape(lambda: fresh_state(r))
-    mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)), jax.devices()[: math.prod(sizes)])
+    mesh = sharding.make_mesh(
+        dict(zip(sharding.AXES, sizes, strict=True)), jax.devices()[: math.prod(sizes)]
+    )
     placed = place(
-        jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state), sharding.state_shardings(mesh, state)
+        jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state),
+        sharding.state_shardings(mesh, state),
     )
     mine = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(placed))
     counted = tree_bytes(state, mesh.shape).values()
@@ -103,12 +108,15 @@ def test_the_cache_of_a_clip_is_what_was_derived_and_what_is_made():
 
 
 def test_a_run_of_1_3b_under_14b_keeps_what_was_derived():
-    """Parameters and one moment in float32, an average; the teacher at 2 bytes; 4 D for each token and layer."""
+    """Parameters and one moment in float32, an average; the teacher at 2 bytes; 4 D for each token
+    and layer.
+    """
     r = recipe(wan_causal_self_forcing, batch_size=1)
     there = rows(r, ONE)
     n = 1_418_996_800
     assert there["student"].whole == there["critic"].whole == there["gradients"].whole == 4 * n
-    assert there["student optimizer"].whole == there["critic optimizer"].whole == 4 * n + 4  # and a counter
+    # and a counter
+    assert there["student optimizer"].whole == there["critic optimizer"].whole == 4 * n + 4
     assert there["teacher"].whole == 2 * 14_288_491_584
     assert there["caches"].whole == cache_bytes(r.wan, 21, (60, 104), 2)
     assert there["inputs of blocks"].whole == 30 * 32_760 * 1536 * 4
@@ -132,14 +140,20 @@ def test_bytes_on_a_device_fall_with_the_mesh_and_add_up():
 @pytest.mark.slow
 def test_what_a_recipe_has_shows():
     tuned = rows(recipe(wan_causal_longlive, "lora"), ONE)
-    assert tuned["merged networks"].whole == 3 * tuned["base"].whole and tuned["videos under way"].whole
+    assert (
+        tuned["merged networks"].whole == 3 * tuned["base"].whole
+        and tuned["videos under way"].whole
+    )
     assert tuned["gradients"].whole == tuned["student"].whole < tuned["base"].whole / 4
     assert "caches" not in rows(recipe(wan_i2v), ONE)
     one = {
-        kernel: rows(recipe(wan_causal_forcing, batch_size=1), ONE, kernel)["one block at work"].whole
+        kernel: rows(recipe(wan_causal_forcing, batch_size=1), ONE, kernel)[
+            "one block at work"
+        ].whole
         for kernel in ("cudnn", "blocks", "plain")
     }
-    assert one["plain"] - one["cudnn"] >= 2 * 12 * 32_760**2 * 4  # of the whole clip, in float32, twice
+    # of the whole clip, in float32, twice
+    assert one["plain"] - one["cudnn"] >= 2 * 12 * 32_760**2 * 4
     assert 0 < one["blocks"] - one["cudnn"] <= 3 * 2**26 * 4  # a block of them, three times
 
 
@@ -163,7 +177,9 @@ def test_in_portions_activations_are_those_of_one_and_gradients_are_summed():
     whole, eighth = make(1), make(8)
     for name in ("caches", "inputs of blocks", "one block at work"):
         assert eighth[name].device * 8 == whole[name].device
-    assert eighth["gradients summed"].device == eighth["gradients"].device == whole["gradients"].device
+    assert (
+        eighth["gradients summed"].device == eighth["gradients"].device == whole["gradients"].device
+    )
     assert set(eighth) - set(whole) == {"gradients summed"} and eighth["batch"] == whole["batch"]
     with pytest.raises(
         UserError, match=r"batch_size=64 must be a multiple of .* = 8, times config\.accumulate=16"
@@ -174,15 +190,21 @@ def test_in_portions_activations_are_those_of_one_and_gradients_are_summed():
 @pytest.mark.parametrize("kernel", ["blocks", "plain"])
 @pytest.mark.parametrize("remat", get_args(Remat))
 def test_what_a_policy_keeps_is_what_jax_keeps(remat, kernel):
-    """What has as many rows as there are tokens in what a forward hands to its backward pass; beside parameters."""
+    """What has as many rows as there are tokens in what a forward hands to its backward pass;
+    beside parameters.
+    """
     c = WanConfig(256, 4, 6, 1024, 16, 16, (1, 2, 2), 32, 4, 64, 0, 1e-6)
     compute = Compute(jnp.bfloat16, remat, kernel=kernel)
     params = jax.eval_shape(lambda: init_wan(jax.random.key(0), c))
     told = S((1, 2, 64, 64, 16), jnp.float32), S((1,), jnp.float32), S((1, 4, 32), jnp.float32)
     back = lambda p, *args: jax.vjp(lambda p: apply_wan(p, *args, c, compute), p)[1]
     weights = {x.shape for x in jax.tree.leaves(params)}
-    left = [x for x in jax.tree.leaves(jax.eval_shape(back, params, *told)) if x.shape not in weights]
-    found = sum(x.size * x.dtype.itemsize for x in left if x.shape[:1] == (6,) and x.size >= 6 * 2048 * 4)
+    left = [
+        x for x in jax.tree.leaves(jax.eval_shape(back, params, *told)) if x.shape not in weights
+    ]
+    found = sum(
+        x.size * x.dtype.itemsize for x in left if x.shape[:1] == (6,) and x.size >= 6 * 2048 * 4
+    )
     counted = 6 * kept_bytes(c, [(2, 2)], 1024, 2, kernel, compute, 1)
     if remat == "offload":
         assert counted == 0 and found == 6 * 2048 * 256 * 4  # on the host
@@ -229,12 +251,16 @@ def test_a_compiled_update_takes_the_bytes_that_were_counted(step, sizes, count)
     r, nets, shardings, args = small_run(sizes, accumulate=count)
     compiled = compile_step(step, nets, r, shardings, choice=Choice()).lower(*args).compile()
     memory, there = compiled.memory_analysis(), kept(r, sizes)
-    # The video of the batch is not looked at; nor is the teacher by the critic's update, and its jit drops it.
+    # The video of the batch is not looked at; nor is the teacher by the critic's update, and its
+    # jit drops it.
     used = sum(row.device for row in there if step is student_step or row.name != "teacher")
     text = math.prod(args[2]["text"].shape) * 4 // sizes["fsdp"]
     assert 0 <= memory.argument_size_in_bytes - used - text < 256
     passing_bytes = {row.name: row.device for row in passing(r, sizes, "blocks", there)}
-    print(f"\n{step.__name__}: temporaries {memory.temp_size_in_bytes / 1e6:.1f} MB, counted {passing_bytes}")
+    print(
+        f"\n{step.__name__}: temporaries {memory.temp_size_in_bytes / 1e6:.1f} MB, counted "
+        f"{passing_bytes}"
+    )
     if step is student_step:
         assert 0.5 < memory.temp_size_in_bytes / sum(passing_bytes.values()) < 2
 
@@ -244,7 +270,9 @@ def test_a_compiled_update_takes_the_bytes_that_were_counted(step, sizes, count)
 def test_a_device_of_a_mesh_takes_the_bytes_that_were_counted(sizes):
     """By XLA's account of a program that reads the whole state."""
     r, _, shardings, (state, frozen, *_) = small_run(ONE | sizes)
-    look = jax.jit(lambda *trees: sum(x.sum() for x in jax.tree.leaves(trees)), in_shardings=shardings[:2])
+    look = jax.jit(
+        lambda *trees: sum(x.sum() for x in jax.tree.leaves(trees)), in_shardings=shardings[:2]
+    )
     found = look.lower(state, frozen).compile().memory_analysis().argument_size_in_bytes
     counted = sum(row.device for row in kept(r, ONE | sizes))
     assert 0 <= found - counted < 64  # counters

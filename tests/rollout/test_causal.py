@@ -1,5 +1,5 @@
-"""Chunk by chunk: a rollout and its replay against the slow sequential computation, streaming, and what may carry a
-gradient."""
+"""Chunk by chunk: a rollout and its replay against the slow sequential computation, streaming, and
+what may carry a gradient."""
 
 from dataclasses import replace
 from functools import cache as once
@@ -69,9 +69,13 @@ traces = []
 
 @partial(jax.jit, static_argnames=("policy", "frames", "solver"))
 def student(params, text, levels, exit_update, keys, weights, policy, frames, solver="cm"):
-    """The student's side of an update: rollout, replay, gradients of a weighted sum to parameters and states."""
+    """The student's side of an update: rollout, replay, gradients of a weighted sum to parameters
+    and states.
+    """
     traces.append(policy)
-    made = rollout(NETWORK, params, text, levels, exit_update, solver, keys, (frames, *PLACE), policy)
+    made = rollout(
+        NETWORK, params, text, levels, exit_update, solver, keys, (frames, *PLACE), policy
+    )
 
     def loss(params, x):
         x0 = replay(NETWORK, params, made._replace(x=x), text, policy).x0
@@ -91,7 +95,8 @@ def run(case, exit_update, num_updates=4, weights=None):
 run_once = once(run)
 
 
-# The slow computation. Its memory has the same size under all policies: three programs serve all tests.
+# The slow computation. Its memory has the same size under all policies: three programs serve all
+# tests.
 
 
 @partial(jax.jit, static_argnames=("size", "policy"))
@@ -123,7 +128,9 @@ clean_estimate = jax.jit(estimate)
 
 @jax.jit
 def slope(params, x, sigma, text, given, weights):
-    return jax.grad(lambda params: (weights * estimate(params, x, sigma, text, given)).sum())(params)
+    return jax.grad(lambda params: (weights * estimate(params, x, sigma, text, given)).sum())(
+        params
+    )
 
 
 @jax.jit
@@ -136,29 +143,39 @@ noise = jax.jit(lambda sigma, frames: noise_at(KEYS, sigma, frames, PLACE))
 
 
 def slow_chunk(cache, text, sigmas, exit_update, size, policy, solver="cm"):
-    """The next chunk in a loop over its updates: its state before the exit update, what that said, what it saw."""
+    """The next chunk in a loop over its updates: its state before the exit update, what that said,
+    what it saw.
+    """
     given, numbers = seen(cache, size, policy), int(cache.end) + jnp.arange(size)
     x = noise(sigmas[0], numbers)
     for i in range(exit_update):
         now, after = float(sigmas[i]), float(sigmas[i + 1])
         x0 = clean_estimate(PARAMS, x, now, text, given)
         fresh = noise(sigmas[i + 1], numbers)
-        x = x - (now - after) * (x - x0) / now if solver == "euler" else (1 - after) * x0 + after * fresh
+        x = (
+            x - (now - after) * (x - x0) / now
+            if solver == "euler"
+            else (1 - after) * x0 + after * fresh
+        )
     return x, clean_estimate(PARAMS, x, float(sigmas[exit_update]), text, given), given
 
 
 def slow_commit(cache, x0, text, policy):
-    return remember(cache, read(PARAMS, x0, text, seen(cache, x0.shape[1], policy)), x0, policy=policy)
+    return remember(
+        cache, read(PARAMS, x0, text, seen(cache, x0.shape[1], policy)), x0, policy=policy
+    )
 
 
 def slow_video(case, exit_update, weights):
-    """All chunks on a cache that keeps only what the policy needs; the gradient is summed over chunks, each reading
-    the cache as a constant."""
+    """All chunks on a cache that keeps only what the policy needs; the gradient is summed over
+    chunks, each reading the cache as a constant."""
     policy, frames = CASES[case]
     cache, start, parts, total = empty(policy.capacity(frames)), 0, [], None
     for size in policy.sizes(frames):
         x, x0, given = slow_chunk(cache, text(), grid(4, 5.0), exit_update, size, policy)
-        part = slope(PARAMS, x, grid(4, 5.0)[exit_update], text(), given, weights[:, start : start + size])
+        part = slope(
+            PARAMS, x, grid(4, 5.0)[exit_update], text(), given, weights[:, start : start + size]
+        )
         total = part if total is None else jax.tree.map(jnp.add, total, part)
         cache, start = slow_commit(cache, x0, text(), policy), start + size
         parts.append((x, x0))
@@ -207,7 +224,9 @@ def test_a_traced_exit_update_gives_what_a_static_one_gives():
     np.testing.assert_allclose(static(PARAMS), run_once("window", 2)[0].x0, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", [pytest.param("all", marks=pytest.mark.slow), "sink, picture first"])
+@pytest.mark.parametrize(
+    "case", [pytest.param("all", marks=pytest.mark.slow), "sink, picture first"]
+)
 def test_no_gradient_crosses_from_chunk_to_chunk(case):
     """What a chunk says depends on its own noisy state alone, exactly."""
     policy, frames = CASES[case]
@@ -220,7 +239,10 @@ def test_no_gradient_crosses_from_chunk_to_chunk(case):
 
 
 def test_a_trajectory_carries_no_gradient():
-    """To nothing that it was made of. A traced exit update, which has no reverse mode, is no obstacle."""
+    """To nothing that it was made of.
+
+    A traced exit update, which has no reverse mode, is no obstacle.
+    """
     policy, frames = CASES["sink, picture first"]
 
     def total(params, text, sigmas, exit_update):
@@ -260,9 +282,14 @@ def test_the_first_chunk_may_have_a_schedule_of_its_own():
 
 @pytest.mark.slow
 def test_replay_says_what_the_rollout_said_with_position_channels():
-    """Both tell each frame its own number, also those past the clip that the network was made for."""
+    """Both tell each frame its own number, also those past the clip that the network was made
+    for.
+    """
     config = WanConfig(**{**SMALL.__dict__, "in_channels": 4 + POSITION_CHANNELS})
-    network, params = wan_network(config, Compute(), 6, 3), randomised(init_wan(jax.random.key(0), config), 1)
+    network, params = (
+        wan_network(config, Compute(), 6, 3),
+        randomised(init_wan(jax.random.key(0), config), 1),
+    )
     policy = CachePolicy(3, 3, 6, 0, "relative")
 
     @jax.jit
@@ -277,7 +304,9 @@ def test_replay_says_what_the_rollout_said_with_position_channels():
 @partial(jax.jit, static_argnames=("size", "policy", "solver"))
 def streamed(params, cache, text, levels, exit_update, keys, size, policy, solver="cm"):
     """The next chunk: its state before the exit update, what that said, and the cache with it."""
-    x, x0 = generate_chunk(NETWORK, params, cache, text, levels, exit_update, solver, keys, size, policy)
+    x, x0 = generate_chunk(
+        NETWORK, params, cache, text, levels, exit_update, solver, keys, size, policy
+    )
     return x, x0, commit(NETWORK, params, cache, x0, text, policy)
 
 
@@ -300,15 +329,21 @@ def test_streaming_on_a_cache_that_forgets_gives_the_rollouts_chunks(case):
     np.testing.assert_allclose(np.concatenate(parts, 1), made.x0, atol=1e-5)
     slots = np.r_[: policy.sink, frames - cache.slots + policy.sink : frames]
     np.testing.assert_array_equal(cache.frames, slots)
-    assert_close_to_scale((cache.k, cache.v), (made.cache.k[:, :, slots], made.cache.v[:, :, slots]), 1e-5)
+    assert_close_to_scale(
+        (cache.k, cache.v), (made.cache.k[:, :, slots], made.cache.v[:, :, slots]), 1e-5
+    )
 
 
 @partial(jax.jit, static_argnames=("policy", "first", "more", "cut"))
 def in_two_parts(params, text, levels, exit_update, keys, policy, first, more, cut):
-    """Two rollouts, the second on the cache of the first, or on what of it is needed (`cut`); its replay too."""
+    """Two rollouts, the second on the cache of the first, or on what of it is needed (`cut`); its
+    replay too.
+    """
     one = rollout(NETWORK, params, text, levels, exit_update, "cm", keys, (first, *PLACE), policy)
     cache = forget(one.cache, policy) if cut else one.cache
-    two = rollout(NETWORK, params, text, levels, exit_update, "cm", keys, (more, *PLACE), policy, cache)
+    two = rollout(
+        NETWORK, params, text, levels, exit_update, "cm", keys, (more, *PLACE), policy, cache
+    )
     return one.x0, two, replay(NETWORK, params, two, text, policy).x0
 
 
@@ -334,9 +369,13 @@ def test_a_rollout_that_goes_on_equals_one_long_rollout(case, more, cut):
 def test_frames_that_do_not_split_into_chunks_are_named():
     policy = CASES["all, relative, picture first"][0]
     roll = lambda frames, cache: jax.eval_shape(
-        lambda: rollout(NETWORK, PARAMS, text(), levels(4), 0, "cm", KEYS, (frames, *PLACE), policy, cache)
+        lambda: rollout(
+            NETWORK, PARAMS, text(), levels(4), 0, "cm", KEYS, (frames, *PLACE), policy, cache
+        )
     )
-    with pytest.raises(ValueError, match="6 latent frames do not split into a chunk of 1 and chunks of 3"):
+    with pytest.raises(
+        ValueError, match="6 latent frames do not split into a chunk of 1 and chunks of 3"
+    ):
         roll(6, None)
     with pytest.raises(ValueError, match="4 latent frames do not split"):
         roll(4, empty(4))
@@ -355,7 +394,8 @@ def test_reading_a_clip_equals_committing_its_chunks(case):
 
 
 read_again = jax.jit(
-    lambda cache, text, policy: recache(NETWORK, PARAMS, cache, text, policy), static_argnames="policy"
+    lambda cache, text, policy: recache(NETWORK, PARAMS, cache, text, policy),
+    static_argnames="policy",
 )
 
 
@@ -401,14 +441,20 @@ def test_recache_never_sees_an_empty_slot():
     policy, x0 = CachePolicy(3, 1, 9, 1, "relative"), clip(4)
     cache = slow_fill(policy, x0, text(), policy.capacity(4))
     assert cache.slots == 6 and cache.filled == 4
-    said = [read_again(replace(cache, x0=cache.x0.at[:, 4:].set(z)), text(9), policy) for z in (0.0, 5.0)]
+    said = [
+        read_again(replace(cache, x0=cache.x0.at[:, 4:].set(z)), text(9), policy)
+        for z in (0.0, 5.0)
+    ]
     for name in ("k", "v"):
         ours, theirs = (getattr(z, name)[:, :, :4] for z in said)
         np.testing.assert_array_equal(ours, theirs)
 
 
 def test_one_program_serves_all_exit_updates_and_schedules():
-    """Levels are padded, the exit update is traced. What stands behind the exit update is not looked at."""
+    """Levels are padded, the exit update is traced.
+
+    What stands behind the exit update is not looked at.
+    """
     policy, frames = CASES["window"]
     said = {(1, 0): run("window", 0, 1)[1]}
     compiled, traced = student._cache_size(), len(traces)
@@ -446,7 +492,9 @@ def test_updates_on_a_cache_are_those_of_a_slow_loop(solver):
     policy = CASES["window"][0]
     cache = slow_commit(empty(3), clip(3), text(), policy)
     for num_updates in (1, 2, 8):
-        x, x0, _ = slow_chunk(cache, text(), grid(num_updates, 5.0), num_updates - 1, 3, policy, solver)
+        x, x0, _ = slow_chunk(
+            cache, text(), grid(num_updates, 5.0), num_updates - 1, 3, policy, solver
+        )
         got_x, got_x0, after = streamed(
             PARAMS, cache, text(), levels(num_updates), num_updates - 1, KEYS, 3, policy, solver
         )

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from salt_jax.flow.schedule import explicit, grid, triples
-from salt_jax.rollout.draws import as_reference, draw_chunk_plan, draw_plan, draw_rollout, place_in_sequence
+from salt_jax.rollout.draws import (
+    as_reference,
+    draw_chunk_plan,
+    draw_plan,
+    draw_rollout,
+    place_in_sequence,
+)
 
 BATCH = 20_000
 
@@ -21,7 +27,9 @@ def test_levels_fall_and_lie_on_their_grids(anchors):
     plan = drawn(0, anchors)
     assert set(plan.sigma_s.tolist()) == set(grid(8, 5.0)[:-1].tolist())
     some = plan.exists
-    assert np.all((plan.sigma_s > plan.sigma_m)[some]) and np.all((plan.sigma_m > plan.sigma_e)[some])
+    assert np.all((plan.sigma_s > plan.sigma_m)[some]) and np.all(
+        (plan.sigma_m > plan.sigma_e)[some]
+    )
     assert set(plan.sigma_m[some].tolist()) <= set(grid(8, 5.0).tolist())
     room = grid(8, 5.0)[1]  # a middle above the end needs a level between it and pure noise
     assert set(plan.sigma_e[some].tolist()) == {e for e in grid(anchors, 5.0).tolist() if e < room}
@@ -40,9 +48,13 @@ def test_starts_are_uniform_and_the_rest_is_eq_9_given_the_start():
     for start in range(8):
         here = plan.sigma_s == levels[start]
         assert here.mean() == pytest.approx(1 / 8, abs=0.01)
-        for m, e, p in zip(table.middle[start], table.end[start], table.probability[start], strict=True):
+        for m, e, p in zip(
+            table.middle[start], table.end[start], table.probability[start], strict=True
+        ):
             if p:
-                share = np.mean((plan.sigma_m[here] == levels[m]) & (plan.sigma_e[here] == levels[e]))
+                share = np.mean(
+                    (plan.sigma_m[here] == levels[m]) & (plan.sigma_e[here] == levels[e])
+                )
                 assert share == pytest.approx(p, abs=5 * np.sqrt(p * (1 - p) / here.sum()) + 1e-6)
 
 
@@ -65,11 +77,17 @@ def test_no_key_is_used_twice():
 
 
 def test_listed_levels_take_the_place_of_the_grid():
-    """Eq. 9 works on indices: with three levels the triples are (0, 1, 2), (0, 1 or 2, 3) and (1, 2, 3)."""
+    """Eq. 9 works on indices: with three levels the triples are (0, 1, 2), (0, 1 or 2, 3) and (1,
+    2, 3).
+    """
     levels = explicit((1000, 757, 522))
     plan = jax.tree.map(np.asarray, draw_plan(jax.random.key(0), 2000, levels, 3))
     assert set(plan.sigma_s.tolist()) == set(levels[:3].tolist())
-    found = {tuple(levels.tolist().index(x) for x in row[:3]) for row in zip(*plan, strict=True) if row[3]}
+    found = {
+        tuple(levels.tolist().index(x) for x in row[:3])
+        for row in zip(*plan, strict=True)
+        if row[3]
+    }
     assert found == {(0, 1, 2), (0, 1, 3), (0, 2, 3), (1, 2, 3)}
     _, draw = draw_rollout(0, 3, (3,), (1.0,), 0, 3, lambda k: {3: levels}[k], True, 0.0)
     np.testing.assert_array_equal(draw.levels, levels)
@@ -93,7 +111,9 @@ def drawn_chunks(seed, batch=4000):
 
 
 def test_chunks_have_levels_of_their_own_and_each_may_be_clean():
-    """A chunk is clean as often as it is at any of the levels; chunks know nothing of each other."""
+    """A chunk is clean as often as it is at any of the levels; chunks know nothing of each
+    other.
+    """
     plan, levels = drawn_chunks(0), grid(8, 5.0)
     for chunk in range(3):
         for level in levels:
@@ -111,9 +131,13 @@ def test_chunks_have_triples_of_eq_9_or_three_equal_levels():
     np.testing.assert_array_equal(plan.sigma_e[~plan.exists], plan.sigma_s[~plan.exists])
     for start in range(7):
         here = plan.sigma_s == levels[start]
-        for m, e, p in zip(table.middle[start], table.end[start], table.probability[start], strict=True):
+        for m, e, p in zip(
+            table.middle[start], table.end[start], table.probability[start], strict=True
+        ):
             if p:
-                share = np.mean((plan.sigma_m[here] == levels[m]) & (plan.sigma_e[here] == levels[e]))
+                share = np.mean(
+                    (plan.sigma_m[here] == levels[m]) & (plan.sigma_e[here] == levels[e])
+                )
                 assert share == pytest.approx(p, abs=5 * np.sqrt(p * (1 - p) / here.sum()) + 1e-6)
 
 
@@ -144,7 +168,9 @@ def by_updates(pairs):
 def near_share(found, count, share):
     """Within five standard deviations of a coin."""
     share = float(share)
-    assert found / count == pytest.approx(share, abs=5 * np.sqrt(share * (1 - share) / count) + 1e-9)
+    assert found / count == pytest.approx(
+        share, abs=5 * np.sqrt(share * (1 - share) / count) + 1e-9
+    )
 
 
 def same(one, other):
@@ -180,9 +206,13 @@ def test_triples_start_where_the_longest_rollout_exits_and_are_those_of_eq_9():
             assert draw.sigma_m == draw.sigma_e == draw.levels[start]
         pairs[start].append((float(draw.sigma_m), float(draw.sigma_e)))
     for start in range(7):
-        for m, e, p in zip(table.middle[start], table.end[start], table.probability[start], strict=True):
+        for m, e, p in zip(
+            table.middle[start], table.end[start], table.probability[start], strict=True
+        ):
             if p:
-                near_share(pairs[start].count((float(levels[m]), float(levels[e]))), len(pairs[start]), p)
+                near_share(
+                    pairs[start].count((float(levels[m]), float(levels[e]))), len(pairs[start]), p
+                )
 
 
 def test_shorter_rollouts_have_no_triple_and_three_equal_levels():
@@ -204,17 +234,25 @@ def test_the_reference_takes_twice_as_many_updates_and_all_of_them():
     for _, draw in rollouts(calls=200):
         k = number(draw.levels)
         twice = min(2 * k, 8)
-        np.testing.assert_array_equal(draw.reference_levels, np.pad(grid(twice, 5.0), (0, 8 - twice)))
+        np.testing.assert_array_equal(
+            draw.reference_levels, np.pad(grid(twice, 5.0), (0, 8 - twice))
+        )
         assert draw.reference_exit == twice - 1
 
 
 @pytest.mark.parametrize("first", [0, 4])
 def test_every_chunk_of_the_reference_runs_all_its_updates(first):
-    """As a draw it has the reference's levels; a first chunk with a schedule of its own keeps it."""
+    """As a draw it has the reference's levels; a first chunk with a schedule of its own keeps
+    it.
+    """
     for _, draw in rollouts(first_updates=first, calls=200 if not first else 600):
         reference = as_reference(draw, first)
         np.testing.assert_array_equal(reference.levels, draw.reference_levels)
-        assert reference.levels[reference.exit_update] > 0 == reference.levels[reference.exit_update + 1]
+        assert (
+            reference.levels[reference.exit_update]
+            > 0
+            == reference.levels[reference.exit_update + 1]
+        )
         levels = reference.first_levels if first else reference.levels
         assert levels[reference.first_exit] > 0 == levels[reference.first_exit + 1]
         np.testing.assert_array_equal(reference.first_levels, draw.first_levels)
@@ -226,14 +264,22 @@ def test_a_rollout_is_a_function_of_the_seed_and_the_call():
         assert one[0] == other[0] and same(one[1], other[1])
     ks = lambda pairs: [number(draw.levels) for _, draw in pairs]
     agree = np.mean(np.array(ks(rollouts(seed=1, calls=600))) == np.array(ks(rollouts()))[:600])
-    assert agree == pytest.approx(0.2**2 + 0.3**2 + 0.5**2, abs=0.1), "seeds know nothing of each other"
+    assert agree == pytest.approx(0.2**2 + 0.3**2 + 0.5**2, abs=0.1), (
+        "seeds know nothing of each other"
+    )
 
 
 def test_a_term_that_is_off_changes_no_draw():
     for kwargs in ({"self_consistency": False}, {"alignment": 0.0}):
-        for (choice, draw), (without, other) in zip(rollouts(), rollouts(calls=500, **kwargs), strict=False):
+        for (choice, draw), (without, other) in zip(
+            rollouts(), rollouts(calls=500, **kwargs), strict=False
+        ):
             assert same(draw, other)
-            off = {"self_consistency": False} if "self_consistency" in kwargs else {"alignment": False}
+            off = (
+                {"self_consistency": False}
+                if "self_consistency" in kwargs
+                else {"alignment": False}
+            )
             assert without == choice._replace(**off)
 
 
@@ -242,9 +288,14 @@ def test_the_first_chunk_may_have_updates_of_its_own_and_exits_anywhere_in_them(
         pairs, exits = rollouts(first_updates=first, calls=600), []
         for (_, draw), (_, other) in zip(pairs, rollouts(), strict=False):
             size = max(8, first) + 1
-            np.testing.assert_array_equal(draw.first_levels, np.pad(grid(first, 5.0), (0, size - first - 1)))
+            np.testing.assert_array_equal(
+                draw.first_levels, np.pad(grid(first, 5.0), (0, size - first - 1))
+            )
             assert len(draw.levels) == len(draw.reference_levels) == size
-            assert number(draw.levels) == number(other.levels) and draw.exit_update == other.exit_update
+            assert (
+                number(draw.levels) == number(other.levels)
+                and draw.exit_update == other.exit_update
+            )
             exits.append(int(draw.first_exit))
         for exit_update in range(first):
             near_share(exits.count(exit_update), len(exits), 1 / first)
@@ -286,7 +337,8 @@ def test_a_video_changes_its_prompt_at_most_once_at_any_call_but_its_first(switc
     videos = sequences(6000, switch=switch)
     at = [video.index("switch") for video in videos if "switch" in video]
     assert all(
-        video[0] == "new" and video.count("new") == 1 and video.count("switch") <= 1 for video in videos
+        video[0] == "new" and video.count("new") == 1 and video.count("switch") <= 1
+        for video in videos
     )
     near_share(len(at), len(videos), switch)
     for position in range(1, 6) if at else ():

@@ -1,4 +1,6 @@
-"""Guidance chunk by chunk: each branch has read the video under its own text, as training's causal teacher has."""
+"""Guidance chunk by chunk: each branch has read the video under its own text, as training's causal
+teacher has.
+"""
 
 from dataclasses import replace
 
@@ -24,7 +26,8 @@ WAN = WanConfig(24, 2, 2, 32, 4, 4, (1, 2, 2), 8, 4, 16, 0, 1e-6)
 SHAPES = WanConfig(24, 2, 2, 32, 3 + POSITION_CHANNELS, 3, (1, 2, 2), 8, 4, 16, 0, 1e-6)
 W, UPDATES, SHIFT, FRAMES = 3.0, 4, 5.0, 9
 TEXT, NULL, OTHER = (
-    np.random.default_rng(i).normal(size=(n, 4, 8)).astype(np.float32) for i, n in ((1, 2), (2, 1), (3, 2))
+    np.random.default_rng(i).normal(size=(n, 4, 8)).astype(np.float32)
+    for i, n in ((1, 2), (2, 1), (3, 2))
 )
 
 
@@ -50,14 +53,18 @@ def make(config, policy, w, cues=None, given=None):
     ids=["wan", "shapes, window", "wan, window, sink"],
 )
 def test_guided_chunks_are_those_of_the_causal_teacher_of_training(config, policy):
-    """All chunks at once by `forced_velocity`, each given the clean ones before it, along the same Euler path."""
+    """All chunks at once by `forced_velocity`, each given the clean ones before it, along the same
+    Euler path.
+    """
     network, params, shape, video = make(config, policy, W)
     recipe = read_recipe(base.get_config())
     recipe = replace(recipe, memory=policy, ode=replace(recipe.ode, guidance=W))
 
     @jax.jit
     def teacher(x0, x):
-        velocity = forced_velocity(network, params, x0, jnp.asarray(TEXT), jnp.asarray(NULL), recipe)
+        velocity = forced_velocity(
+            network, params, x0, jnp.asarray(TEXT), jnp.asarray(NULL), recipe
+        )
         for now, after in zip(grid(UPDATES, SHIFT)[:-1], grid(UPDATES, SHIFT)[1:], strict=True):
             x = euler(x, velocity(x, jnp.full(2, now)), jnp.full(2, now), jnp.full(2, after))
         return x
@@ -73,7 +80,9 @@ def test_a_switch_and_a_given_beginning_keep_both_histories():
     policy = CachePolicy(3, 3, 9, 3, "absolute")
     plain = make(WAN, policy, W)[-1]
     close = 1e-5 * np.abs(plain).max()
-    np.testing.assert_allclose(make(WAN, policy, W, {0: Cue(TEXT), 6: Cue(TEXT)})[-1], plain, atol=close)
+    np.testing.assert_allclose(
+        make(WAN, policy, W, {0: Cue(TEXT), 6: Cue(TEXT)})[-1], plain, atol=close
+    )
     np.testing.assert_allclose(make(WAN, policy, W, given=plain[:, :6])[-1], plain, atol=close)
     switched = make(WAN, policy, W, {0: Cue(TEXT), 6: Cue(OTHER)})[-1]
     np.testing.assert_array_equal(switched[:, :6], plain[:, :6])

@@ -27,14 +27,20 @@ def at_once(params, text, keys, exit_update):
 
 
 def one_after_the_other(params, text, keys, exit_update):
-    """The same loss with the gradient taken where each chunk is made: its cache has to wait for the backward pass."""
+    """The same loss with the gradient taken where each chunk is made: its cache has to wait for the
+    backward pass.
+    """
     stopped = jax.lax.stop_gradient(params)
     cache, total = NETWORK.empty_cache(jnp.zeros((CLIPS, 0, *SHAPE[1:])), SHAPE[0]), 0.0
     for size in POLICY.sizes(SHAPE[0]):
-        x, x0 = generate_chunk(NETWORK, stopped, cache, text, LEVELS, exit_update, "cm", keys, size, POLICY)
+        x, x0 = generate_chunk(
+            NETWORK, stopped, cache, text, LEVELS, exit_update, "cm", keys, size, POLICY
+        )
         sight = look_back(cache, POLICY, size)
         sigma = jnp.full(CLIPS, LEVELS[exit_update])
-        total += (NETWORK.denoise(params, jax.lax.stop_gradient(x), sigma, text, sight).x0 ** 2).mean()
+        total += (
+            NETWORK.denoise(params, jax.lax.stop_gradient(x), sigma, text, sight).x0 ** 2
+        ).mean()
         cache = jax.lax.stop_gradient(commit(NETWORK, stopped, cache, x0, text, POLICY))
     return total / len(POLICY.sizes(SHAPE[0]))
 
@@ -54,7 +60,8 @@ def test_one_replay_of_seven_chunks_needs_less_memory_than_seven_graphs():
     ours, theirs = temporary_bytes(at_once), temporary_bytes(one_after_the_other)
     cache = 2 * CONFIG.num_layers * CLIPS * SHAPE[0] * 64 * CONFIG.dim * 4
     print(
-        f"\nstudent gradient, 7 chunks of 3 frames: replay {ours / 2**20:.0f} MiB, one chunk after the other "
+        f"\nstudent gradient, 7 chunks of 3 frames: replay {ours / 2**20:.0f} MiB, one chunk after "
+        "the other "
         f"{theirs / 2**20:.0f} MiB, of which one cache is {cache / 2**20:.0f} MiB"
     )
     assert ours < 0.8 * theirs

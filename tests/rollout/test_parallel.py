@@ -1,4 +1,6 @@
-"""Sampling against loops in float64, with denoisers whose answer is known: lines, Gaussians, a handful of clips."""
+"""Sampling against loops in float64, with denoisers whose answer is known: lines, Gaussians, a
+handful of clips.
+"""
 
 from itertools import pairwise
 
@@ -80,7 +82,11 @@ def test_samples_are_those_of_a_slow_loop(solver, num_updates):
         for now, after in pairwise(sigmas):
             s, e = float(now), float(after)
             x0 = slow_gaussian(params, x, s, text[b])
-            x = x - (s - e) * (x - x0) / s if solver == "euler" else (1 - e) * x0 + e * noise[after][b]
+            x = (
+                x - (s - e) * (x - x0) / s
+                if solver == "euler"
+                else (1 - e) * x0 + e * noise[after][b]
+            )
         np.testing.assert_allclose(got[b], x, atol=2e-5)
 
 
@@ -89,21 +95,34 @@ def test_samples_are_those_of_a_slow_loop(solver, num_updates):
 def test_one_network_evaluation_per_update(solver, num_updates):
     """Counted while it runs, not while it is traced; every clip is at the level of the schedule."""
     seen, sigmas = [], grid(num_updates, 5.0)
-    sample(watched(gaussian, seen), (0.0, 1.0), texts(2), jnp.asarray(sigmas), solver, quick_keys(2), SHAPE)
+    sample(
+        watched(gaussian, seen),
+        (0.0, 1.0),
+        texts(2),
+        jnp.asarray(sigmas),
+        solver,
+        quick_keys(2),
+        SHAPE,
+    )
     jax.effects_barrier()
-    np.testing.assert_array_equal([sigma for _, sigma in seen], np.repeat(sigmas[:-1, None], 2, axis=1))
+    np.testing.assert_array_equal(
+        [sigma for _, sigma in seen], np.repeat(sigmas[:-1, None], 2, axis=1)
+    )
 
 
 @pytest.mark.parametrize("num_updates", [1, 3, 4])
 def test_euler_is_exact_on_a_straight_path(num_updates):
     velocity = jnp.asarray(np.random.default_rng(1).normal(size=(2, *SHAPE)), jnp.float32)
     denoiser = lambda params, x, sigma, text: from_velocity(x, params, sigma)
-    got = sample(denoiser, velocity, texts(2), jnp.asarray(grid(num_updates, 5.0)), "euler", keys(2), SHAPE)
+    got = sample(
+        denoiser, velocity, texts(2), jnp.asarray(grid(num_updates, 5.0)), "euler", keys(2), SHAPE
+    )
     np.testing.assert_allclose(got, clip_noise(keys(2), 1.0) - velocity, atol=2e-6)
 
 
 def test_the_start_is_gaussian_noise_at_level_one():
-    denoiser = lambda params, x, sigma, text: from_velocity(x, jnp.zeros_like(x), sigma)  # stay where you are
+    # stay where you are
+    denoiser = lambda params, x, sigma, text: from_velocity(x, jnp.zeros_like(x), sigma)
     got = sample(denoiser, None, texts(2), jnp.asarray(grid(2, 5.0)), "euler", keys(2), SHAPE)
     np.testing.assert_array_equal(got, clip_noise(keys(2), 1.0))
 
@@ -124,12 +143,17 @@ def test_noise_of_a_level_is_shared_by_all_schedules_and_batches():
 
 
 def test_noise_of_a_frame_is_the_same_however_the_clip_is_cut():
-    """A chunk of the frames 3, 4 and 5 gets what the whole clip has there; frames are independent."""
+    """A chunk of the frames 3, 4 and 5 gets what the whole clip has there; frames are
+    independent.
+    """
     whole = clip_noise(keys(2), 0.5, (9, 16, 16, 1))
-    part = jax.jit(lambda frames: noise_at(keys(2), jnp.float32(0.5), frames, (16, 16, 1)))(jnp.arange(3, 6))
+    part = jax.jit(lambda frames: noise_at(keys(2), jnp.float32(0.5), frames, (16, 16, 1)))(
+        jnp.arange(3, 6)
+    )
     np.testing.assert_array_equal(part, whole[:, 3:6])
     drawn = np.asarray(whole).reshape(18, -1)
-    assert np.abs(np.corrcoef(drawn) - np.eye(18)).max() < 0.3  # five standard deviations of 256 values
+    # five standard deviations of 256 values
+    assert np.abs(np.corrcoef(drawn) - np.eye(18)).max() < 0.3
 
 
 def test_cm_re_noises_every_frame_with_its_own_number():
@@ -150,9 +174,13 @@ def test_cm_re_noises_every_frame_with_its_own_number():
 
 
 def test_cm_forgets_its_state_and_draws_around_the_clean_estimate():
-    """Undoes the re-noising of the recorded states: what remains is fresh noise, another at every level."""
+    """Undoes the re-noising of the recorded states: what remains is fresh noise, another at every
+    level.
+    """
     seen, sigmas, shape, params = [], grid(4, 5.0), (4, 16, 16, 4), (0.7, 0.4)
-    sample(watched(gaussian, seen), params, texts(1), jnp.asarray(sigmas), "cm", quick_keys(1), shape)
+    sample(
+        watched(gaussian, seen), params, texts(1), jnp.asarray(sigmas), "cm", quick_keys(1), shape
+    )
     jax.effects_barrier()
     noises = [seen[0][0]]
     for (x, sigma), (after, level) in pairwise(seen):
@@ -178,7 +206,13 @@ def test_euler_draws_once_and_cm_at_every_level():
 @each_solver
 def test_a_clip_does_not_depend_on_its_batch(solver):
     run = lambda part: sample(
-        gaussian, (0.7, 0.4), texts(3)[part], jnp.asarray(grid(4, 5.0)), solver, keys(3)[part], SHAPE
+        gaussian,
+        (0.7, 0.4),
+        texts(3)[part],
+        jnp.asarray(grid(4, 5.0)),
+        solver,
+        keys(3)[part],
+        SHAPE,
     )
     np.testing.assert_allclose(run(slice(1, 2)), run(slice(None))[1:2], atol=1e-6)
 
@@ -197,7 +231,9 @@ def test_a_world_of_one_clip_per_caption_is_sampled_exactly(solver, num_updates)
 
 @each_solver
 def test_many_updates_land_on_the_clips_equally_often(solver):
-    """Transport by the optimal denoiser turns noise into the data: five clips, a fifth of the samples each."""
+    """Transport by the optimal denoiser turns noise into the data: five clips, a fifth of the
+    samples each.
+    """
     count, num = 800, 5
     clips = np.random.default_rng(3).choice([-1.0, 1.0], (1, num, 1, 2, 4, 1)).astype(np.float32)
     assert len(np.unique(clips.reshape(num, -1), axis=0)) == num
@@ -205,7 +241,13 @@ def test_many_updates_land_on_the_clips_equally_often(solver):
     text = jnp.zeros((count, 1, 1))
     sample_all = jax.jit(
         lambda keys: sample(
-            closed_form_denoiser, params, text, jnp.asarray(grid(64, 1.0)), solver, keys, (1, 2, 4, 1)
+            closed_form_denoiser,
+            params,
+            text,
+            jnp.asarray(grid(64, 1.0)),
+            solver,
+            keys,
+            (1, 2, 4, 1),
         )
     )
     got = np.asarray(sample_all(keys(count)))
@@ -216,12 +258,16 @@ def test_many_updates_land_on_the_clips_equally_often(solver):
 
 
 def test_midpoint_is_an_euler_update_and_may_stop_the_gradient():
-    x, v = (jnp.asarray(np.random.default_rng(i).normal(size=(2, *SHAPE)), jnp.float32) for i in (4, 5))
+    x, v = (
+        jnp.asarray(np.random.default_rng(i).normal(size=(2, *SHAPE)), jnp.float32) for i in (4, 5)
+    )
     s, m = jnp.array([1.0, 0.9]), jnp.array([0.75, 0.3])
     gap = np.array([0.25, 0.6]).reshape(2, 1, 1, 1, 1)
     for stop in (False, True):
         np.testing.assert_allclose(midpoint(x, v, s, m, stop), np.asarray(x) - gap * v, atol=1e-6)
-    slope = lambda stop: jax.grad(lambda x, v: midpoint(x, v, s, m, stop).sum(), argnums=(0, 1))(x, v)
+    slope = lambda stop: jax.grad(lambda x, v: midpoint(x, v, s, m, stop).sum(), argnums=(0, 1))(
+        x, v
+    )
     np.testing.assert_array_equal(slope(False)[0], np.ones(x.shape))
     np.testing.assert_allclose(slope(False)[1], np.broadcast_to(-gap, x.shape), atol=1e-6)
     assert not np.any(slope(True))
@@ -233,7 +279,9 @@ each_teacher_solver = pytest.mark.parametrize("solver", ["unipc", "dpmpp", "eule
 def told_otherwise(params, x, sigma, text):
     """A velocity bent in x, in the level it is told and in the text."""
     s = expand(sigma, x)
-    velocity = jnp.tanh(x * params + jnp.sin(6 * s)) + 0.5 * x + text[:, 0, 0].reshape(-1, 1, 1, 1, 1)
+    velocity = (
+        jnp.tanh(x * params + jnp.sin(6 * s)) + 0.5 * x + text[:, 0, 0].reshape(-1, 1, 1, 1, 1)
+    )
     return from_velocity(x, velocity, sigma)
 
 
@@ -255,7 +303,9 @@ def test_teachers_are_told_truncated_levels_once_per_update(solver, num_updates)
     jax.effects_barrier()
     whole = table.seen * 1000
     assert solver == "euler" or np.all(whole == np.round(whole))
-    np.testing.assert_allclose([s for _, s in seen], np.repeat(table.seen[:, None], 2, axis=1), rtol=1e-7)
+    np.testing.assert_allclose(
+        [s for _, s in seen], np.repeat(table.seen[:, None], 2, axis=1), rtol=1e-7
+    )
     levels = [table.sigma[0], *table.sigma]  # before the first input, and of every input
     for (x, _), level in zip(seen, levels[1:], strict=True):
         np.testing.assert_allclose(x, noise - (levels[0] - level) * velocity, atol=2e-6)
@@ -275,8 +325,12 @@ def test_a_teachers_euler_is_the_students(num_updates):
 
 def test_one_program_serves_all_solvers_and_shifts_of_a_number_of_updates():
     run = jax.jit(sample_multistep, static_argnums=0)
-    tables = [steps(solver, 5, shift) for solver in ("unipc", "dpmpp", "euler") for shift in (3.0, 5.0)]
-    got = np.stack([run(told_otherwise, 0.7, texts(2), clip_noise(keys(2), 1.0), table) for table in tables])
+    tables = [
+        steps(solver, 5, shift) for solver in ("unipc", "dpmpp", "euler") for shift in (3.0, 5.0)
+    ]
+    got = np.stack(
+        [run(told_otherwise, 0.7, texts(2), clip_noise(keys(2), 1.0), table) for table in tables]
+    )
     assert run._cache_size() == 1
     distance = np.abs(got[:, None] - got).max((2, 3, 4, 5, 6))
     assert np.all(distance[~np.eye(6, dtype=bool)] > 1e-3)
@@ -286,11 +340,17 @@ def test_one_program_serves_all_solvers_and_shifts_of_a_number_of_updates():
 @pytest.mark.parametrize("solver", ["unipc", "dpmpp"])
 @pytest.mark.parametrize("num_updates,shift", [(50, 5.0), (8, 12.0)])
 def test_teachers_visit_the_states_of_diffusers(solver, num_updates, shift):
-    """All inputs of the network, the sampler in float32 as diffusers is, on diffusers' own rounding of the levels."""
+    """All inputs of the network, the sampler in float32 as diffusers is, on diffusers' own rounding
+    of the levels.
+    """
     diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
     sigmas, timesteps = (unipc_grid if solver == "unipc" else dpmpp_grid)(num_updates, shift)
     flow = dict(prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2)
-    kind = diffusers.UniPCMultistepScheduler if solver == "unipc" else diffusers.DPMSolverMultistepScheduler
+    kind = (
+        diffusers.UniPCMultistepScheduler
+        if solver == "unipc"
+        else diffusers.DPMSolverMultistepScheduler
+    )
     scheduler = kind(**flow)
     scheduler.set_timesteps(num_updates)
     scheduler.sigmas = torch.tensor(sigmas, dtype=torch.float32)

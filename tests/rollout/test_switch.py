@@ -1,4 +1,7 @@
-"""A prompt switch reads the cached frames again. Under the same prompt that changes nothing, whatever the memory."""
+"""A prompt switch reads the cached frames again.
+
+Under the same prompt that changes nothing, whatever the memory.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +27,8 @@ TEXT, OTHER = (np.random.default_rng(i).normal(size=(1, 4, 8)).astype(np.float32
 commit_chunk = jax.jit(lambda cache, x0, text, policy: commit(NETWORK, PARAMS, cache, x0, text, policy),
                        static_argnames="policy")  # fmt: skip
 read_again = jax.jit(
-    lambda cache, text, policy: recache(NETWORK, PARAMS, cache, text, policy), static_argnames="policy"
+    lambda cache, text, policy: recache(NETWORK, PARAMS, cache, text, policy),
+    static_argnames="policy",
 )
 
 
@@ -42,8 +46,12 @@ def filled(policy, sizes, slots, text):
 
 def agree(got, expected, filled):
     for name in ("k", "v"):
-        ours, theirs = (np.asarray(getattr(cache, name))[:, :, :filled] for cache in (got, expected))
-        np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(1.0, np.abs(theirs).max(initial=0.0)))
+        ours, theirs = (
+            np.asarray(getattr(cache, name))[:, :, :filled] for cache in (got, expected)
+        )
+        np.testing.assert_allclose(
+            ours, theirs, atol=1e-5 * max(1.0, np.abs(theirs).max(initial=0.0))
+        )
 
 
 @st.composite
@@ -53,7 +61,9 @@ def memories(draw):
     first = draw(st.integers(1, chunk))
     sink = draw(st.integers(0, 4))
     window = draw(st.one_of(st.just(0), st.integers(sink + chunk, sink + chunk + 7)))
-    policy = CachePolicy(chunk, first, window, sink, draw(st.sampled_from(["absolute", "relative"])))
+    policy = CachePolicy(
+        chunk, first, window, sink, draw(st.sampled_from(["absolute", "relative"]))
+    )
     room = policy.capacity(7)
     return policy, draw(st.integers(0, 1 + (room - first) // chunk if room >= first else 0))
 
@@ -61,7 +71,9 @@ def memories(draw):
 @settings(max_examples=7, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(memories())
 def test_reading_again_equals_committing_where_nothing_was_forgotten(memory):
-    """Under the same text and under another one: what commits under it would have left in the cache."""
+    """Under the same text and under another one: what commits under it would have left in the
+    cache.
+    """
     policy, chunks = memory
     sizes = (policy.first, *(policy.chunk,) * 9)[:chunks]
     slots = policy.capacity(max(sum(sizes), 1))
@@ -93,7 +105,9 @@ def video(policy, frames, cues):
     ],
 )
 def test_a_switch_to_the_same_prompt_changes_nothing(window, sink, first, at):
-    """The last memory is the smallest: a chunk sees itself alone, and there is nothing to read again."""
+    """The last memory is the smallest: a chunk sees itself alone, and there is nothing to read
+    again.
+    """
     policy = CachePolicy(3, first, window, sink, "absolute")
     frames = 12 + first % 3
     plain = video(policy, frames, {0: Cue(TEXT)})

@@ -1,4 +1,6 @@
-"""An update in several portions is the update at once: on the toy, on causal students, on streams, on eight devices."""
+"""An update in several portions is the update at once: on the toy, on causal students, on streams,
+on eight devices.
+"""
 
 import functools
 import re
@@ -70,13 +72,19 @@ def test_what_was_drawn_is_the_same():
 @pytest.mark.slow
 @pytest.mark.parametrize("which", STEPS)
 def test_on_eight_devices_every_micro_batch_is_spread_and_nothing_moves(which):
-    """64 clips in 8 portions, one clip a device at a time; what crosses devices are gradients and parameters."""
+    """64 clips in 8 portions, one clip a device at a time; what crosses devices are gradients and
+    parameters.
+    """
     sizes = (("data", 2), ("fsdp", 4))
     (found, text), (wanted, _) = toy(which, 8, 64, sizes), toy(which, 1, 64)
     same(found, wanted)
     assert not re.findall(r" (all-to-all|collective-permute)", text)
     clip = ",".join(map(str, toys.CLIPS[1:]))
-    moved = [line for line in text.splitlines() if re.search(r" all-(gather|reduce)", line) and clip in line]
+    moved = [
+        line
+        for line in text.splitlines()
+        if re.search(r" all-(gather|reduce)", line) and clip in line
+    ]
     assert not moved, moved[0]
     assert f"f32[1,{clip}]" in text, "no device works on one clip"
 

@@ -1,7 +1,8 @@
-"""Steps of a student that works chunk by chunk: the losses assembled by hand, one program for all draws, and streams.
+"""Steps of a student that works chunk by chunk: the losses assembled by hand, one program for all
+draws, and streams.
 
-The student is a Wan of two layers, clips are three chunks of two frames; teacher and critic judge whole clips and may
-be smaller.
+The student is a Wan of two layers, clips are three chunks of two frames; teacher and critic judge
+whole clips and may be smaller.
 """
 
 import functools
@@ -103,13 +104,17 @@ def drawn(updates, exit_update, recipe=RECIPE):
     r, s = recipe.rollout, recipe.schedule
     args = (r.updates, r.probabilities, r.first_updates, s.anchor_updates, recipe.levels, True, 0.5)
     draws = (draw_rollout(0, call, *args)[1] for call in range(1000))
-    return next(d for d in draws if np.argmax(d.levels == 0) == updates and d.exit_update == exit_update)
+    return next(
+        d for d in draws if np.argmax(d.levels == 0) == updates and d.exit_update == exit_update
+    )
 
 
 @functools.cache
 def compiled(which, choice, recipe=RECIPE):
     """A step on one device, compiled once for all tests."""
-    return compile_step(which, NETS, recipe, layout(causal_state(recipe), FROZEN, {}), choice=choice)
+    return compile_step(
+        which, NETS, recipe, layout(causal_state(recipe), FROZEN, {}), choice=choice
+    )
 
 
 def run(step, state, batch, draw, sizes=(), index=0):
@@ -135,7 +140,9 @@ def student_stepped(choice):
 
 
 def exits(choice):
-    """(K, exit update): self-consistency is trained at the longest rollout, alignment at the others."""
+    """(K, exit update): self-consistency is trained at the longest rollout, alignment at the
+    others.
+    """
     return (4, 1) if choice.self_consistency else (2, 1)
 
 
@@ -181,7 +188,12 @@ def test_a_critic_step_moves_the_critic_and_nothing_else():
     for name in ("step", "student", "ema", "stream"):
         assert bits(getattr(after, name)) == bits(getattr(before, name)), name
     assert_all_moved(before.critic.params, after.critic.params)
-    assert set(metrics) == {"critic", "critic_grad_norm", "critic_skipped", "critic_skipped_in_a_row"}
+    assert set(metrics) == {
+        "critic",
+        "critic_grad_norm",
+        "critic_skipped",
+        "critic_skipped_in_a_row",
+    }
 
 
 # Adapters: the networks stand still, their products move.
@@ -199,7 +211,9 @@ def adapted_state():
 
 @pytest.mark.slow
 def test_adapters_move_what_they_are_and_stand_on_the_networks_that_they_were_made_for():
-    """The student's on the student's start, the critic's on the base: values are those of the merged networks."""
+    """The student's on the student's start, the critic's on the base: values are those of the
+    merged networks.
+    """
     before, frozen = adapted_state(), {"teacher": TEACHER, "base": BASE, "student": EMA}
     whole = lambda base, learner: merge(base, learner.params, ADAPTED.lora)
     plain = replace(ADAPTED, lora=Lora(rank=0, alpha=0.0))
@@ -211,29 +225,40 @@ def test_adapters_move_what_they_are_and_stand_on_the_networks_that_they_were_ma
         value = jax.jit(lambda s, f: step(s, f, plain)[1][term])(merged, frozen)  # noqa: B023
         np.testing.assert_allclose(metrics[term], value, rtol=1e-4)
         assert jax.tree.structure(after) == jax.tree.structure(before)
-        assert {path[-1] for path in flatten_dict(getattr(after, who).params)} == {"lora_a", "lora_b"}
+        assert {path[-1] for path in flatten_dict(getattr(after, who).params)} == {
+            "lora_a",
+            "lora_b",
+        }
         assert_all_moved(getattr(before, who).params, getattr(after, who).params)
         other = "critic" if who == "student" else "student"
         assert bits(getattr(after, other)) == bits(getattr(before, other))
 
 
-# The losses once more, by hand. What is differentiated is `p`; all else is a constant and needs no stopping.
+# The losses once more, by hand. What is differentiated is `p`; all else is a constant and needs no
+# stopping.
 
 
 def view_of(x0, key):
     """Levels and noise of the view, and the noised copy."""
     k_sigma, k_noise = jax.random.split(key)
     u = jax.random.uniform(k_sigma, (BATCH,))
-    sigma, noise = jnp.clip(5.0 * u / (1 + 4.0 * u), 0.02, 0.98), jax.random.normal(k_noise, x0.shape)
+    sigma, noise = (
+        jnp.clip(5.0 * u / (1 + 4.0 * u), 0.02, 0.98),
+        jax.random.normal(k_noise, x0.shape),
+    )
     level = sigma.reshape(-1, 1, 1, 1, 1)
     return (1 - level) * x0 + level * noise, sigma, noise
 
 
 def judged(p, video, sight, start, before, text, k_view, critic):
-    """DMD and self-consistency of a video whose update began at `start` = (x, sigma, sigma_m, sigma_e), [B, F]."""
+    """DMD and self-consistency of a video whose update began at `start` = (x, sigma, sigma_m,
+    sigma_e), [B, F].
+    """
     x, s, m, e = start
     view, sigma, _ = view_of(jnp.concatenate([before, jax.lax.stop_gradient(video.x0)], 1), k_view)
-    x0_teacher, x0_critic = (judge(q, view, sigma, text).x0[:, before.shape[1] :] for q in (TEACHER, critic))
+    x0_teacher, x0_critic = (
+        judge(q, view, sigma, text).x0[:, before.shape[1] :] for q in (TEACHER, critic)
+    )
     x_m = x - (s - m)[..., None, None, None] * video.velocity
     v_m = NETWORK.denoise(p, x_m, m, text, sight).velocity
     consistency = self_consistency_loss(video.velocity, v_m, s, m, e, "none")
@@ -241,10 +266,23 @@ def judged(p, video, sight, start, before, text, k_view, critic):
 
 
 def made_by(params, batch, key, levels, exit_update, cache, recipe, first=None):
-    """The student's rollout in an update with this key, and the frames before it that the teacher sees."""
+    """The student's rollout in an update with this key, and the frames before it that the teacher
+    sees.
+    """
     overlap = 0 if cache is None else recipe.stream.overlap
     keys, shape = jax.random.split(jax.random.split(key)[0], BATCH), (CLIP[0] - overlap, *CLIP[1:])
-    args = (params, batch["text"], levels, exit_update, "cm", keys, shape, recipe.memory, cache, first)
+    args = (
+        params,
+        batch["text"],
+        levels,
+        exit_update,
+        "cm",
+        keys,
+        shape,
+        recipe.memory,
+        cache,
+        first,
+    )
     made = rollout(NETWORK, *args)
     return made, (made.x[:, :0] if cache is None else cache.x0[:, -overlap:])
 
@@ -256,7 +294,9 @@ def student_by_hand(params, batch, draw, cache, weights, recipe):
     own = recipe.rollout.first_updates  # of the first chunk, whose reference runs all of them
     first, last = ((draw.first_levels, at) if own else None for at in (draw.first_exit, own - 1))
     made, before = made_by(params, batch, KEY, draw.levels, draw.exit_update, cache, recipe, first)
-    better, _ = made_by(params, batch, KEY, draw.reference_levels, draw.reference_exit, cache, recipe, last)
+    better, _ = made_by(
+        params, batch, KEY, draw.reference_levels, draw.reference_exit, cache, recipe, last
+    )
     level = lambda value: jnp.full(made.x.shape[:2], value)
     levels = level(draw.levels[draw.exit_update])
     levels = levels.at[:, :2].set(draw.first_levels[draw.first_exit]) if own else levels
@@ -265,13 +305,19 @@ def student_by_hand(params, batch, draw, cache, weights, recipe):
 
     def look(x0):
         view, sigma, _ = view_of(jnp.concatenate([before, x0], 1), k_view)
-        return NETWORK.features(looks, view, sigma, batch["text"], recipe.align.layers)[:, before.shape[1] :]
+        return NETWORK.features(looks, view, sigma, batch["text"], recipe.align.layers)[
+            :, before.shape[1] :
+        ]
 
     def loss(p):
         video = replay(NETWORK, p, made, batch["text"], recipe.memory)
-        terms = judged(p, video, sight_of(made, recipe.memory), start, before, batch["text"], k_view, CRITIC)
+        terms = judged(
+            p, video, sight_of(made, recipe.memory), start, before, batch["text"], k_view, CRITIC
+        )
         alignment, _ = cache_alignment_loss(look(video.x0), look(better.x0), recipe.align.margin)
-        terms = dict(zip(("dmd", "self_consistency", "alignment"), (*terms, alignment.mean()), strict=True))
+        terms = dict(
+            zip(("dmd", "self_consistency", "alignment"), (*terms, alignment.mean()), strict=True)
+        )
         return sum(weights[name] * term for name, term in terms.items()), terms
 
     return jax.value_and_grad(loss, has_aux=True)(params)
@@ -304,7 +350,9 @@ def weights_of(choice):
 
 @pytest.mark.parametrize("choice", [CONSISTENT, pytest.param(ALIGNED, marks=pytest.mark.slow)])
 def test_a_student_step_follows_the_gradient_of_the_terms_assembled_by_hand(choice):
-    """The rollout, the alignment's reference and the network that judges it are constants of that gradient."""
+    """The rollout, the alignment's reference and the network that judges it are constants of that
+    gradient.
+    """
     weights = weights_of(choice)
     by_hand = student_by_hand(STUDENT, batch_of(0), drawn(*exits(choice)), None, weights, RECIPE)
     assert_by_hand(*student_stepped(choice), by_hand, weights)
@@ -312,7 +360,10 @@ def test_a_student_step_follows_the_gradient_of_the_terms_assembled_by_hand(choi
 
 @pytest.mark.slow
 def test_a_student_that_judges_its_own_features_is_not_moved_by_them():
-    recipe, weights = replace(RECIPE, align=replace(RECIPE.align, network="student")), weights_of(ALIGNED)
+    recipe, weights = (
+        replace(RECIPE, align=replace(RECIPE.align, network="student")),
+        weights_of(ALIGNED),
+    )
     stepped = run(compiled(student_step, ALIGNED, recipe), causal_state(), batch_of(0), drawn(2, 1))
     by_hand = student_by_hand(STUDENT, batch_of(0), drawn(2, 1), None, weights, recipe)
     assert_by_hand(*stepped, by_hand, weights)
@@ -320,7 +371,9 @@ def test_a_student_that_judges_its_own_features_is_not_moved_by_them():
 
 @pytest.mark.slow
 def test_a_first_chunk_with_updates_of_its_own_exits_at_a_level_of_its_own():
-    """Causal Forcing's: four at the first chunk, fewer after it; its reference takes all of them."""
+    """Causal Forcing's: four at the first chunk, fewer after it; its reference takes all of
+    them.
+    """
     recipe = replace(RECIPE, rollout=replace(RECIPE.rollout, first_updates=3))
     draw, weights = drawn(2, 1, recipe), weights_of(ALIGNED)
     assert draw.first_levels[draw.first_exit] != draw.levels[draw.exit_update]
@@ -331,13 +384,19 @@ def test_a_first_chunk_with_updates_of_its_own_exits_at_a_level_of_its_own():
 
 def test_without_its_weight_a_term_is_not_drawn():
     off = replace(
-        RECIPE, loss=replace(RECIPE.loss, self_consistency=0.0), align=replace(RECIPE.align, weight=0.0)
+        RECIPE,
+        loss=replace(RECIPE.loss, self_consistency=0.0),
+        align=replace(RECIPE.align, weight=0.0),
     )
     late = replace(RECIPE, align=replace(RECIPE.align, start=50))
     chosen = lambda recipe, iteration: {decide(recipe, iteration, call)[0] for call in range(60)}
     assert chosen(RECIPE, 0) == {PLAIN, CONSISTENT, ALIGNED}
     assert chosen(off, 0) == {PLAIN}
-    assert chosen(late, 49) == {PLAIN, CONSISTENT} and chosen(late, 50) == {PLAIN, CONSISTENT, ALIGNED}
+    assert chosen(late, 49) == {PLAIN, CONSISTENT} and chosen(late, 50) == {
+        PLAIN,
+        CONSISTENT,
+        ALIGNED,
+    }
 
 
 @pytest.mark.slow
@@ -401,7 +460,9 @@ def test_every_choice_is_one_program_that_serves_all_numbers_of_updates_and_all_
             state, metrics = iterate(state, run, iteration)
     assert set(seen) == choices
     assert seen["critic", PLAIN] == {(k, i) for k in (2, 4) for i in range(k)}
-    assert {k for k, _ in seen["student", CONSISTENT]} == {4} and len(seen["student", CONSISTENT]) > 1
+    assert {k for k, _ in seen["student", CONSISTENT]} == {4} and len(
+        seen["student", CONSISTENT]
+    ) > 1
     assert {k for k, _ in seen["student", ALIGNED]} == {2} and len(seen["student", ALIGNED]) > 1
     assert {program._cache_size() for program in programs.values()} == {1}
     assert int(state.step) == 17 and {"dmd", "critic", "critic_fresh"} <= set(metrics)
@@ -422,7 +483,9 @@ def at_place(where, draw):
 
 @functools.cache
 def streamed(*places):
-    """The state after critic updates at these places of a sequence, each with a batch and a key of its own."""
+    """The state after critic updates at these places of a sequence, each with a batch and a key of
+    its own.
+    """
     state = causal_state(STREAM)
     for i, where in enumerate(places):
         choice, draw = at_place(where, drawn(4, 3))
@@ -449,10 +512,14 @@ def test_frames_go_on_and_the_cache_keeps_its_size_the_sink_and_the_end():
         np.testing.assert_array_equal(cache.frames, numbers)
         assert (int(cache.end), int(cache.filled)) == (numbers[-1] + 1, 4)
     like = jax.tree.map(lambda x: (x.shape, x.dtype), causal_state(STREAM).stream)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), streamed("new", "on", "switch").stream) == like
+    assert (
+        jax.tree.map(lambda x: (x.shape, x.dtype), streamed("new", "on", "switch").stream) == like
+    )
     first, later = (streamed(*places).stream.cache for places in (("new",), ("new", "on")))
     for name in ("k", "v"):
-        np.testing.assert_array_equal(getattr(first, name)[:, :, :2], getattr(later, name)[:, :, :2])
+        np.testing.assert_array_equal(
+            getattr(first, name)[:, :, :2], getattr(later, name)[:, :, :2]
+        )
         assert not np.any(getattr(first, name)[:, :, 2:] == getattr(later, name)[:, :, 2:])
 
 
@@ -470,7 +537,9 @@ def test_a_prompt_is_carried_on_and_replaced_by_a_switch():
 
 @pytest.mark.slow
 def test_a_sequence_goes_on_on_its_own_cache():
-    """The frames of the second update are those of a rollout on the cache and the prompt of the first."""
+    """The frames of the second update are those of a rollout on the cache and the prompt of the
+    first.
+    """
     before, after = streamed("new").stream, streamed("new", "on").stream
     key, draw = jax.random.fold_in(jax.random.key(7), 1), drawn(4, 3)
     again = lambda text: next_frames({"text": text}, key, draw, before.cache)
@@ -491,7 +560,9 @@ def test_a_new_sequence_looks_at_nothing_that_was_and_others_do():
     for name in ("k", "v", "x0"):
         changed = cache.replace(**{name: getattr(cache, name) + 1.0})
         changed = replace(state, stream=replace(state.stream, cache=changed))
-        assert step("on", changed)[1]["critic"] != step("on", state)[1]["critic"], f"{name} is not read"
+        assert step("on", changed)[1]["critic"] != step("on", state)[1]["critic"], (
+            f"{name} is not read"
+        )
 
 
 @pytest.mark.slow
@@ -546,7 +617,9 @@ def test_the_loop_gives_a_stream_to_student_and_critic_in_turn():
         return step
 
     recipe = replace(STREAM, stream=replace(STREAM.stream, switch=1.0))
-    run = Run(recipe, {}, record, 3, jax.device_put(jax.random.key(1), jax.devices()[0]), iter(range(100)))
+    run = Run(
+        recipe, {}, record, 3, jax.device_put(jax.random.key(1), jax.devices()[0]), iter(range(100))
+    )
     for iteration in range(6):
         iterate(causal_state(), run, iteration)
     assert [who for who, _ in seen] == ["student", "critic", "critic", "critic"] * 6
@@ -590,7 +663,9 @@ def chunks_by_hand(params, batch):
 def test_noised_chunks_are_trained_at_levels_of_their_own_seeing_earlier_ones_as_they_are():
     assert decide(CHUNKS, 0, 0) == (CONSISTENT, None)
     student, (value, slope) = chunks_by_hand(STUDENT, batch_of(0))
-    after, metrics = run(compiled(student_step, CONSISTENT, CHUNKS), causal_state(), batch_of(0), None)
+    after, metrics = run(
+        compiled(student_step, CONSISTENT, CHUNKS), causal_state(), batch_of(0), None
+    )
     assert_by_hand(after, metrics, student, {"dmd": 1.0, "self_consistency": 20.0})
     after, metrics = run(compiled(critic_step, PLAIN, CHUNKS), causal_state(), batch_of(0), None)
     np.testing.assert_allclose(metrics["critic"], value, rtol=1e-4)
@@ -601,7 +676,9 @@ def test_noised_chunks_are_trained_at_levels_of_their_own_seeing_earlier_ones_as
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("which", "choice"), [(student_step, Choice(True, True, "on")), (critic_step, ON)])
+@pytest.mark.parametrize(
+    ("which", "choice"), [(student_step, Choice(True, True, "on")), (critic_step, ON)]
+)
 def test_eight_devices_do_what_one_does(which, choice):
     """Each has one video of a stream, and its share of the parameters."""
     state = replace(streamed("new"), critic=causal_state().critic)
@@ -648,7 +725,10 @@ def test_full_size_rollouts_trace(which, choice, window):
         align=replace(RECIPE.align, layers=18),
         stream=replace(RECIPE.stream, max_frames=240 if window else 0, overlap=3),
     )
-    network, null = wan_network(config, Compute(jnp.bfloat16, "all"), 21, 3), jnp.zeros((1, 512, 4096))
+    network, null = (
+        wan_network(config, Compute(jnp.bfloat16, "all"), 21, 3),
+        jnp.zeros((1, 512, 4096)),
+    )
     nets = Networks(network, network.denoise, guided(network.denoise, null, 4.0))
     params = jax.eval_shape(lambda: init_wan(jax.random.key(0), config))
     make = lambda p: replace(learners(recipe, p, p), stream=empty_stream(recipe, network, null))

@@ -31,7 +31,9 @@ def run(which, recipe, updates=2):
     shardings = layout(toys.toy_state(), toys.FROZEN, {"data": 2, "fsdp": 4})
     mesh = shardings[3].mesh
     states = state_shardings(mesh, toys.toy_state(), recipe.host_state)
-    step = compile_step(which, toys.TOY, recipe, (states, *shardings[1:]), choice=toys.choice_of(which))
+    step = compile_step(
+        which, toys.TOY, recipe, (states, *shardings[1:]), choice=toys.choice_of(which)
+    )
     state = place(toys.toy_state(), states)
     frozen, batch = place(toys.FROZEN, shardings[1]), place(toys.batch_of(0), shardings[2])
     key = place(jax.random.key(7), shardings[3])

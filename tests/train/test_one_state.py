@@ -1,4 +1,6 @@
-"""A start and a resumption hold one state on the devices, and what is frozen: no second copy, not even for a moment."""
+"""A start and a resumption hold one state on the devices, and what is frozen: no second copy, not
+even for a moment.
+"""
 
 import sys
 import threading
@@ -16,7 +18,8 @@ from salt_jax.train.setup import setup
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-# What the student starts from is frozen, as its own teacher; or it is of no more use once there is a state.
+# What the student starts from is frozen, as its own teacher; or it is of no more use once there is
+# a state.
 TEACHERS = {
     "itself": {},
     "another": {"teacher.kind": "closed_form", "world.starts": (2.0,), "world.speeds": (1.0,)},
@@ -25,7 +28,9 @@ TEACHERS = {
 
 def held(tree):
     """{address: bytes} of all buffers, on all devices."""
-    shards = [s.data for x in jax.tree.leaves(tree) if not x.is_deleted() for s in x.addressable_shards]
+    shards = [
+        s.data for x in jax.tree.leaves(tree) if not x.is_deleted() for s in x.addressable_shards
+    ]
     return {s.unsafe_buffer_pointer(): s.nbytes for s in shards}
 
 

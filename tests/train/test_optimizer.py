@@ -27,7 +27,9 @@ def reference(o, updates):
 
 
 def run(tx, jit):
-    """Parameters after each of many updates, some of whose gradients are clipped, and the last state."""
+    """Parameters after each of many updates, some of whose gradients are clipped, and the last
+    state.
+    """
     wave = lambda *shape: jnp.sin(jnp.arange(float(np.prod(shape)))).reshape(shape)
     params, seen = {"kernel": wave(7, 5), "bias": wave(5)}, []
     state = tx.init(params)
@@ -36,11 +38,16 @@ def run(tx, jit):
         change, state = tx.update(grads, state, params)
         return optax.apply_updates(params, change), state
 
-    # Fused with what is around it, a sum of squares over several arrays is rounded otherwise in any two programs.
-    update = jax.jit(update, compiler_options={"xla_disable_hlo_passes": "fusion"}) if jit else update
+    # Fused with what is around it, a sum of squares over several arrays is rounded otherwise in any
+    # two programs.
+    update = (
+        jax.jit(update, compiler_options={"xla_disable_hlo_passes": "fusion"}) if jit else update
+    )
     for key in jax.random.split(jax.random.key(0), UPDATES):
         size = jax.random.exponential(key)
-        grads = jax.tree.map(lambda p, key=key, size=size: size * jax.random.normal(key, p.shape), params)
+        grads = jax.tree.map(
+            lambda p, key=key, size=size: size * jax.random.normal(key, p.shape), params
+        )
         params, state = update(grads, state, params)
         seen.append(jax.device_get(params))
     return seen, state

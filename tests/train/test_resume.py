@@ -1,4 +1,6 @@
-"""A run that is killed and started again does what it would have done: same bits, same numbers in the log."""
+"""A run that is killed and started again does what it would have done: same bits, same numbers in
+the log.
+"""
 
 import functools
 import os
@@ -39,7 +41,9 @@ STREAM = {"memory.window": 9, "memory.sink": 3, "stream.max_frames": 21, "stream
 
 
 class Case(NamedTuple):
-    """A run that is stopped after `half` of its updates: what it is, and what its log then tells of."""
+    """A run that is stopped after `half` of its updates: what it is, and what its log then tells
+    of.
+    """
 
     options: dict[str, Any]
     updates: int
@@ -49,7 +53,10 @@ class Case(NamedTuple):
 
 CASES = {
     "noised": Case(
-        {"teacher.kind": "closed_form", "critic_updates": 2}, 12, 4, {"dmd", "self_consistency", "critic"}
+        {"teacher.kind": "closed_form", "critic_updates": 2},
+        12,
+        4,
+        {"dmd", "self_consistency", "critic"},
     ),
     # Seed 0: before and after the stop some updates have the one term, some the other.
     "rollout": Case(
@@ -58,10 +65,13 @@ CASES = {
         2,
         {"dmd", "self_consistency", "alignment", "critic"},
     ),
-    # Six updates a sequence, of student and critic in turn. Seed 2: it changes its prompt, stops, and goes on.
+    # Six updates a sequence, of student and critic in turn. Seed 2: it changes its prompt, stops,
+    # and goes on.
     "stream": Case(CAUSAL | ROLLOUT | STREAM | {"seed": 2}, 6, 2, {"dmd", "critic"}),
     "teacher_forcing": Case(CAUSAL | {"stage": "teacher_forcing"}, 12, 4, {"teacher_forcing"}),
-    "consistency": Case(CAUSAL | {"stage": "consistency", "ode.updates": 8}, 12, 4, {"consistency"}),
+    "consistency": Case(
+        CAUSAL | {"stage": "consistency", "ode.updates": 8}, 12, 4, {"consistency"}
+    ),
     "ode_regression": Case(
         CAUSAL | {"stage": "ode_regression", "ode.updates": 8, "ode.trajectories": 160},
         12,
@@ -73,9 +83,14 @@ CASES = {
 
 def start(case, workdir, data):
     """`python -m launch.train` of a fresh network in another process."""
-    options = SMALL | case.options | {"updates": case.updates, "save_every": case.half, "data.dir": data}
+    options = (
+        SMALL | case.options | {"updates": case.updates, "save_every": case.half, "data.dir": data}
+    )
     command = [sys.executable, "-m", "launch.train", f"--config={ROOT}/configs/base.py"]
-    command += [f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in options.items())]
+    command += [
+        f"--workdir={workdir}",
+        *(f"--config.{name}={value}" for name, value in options.items()),
+    ]
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # what takes long here is compiling
@@ -93,7 +108,9 @@ def kill_once_there_is(path, process, workdir):
     """kill -9 as soon as a file appears."""
     deadline = time.monotonic() + 500
     while not path.exists():
-        assert process.poll() is None and time.monotonic() < deadline, Path(f"{workdir}.log").read_text()
+        assert process.poll() is None and time.monotonic() < deadline, Path(
+            f"{workdir}.log"
+        ).read_text()
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -118,7 +135,9 @@ def runs(tmp_path_factory):
 
 
 def scalars(file):
-    """{(name, update): value} of a TensorBoard file: records of length, checksum, event, checksum."""
+    """{(name, update): value} of a TensorBoard file: records of length, checksum, event,
+    checksum.
+    """
     data, found, at = file.read_bytes(), {}, 0
     while at < len(data):
         (size,) = struct.unpack("<Q", data[at : at + 8])
@@ -180,7 +199,9 @@ def test_killed_while_trajectories_are_made_it_keeps_those_that_are_done(runs, t
     finish(start(case, killed, data), killed)
 
     names = sorted(path.name for path in first.parent.glob("*.safetensors"))
-    assert len(names) == parts and all(path.stat().st_mtime_ns == time for path, time in done.items())
+    assert len(names) == parts and all(
+        path.stat().st_mtime_ns == time for path, time in done.items()
+    )
     for name in names:
         assert (first.parent / name).read_bytes() == (whole / "trajectories" / name).read_bytes()
     assert_same_end(whole, killed, case.updates)
@@ -216,6 +237,7 @@ def test_a_workdir_goes_on_with_the_same_config_only_but_may_be_longer_or_elsewh
             replace(recipe, loss=replace(recipe.loss, self_consistency=0.0)),
         ):
             with pytest.raises(
-                UserError, match=r"config\.(batch_size|data\.seed|loss\.self_consistency) = .*--workdir"
+                UserError,
+                match=r"config\.(batch_size|data\.seed|loss\.self_consistency) = .*--workdir",
             ):
                 resume(manager, fresh, changed)

@@ -78,13 +78,26 @@ def test_the_parts_of_a_distillation_and_what_their_files_say():
         "consistency on moving_shapes, 8 levels of shift 5.0, "
         "from runs/results/causal/stages/teacher_forcing/0"
     )
-    assert teacher[1:] == (TEACHER, None, sha(TEACHER), "bidirectional", "denoising on moving_shapes")
-    assert found["critic"][1:] == teacher[1:] == found["text encoder"]._replace(sees="bidirectional")[1:]
+    assert teacher[1:] == (
+        TEACHER,
+        None,
+        sha(TEACHER),
+        "bidirectional",
+        "denoising on moving_shapes",
+    )
+    assert (
+        found["critic"][1:]
+        == teacher[1:]
+        == found["text encoder"]._replace(sees="bidirectional")[1:]
+    )
 
 
 def test_the_parts_of_other_runs():
     found = by_name(roles(recipe(**LORA, **{"align.weight": 0.5})))
-    assert found["student"].source == "fresh adapter of rank 4 (seed 0)" and not found["student"].digest
+    assert (
+        found["student"].source == "fresh adapter of rank 4 (seed 0)"
+        and not found["student"].digest
+    )
     for name in ("student's base", "critic's base", "alignment", "teacher"):
         assert found[name].digest == sha(TEACHER)
     found = by_name(roles(recipe(stage="consistency", init_from=CAUSAL)))
@@ -127,7 +140,10 @@ STUDENTS = {
     "export of a causal teacher": {"config": to_json(recipe(stage="teacher_forcing"))},
     "export with a LoRA": {"config": to_json(recipe(**LORA))},
     "record": {"config": OFFICIAL, "salt_jax": json.dumps({"config": RUN, "step": 40})},
-    "record in words": {"config": OFFICIAL, "salt_jax": json.dumps({"config": json.dumps(RUN), "step": 40})},
+    "record in words": {
+        "config": OFFICIAL,
+        "salt_jax": json.dumps({"config": json.dumps(RUN), "step": 40}),
+    },
     "converted": {
         "config": OFFICIAL,
         "source": json.dumps({"told": "official names", "student": "generator"}),
@@ -138,14 +154,20 @@ STUDENTS = {
     },
 }
 for key in ("generator_ema", "model", "0.student_ema"):
-    STUDENTS[key] = {"config": OFFICIAL, "source": json.dumps({"told": "official names", "student": key})}
+    STUDENTS[key] = {
+        "config": OFFICIAL,
+        "source": json.dumps({"told": "official names", "student": key}),
+    }
 TEACHERS = {
     "wrapped": {
         "config": OFFICIAL,
         "source": json.dumps({"told": "state_dict of the file", "student": "state_dict"}),
     },
     "teacher-to-be": {"config": to_json(recipe(stage="denoising", **{"teacher.kind": "data"}))},
-    "official": {"config": OFFICIAL, "source": json.dumps({"told": "official names", "student": ""})},
+    "official": {
+        "config": OFFICIAL,
+        "source": json.dumps({"told": "official names", "student": ""}),
+    },
     "record of one": {
         "config": OFFICIAL,
         "salt_jax": json.dumps({"config": RUN | {"stage": "denoising"}, "step": 3}),
@@ -187,8 +209,15 @@ def test_records_tell_the_step_and_how_a_file_was_taken_in(tmp_path):
     where = file(tmp_path / "a.safetensors", **STUDENTS["record"])
     assert read_record(where).step == 40 and read_record(where).sees == "causal"
     where = file(tmp_path / "b.safetensors", **TEACHERS["official"])
-    assert (read_record(where).sees, read_record(where).made) == ("not recorded", "converted: official names")
-    listed = {"schedule.levels": (1000, 757, 522), "schedule.train_updates": 3, "schedule.anchor_updates": 3}
+    assert (read_record(where).sees, read_record(where).made) == (
+        "not recorded",
+        "converted: official names",
+    )
+    listed = {
+        "schedule.levels": (1000, 757, 522),
+        "schedule.train_updates": 3,
+        "schedule.anchor_updates": 3,
+    }
     where = exported(
         tmp_path / "c.safetensors",
         **STUDENT | listed | {"video": "noised_chunks", "sample.num_updates": (3,)},
@@ -233,7 +262,11 @@ def test_parts_are_kept_and_compared_by_what_is_in_their_files(tmp_path):
     moved = Path(first).rename(tmp_path / "b.safetensors")
     refuse_changed(was, roles(recipe(weights=str(moved))))
     save_weights(moved, {"w": np.zeros(3)}, "float32", {})
-    for changed in ({"weights": str(moved)}, {"weights": ""}, {"weights": str(tmp_path / "absent")}):
+    for changed in (
+        {"weights": str(moved)},
+        {"weights": ""},
+        {"weights": str(tmp_path / "absent")},
+    ):
         with pytest.raises(
             UserError, match=r"the student of this run is .* and was \S+a\.safetensors .*--workdir"
         ):
@@ -252,5 +285,7 @@ def test_a_lora_whose_base_was_replaced_is_refused(tmp_path):
     write_roles(where, roles(adapted))
     refuse_another_base(where, adapted)
     save_weights(weights, {"w": np.zeros(3)}, "float32", {})
-    with pytest.raises(UserError, match=r"the student's base of \S+run is .* put the old file back"):
+    with pytest.raises(
+        UserError, match=r"the student's base of \S+run is .* put the old file back"
+    ):
         refuse_another_base(where, adapted)

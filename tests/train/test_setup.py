@@ -55,7 +55,9 @@ def exported(path, made, **metadata):
     """What launch.export writes."""
     shapes = jax.eval_shape(lambda: init_text_encoder(jax.random.key(0), made.text))
     text = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
-    save_weights(path, {"wan": EMA, "text_encoder": text}, "float16", {"config": to_json(made)} | metadata)
+    save_weights(
+        path, {"wan": EMA, "text_encoder": text}, "float16", {"config": to_json(made)} | metadata
+    )
     return str(path)
 
 
@@ -93,10 +95,14 @@ def test_a_student_starts_at_the_weights_or_at_the_average_of_the_stage_before(t
     ],
 )
 @pytest.mark.parametrize("kind", ["workdir", "file"])
-def test_a_stage_that_does_not_fit_is_refused_and_the_difference_is_named(tmp_path, kind, told, before, now):
+def test_a_stage_that_does_not_fit_is_refused_and_the_difference_is_named(
+    tmp_path, kind, told, before, now
+):
     made = recipe(**CAUSAL, **before)
     path = (
-        workdir(tmp_path / "run", made) if kind == "workdir" else exported(tmp_path / "run.safetensors", made)
+        workdir(tmp_path / "run", made)
+        if kind == "workdir"
+        else exported(tmp_path / "run.safetensors", made)
     )
     refused(f"was made with {told}", **({"video": "rollout", "init_from": path} | now))
 
@@ -105,8 +111,14 @@ def test_what_is_no_stage_is_refused(tmp_path):
     refused("neither the workdir of a stage .* nor a file", init_from=str(tmp_path / "absent"))
     refused("neither the workdir of a stage .* nor a file", init_from=str(tmp_path))
     teacher = recipe(stage="denoising", **{"teacher.kind": "closed_form"})
-    refused("holds a teacher.*launch.export.*config.weights", init_from=workdir(tmp_path / "run", teacher))
-    refused("holds a teacher.*; name it in config.weights", init_from=exported(tmp_path / "file", teacher))
+    refused(
+        "holds a teacher.*launch.export.*config.weights",
+        init_from=workdir(tmp_path / "run", teacher),
+    )
+    refused(
+        "holds a teacher.*; name it in config.weights",
+        init_from=exported(tmp_path / "file", teacher),
+    )
 
 
 def test_a_file_that_says_nothing_about_itself_is_refused(tmp_path):
@@ -135,7 +147,9 @@ def adapter(seed):
 
 
 def test_an_adapted_student_goes_on_from_its_export(tmp_path):
-    """Run on, the export stays the student; config.weights would make it its own teacher and critic."""
+    """Run on, the export stays the student; config.weights would make it its own teacher and
+    critic.
+    """
     file = exported(tmp_path / "adapted.safetensors", recipe(**LORA))
     for changes in ({"video": "rollout"}, LORA):
         same(student_start(recipe(init_from=file, **changes), BASE, MESH), EMA)
@@ -151,7 +165,9 @@ def test_a_workdir_of_a_lora_is_merged_into_what_it_adapts(tmp_path):
     second, more = adapter(2)
     two = workdir(tmp_path / "two", recipe(**LORA, init_from=one), second)
     found = student_start(recipe(video="rollout", init_from=two), WHOLE, MESH)
-    np.testing.assert_allclose(found["blocks"]["q"]["kernel"], MATRIX + added + more, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        found["blocks"]["q"]["kernel"], MATRIX + added + more, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_weights_that_were_moved_are_the_same_weights(tmp_path):
@@ -200,14 +216,18 @@ def test_distillation_starts_three_networks_at_the_weights():
         same(tree, parts.frozen["teacher"])
 
 
-@pytest.mark.parametrize("changes", [{}, {"stage": "consistency"}, {"video": "rollout", "align.weight": 0.5}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"stage": "consistency"}, {"video": "rollout", "align.weight": 0.5}]
+)
 def test_a_teacher_is_kept_in_the_type_that_the_config_names(changes):
     """It is cast; what learns, and what the student's features are compared in, stays float32."""
     parts = started(**{"teacher.dtype": "bfloat16"} | changes)
     learnt = parts.state.student.params
     assert {x.dtype for x in jax.tree.leaves(parts.frozen["teacher"])} == {np.dtype(jnp.bfloat16)}
     same(parts.frozen["teacher"], jax.tree.map(lambda x: x.astype(jnp.bfloat16), learnt))
-    assert {x.dtype for x in jax.tree.leaves((learnt, parts.frozen.get("base", {})))} == {np.dtype("float32")}
+    assert {x.dtype for x in jax.tree.leaves((learnt, parts.frozen.get("base", {})))} == {
+        np.dtype("float32")
+    }
 
 
 def test_an_alignment_that_looks_with_the_weights_keeps_a_copy_of_them():
@@ -222,12 +242,16 @@ def test_adapters_stand_for_student_and_critic_on_frozen_networks():
     for learner in (parts.state.student, parts.state.critic):
         assert {path[-1] for path in flatten_dict(learner.params)} == {"lora_a", "lora_b"}
     same(parts.frozen["student"], parts.frozen["base"])
-    a, b = (jax.tree.leaves(learner.params)[0] for learner in (parts.state.student, parts.state.critic))
+    a, b = (
+        jax.tree.leaves(learner.params)[0] for learner in (parts.state.student, parts.state.critic)
+    )
     assert not np.array_equal(a, b), "they start with noise of their own"
 
 
 def test_a_stream_starts_empty_in_the_form_that_it_keeps():
-    parts = started(**{"video": "rollout", "memory.window": 9, "memory.sink": 3, "stream.max_frames": 36})
+    parts = started(
+        **{"video": "rollout", "memory.window": 9, "memory.sink": 3, "stream.max_frames": 36}
+    )
     stream, wan = parts.state.stream, recipe().wan
     heads = (wan.num_heads, wan.dim // wan.num_heads)
     assert stream.cache.k.shape == (wan.num_layers, 24, 6, 4, *heads)  # 6 frames of 2 x 2 tokens
@@ -238,7 +262,9 @@ def test_a_stream_starts_empty_in_the_form_that_it_keeps():
 @pytest.mark.parametrize("devices", [1, 8])
 def test_what_is_frozen_outlives_the_state_and_what_is_not_is_given_up_to_it(devices):
     """Also where what a student starts from is frozen too."""
-    mesh = make_mesh({"data": 1, "fsdp": devices, "context": 1, "tensor": 1}, jax.devices()[:devices])
+    mesh = make_mesh(
+        {"data": 1, "fsdp": devices, "context": 1, "tensor": 1}, jax.devices()[:devices]
+    )
     starts = [place(EMA, state_shardings(mesh, EMA)) for _ in range(2)]
     learner = lambda p: init_learner(p, optax.adam(0.1))
     make = lambda p, q: init_state(learner(p), learner(q))
@@ -254,7 +280,12 @@ def test_what_is_frozen_outlives_the_state_and_what_is_not_is_given_up_to_it(dev
 
 # Encoded data at Wan's shapes, with the small presets and random weights.
 
-ENCODED = {"data.kind": "latents", "data.clip": (3, 4, 6), "text_encoder": "wan-tiny", "weights": ""}
+ENCODED = {
+    "data.kind": "latents",
+    "data.clip": (3, 4, 6),
+    "text_encoder": "wan-tiny",
+    "weights": "",
+}
 
 
 def encoded(path, *names, channels=16):
@@ -284,7 +315,8 @@ def test_a_student_of_wan_starts_at_its_weights_and_has_the_teacher_that_is_name
     assert same_tree(other.state.student.params, same.state.student.params)
     assert {w.dtype for w in jax.tree.leaves(other.frozen["teacher"])} == {np.dtype(jnp.bfloat16)}
     wide = setup(
-        recipe(**ENCODED, **wan, **{"teacher.weights": str(tmp_path), "teacher.dtype": "float32"}), MESH
+        recipe(**ENCODED, **wan, **{"teacher.weights": str(tmp_path), "teacher.dtype": "float32"}),
+        MESH,
     )
     assert same_tree(wide.frozen["teacher"], other.frozen["teacher"])
     assert {w.dtype for w in jax.tree.leaves(wide.frozen["teacher"])} == {np.dtype(np.float32)}
@@ -297,7 +329,10 @@ def test_a_student_of_wan_starts_at_its_weights_and_has_the_teacher_that_is_name
     with pytest.raises(
         UserError, match=r"the weights in .* are WanConfig.*presets and weights of config\.model"
     ):
-        setup(recipe(**ENCODED | wan | {"model.preset": "wan2.1-i2v-tiny", "weights": str(tmp_path)}), MESH)
+        setup(
+            recipe(**ENCODED | wan | {"model.preset": "wan2.1-i2v-tiny", "weights": str(tmp_path)}),
+            MESH,
+        )
 
 
 @pytest.mark.parametrize(
@@ -305,7 +340,12 @@ def test_a_student_of_wan_starts_at_its_weights_and_has_the_teacher_that_is_name
     [
         ("wan2.1-i2v-tiny", ("latent",), {}, r"without pictures.*encode it with --image"),
         ("wan2.1-t2v-tiny", (), {}, r"has prompts alone.*config\.video=rollout"),
-        ("wan2.1-t2v-tiny", ("latent",), {"data.clip": (3, 4, 8)}, r"the run wants \[3, 4, 8, 16\]"),
+        (
+            "wan2.1-t2v-tiny",
+            ("latent",),
+            {"data.clip": (3, 4, 8)},
+            r"the run wants \[3, 4, 8, 16\]",
+        ),
     ],
 )
 def test_encoded_data_that_do_not_fit_are_refused(tmp_path, preset, names, changes, told):
@@ -317,4 +357,7 @@ def test_encoded_data_that_do_not_fit_are_refused(tmp_path, preset, names, chang
 def test_prompts_are_enough_for_rollouts(tmp_path):
     changes = {"model.preset": "wan2.1-t2v-tiny", "data.dir": encoded(tmp_path), "video": "rollout"}
     parts = started(**ENCODED, **changes)
-    assert set(parts.records[0]) == {"caption", "text"} and parts.records[0]["text"].shape == (512, 32)
+    assert set(parts.records[0]) == {"caption", "text"} and parts.records[0]["text"].shape == (
+        512,
+        32,
+    )

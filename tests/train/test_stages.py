@@ -1,4 +1,6 @@
-"""The stages before distillation: each loss against the same one assembled by hand, what it moves, its targets."""
+"""The stages before distillation: each loss against the same one assembled by hand, what it moves,
+its targets.
+"""
 
 import functools
 import itertools
@@ -64,14 +66,18 @@ def denoising(kind, dropout):
 def tokens(count):
     """A different caption for each clip: end token 1, padding 0."""
     ids = np.arange(count)[:, None] * 7 + np.arange(5)[None] + 10
-    return jnp.asarray(np.concatenate([ids, np.ones((count, 1)), np.zeros((count, 2))], axis=1), jnp.int32)
+    return jnp.asarray(
+        np.concatenate([ids, np.ones((count, 1)), np.zeros((count, 2))], axis=1), jnp.int32
+    )
 
 
 @functools.cache
 def denoising_params():
     return {
         "wan": toy_params(0, WIDE),
-        "text_encoder": jax.jit(init_text_encoder, static_argnums=1)(jax.random.key(3), RECIPE.text),
+        "text_encoder": jax.jit(init_text_encoder, static_argnums=1)(
+            jax.random.key(3), RECIPE.text
+        ),
     }
 
 
@@ -81,7 +87,9 @@ def test_a_teacher_to_be_learns_and_so_does_its_text_encoder():
     make = lambda: learners(recipe, denoising_params(), None)
     shardings = layout(make(), {}, {})
     state, before = place(make(), shardings[0]), host(make().student.params)
-    jitted = compile_step(stages.stage_step, networks(toy, teacher=closed_form_denoiser), recipe, shardings)
+    jitted = compile_step(
+        stages.stage_step, networks(toy, teacher=closed_form_denoiser), recipe, shardings
+    )
     losses = []
     for _ in range(20):
         state, metrics = jitted(state, {}, batch, jax.random.key(7), jnp.int32(0), None)
@@ -95,7 +103,9 @@ def test_a_teacher_to_be_learns_and_so_does_its_text_encoder():
 
 
 def test_the_closed_form_of_one_clip_a_caption_is_that_clip():
-    """Its conditional mean is the clip, so the loss against the teacher's velocity is the loss against the data's."""
+    """Its conditional mean is the clip, so the loss against the teacher's velocity is the loss
+    against the data's.
+    """
     batch, params, key = batch_of(0) | {"text": tokens(8)}, denoising_params(), jax.random.key(5)
     captions = np.asarray(batch["text"], np.float32)[..., None]
     teacher = closed_form_params(np.asarray(batch["video"])[:, None], captions)
@@ -105,12 +115,14 @@ def test_the_closed_form_of_one_clip_a_caption_is_that_clip():
         cases = ("closed_form", 0.0), ("data", 0.0), ("closed_form", 1.0), ("data", 1.0)
         frozen = {"teacher": teacher}
         return [
-            loss_of(stages.denoising_loss, p, p, frozen, batch, key, nets, denoising(*case)) for case in cases
+            loss_of(stages.denoising_loss, p, p, frozen, batch, key, nets, denoising(*case))
+            for case in cases
         ]
 
     exact, data, exact_empty, data_empty = jax.jit(losses)(params)
     np.testing.assert_allclose(exact, data, rtol=1e-4)
-    # The empty caption leaves all clips in: the mean is another and the loss lower than against a single clip.
+    # The empty caption leaves all clips in: the mean is another and the loss lower than against a
+    # single clip.
     assert exact_empty < 0.99 * data_empty
 
 
@@ -122,7 +134,9 @@ def test_a_dropped_caption_is_the_empty_caption():
         batches = [batch_of(0) | {"text": text} for text in (tokens(8), empty, tokens(8))]
         args = zip(batches, (1.0, 0.0, 0.0), strict=True)
         return [
-            loss_of(stages.denoising_loss, p, p, {}, b, jax.random.key(5), nets, denoising("data", drop))
+            loss_of(
+                stages.denoising_loss, p, p, {}, b, jax.random.key(5), nets, denoising("data", drop)
+            )
             for b, drop in args
         ]
 
@@ -130,11 +144,14 @@ def test_a_dropped_caption_is_the_empty_caption():
     assert dropped == pytest.approx(empty, rel=1e-6) and kept != pytest.approx(empty, rel=1e-3)
 
 
-# Stages that make a student causal. Keys are split as the stage splits them; the rest is written out once more.
+# Stages that make a student causal. Keys are split as the stage splits them; the rest is written
+# out once more.
 
 FROZEN = {"teacher": wan(7), "null_text": jax.random.normal(jax.random.key(9), NULL.shape)}
 NETS = Networks(NETWORK, NETWORK.denoise, NETWORK.denoise)
-CAUSAL = replace(causal.RECIPE, caption_dropout=0.5, ode=replace(causal.RECIPE.ode, updates=8, guidance=2.0))
+CAUSAL = replace(
+    causal.RECIPE, caption_dropout=0.5, ode=replace(causal.RECIPE.ode, updates=8, guidance=2.0)
+)
 CAUSAL = replace(CAUSAL, view=replace(CAUSAL.view, lowest=0.001, highest=1.0))
 STAGES = ("teacher_forcing", "ode_regression", "consistency")
 
@@ -165,7 +182,9 @@ def teacher_forcing_by_hand(batch):
     noise = jax.random.normal(k_noise, (BATCH, *CLIP))
     x = (1 - column(sigma)) * batch["video"] + column(sigma) * noise
     weight, target = column(midlevel_weight(sigma, 5.0)), noise - batch["video"]
-    return lambda p: (weight * (forced(p, x, sigma, text, batch["video"]).velocity - target) ** 2).mean()
+    return lambda p: (
+        weight * (forced(p, x, sigma, text, batch["video"]).velocity - target) ** 2
+    ).mean()
 
 
 def ode_regression_by_hand(batch):
@@ -189,7 +208,9 @@ def consistency_by_hand(batch):
     n = np.asarray(jax.random.randint(k_level, (BATCH,), 0, 8))
     assert len(set(n)) > 3
     sigma, after = (jnp.asarray(grid(8, 2.0)[m]) for m in (n, n + 1))
-    x = (1 - column(sigma)) * batch["video"] + column(sigma) * jax.random.normal(k_noise, (BATCH, *CLIP))
+    x = (1 - column(sigma)) * batch["video"] + column(sigma) * jax.random.normal(
+        k_noise, (BATCH, *CLIP)
+    )
     says = lambda p, x, sigma: forced(p, x, sigma, batch["text"], batch["video"]).x0
 
     def loss(p):
@@ -216,7 +237,9 @@ def stepped(stage, batch, recipe=CAUSAL):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_follows_the_gradient_of_its_loss_and_moves_every_parameter_and_their_average(stage):
+def test_a_stage_follows_the_gradient_of_its_loss_and_moves_every_parameter_and_their_average(
+    stage,
+):
     """Keys are those of the update; average, teacher and states are constants."""
     by_hand = {
         "teacher_forcing": teacher_forcing_by_hand,
@@ -240,18 +263,23 @@ def test_a_stage_follows_the_gradient_of_its_loss_and_moves_every_parameter_and_
 
 def test_teacher_forcing_says_nothing_about_pure_noise():
     """Where all levels are 1 the weight is 0."""
-    recipe = replace(CAUSAL, stage="teacher_forcing", view=replace(CAUSAL.view, lowest=1.0, highest=1.0))
+    recipe = replace(
+        CAUSAL, stage="teacher_forcing", view=replace(CAUSAL.view, lowest=1.0, highest=1.0)
+    )
     args = (EMA, FROZEN, stage_batch(), KEY, NETS, recipe)
     loss = jax.jit(lambda p: loss_of(stages.teacher_forcing_loss, p, *args))
     assert abs(loss(STUDENT)) < 1e-6
 
 
-# Consistency with a single update goes from noise to the end, where a network's clean estimate is the state itself.
+# Consistency with a single update goes from noise to the end, where a network's clean estimate is
+# the state itself.
 
 
 def consistency(params, ema, guidance):
     ode = replace(CAUSAL.ode, updates=1, guidance=guidance)
-    recipe = replace(CAUSAL, stage="consistency", ode=ode, schedule=replace(CAUSAL.schedule, train_updates=1))
+    recipe = replace(
+        CAUSAL, stage="consistency", ode=ode, schedule=replace(CAUSAL.schedule, train_updates=1)
+    )
     return loss_of(stages.consistency_loss, params, ema, FROZEN, stage_batch(), KEY, NETS, recipe)
 
 
@@ -279,7 +307,9 @@ def nothing_read(params, x0, text, sight):
 
 @pytest.mark.parametrize(("updates", "kept"), [(4, 4), (8, 4), (12, 2)])
 def test_a_constant_velocity_makes_straight_lines_kept_at_the_students_levels(updates, kept):
-    """Under guidance 3: state(sigma) = noise - (1 - sigma) (u + 3 (c - u)), and the last entry is the end."""
+    """Under guidance 3: state(sigma) = noise - (1 - sigma) (u + 3 (c - u)), and the last entry is
+    the end.
+    """
     recipe = replace(
         CAUSAL,
         ode=replace(CAUSAL.ode, updates=updates, guidance=3.0),
@@ -318,9 +348,14 @@ def test_a_trajectory_is_that_of_a_loop_over_eulers_updates():
     batch = causal.batch_of(1)
     recipe = replace(CAUSAL, schedule=replace(CAUSAL.schedule, train_updates=4, shift=2.0))
     run = jax.jit(
-        lambda key: stages.trajectory(NETWORK, FROZEN["teacher"], batch, FROZEN["null_text"], key, recipe)
+        lambda key: stages.trajectory(
+            NETWORK, FROZEN["teacher"], batch, FROZEN["null_text"], key, recipe
+        )
     )
-    states, velocity = run(KEY), jax.jit(lambda x, sigma: guided_by_hand(x, jnp.full(BATCH, sigma), batch))
+    states, velocity = (
+        run(KEY),
+        jax.jit(lambda x, sigma: guided_by_hand(x, jnp.full(BATCH, sigma), batch)),
+    )
     x, levels, wanted = jax.random.normal(KEY, (BATCH, *CLIP)), grid(8, 2.0), []
     for now, after in itertools.pairwise(levels):
         wanted.append(x)

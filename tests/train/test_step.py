@@ -1,6 +1,8 @@
-"""One update moves what it should and nothing else, along the paper's gradient, on one device or on eight.
+"""One update moves what it should and nothing else, along the paper's gradient, on one device or on
+eight.
 
-Most tests run on `toy`, a denoiser of two matrices, which compiles in a second; the same steps then run on Wan.
+Most tests run on `toy`, a denoiser of two matrices, which compiles in a second; the same steps then
+run on Wan.
 """
 
 import functools
@@ -37,7 +39,8 @@ RECIPE = replace(
     student_optimizer=OPTIMIZER,
     critic_optimizer=OPTIMIZER,
     ema=replace(RECIPE.ema, decay=0.9, start=0),
-    schedule=replace(RECIPE.schedule, shift=2.0),  # levels far apart: self-consistency has something to say
+    # levels far apart: self-consistency has something to say
+    schedule=replace(RECIPE.schedule, shift=2.0),
     critic_updates=2,
 )
 CLIPS = (8, 2, 4, 4, 3)  # B F H W C
@@ -106,7 +109,9 @@ def choice_of(which):
 @functools.cache
 def compiled(which, recipe=RECIPE):
     """A step of the toy on one device, compiled once for all tests."""
-    return compile_step(which, TOY, recipe, layout(toy_state(), FROZEN, {}), choice=choice_of(which))
+    return compile_step(
+        which, TOY, recipe, layout(toy_state(), FROZEN, {}), choice=choice_of(which)
+    )
 
 
 def run_toy(which, state, batch, index=0, recipe=RECIPE):
@@ -166,7 +171,8 @@ def test_what_is_drawn_is_a_function_of_the_seed_and_the_index():
     assert float(first[1]["dmd"]) != float(other[1]["dmd"])
 
 
-# The paper's equations, written out once more: numbers that were drawn come in, no loss of ours is called.
+# The paper's equations, written out once more: numbers that were drawn come in, no loss of ours is
+# called.
 
 
 def draws(key, batch, recipe):
@@ -190,7 +196,9 @@ def velocity(params, x, level, text):
 
 
 def papers_student_loss(params, critic, teacher, batch, key, recipe, weight, stop):
-    """A function with the gradient of Salt Eq. 4 (direction per element, times dx0/dtheta) plus `weight` Eq. 8."""
+    """A function with the gradient of Salt Eq. 4 (direction per element, times dx0/dtheta) plus
+    `weight` Eq. 8.
+    """
     (s, m, e, noise), (t, fresh) = draws(key, batch, recipe)
     text, fixed = batch["text"], jax.lax.stop_gradient
     x_s = (1 - s) * batch["video"] + s * noise
@@ -214,7 +222,9 @@ def test_the_students_gradient_is_the_papers(stop):
     recipe = replace(RECIPE, loss=replace(RECIPE.loss, self_consistency=100.0, stop_gradient=stop))
     params, critic, batch, key = toy_params(0), toy_params(1), batch_of(0), jax.random.key(11)
     noise = draw_noise(key, batch, recipe)
-    ours = lambda p: step.student_loss(p, critic, FROZEN, batch, noise, None, None, TOY, recipe, BOTH)
+    ours = lambda p: step.student_loss(
+        p, critic, FROZEN, batch, noise, None, None, TOY, recipe, BOTH
+    )
     papers = lambda p: papers_student_loss(p, critic, TEACHER, batch, key, recipe, 100.0, stop)
     found, (metrics, _) = jax.jit(jax.grad(ours, has_aux=True))(params)
     wanted, eq_8 = jax.jit(jax.grad(papers, has_aux=True))(params)
@@ -225,7 +235,9 @@ def test_the_students_gradient_is_the_papers(stop):
 
 def test_the_student_step_applies_that_gradient():
     state, batch, key = toy_state(), batch_of(0), jax.random.fold_in(jax.random.key(7), 0)
-    papers = lambda p: papers_student_loss(p, state.critic.params, TEACHER, batch, key, RECIPE, 1.0, "none")
+    papers = lambda p: papers_student_loss(
+        p, state.critic.params, TEACHER, batch, key, RECIPE, 1.0, "none"
+    )
     grads, _ = jax.jit(jax.grad(papers, has_aux=True))(state.student.params)
     tx = make_optimizer(OPTIMIZER, RECIPE.updates)
     wanted = apply_gradients(state.student, grads, jnp.float32(0), tx)
@@ -235,7 +247,13 @@ def test_the_student_step_applies_that_gradient():
 
 def test_without_its_weight_self_consistency_is_neither_computed_nor_reported():
     recipe = replace(RECIPE, loss=replace(RECIPE.loss, self_consistency=0.0))
-    params, critic, batch, key, calls = toy_params(0), toy_params(1), batch_of(0), jax.random.key(11), []
+    params, critic, batch, key, calls = (
+        toy_params(0),
+        toy_params(1),
+        batch_of(0),
+        jax.random.key(11),
+        [],
+    )
 
     def counted(*args):
         calls.append(1)
@@ -243,7 +261,9 @@ def test_without_its_weight_self_consistency_is_neither_computed_nor_reported():
 
     nets = networks(counted)
     noise = draw_noise(key, batch, recipe)
-    ours = lambda p: step.student_loss(p, critic, FROZEN, batch, noise, None, None, nets, recipe, DMD)
+    ours = lambda p: step.student_loss(
+        p, critic, FROZEN, batch, noise, None, None, nets, recipe, DMD
+    )
     found, (metrics, _) = jax.jit(jax.grad(ours, has_aux=True))(params)
     papers = lambda p: papers_student_loss(p, critic, TEACHER, batch, key, recipe, 0.0, "none")[0]
     close(found, jax.jit(jax.grad(papers))(params))
@@ -288,10 +308,14 @@ def test_one_bad_example_skips_the_update_bit_for_bit_and_a_good_batch_goes_on(w
 
 
 def test_the_gap_is_the_mean_distance_of_critic_and_teacher():
-    """What DMD is about, in the clips' own units: it falls as the student gets better, unlike the loss."""
+    """What DMD is about, in the clips' own units: it falls as the student gets better, unlike the
+    loss.
+    """
     params, critic, batch, key = toy_params(0), toy_params(1), batch_of(0), jax.random.key(11)
     given = draw_noise(key, batch, RECIPE)
-    _, (metrics, _) = step.student_loss(params, critic, FROZEN, batch, given, None, None, TOY, RECIPE, BOTH)
+    _, (metrics, _) = step.student_loss(
+        params, critic, FROZEN, batch, given, None, None, TOY, RECIPE, BOTH
+    )
     (s, _, _, noise), (t, fresh) = draws(key, batch, RECIPE)
     x_s = (1 - s) * batch["video"] + s * noise
     x0 = x_s - s * velocity(params, x_s, s, batch["text"])
@@ -319,7 +343,9 @@ def test_nothing_recompiles_and_nothing_is_transferred_unasked_over_iterations()
     for i in range(4):
         with jax.transfer_guard("disallow"):
             state, metrics = iterate(state, run, i)
-    assert steps.cache_info().currsize == 2, "a whole clip's student and critic have one program each"
+    assert steps.cache_info().currsize == 2, (
+        "a whole clip's student and critic have one program each"
+    )
     assert steps("student", BOTH)._cache_size() == steps("critic", DMD)._cache_size() == 1
     assert int(state.step) == 7 and int(state.critic.opt_state[1][0].count) == 8
     assert {"dmd", "critic", "critic_fresh"} <= set(metrics)
@@ -341,7 +367,8 @@ def test_every_update_has_its_own_batch_and_its_own_number():
         run = Run(RECIPE, {}, record, 2, key, iter(range(3 * start, 100)))
         for i in (start, start + 1):
             _, metrics = iterate(toy_state(), run, i)
-            # The first critic update after the student's sees what it has not seen yet; the last one is reported too.
+            # The first critic update after the student's sees what it has not seen yet; the last
+            # one is reported too.
             assert (int(metrics["critic_fresh"]), int(metrics["critic"])) == (3 * i + 1, 3 * i + 2)
     who = [("student", BOTH), ("critic", DMD), ("critic", DMD)] * 4
     assert seen == [(*pair, n, n) for n, pair in enumerate(who)]
@@ -361,14 +388,18 @@ def test_a_report_has_the_mean_of_each_term_over_the_updates_that_had_it():
 
 
 def on_mesh(which, nets, make, frozen, batch, sizes):
-    """Two updates; state and metrics as numpy arrays, and the bytes of state that the first device holds."""
+    """Two updates; state and metrics as numpy arrays, and the bytes of state that the first device
+    holds.
+    """
     shardings = layout(make(), frozen, sizes)
     fresh = lambda: compile_step(which, nets, RECIPE, shardings, choice=choice_of(which))
     jitted = compiled(which) if nets is TOY and not sizes else fresh()
     state, placed = place(make(), shardings[0]), place(batch, shardings[2])
     frozen, key = place(frozen, shardings[1]), place(jax.random.key(7), shardings[3])
     for index in range(2):
-        state, metrics = jitted(state, frozen, placed, key, place(np.int32(index), shardings[3]), None)
+        state, metrics = jitted(
+            state, frozen, placed, key, place(np.int32(index), shardings[3]), None
+        )
     for x, where in zip(jax.tree.leaves(state), jax.tree.leaves(shardings[0]), strict=True):
         assert x.sharding.is_equivalent_to(where, x.ndim)
     local = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
@@ -396,7 +427,9 @@ def test_eight_devices_do_what_one_does_with_wan(which):
         params = init_wan(jax.random.key(0), config)
         leaves, tree = jax.tree.flatten(params)
         keys = jax.random.split(jax.random.key(seed), len(leaves))
-        shaken = [x + 0.03 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+        shaken = [
+            x + 0.03 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)
+        ]
         return jax.tree.unflatten(tree, shaken)
 
     student, critic, teacher = (jax.jit(wan)(seed) for seed in (1, 2, 3))
@@ -417,7 +450,9 @@ def test_eight_devices_do_what_one_does_with_wan(which):
 )
 @pytest.mark.parametrize("which", [student_step, critic_step])
 def test_full_size_steps_trace(which, preset):
-    """480p for five seconds, bfloat16 with recomputation: shapes and types agree and masters stay float32."""
+    """480p for five seconds, bfloat16 with recomputation: shapes and types agree and masters stay
+    float32.
+    """
     config = PRESETS[preset]
     net = wan_network(config, Compute(jnp.bfloat16, "all"), 21, 3)
     nets = Networks(net, net.denoise, guided(net.denoise, jnp.zeros((1, 512, 4096)), 4.0))

@@ -1,4 +1,6 @@
-"""Trajectories on disk: each part is a function of its number, what is there is kept, and they read as a data set."""
+"""Trajectories on disk: each part is a function of its number, what is there is kept, and they read
+as a data set.
+"""
 
 from dataclasses import replace
 
@@ -29,7 +31,11 @@ RECIPE = replace(
     ode=replace(RECIPE.ode, updates=4, trajectories=11, guidance=1.0),
 )
 SOURCE = [
-    {"video": np.random.default_rng(i).integers(0, 256, CLIP, np.uint8), "caption": f"clip {i}", "scene": i}
+    {
+        "video": np.random.default_rng(i).integers(0, 256, CLIP, np.uint8),
+        "caption": f"clip {i}",
+        "scene": i,
+    }
     for i in range(5)
 ]
 
@@ -58,7 +64,9 @@ def contents(directory):
 
 
 def test_records_are_clips_with_their_captions_and_trajectories(tmp_path):
-    """11 trajectories are three batches of 4 that go around the five clips; the velocity is half the clip's number."""
+    """11 trajectories are three batches of 4 that go around the five clips; the velocity is half
+    the clip's number.
+    """
     made = make(tmp_path)
     assert len(made) == 12 and len(contents(tmp_path)) == 3
     levels = grid(2, RECIPE.schedule.shift)[:, None, None, None, None]
@@ -103,7 +111,9 @@ def test_a_part_is_a_function_of_the_seed_and_its_number_and_what_is_there_is_ke
 
 
 def test_batches_of_trajectories_bring_their_states(tmp_path):
-    """The clips are latents already and stay as they are; everything in a batch still belongs together."""
+    """The clips are latents already and stay as they are; everything in a batch still belongs
+    together.
+    """
     made, share = make(tmp_path), {"process_index": 0, "process_count": 1}
     batch = next(batches(made, batch_size=6, seed=0, start=0, encode_caption=encode, **share))
     assert batch["states"].shape == (6, 3, *CLIP) and batch["states"].dtype == np.float32
@@ -116,16 +126,21 @@ def test_batches_of_trajectories_bring_their_states(tmp_path):
 
 def test_the_device_is_asked_for_what_is_missing_only(tmp_path, monkeypatch):
     make(tmp_path)
-    monkeypatch.setattr("salt_jax.train.trajectories.trajectory", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(
+        "salt_jax.train.trajectories.trajectory", lambda *_: pytest.fail("made again")
+    )
     jax.clear_caches()
     assert len(make(tmp_path)) == 12
 
 
 @pytest.mark.parametrize(
-    "key, name, value", [("ode.guidance", "ode", replace(RECIPE.ode, guidance=3.0)), ("seed", "seed", 4)]
+    "key, name, value",
+    [("ode.guidance", "ode", replace(RECIPE.ode, guidance=3.0)), ("seed", "seed", 4)],
 )
 def test_parts_that_another_config_left_behind_are_refused(tmp_path, key, name, value):
-    """A run stopped before its first checkpoint and started with other values: resuming cannot tell, parts can."""
+    """A run stopped before its first checkpoint and started with other values: resuming cannot
+    tell, parts can.
+    """
     make(tmp_path)
     before = contents(tmp_path)
     with pytest.raises(UserError, match=f"config.{key} = .*--workdir"):
