@@ -1,4 +1,7 @@
-"""What the configs of the causal recipes share. Not a config itself.
+"""What configs share. Not a config itself.
+
+After a config's file name and a colon stands its size, "shapes" (Moving Shapes, the default) or
+"wan" (Wan 2.1 at 480p), and its variants, with commas: `configs/longlive.py:wan,lora`.
 
 Sources: SF, CF, LL, CV are Self-Forcing @33593df, Causal-Forcing @1fc7bbc, LongLive v1.0 @e52d9ef,
 CausVid @ca21150; their numbers are read off configs and code. Their iterations count critic
@@ -10,18 +13,35 @@ from typing import Any
 
 from configs import base
 
+SIZES = ("shapes", "wan")
 
-def shapes() -> Any:
-    """Moving Shapes, chunk by chunk, in 3 chunks of 3 frames."""
+
+def read_options(text: str, *variants: str) -> tuple[str, set[str]]:
+    """What stands after the colon: "wan,lora" -> ("wan", {"lora"}).
+
+    Raises ValueError for a name that the config does not have.
+    """
+    names = [name for name in text.split(",") if name]
+    unknown = [name for name in names if name not in (*SIZES, *variants)]
+    sizes = [name for name in names if name in SIZES]
+    if unknown or len(sizes) > 1:
+        raise ValueError(
+            f"{text!r} after the colon: there stands {' or '.join(SIZES)}, and any of "
+            f"{', '.join(variants) or 'nothing else'}, with commas"
+        )
+    return (sizes or ["shapes"])[0], set(names) - set(sizes)
+
+
+def causal(size: str) -> Any:
+    """What the chunk-by-chunk recipes of a size start from."""
     c = base.get_config()
     c.video = "rollout"
     c.schedule.shift = 5.0  # SF, CF, LL
-    return c
+    return c if size == "shapes" else wan(c)
 
 
-def wan() -> Any:
+def wan(c: Any) -> Any:
     """Wan 2.1 1.3B under a 14B teacher at 480p: 21 latent frames of 60 x 104, 7 chunks of 3."""
-    c = shapes()
     c.model.update(preset="wan2.1-t2v-1.3b", dtype="bfloat16", remat="all")
     c.text_encoder = "umt5-xxl"
     c.weights = "weights/wan2.1-t2v-1.3b"
@@ -32,64 +52,11 @@ def wan() -> Any:
     c.batch_size = 64  # SF: 64 GPUs of 1
     c.student_optimizer.learning_rate = 2e-6  # SF, Salt App. B
     c.critic_optimizer.learning_rate = 4e-7
-    c.critic_updates = 5  # SF
-    c.updates = 120  # SF: 600 iterations
+    c.critic_ratio = 5  # SF
+    c.iterations = 120  # SF: 600 iterations
     c.ema.update(decay=0.99, start=40)  # SF: 200 iterations
     c.mesh.update(data=-1, fsdp=8)
     c.align.layers = 18  # of 30, as VideoREPA (row 18)
-    return c
-
-
-def whole_clips(c: Any, variant: str) -> Any:
-    """SC-DMD and its baselines without rollouts (Salt App. B: backward simulation off)."""
-    c.video = "noised"
-    c.batch_size = 16  # Salt App. B
-    # "the same" (row 12)
-    c.student_optimizer.learning_rate = c.critic_optimizer.learning_rate = 1e-6
-    c.schedule.shift = 12.0  # Salt App. A.1; the grid of training is that of inference (row 10)
-    c.schedule.update(train_updates=8, anchor_updates=4)  # Eq. 9: 8 levels, for 4 updates
-    if variant != "sc_dmd":
-        c.loss.self_consistency = 0.0
-    if variant == "dmd4":
-        c.schedule.train_updates = 4
-    return c
-
-
-def four_updates(c: Any) -> Any:
-    """Rollouts of 4 updates and DMD alone: what the peers train."""
-    c.rollout.update(updates=(4,), probabilities=(1.0,))
-    c.schedule.update(train_updates=4, anchor_updates=4)
-    c.loss.self_consistency = 0.0
-    return c
-
-
-def listed_levels(c: Any, levels: tuple) -> Any:
-    """A student of a published list of levels (timesteps, 1000 sigma), trained and sampled at these
-    alone.
-    """
-    c.schedule.update(train_updates=len(levels), anchor_updates=len(levels), levels=levels)
-    c.rollout.update(updates=(len(levels),), probabilities=(1.0,))
-    c.sample.num_updates = (len(levels),)
-    return c
-
-
-def salt(c: Any, align_start: int) -> Any:
-    """Salt's full objective, Eq. 13: mixed steps, self-consistency at K = 8, cache alignment at K =
-    2 and 4.
-
-    `align_start` in student updates; the paper names 600 iterations for Causal Forcing, 120 here.
-    """
-    c.rollout.update(updates=(2, 4, 8), probabilities=(0.2, 0.4, 0.4))  # Salt App. B
-    # T(K) of Eq. 9 is T(8) in rollouts (row 4)
-    c.schedule.update(train_updates=8, anchor_updates=8)
-    c.loss.update(self_consistency=1.0, stop_gradient="none")  # rows 1, 2
-    c.align.update(weight=0.5, start=align_start)  # row 21
-    return c
-
-
-def frame_wise(c: Any) -> Any:
-    """One frame at a time (CF's frame-wise models)."""
-    c.memory.update(chunk=1, first=1)
     return c
 
 
@@ -99,10 +66,39 @@ def stage(c: Any, name: str, before: str) -> Any:
     return c
 
 
-def refuse_variant(variant: str, known: tuple[str, ...]) -> None:
-    """What a config says to a name after the colon that it does not have."""
-    if variant not in known:
-        raise ValueError(
-            f"no variant {variant!r} of this config; after the colon stands one of "
-            f"{', '.join(known)}"
-        )
+def four_steps(c: Any) -> Any:
+    """Rollouts of 4 steps and DMD alone: what the peers train."""
+    c.rollout.update(num_steps=(4,), probabilities=(1.0,))
+    c.schedule.update(train_levels=4, anchor_levels=4)
+    c.loss.self_consistency = 0.0
+    return c
+
+
+def listed_levels(c: Any, levels: tuple) -> Any:
+    """A student of a published list of levels (timesteps, 1000 sigma), trained and sampled at these
+    alone.
+    """
+    c.schedule.update(train_levels=len(levels), anchor_levels=len(levels), levels=levels)
+    c.rollout.update(num_steps=(len(levels),), probabilities=(1.0,))
+    c.sample.num_steps = (len(levels),)
+    return c
+
+
+def salt(c: Any, align_start: int) -> Any:
+    """Salt's full objective, Eq. 13: mixed steps, self-consistency at K = 8, cache alignment at
+    K = 2 and 4.
+
+    `align_start` in iterations; the paper names 600 of its own for Causal Forcing, 120 here.
+    """
+    c.rollout.update(num_steps=(2, 4, 8), probabilities=(0.2, 0.4, 0.4))  # Salt App. B
+    # T(K) of Eq. 9 is T(8) in rollouts (row 4)
+    c.schedule.update(train_levels=8, anchor_levels=8)
+    c.loss.update(self_consistency=1.0, stop_gradient="none")  # rows 1, 2
+    c.align.update(weight=0.5, start=align_start)  # row 21
+    return c
+
+
+def frame_wise(c: Any) -> Any:
+    """One frame at a time (CF's frame-wise models)."""
+    c.memory.update(chunk=1, first=1)
+    return c

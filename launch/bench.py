@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from launch.cli import made_with, read_config, run_main
 from launch.common import all_devices
-from salt_jax.config.schema import Recipe, read_recipe
+from salt_jax.config.reading import read_recipe
+from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
 from salt_jax.models.presets import PRESETS
 from salt_jax.models.text_encoder import PRESETS as TEXT_PRESETS
@@ -31,7 +32,7 @@ from salt_jax.planning import bench
 
 PARTS = ("teacher_forward", "student_step", "critic_step", "streaming", "vae")
 CONFIG = config_flags.DEFINE_config_file(
-    "config", "configs/wan_causal_self_forcing.py", "whose updates; see configs/", lock_config=True
+    "config", "configs/self_forcing.py:wan", "whose updates; see configs/", lock_config=True
 )
 PRESET = flags.DEFINE_enum(
     "preset", None, list(PRESETS), "of all networks, in place of the config's"
@@ -43,8 +44,8 @@ CLIPS = flags.DEFINE_integer(
     "clips", None, "of an update; default one for each device", lower_bound=1
 )
 VAE = flags.DEFINE_enum("vae", "wan2.1", list(VAE_PRESETS), "sizes of the VAE")
-UPDATES = flags.DEFINE_integer(
-    "updates", 4, "network evaluations of a chunk in streaming", lower_bound=1
+NUM_STEPS = flags.DEFINE_integer(
+    "num_steps", 4, "network evaluations of a chunk in streaming", lower_bound=1
 )
 WEIGHTS_DTYPE = flags.DEFINE_enum(
     "weights_dtype",
@@ -104,7 +105,7 @@ def parts_of(recipe: Recipe, what: list[str]) -> dict[str, Callable[[], Iterable
         parts["critic_step"] = lambda: bench.updates(recipe, "critic", mesh, runs)
     if recipe.causal:
         parts["streaming"] = lambda: bench.streaming(
-            recipe, vae, UPDATES.value, jnp.dtype(frozen), runs
+            recipe, vae, NUM_STEPS.value, jnp.dtype(frozen), runs
         )
     if vae:
         parts["vae"] = lambda: bench.vae_parts(recipe, vae, runs)

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from salt_jax.config.paths import make_absolute
 from salt_jax.errors import UserError
 
 
@@ -31,6 +32,8 @@ def read_config(flag: flags.FlagHolder) -> Any:
     except OSError as error:
         name = config_flags.get_config_filename(flags.FLAGS[flag.name])
         raise UserError(f"cannot load the config file {name}; check --{flag.name}") from error
+    name = config_flags.get_config_filename(flags.FLAGS[flag.name])
+    make_absolute(config, Path(name), config_flags.get_override_values(flags.FLAGS[flag.name]))
     return config
 
 

@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 
 from launch.parsing import read_workdir
 from salt_jax.checkpoint import checkpoint_digest, restore_step
-from salt_jax.config.schema import Recipe, to_json
+from salt_jax.config.reading import to_json
+from salt_jax.config.schema import Recipe
 from salt_jax.models.denoiser import Network
 from salt_jax.models.lora import merge
 from salt_jax.sharding import make_mesh

@@ -13,7 +13,7 @@ from launch.cli import read_config, run_main
 from launch.compile_flags import CONFIG, read_flags
 from salt_jax.compile.measure import compile_program, devices_of, memory_of
 from salt_jax.compile.programs import programs
-from salt_jax.config.schema import read_recipe
+from salt_jax.config.reading import read_recipe
 from salt_jax.config.validate import refuse_uneven
 from salt_jax.sharding import make_mesh
 

@@ -18,7 +18,7 @@ from salt_jax.compile.buffers import Buffer, dump_flags
 from salt_jax.compile.programs import programs
 from salt_jax.compile.surroundings import last_line
 from salt_jax.compile.target import GIB
-from salt_jax.config.schema import read_recipe
+from salt_jax.config.reading import read_recipe
 from salt_jax.errors import UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin", "nvidia-cudnn-cu13")

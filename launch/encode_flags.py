@@ -51,7 +51,7 @@ DTYPE = flags.DEFINE_enum(
     ["bfloat16", "float32"],
     "of all but the VAE, which is float32 as in Wan's code",
 )
-UPDATES = flags.DEFINE_integer("updates", 50, "of the teacher", lower_bound=1)
+NUM_STEPS = flags.DEFINE_integer("num_steps", 50, "of the teacher", lower_bound=1)
 GUIDANCE = flags.DEFINE_float("guidance", 5.0, "of the teacher, w of u + w (c - u)")
 SHIFT = flags.DEFINE_float("shift", 5.0, "of the teacher's noise levels", lower_bound=0.0)
 SOLVER = flags.DEFINE_enum("solver", "unipc", get_args(TeacherSolver), "of the teacher")
@@ -72,7 +72,7 @@ BELONGS = {
     **dict.fromkeys(("videos", "captions", "image"), ("videos",)),
     "prompts": ("prompts", "teacher"),
     **dict.fromkeys(("size", "frames"), ("videos", "teacher")),
-    **dict.fromkeys(("teacher", "updates", "guidance", "shift", "solver", "seed"), ("teacher",)),
+    **dict.fromkeys(("teacher", "num_steps", "guidance", "shift", "solver", "seed"), ("teacher",)),
 }
 
 

@@ -122,7 +122,7 @@ def settings(
     if f.VIDEOS.value or f.TEACHER.value:
         told |= {"size": f.SIZE.value, "frames": f.FRAMES.value, "fps": FPS}
     if f.TEACHER.value:
-        of_teacher = (f.UPDATES, f.GUIDANCE, f.SHIFT, f.SOLVER, f.SEED)
+        of_teacher = (f.NUM_STEPS, f.GUIDANCE, f.SHIFT, f.SOLVER, f.SEED)
         told |= {flag.name: flag.value for flag in of_teacher}
     return told
 
@@ -247,7 +247,7 @@ def teacher_encoder(
         keys = numbered_keys(f.SEED.value, np.array([item.number for item in group]))
         solver: Any = f.SOLVER.value
         clips = multistep_clip(
-            denoise, params, text, keys, f.UPDATES.value, f.SHIFT.value, solver, latent
+            denoise, params, text, keys, f.NUM_STEPS.value, f.SHIFT.value, solver, latent
         )
         return [record | {"latent": clip} for record, clip in zip(records, clips, strict=True)]
 

@@ -21,10 +21,10 @@ AVERAGE = flags.DEFINE_enum("average", "ema", ["ema", "none"], "of the student's
 VBENCH = flags.DEFINE_string(
     "vbench_results", None, "a file or a folder of VBench's *_eval_results.json"
 )
-COUNT = flags.DEFINE_integer("count", 96, "clips per number of updates", lower_bound=1)
+COUNT = flags.DEFINE_integer("count", 96, "clips per number of steps", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "of the noise", lower_bound=0)
-TEACHER_UPDATES = flags.DEFINE_integer(
-    "teacher_updates", 32, "guided Euler updates of the teacher, 0 leaves it out", lower_bound=0
+TEACHER_STEPS = flags.DEFINE_integer(
+    "teacher_steps", 32, "guided Euler steps of the teacher, 0 leaves it out", lower_bound=0
 )
 GUIDANCE = flags.DEFINE_float("guidance", None, "of the teacher; default as in the config")
 LONG = flags.DEFINE_integer(
@@ -47,7 +47,7 @@ WORKDIRS = ("teacher", "clips", "chunks")
 BELONGS = {
     "vbench_results": ["vbench"],
     **dict.fromkeys(
-        ("workdir", "step", "average", "count", "seed", "teacher_updates", "guidance"), WORKDIRS
+        ("workdir", "step", "average", "count", "seed", "teacher_steps", "guidance"), WORKDIRS
     ),
     "solvers": ["clips", "chunks"],
     "long": ["chunks"],

@@ -21,7 +21,7 @@ from salt_jax.models.memory import CachePolicy
 from salt_jax.moving_shapes import shapes
 from salt_jax.train.setup import closed_form
 
-LONG_UPDATES = 4
+LONG_STEPS = 4
 LEVELS = (0.995, 0.98, 0.95, 0.9, 0.7, 0.3)  # noise levels of the velocity error
 
 
@@ -40,7 +40,7 @@ def make_task(run: Trained, count: int, seed: int) -> shapes_suite.Task:
         seed,
         min(count, 48),
         recipe.memory if recipe.causal else None,
-        recipe.rollout.first_updates if recipe.causal else 0,
+        recipe.rollout.first_steps if recipe.causal else 0,
         recipe.schedule.levels,
     )
 
@@ -51,9 +51,9 @@ def measure_teacher(run: Trained, task: shapes_suite.Task) -> tuple[dict, np.nda
     denoise, wan = run.network.denoise, run.weights["wan"]
     network = run.network._replace(denoise=guided(denoise, jnp.asarray(run.embed([""])), guidance))
     task = task._replace(policy=None, levels=())
-    clips = shapes_suite.clips(network, wan, task, f.TEACHER_UPDATES.value, "euler")
+    clips = shapes_suite.clips(network, wan, task, f.TEACHER_STEPS.value, "euler")
     numbers = {
-        "updates": f.TEACHER_UPDATES.value,
+        "num_steps": f.TEACHER_STEPS.value,
         "guidance": guidance,
         "score": shapes_suite.shapes_score(clips, task),
     }
@@ -72,9 +72,9 @@ def measure_long(
     numbers, made = {}, {}
     for told, policy in memories.items():
         this = task._replace(policy=policy, shape=(f.LONG.value * task.shape[0], *task.shape[1:]))
-        updates = len(task.levels) or LONG_UPDATES
+        num_steps = len(task.levels) or LONG_STEPS
         made[told] = shapes_suite.clips(
-            run.network, run.params, this, updates, run.recipe.sample.solver
+            run.network, run.params, this, num_steps, run.recipe.sample.solver
         )
         numbers[told] = shapes_suite.drift(made[told], this)
     return numbers, made
@@ -100,20 +100,20 @@ def evaluate(wanted: f.Wanted) -> None:
     """Measures, writes evaluation.json and report.html, and prints the table."""
     run = open_workdir(str(wanted.out), f.STEP.value, f.AVERAGE.value)
     task = make_task(run, f.COUNT.value, f.SEED.value)
-    updates = wanted.recipe.sample.num_updates
-    with tqdm(total=2 + len(wanted.solvers) * (len(updates) + 1), desc="teacher") as bar:
+    num_steps = wanted.recipe.sample.num_steps
+    with tqdm(total=2 + len(wanted.solvers) * (len(num_steps) + 1), desc="teacher") as bar:
         teacher, columns, results, long, videos = {}, [], {}, {}, {}
-        if f.TEACHER_UPDATES.value:
+        if f.TEACHER_STEPS.value:
             teacher, clips = measure_teacher(run, task)
             columns.append(("teacher", clips))
         bar.update()
         for solver in wanted.solvers:
             bar.set_description(f"student, {solver}")
             results[solver], made = shapes_suite.measure(
-                run.network, run.params, task, updates, solver, bar.update
+                run.network, run.params, task, num_steps, solver, bar.update
             )
             if solver == wanted.recipe.sample.solver:
-                columns += [(f"{k} updates", made[k]) for k in updates]
+                columns += [(f"{k} steps", made[k]) for k in num_steps]
         if wanted.memories:
             bar.set_description("long videos")
             long, videos = measure_long(run, task, wanted.memories)

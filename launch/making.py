@@ -45,10 +45,10 @@ def make(request: Request) -> str:
     wanted = [sample for video in videos for sample in video.files.values()]
     found = samples.look_up(request.index, wanted + list(sheets.values()))
     missing = lambda video: any(sample.file not in found.there for sample in video.files.values())
-    # A contact sheet shows all clips of a number of updates, so these are made together.
+    # A contact sheet shows all clips of a number of steps, so these are made together.
     pages = {k for k, sheet in sheets.items() if sheet.file not in found.there}
-    pages |= {video.job.num_updates for video in videos if sheets and missing(video)}
-    todo = [video for video in videos if video.job.num_updates in pages or missing(video)]
+    pages |= {video.job.num_steps for video in videos if sheets and missing(video)}
+    todo = [video for video in videos if video.job.num_steps in pages or missing(video)]
     if f.VBENCH.value:
         seeds = {job.name: job.seed for job in request.jobs}
         file = request.out.with_name(f"{request.out.name}.seeds.json")
@@ -60,9 +60,9 @@ def make(request: Request) -> str:
             if video.files[suffix].file not in found.there:
                 samples.put(request.index, video.files[suffix], content)
         if pages:
-            clips[video.job.num_updates].append(clip)
+            clips[video.job.num_steps].append(clip)
     for k in pages:
-        prompts = [video.job.prompt for video in todo if video.job.num_updates == k]
+        prompts = [video.job.prompt for video in todo if video.job.num_steps == k]
         page = contact_sheet(np.stack(clips[k]), prompts, visible_scale(request.shape[1], 64))
         samples.put(request.index, sheets[k], encode_png(page))
     replaced = sum(any(s.file in found.older for s in video.files.values()) for video in videos)
@@ -80,7 +80,7 @@ def files_of(request: Request, world: World, job: Job) -> dict[str, Sample]:
     frames, rows, columns, _ = request.shape
     shown = (pixel_frames(frames), SPACE * rows, SPACE * columns)
     frames, rows, columns = shown if request.world == "wan" else (frames, rows, columns)
-    levels = request.levels.get(job.num_updates)
+    levels = request.levels.get(job.num_steps)
     guided = request.guidance != 1
     made_with = {
         "prompt": job.prompt,
@@ -88,7 +88,7 @@ def files_of(request: Request, world: World, job: Job) -> dict[str, Sample]:
         "guidance": request.guidance,
         "seed": job.seed,
         "clip": job.number,
-        "num_updates": job.num_updates,
+        "num_steps": job.num_steps,
         "levels": None if levels is None else levels.tolist(),
         "first_levels": None if request.first_levels is None else request.first_levels.tolist(),
         "shift": request.shift if levels is None else None,
@@ -113,10 +113,10 @@ def fingerprint(pixels: np.ndarray) -> str:
 
 
 def sheets_of(request: Request, videos: Sequence[Video]) -> dict[int, Sample]:
-    """The contact sheet of each number of updates; it shows these clips and no others."""
+    """The contact sheet of each number of steps; it shows these clips and no others."""
     sheets = {}
-    for k in dict.fromkeys(video.job.num_updates for video in videos):
-        shown = [video.files["mp4"] for video in videos if video.job.num_updates == k]
+    for k in dict.fromkeys(video.job.num_steps for video in videos):
+        shown = [video.files["mp4"] for video in videos if video.job.num_steps == k]
         digests = [
             hashlib.sha256(json.dumps(sample.made_with).encode()).hexdigest() for sample in shown
         ]
@@ -135,8 +135,8 @@ def make_clips(
     image, given = world.read_given()
     teacher = request.mode == f.TEACHER
     chunks_of = maker(request, world, texts, given)
-    total = sum(video.job.num_updates if teacher else 1 for video in todo)
-    with tqdm(total=total, desc="updates" if teacher else "videos") as bar:
+    total = sum(video.job.num_steps if teacher else 1 for video in todo)
+    with tqdm(total=total, desc="steps" if teacher else "videos") as bar:
         for video in todo:
             text = jnp.asarray(texts[video.job.prompt])
             told = ImageText(text, *image) if image else text
@@ -157,11 +157,11 @@ def maker(
     def chunks(job: Job, told: Any, report: Callable[[], Any]) -> Iterator[np.ndarray]:
         keys = numbered_keys(job.seed, np.array([job.number]))
         if request.mode == f.TEACHER:
-            how = (job.num_updates, request.shift, request.solver, shape, report)
+            how = (job.num_steps, request.shift, request.solver, shape, report)
             yield multistep_clip(network.denoise, params, told, keys, *how)
             return
         sampler = Sampler(
-            request.levels[job.num_updates], request.solver, request.memory, request.first_levels
+            request.levels[job.num_steps], request.solver, request.memory, request.first_levels
         )
         if request.memory:
             cues = {0: Cue(np.asarray(told))} | later

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 from salt_jax.choices import Positions
-from salt_jax.config import schema
+from salt_jax.config import reading
 from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
 from salt_jax.models.latent_size import SPACE, TIME, TOKEN
@@ -28,7 +28,7 @@ def read_workdir(workdir: Path, step: int | None = None) -> Recipe:
         raise UserError(
             f"{path} does not exist; train with --workdir={workdir} first, or name another workdir"
         )
-    recipe = schema.read_workdir(workdir)
+    recipe = reading.read_workdir(workdir)
     there = sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
     if step is not None and step not in there:
         told = ", ".join(map(str, there)) or "none"
@@ -80,11 +80,11 @@ def refuse_frames(frames: int) -> None:
         raise UserError(f"--frames={frames} must be {TIME}k + 1, such as {below} or {below + TIME}")
 
 
-def read_updates(told: Sequence[str]) -> list[int]:
-    """Numbers of updates, each once. Raises UserError for what are no numbers from 1 up."""
+def read_num_steps(told: Sequence[str]) -> list[int]:
+    """Numbers of steps, each once. Raises UserError for what are no numbers from 1 up."""
     if not told or not all(k.isascii() and k.isdigit() and int(k) for k in told):
         raise UserError(
-            f"--num_updates={','.join(told)} must be whole numbers from 1 up, with commas"
+            f"--num_steps={','.join(told)} must be whole numbers from 1 up, with commas"
         )
     return list(dict.fromkeys(int(k) for k in told))
 

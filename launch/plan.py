@@ -20,7 +20,8 @@ from ml_collections import config_flags
 
 from launch.cli import read_config, run_main
 from salt_jax.compile.target import GIB, GPU_SHARE, Target, read_target
-from salt_jax.config.schema import Recipe, read_recipe
+from salt_jax.config.reading import read_recipe
+from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
 from salt_jax.models.attention import choose_kernel, is_flash
 from salt_jax.models.presets import Kernel
@@ -98,7 +99,7 @@ def make_plan(
     }
     devices = math.prod(mesh.values())
     seconds = {who: sum(parts.values()) / (devices * flops * mfu) for who, parts in updates.items()}
-    iteration = seconds["student"] + seconds["critic"] * recipe.critic_updates
+    iteration = seconds["student"] + seconds["critic"] * recipe.critic_ratio
     total = sum(row.device for row in rows)
     return {
         "mesh": mesh,
@@ -115,7 +116,7 @@ def make_plan(
         "updates": {who: parts for who, parts in updates.items() if parts},
         "seconds": {who: s for who, s in seconds.items() if s},
         "seconds_per_iteration": iteration,
-        "hours_of_run": iteration * recipe.updates / 3600,
+        "hours_of_run": iteration * recipe.iterations / 3600,
     }
 
 

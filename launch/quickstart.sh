@@ -29,15 +29,15 @@ if ! up_to_date runtime requirements.txt; then
     mark_installed runtime requirements.txt
 fi
 
-measured python -m launch.train --config=configs/shapes_sc_dmd.py --workdir="$workdir"
-measured python -m launch.sample --workdir="$workdir" --num_updates=2,4,8
+measured python -m launch.train --config=configs/sc_dmd.py --workdir="$workdir"
+measured python -m launch.sample --workdir="$workdir" --num_steps=2,4,8
 measured python -m launch.evaluate --workdir="$workdir"
 
 # Chunk by chunk, from the shipped causal start; half of the config's updates, to stay within ten minutes.
-measured python -m launch.train --config=configs/shapes_salt.py --workdir="$workdir/causal" \
-    --config.updates=30 --config.align.start=10
-measured python -m launch.sample --workdir="$workdir/causal" --num_updates=2,4,8
-measured python -m launch.evaluate --workdir="$workdir/causal" --teacher_updates=0 --solvers=cm --count=48
+measured python -m launch.train --config=configs/salt.py --workdir="$workdir/causal" \
+    --config.iterations=30 --config.align.start=10
+measured python -m launch.sample --workdir="$workdir/causal" --num_steps=2,4,8
+measured python -m launch.evaluate --workdir="$workdir/causal" --teacher_steps=0 --solvers=cm --count=48
 
 echo "== Done in $((SECONDS / 60)) min $((SECONDS % 60)) s"
 if [ -s "$peaks" ]; then

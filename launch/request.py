@@ -15,8 +15,8 @@ from launch.lengths import Switch, read_lengths, read_switches
 from launch.parsing import (
     read_levels,
     read_memory,
+    read_num_steps,
     read_size,
-    read_updates,
     read_workdir,
     refuse_not_finite,
 )
@@ -35,7 +35,7 @@ from salt_jax.models.presets import PRESETS, WanConfig, tiny_preset
 from salt_jax.moving_shapes import shapes
 from salt_jax.rollout.released import RELEASED
 
-TEACHER_UPDATES = {False: 50, True: 40}  # by whether the model reads pictures: Wan 2.1's own
+TEACHER_STEPS = {False: 50, True: 40}  # by whether the model reads pictures: Wan 2.1's own
 
 
 class Job(NamedTuple):
@@ -45,7 +45,7 @@ class Job(NamedTuple):
     prompt: str
     seed: int
     number: int
-    num_updates: int
+    num_steps: int
 
 
 class Request(NamedTuple):
@@ -59,7 +59,7 @@ class Request(NamedTuple):
     config: WanConfig
     shape: tuple[int, int, int, int]  # F, H, W, C of a latent clip
     memory: CachePolicy | None  # None: whole clips
-    levels: dict[int, np.ndarray]  # of a student, by number of updates: noise levels [K + 1]
+    levels: dict[int, np.ndarray]  # of a student, by number of steps: noise levels [K + 1]
     first_levels: np.ndarray | None  # of its first chunk, where it has its own
     solver: Any
     shift: float
@@ -103,9 +103,9 @@ def read_request() -> Request:
         raise UserError(
             "--negative_prompt has no meaning at guidance 1, which is none; give --guidance too"
         )
-    shift, first = read_shift(recipe), recipe.rollout.first_updates if recipe else 0
-    updates, levels = read_schedule(mode, recipe, config, shift)
-    out, jobs = read_out(), list(read_jobs(recipe, updates))
+    shift, first = read_shift(recipe), recipe.rollout.first_steps if recipe else 0
+    num_steps, levels = read_schedule(mode, recipe, config, shift)
+    out, jobs = read_out(), list(read_jobs(recipe, num_steps))
     refuse_own_input(out, jobs)
     return Request(
         mode, recipe, config, (frames, *place), memory, levels,
@@ -224,31 +224,31 @@ def read_shift(recipe: Recipe | None) -> float:
 def read_schedule(
     mode: str, recipe: Recipe | None, config: WanConfig, shift: float
 ) -> tuple[list[int], dict[int, np.ndarray]]:
-    """Numbers of updates, and a student's noise levels for each.
+    """Numbers of steps, and a student's noise levels for each.
 
     Raises:
       UserError: they are no levels, or the student was trained at others.
     """
-    told = f.NUM_UPDATES.value
+    told = f.NUM_STEPS.value
     if mode == f.TEACHER:
-        return read_updates(told or [str(TEACHER_UPDATES[bool(config.image_dim)])]), {}
+        return read_num_steps(told or [str(TEACHER_STEPS[bool(config.image_dim)])]), {}
     if f.LEVELS.value is not None:
         levels = check_levels(read_levels(f.LEVELS.value))
         return [len(levels) - 1], {len(levels) - 1: levels}
     released = RELEASED[f.RECIPE.value] if f.RECIPE.value else None
     own = recipe.schedule.levels if recipe else released.levels if released else ()
-    usual = recipe.sample.num_updates if recipe else (released.num_updates if released else 4,)
-    updates = read_updates(told or [str(k) for k in usual])
+    usual = recipe.sample.num_steps if recipe else (released.num_steps if released else 4,)
+    num_steps = read_num_steps(told or [str(k) for k in usual])
     if own:
         levels = check_levels(own)
-        if updates != [len(levels) - 1] or f.SHIFT.value is not None:
+        if num_steps != [len(levels) - 1] or f.SHIFT.value is not None:
             raise UserError(
                 "this student was trained at the levels "
                 f"{', '.join(f'{level:g}' for level in own)}; leave "
-                "--num_updates and --shift out, or say others with --levels"
+                "--num_steps and --shift out, or say others with --levels"
             )
-        return updates, {updates[0]: levels}
-    return updates, {k: grid(k, shift) for k in updates}
+        return num_steps, {num_steps[0]: levels}
+    return num_steps, {k: grid(k, shift) for k in num_steps}
 
 
 def check_levels(told: Sequence[float]) -> np.ndarray:
@@ -286,7 +286,7 @@ def refuse_own_input(out: Path, jobs: Sequence[Job]) -> None:
             raise UserError(f"--{flag.name}={flag.value} would be written over; name another --out")
 
 
-def read_jobs(recipe: Recipe | None, updates: Sequence[int]) -> Iterator[Job]:
+def read_jobs(recipe: Recipe | None, num_steps: Sequence[int]) -> Iterator[Job]:
     """Every video to make.
 
     Raises:
@@ -294,13 +294,13 @@ def read_jobs(recipe: Recipe | None, updates: Sequence[int]) -> Iterator[Job]:
         read.
     """
     if f.VBENCH.value:
-        if len(updates) > 1:
+        if len(num_steps) > 1:
             raise UserError(
-                "--vbench makes one video under each name; give one number with --num_updates"
+                "--vbench makes one video under each name; give one number with --num_steps"
             )
         extended = Path(f.EXTENDED.value) if f.EXTENDED.value else None
         for job in vbench.jobs(vbench.read_prompts(Path(f.VBENCH.value), extended), f.SEED.value):
-            yield Job(job.name, job.generate, job.seed, 0, updates[0])
+            yield Job(job.name, job.generate, job.seed, 0, num_steps[0])
         return
     if f.PROMPT.value is not None:
         prompts = (f.PROMPT.value,) * f.COUNT.value
@@ -318,6 +318,6 @@ def read_jobs(recipe: Recipe | None, updates: Sequence[int]) -> Iterator[Job]:
         )
     else:
         raise UserError("give --prompt=... or --prompts_file=FILE")
-    for k in updates:
+    for k in num_steps:
         for i, prompt in enumerate(prompts):
             yield Job(f"{k}_{i:03d}.mp4", prompt, f.SEED.value, i, k)

@@ -31,7 +31,7 @@ run() {
     shift 2
     [ -f "$work/evaluation.json" ] && return
     python -m launch.train --config="$config" --workdir="$work" --config.keep=1 "$@" "${options[@]}"
-    python -m launch.evaluate --workdir="$work" --teacher_updates=0 "${evaluate[@]}" # the teacher is the same in all
+    python -m launch.evaluate --workdir="$work" --teacher_steps=0 "${evaluate[@]}" # the teacher is the same in all
 }
 
 # sweep NAME [train options]: one student, measured after 30, 60 and 120 updates.
@@ -46,7 +46,7 @@ sweep() {
             cp -r "$before/checkpoints" "$before/config.json" "$dir/copy $name"
             mv "$dir/copy $name" "$work"
         fi
-        run "$work" shapes_sc_dmd --config.updates=$updates "$@"
+        run "$work" shapes_sc_dmd --config.iterations=$updates "$@"
         before=$work
     done
 }
@@ -70,9 +70,9 @@ whole() {
             done
         done
     done
-    # Where every student starts: the teacher's own network, without guidance, in few updates.
+    # Where every student starts: the teacher's own network, without guidance, in few steps.
     if mine; then
-        run "$dir/main/network/undistilled/0" shapes_dmd8 --config.updates=1 \
+        run "$dir/main/network/undistilled/0" shapes_dmd8 --config.iterations=1 \
             --config.student_optimizer.learning_rate=0
     fi
 }
@@ -112,7 +112,7 @@ recipes() {
         run "$to/consistency_frame/0" shapes_consistency:frame --config.init_from="$to/teacher_forcing_frame/0"
         for variant in frame frame_salt two one; do
             run "$to/causal_forcing_$variant/0" "shapes_causal_forcing:$variant" \
-                --config.init_from="$to/consistency_frame/0" --config.sample.num_updates="(1,2,4,8)"
+                --config.init_from="$to/consistency_frame/0" --config.sample.num_steps="(1,2,4,8)"
         done
     fi
     if mine; then

@@ -1,4 +1,4 @@
-"""python -m launch.sample --workdir=DIR [--num_updates=2,4,8] [--solver=cm] [--prompt=... |
+"""python -m launch.sample --workdir=DIR [--num_steps=2,4,8] [--solver=cm] [--prompt=... |
 --prompts_file=...] python -m launch.sample --weights=DIR --prompt="..." [--image=FILE]
 [--student=FILE --chunk=3 | --recipe=NAME]
 

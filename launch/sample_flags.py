@@ -64,15 +64,15 @@ EXTENDED = flags.DEFINE_string(
     "extended", None, "what to generate for the lines of --vbench instead"
 )
 # How it makes it
-NUM_UPDATES = flags.DEFINE_list(
-    "num_updates",
+NUM_STEPS = flags.DEFINE_list(
+    "num_steps",
     None,
     "network evaluations per clip; default as in the config, for teachers of Wan 50 (40)",
 )
 LEVELS = flags.DEFINE_list(
     "levels",
     None,
-    "of a student's updates, 1000 sigma, such as 1000,757,522; default an even grid, shifted",
+    "of a student's steps, 1000 sigma, such as 1000,757,522; default an even grid, shifted",
 )
 SHIFT = flags.DEFINE_float(
     "shift", None, "of the noise levels; default as in the config, or 5", lower_bound=0.0
@@ -128,9 +128,7 @@ CHUNKS = {SHAPES_CHUNKS, WAN_CHUNKS, STUDENT_CHUNKS}
 CONVERTED = {TEACHER, STUDENT_CLIPS, STUDENT_CHUNKS}
 WANS = ALL - {SHAPES, SHAPES_CHUNKS}
 BELONGS = {
-    **dict.fromkeys(
-        ("out", "prompt", "prompts_file", "count", "seed", "num_updates", "shift"), ALL
-    ),
+    **dict.fromkeys(("out", "prompt", "prompts_file", "count", "seed", "num_steps", "shift"), ALL),
     **dict.fromkeys(("solver", "guidance", "negative_prompt"), ALL),
     **dict.fromkeys(("workdir", "step", "average"), WORKDIRS),
     **dict.fromkeys(("model", "preset_size", "size"), CONVERTED),
@@ -151,7 +149,7 @@ EXCLUDES = {
     "prompts_file": ["vbench", "count"],
     "vbench": ["count", "switch", "prefix"],
     "image": ["prefix"],
-    "levels": ["num_updates", "shift"],
+    "levels": ["num_steps", "shift"],
 }
 
 

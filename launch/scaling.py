@@ -17,7 +17,8 @@ from absl import flags
 
 from launch.cli import run_main
 from salt_jax.compile.target import GIB, GPU_SHARE, read_target
-from salt_jax.config.schema import Recipe, read_recipe
+from salt_jax.config.reading import read_recipe
+from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
 from salt_jax.planning.memory import needed
 from salt_jax.sharding import axis_sizes
@@ -62,28 +63,28 @@ TOGETHER = ("--config.mesh.data=1", "--config.mesh.fsdp=-1")
 SHARED = (STEPS, *TOGETHER)
 MAKING = (f"{STEPS},teacher", *TOGETHER)  # the trajectories beside the update that learns from them
 SALT = {  # Causal Forcing's programs are those of Self Forcing
-    "self_forcing": "wan_causal_self_forcing.py:salt",
-    "longlive": "wan_causal_longlive.py:salt",
-    "causvid": "wan_causal_causvid.py:salt",
+    "self_forcing": "self_forcing.py:wan,salt",
+    "longlive": "longlive.py:wan,salt",
+    "causvid": "causvid.py:wan,salt",
 }
 STAGES = {
-    "teacher_forcing": "wan_causal_teacher_forcing.py:chunk",
-    "ode": "wan_causal_ode.py:chunk",
-    "consistency": "wan_causal_consistency.py:chunk",
-    "longlive_init": "wan_causal_longlive_init.py:salt",
+    "teacher_forcing": "teacher_forcing.py:wan",
+    "ode": "ode_regression.py:wan",
+    "consistency": "consistency.py:wan",
+    "longlive_init": "longlive_init.py:wan,salt",
 }
 MACHINES = {"8h100": ("gpu:h100:8", 8), "v5p_16": ("tpu:v5p:2x2x4", 16)}
 FIRST = {"h200": ("gpu:h200:1", 1), **MACHINES, "v6e_32": ("tpu:v6e:4x8", 32)}
 MOST = {"h200": 125.0, "8h100": 36.0}
 STREAM = ("--what=stream,vae", *TOGETHER)
-CHUNKS = "wan_causal_self_forcing.py:salt"
+CHUNKS = "self_forcing.py:wan,salt"
 CUT = (
     STEPS,
     "--config.mesh.data=1",
     "--config.mesh.fsdp=16",
     "--config.mesh.context=4",
 )  # 16 clips on 64 chips
-I2V = "wan_i2v.py:sc_dmd"
+I2V = "sc_dmd.py:wan,i2v"
 ROWS = (
     *(
         Row(f"self_forcing_{machine}", SALT["self_forcing"], target, devices, MOST.get(machine), SHARED)
@@ -94,8 +95,8 @@ ROWS = (
         for name, config in {"longlive": SALT["longlive"], "causvid": SALT["causvid"], **STAGES}.items()
         for machine, (target, devices) in MACHINES.items()
     ),
-    Row("t2v_h200", "wan_t2v.py:sc_dmd", "gpu:h200:1", 1, None, SHARED),
-    Row("t2v_8h100", "wan_t2v.py:sc_dmd", "gpu:h100:8", 8, None, SHARED),
+    Row("t2v_h200", "sc_dmd.py:wan", "gpu:h200:1", 1, None, SHARED),
+    Row("t2v_8h100", "sc_dmd.py:wan", "gpu:h100:8", 8, None, SHARED),
     Row("i2v_16h200", I2V, "gpu:h200:2x8", 16, None, SHARED),
     Row("i2v_v5p_64", I2V, "tpu:v5p:4x4x4", 16, None, CUT),
     Row("stream_h100", CHUNKS, "gpu:h100:1", None, 20.0, STREAM),

@@ -70,7 +70,7 @@ def long_rows(groups: dict[str, list[dict]]):
 
 
 def print_students(groups: dict[str, list[dict]], solver: str) -> None:
-    """Scores by number of updates, then defect and distances, of the runs measured under one
+    """Scores by number of steps, then defect and distances, of the runs measured under one
     solver.
     """
     groups = {
@@ -82,7 +82,7 @@ def print_students(groups: dict[str, list[dict]], solver: str) -> None:
     first = of(next(iter(groups.values()))[0])
     for k in first["score"]:
         read = lambda run, k=k: [of(run)["score"][k][name] for name in SCORES]
-        print(table(f"Shapes score, {k} updates, {solver}", SCORES, groups, read))
+        print(table(f"Shapes score, {k} steps, {solver}", SCORES, groups, read))
     columns = (
         "defect",
         *(f"interval {i}" for i in (1, 2, 3, 4)),

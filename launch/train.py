@@ -7,7 +7,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch.cli import read_config, run_main
-from salt_jax.config.schema import read_recipe
+from salt_jax.config.reading import read_recipe
 from salt_jax.train.loop import train
 
 CONFIG = config_flags.DEFINE_config_file(

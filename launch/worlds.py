@@ -5,7 +5,6 @@ files.
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +18,7 @@ from launch.request import Request
 from salt_jax.errors import UserError
 from salt_jax.io import model_folder
 from salt_jax.io.model_folder import IMAGE, TEXT, VAE, WAN, Source, part_file, stored_config
+from salt_jax.io.shipped import located
 from salt_jax.io.tensor_files import digest
 from salt_jax.io.video import encode_gif, encode_mp4, visible_scale
 from salt_jax.models.attention import compute_here
@@ -73,7 +73,7 @@ def shapes_world(request: Request) -> World:
     scale = visible_scale(recipe.world.size, 192)
     made_with = {"network": run.checkpoint}
     made_with["weights"] = {
-        "text_encoder": digest(Path(recipe.weights)) if recipe.weights else "fresh"
+        "text_encoder": digest(located(recipe.weights)) if recipe.weights else "fresh"
     }
 
     def decode(chunks):

@@ -34,8 +34,8 @@ _recache = jax.jit(recache, static_argnums=(0, 4), donate_argnums=2)
 _commit = jax.jit(commit, static_argnums=(0, 5), donate_argnums=2)
 _flush = jax.jit(flush, static_argnums=(1, 2), donate_argnums=0)
 
-# levels are padded to that many updates, so one program serves all usual numbers
-USUAL_UPDATES = 16
+# levels are padded to that many steps, so one program serves all usual numbers
+USUAL_STEPS = 16
 FLUSH_KEEPS = 2  # frames, and
 CUT_AHEAD = 42  # positions: as Infinity-RoPE has them (45 where 3 would follow)
 
@@ -66,11 +66,9 @@ def _empty_cache(network, slots, batch, picture):
 
 
 @partial(jax.jit, static_argnames=("network", "solver", "size", "policy"), donate_argnames="cache")
-def _next_chunk(
-    network, params, cache, text, levels, exit_update, solver, keys, size, policy, jump
-):
+def _next_chunk(network, params, cache, text, levels, exit_step, solver, keys, size, policy, jump):
     _, x0 = generate_chunk(
-        network, params, cache, text, levels, exit_update, solver, keys, size, policy, jump
+        network, params, cache, text, levels, exit_step, solver, keys, size, policy, jump
     )
     return x0, commit(network, params, cache, x0, text, policy)
 
@@ -118,7 +116,7 @@ def multistep_clip(
     params: Params,
     text: Told,
     keys: jax.Array,
-    num_updates: int,
+    num_steps: int,
     shift: float,
     solver: TeacherSolver,
     shape: tuple[int, ...],
@@ -135,9 +133,9 @@ def multistep_clip(
     there = NamedSharding(there.mesh, P()) if isinstance(there, NamedSharding) else there
     history = jax.device_put(multistep_start(noise), there)
     table = jax.tree.map(
-        lambda column: np.asarray(column, np.float32), steps(solver, num_updates, shift)
+        lambda column: np.asarray(column, np.float32), steps(solver, num_steps, shift)
     )
-    for i in range(num_updates):
+    for i in range(num_steps):
         row = jax.tree.map(lambda column, i=i: column[i], table)
         history = _multistep_update(denoiser, params, text, history, row)
         # so that a progress bar tells the truth; the next update waits for it anyway
@@ -209,7 +207,7 @@ def stream_chunks(
     starts = (0, *np.cumsum(sizes)[:-1].tolist())
     _refuse(cues, starts, slots, policy, given, (len(keys), *shape))
     first = sampler.levels if sampler.first_levels is None else sampler.first_levels
-    longest = max(len(sampler.levels), len(first), USUAL_UPDATES + 1)
+    longest = max(len(sampler.levels), len(first), USUAL_STEPS + 1)
     cache = _empty_cache(network, slots, len(keys), shape[1:])
     text = None
     for at, size in zip(starts, sizes, strict=True):
@@ -227,7 +225,7 @@ def stream_chunks(
             continue
         levels = sampler.levels if at else first
         padded = jnp.asarray(np.pad(levels, (0, longest - len(levels))))
-        exit_update, jump = (
+        exit_step, jump = (
             jnp.int32(len(levels) - 2),
             jnp.int32(CUT_AHEAD if cue and cue.cut else 0),
         )
@@ -237,7 +235,7 @@ def stream_chunks(
             cache,
             text,
             padded,
-            exit_update,
+            exit_step,
             sampler.solver,
             keys,
             size,

@@ -9,8 +9,8 @@
 | v_theta                   | velocity                        | noise - x0, the slope dx / dsigma              |
 | c                         | text                            | text embedding, padded rows are zero           |
 | G_theta, s_phi (s_f), s_r | student, critic, teacher        | few-step generator, its score, the real score  |
-| Psi^{t->s}                | flow.transition.euler           | one Euler update                               |
-| T^(K), T_train            | flow.schedule.grid(K)           | noise levels of K updates                      |
+| Psi^{t->s}                | flow.transition.euler           | one Euler step                               |
+| T^(K), T_train            | flow.schedule.grid(K)           | noise levels of K steps                      |
 
 Latents are `B F H W C` everywhere: batch, latent frames, latent height, latent width, channels.
 """

@@ -20,30 +20,30 @@ from tests.train.test_resume import arrays, scalars
 # What COMMIT calls a key or flag of today, for those that were renamed since.
 RENAMED: dict[str, str] = {}
 SHORT = {
-    "updates": 3,
+    "iterations": 3,
     "save_every": 3,
     "log_every": 1,
     "batch_size": 2,
-    "critic_updates": 1,
+    "critic_ratio": 1,
     "init_from": "",
 }
 SHORT |= {"data.num_train": 8, "data.num_test": 1, "ema.start": 1, "align.start": 0}
-ODE = {"ode.updates": 8, "ode.trajectories": 4}
+ODE = {"ode.num_steps": 8, "ode.trajectories": 4}
 WAN = {"weights": "", "teacher.weights": "", "model.dtype": "float32", "text_encoder": "wan-tiny"}
 WAN |= {"mesh.fsdp": 1, "mesh.data": 1, "data.clip": "(3,4,4)", "align.layers": 1}
 T2V = WAN | {"model.preset": "wan2.1-t2v-tiny", "teacher.preset": "wan2.1-t2v-tiny"}
 ONE = {"memory.chunk": 1, "memory.first": 1}
 CASES = {
-    "teacher": ("shapes_teacher.py", {"student_optimizer.warmup": 1}),
-    "sc_dmd": ("shapes_sc_dmd.py", {}),
-    "self_forcing": ("shapes_self_forcing.py:salt", {"accumulate": 2}),
-    "causvid": ("shapes_causvid.py:salt", {}),
-    "longlive": ("shapes_longlive.py:lora_salt", {"lora.rank": 2, "stream.switch": 1.0}),
-    "teacher_forcing": ("shapes_teacher_forcing.py", {}),
-    "ode": ("shapes_ode.py", ODE),
-    "consistency": ("shapes_consistency.py", ODE),
-    "wan_t2v": ("wan_t2v.py:sc_dmd", T2V),
-    "wan_self_forcing": ("wan_causal_self_forcing.py:salt", T2V | ONE),
+    "teacher": ("teacher.py", {"student_optimizer.warmup": 1}),
+    "sc_dmd": ("sc_dmd.py", {}),
+    "self_forcing": ("self_forcing.py:salt", {"accumulate": 2}),
+    "causvid": ("causvid.py:salt", {}),
+    "longlive": ("longlive.py:lora,salt", {"lora.rank": 2, "stream.switch": 1.0}),
+    "teacher_forcing": ("teacher_forcing.py", {}),
+    "ode": ("ode_regression.py", ODE),
+    "consistency": ("consistency.py", ODE),
+    "wan_t2v": ("sc_dmd.py:wan", T2V),
+    "wan_self_forcing": ("self_forcing.py:wan,salt", T2V | ONE),
 }
 
 
@@ -56,7 +56,7 @@ def make(case: str, tree: Path, folder: Path, today: bool) -> Path:
     flags = [f"--config.{old(name)}={value}" for name, value in options.items()]
     steps = [
         ("train", f"--config=configs/{config}", *flags),
-        ("sample", f"--{old('num_updates')}=2", "--count=1"),
+        ("sample", f"--{old('num_steps')}=2", "--count=1"),
     ]
     steps[1] += ("--prompt=A cat walks.",) * case.startswith("wan")
     if case.startswith("wan") and not data.exists():

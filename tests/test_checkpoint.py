@@ -27,7 +27,7 @@ from salt_jax.checkpoint import (
     restore_params,
     save,
 )
-from salt_jax.config.schema import Optimizer
+from salt_jax.config.sections import Optimizer
 from salt_jax.errors import UserError
 from salt_jax.models.kv_cache import KVCache
 from salt_jax.sharding import make_mesh, state_shardings

@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 
-from salt_jax.config.schema import read_recipe
+from salt_jax.config.build import all_keys
+from salt_jax.config.reading import read_recipe
+from salt_jax.config.schema import Recipe
+from salt_jax.config.table import table
 from salt_jax.models.lora import init_lora
 from salt_jax.models.wan import init_wan
 from salt_jax.rollout.draws import Choice
@@ -26,80 +28,103 @@ from salt_jax.train.step import Networks, critic_step, student_step
 from salt_jax.types import ImageText
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(
-    path for path in (ROOT / "configs").glob("*.py") if path.name not in ("__init__.py", "parts.py")
-)
-DELTAS = [path for path in FILES if path.name != "base.py"]
+# Every config with what may stand after the colon, alone and together.
+OPTIONS = {
+    "base": [None],
+    "sc_dmd": [
+        "",
+        "dmd8",
+        "dmd4",
+        *("wan" + i2v + v for i2v in ("", ",i2v") for v in ("", ",dmd8", ",dmd4")),
+    ],
+    "teacher": [None],
+    "teacher_forcing": ["", "frame", "wan", "wan,frame"],
+    "ode_regression": ["", "frame", "wan", "wan,frame", "wan,causvid", "wan,causvid,salt"],
+    "consistency": ["", "frame", "wan", "wan,frame"],
+    "self_forcing": ["", "naive", "mixed", "mixed_sc", "salt", "wan", "wan,salt"],
+    "causal_forcing": [
+        size + variant
+        for size in ("shapes", "wan")
+        for variant in ("", ",salt", ",frame", ",frame,salt", ",two", ",one")
+    ],
+    "causvid": ["", "salt", "wan", "wan,salt"],
+    "longlive_init": ["", "salt", "wan", "wan,salt"],
+    "longlive": [
+        size + variant
+        for size in ("shapes", "wan")
+        for variant in ("", ",salt", ",lora", ",lora,salt")
+    ],
+    "salt": [None],
+}
+CASES = [(name, options) for name, several in OPTIONS.items() for options in several]
+WAN = [case for case in CASES if "wan" in (case[1] or "")]
+CONFIGS = ROOT / "configs"
 
 
-def load(path):
-    return importlib.import_module(f"configs.{path.stem}")
+def load(name):
+    return importlib.import_module(f"configs.{name}")
 
 
-def variants(path):
-    """What may stand after the colon: read off the config's own refusal; [()] for one without
-    variants.
-    """
-    try:
-        load(path).get_config("no such variant")
-    except ValueError as error:
-        return [(name,) for name in str(error).split("one of ")[1].split(", ")]
-    except TypeError:
-        return [()]
-    raise AssertionError(f"{path.name} accepts any variant")
+def get_config(name, options):
+    """The ConfigDict; `options` None: the config takes none."""
+    return load(name).get_config(*[] if options is None else [options])
 
 
-CASES = [
-    pytest.param(path, v, id=":".join((path.stem, *v))) for path in FILES for v in variants(path)
-]
-WAN = [case for case in CASES if case.values[0].stem.startswith("wan_")]
+def test_every_config_is_here():
+    files = {path.stem for path in CONFIGS.glob("*.py")} - {"__init__", "parts"}
+    assert files == set(OPTIONS)
 
 
-@pytest.mark.parametrize(("path", "variant"), CASES)
-def test_it_builds_a_recipe(path, variant):
-    assert read_recipe(load(path).get_config(*variant)).updates >= 1
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_it_builds_a_recipe(name, options):
+    assert read_recipe(get_config(name, options)).iterations >= 1
 
 
-@pytest.mark.parametrize("path", DELTAS, ids=lambda path: path.stem)
-def test_a_delta_is_short_has_only_known_keys_and_tells_its_command(path):
-    assert len(path.read_text().splitlines()) <= 40
-    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
-    assert f"python -m launch.train --config=configs/{path.name} --workdir=" in docstring
-    for (variant,) in filter(None, variants(path)):
-        assert variant in docstring or variant in ("chunk", "plain", "lora_salt")
+@pytest.mark.parametrize("name", [name for name in OPTIONS if None not in OPTIONS[name]])
+def test_an_unknown_option_is_refused_with_those_there_are(name):
+    known = {one for options in OPTIONS[name] for one in options.split(",")} - {""}
+    with pytest.raises(ValueError) as error:
+        get_config(name, "wan,no_such_option")
+    told = set(re.findall(r"\w+", str(error.value)))
+    assert known <= told
+    assert all(
+        re.search(
+            rf"\b{one}\b", ast.get_docstring(ast.parse((CONFIGS / f"{name}.py").read_text())) or ""
+        )
+        for one in known - {"shapes"}
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "base"])
+def test_a_delta_is_short_has_only_known_keys_and_tells_its_command(name):
+    text = (CONFIGS / f"{name}.py").read_text()
+    assert len(text.splitlines()) <= 60
+    docstring = ast.get_docstring(ast.parse(text)) or ""
+    assert f"python -m launch.train --config=configs/{name}.py --workdir=" in docstring
     keys = lambda config: {
         name: keys(v) if hasattr(v, "items") else None for name, v in config.items()
     }
-    base = load(path.with_name("base.py")).get_config()
-    assert keys(load(path).get_config()) == keys(base)
+    assert keys(get_config(name, OPTIONS[name][0])) == keys(get_config("base", None))
 
 
 def test_two_calls_of_a_config_share_nothing():
-    module = load(FILES[0])
-    first = module.get_config()
+    first = get_config("base", None)
     first.ema.decay = 0.123
-    assert module.get_config().ema.decay != 0.123
+    assert get_config("base", None).ema.decay != 0.123
 
 
-def test_the_guide_lists_every_config_key_with_its_default():
-    """The optimizers' keys are listed without values; the rest as in configs/base.py."""
-    known, told = flatten_dict(load(ROOT / "configs/base.py").get_config().to_dict(), sep="."), {}
-    table = (
-        (ROOT / "docs/guide.md").read_text().split("\n## 3. ")[1].split("**From a Self-Forcing")[0]
-    )
-    for row in table.splitlines():
-        keys, default = [*row.split(" | "), ""][:2]
-        names = re.findall(r"`([\w.]+)`", keys)
-        if names and default:
-            names = [n if n[0] != "." else names[0].split(".")[0] + n for n in names]
-            values = ast.literal_eval(f"({default.replace('`', '')},)")
-            told |= dict(zip(names, values, strict=True))
-    assert told == {name: value for name, value in known.items() if "_optimizer." not in name}
+def test_the_table_of_the_guide_is_that_of_the_schema():
+    assert f"\n\n{table()}\n\n" in (ROOT / "docs/guide.md").read_text()
+
+
+def test_every_key_has_a_meaning_or_is_an_optimizer_s():
+    for path, field in all_keys(Recipe):
+        assert field.metadata["doc"] or field.metadata["must"], path
 
 
 def programs(recipe):
     """Every kind of program that the first few hundred calls of a run need."""
-    calls = [decide(recipe, recipe.updates, call) for call in range(300)]
+    calls = [decide(recipe, recipe.iterations, call) for call in range(300)]
     return dict(calls)
 
 
@@ -119,10 +144,10 @@ def abstract_run(recipe):
             else lambda p: p
         )
         student = init_learner(
-            adapt(params), make_optimizer(recipe.student_optimizer, recipe.updates)
+            adapt(params), make_optimizer(recipe.student_optimizer, recipe.iterations)
         )
         critic = init_learner(
-            adapt(params), make_optimizer(recipe.critic_optimizer, recipe.updates)
+            adapt(params), make_optimizer(recipe.critic_optimizer, recipe.iterations)
         )
         distil = recipe.stage == "distil"
         return init_state(
@@ -143,17 +168,17 @@ def abstract_run(recipe):
         condition = spec(*shape[:-1], recipe.wan.condition_channels)
         batch["text"] = ImageText(batch["text"], spec(257, recipe.wan.image_dim), condition)
     if recipe.stage == "ode_regression":
-        batch["states"] = clip(recipe.schedule.train_updates + 1)
+        batch["states"] = clip(recipe.schedule.train_levels + 1)
     return jax.eval_shape(state), jax.eval_shape(frozen), batch, null
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("path", "variant"), WAN)
-def test_full_size_steps_trace(path, variant):
+@pytest.mark.parametrize(("name", "options"), WAN)
+def test_full_size_steps_trace(name, options):
     """480p for five seconds in bfloat16, every program of the run: the state keeps its shapes and
     float32 masters.
     """
-    config = load(path).get_config(*variant)
+    config = get_config(name, options)
     config.batch_size = 2
     recipe = read_recipe(config)
     state, frozen, batch, null = abstract_run(recipe)

@@ -77,7 +77,7 @@ def _batch(recipe: Recipe) -> dict[str, Any]:
     if recipe.stage == "denoising":
         batch["text"] = jnp.zeros((recipe.batch_size, recipe.wan.text_length), jnp.int32)
     if recipe.stage == "ode_regression":
-        steps = recipe.schedule.train_updates + 1
+        steps = recipe.schedule.train_levels + 1
         batch["states"] = jnp.zeros((recipe.batch_size, steps, *recipe.clip_shape))
     return batch
 
@@ -170,7 +170,7 @@ def _streaming(recipe: Recipe) -> dict[str, Callable[[Mesh], Program]]:
         network, params, cache, words, everywhere = parts(mesh)
         text = place(jax.eval_shape(network.read_text, params, words), everywhere)
         values = lambda: (
-            jnp.zeros(sample.USUAL_UPDATES + 1),
+            jnp.zeros(sample.USUAL_STEPS + 1),
             jnp.int32(0),
             sample.clip_keys(0, 1),
             jnp.int32(0),

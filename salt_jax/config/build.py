@@ -4,8 +4,20 @@ of its kind.
 
 import dataclasses
 import typing
+from collections.abc import Iterator
 
 from salt_jax.errors import UserError
+from salt_jax.keys import is_finite
+
+
+def all_keys(kind: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
+    """Every key of a dataclass and its sections by its path, with the field that `keys.key` made."""
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(section := hints[field.name]):
+            yield from all_keys(typing.cast(type, section), f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, field
 
 
 def build(kind, config, path):
@@ -13,7 +25,7 @@ def build(kind, config, path):
     hints = typing.get_type_hints(kind)
     if not hasattr(config, "keys"):
         raise UserError(
-            f"{path} is {config!r}, not a section of keys; configs/base.py lists every key"
+            f"{path} is {config!r}, not a section of keys; docs/guide.md lists every key"
         )
     unknown, missing = sorted(set(config) - set(hints)), sorted(set(hints) - set(config))
     if unknown or missing:
@@ -21,6 +33,7 @@ def build(kind, config, path):
             f"{path} has unknown keys {_few(unknown)} and lacks {_few(missing)}; configs/base.py "
             "lists every key"
         )
+    must = {field.name: field.metadata.get("must") for field in dataclasses.fields(kind)}
     values = {}
     for name, hint in hints.items():
         value, where = config[name], f"{path}.{name}"
@@ -34,6 +47,7 @@ def build(kind, config, path):
             values[name] = value
         else:
             values[name] = _value(value, hint, where)
+            _refuse_value(values[name], must.get(name), where)
     try:
         return kind(**values)
     except ValueError as error:
@@ -58,8 +72,15 @@ def _value(value, hint, where):
                 f"{where} is {value!r}; it has to be {'several' if several else 'one'} "
                 f"{kind.__name__}"
             )
-    as_told = lambda one: float(one) if kind is float else one
-    return tuple(map(as_told, value)) if several else as_told(value)
+    typed = lambda one: float(one) if kind is float else one
+    return tuple(map(typed, value)) if several else typed(value)
+
+
+def _refuse_value(value, must, where):
+    if not is_finite(value):
+        raise UserError(f"{where}={value} must be finite")
+    if must and not must.holds(value):
+        raise UserError(f"{where}={value} must be {must.words}")
 
 
 def _few(names: list[str]) -> list[str]:

@@ -3,52 +3,28 @@
 import dataclasses
 import datetime
 import json
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from salt_jax.config.build import all_keys
+from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
 
-if TYPE_CHECKING:
-    from salt_jax.config.schema import Recipe
-
-# Keys, or whole sections, that may differ: how long, how often, where and in which portions, and
-# numbers of the optimizers that their moments do not depend on.
-MAY_CHANGE = {
-    "updates",
-    "accumulate",
-    "log_every",
-    "save_every",
-    "keep",
-    "keep_every",
-    "max_skipped",
-    "sample",
-    "mesh",
-    "data.dir",
-    "model.attention",
-    "model.remat",
-    "host_state",
+# What 0.1 called a key or section.
+RENAMED = {
+    "updates": "iterations",
+    "critic_updates": "critic_ratio",
+    "view": "renoise",
+    "schedule.train_updates": "schedule.train_levels",
+    "schedule.anchor_updates": "schedule.anchor_levels",
+    "rollout.updates": "rollout.num_steps",
+    "rollout.first_updates": "rollout.first_steps",
+    "ode.updates": "ode.num_steps",
+    "sample.num_updates": "sample.num_steps",
 }
-MAY_CHANGE |= {"teacher.accept_student"}  # `train.roles` asks it of every start
-MAY_CHANGE |= {
-    f"{who}_optimizer.{key}"
-    for who in ("student", "critic")
-    for key in ("learning_rate", "weight_decay", "clip")
-}
-# may be moved: `train.roles` compares what is in them
-FILES = {"init_from", "weights", "teacher.weights"}
-
-# Keys that configs written earlier lack, with the value that says what those runs did.
-SINCE = {
-    "teacher.weights": "",
-    "teacher.accept_student": False,
-    "schedule.levels": (),
-    "keep_every": 0,
-    "accumulate": 1,
-    "teacher.dtype": "stored",
-    "model.residual": "float32",
-    "host_state": False,
-    "model.attention": "auto",
-}
+# Where 0.1 had what is shipped, beside the folder that a command was run in.
+ASSETS = re.compile(r"assets/(\w+)\.safetensors")
 
 
 class Change(NamedTuple):
@@ -59,20 +35,31 @@ class Change(NamedTuple):
     now: Any
 
 
-def as_of_today(told: dict[str, Any]) -> dict[str, Any]:
-    """A config that was written to a workdir or file, with the keys that came since."""
-    told = {name: dict(value) if isinstance(value, dict) else value for name, value in told.items()}
-    for path, value in SINCE.items():
-        section, _, key = path.rpartition(".")
-        place = told.get(section) if section else told
-        if isinstance(place, dict):
-            place.setdefault(key, value)
-    if isinstance(model := told.get("model"), dict) and isinstance(model.get("remat"), bool):
-        model["remat"] = "all" if model["remat"] else "none"  # it was a switch
-    return told
+def as_of_today(values: dict[str, Any]) -> dict[str, Any]:
+    """A config that was written to a workdir or file, in the keys of today.
+
+    Keys that came since have their defaults, which say what the runs of then did.
+    """
+    there = flat({name: value for name, value in values.items() if name != "made_by"})
+    for old, new in RENAMED.items():
+        for key in [key for key in there if f"{key}.".startswith(f"{old}.")]:
+            there.setdefault(new + key.removeprefix(old), there.pop(key))
+    if isinstance(remat := there.get("model.remat"), bool):  # it was a switch
+        there["model.remat"] = "all" if remat else "none"
+    for path, value in there.items():
+        if isinstance(value, str) and (shipped := ASSETS.fullmatch(value)):
+            there[path] = shipped[1]
+    defaults = flat(dataclasses.asdict(Recipe()))
+    missing = {
+        key: value
+        for key, value in defaults.items()
+        # a section that is no section is for `build` to refuse
+        if key not in there and key.partition(".")[0] not in there
+    }
+    return nested(there | missing)
 
 
-def changes(before: str, r: "Recipe") -> list[Change]:
+def changes(before: str, r: Recipe) -> list[Change]:
     """Every key whose value in the config `before` (JSON) the recipe does not share; an absent
     value is None.
     """
@@ -83,24 +70,25 @@ def changes(before: str, r: "Recipe") -> list[Change]:
     return [Change(key, was.get(key), now[key]) for key in sorted(now) if was.get(key) != now[key]]
 
 
-def refuse_another_run(before: str, r: "Recipe", files_may_move: bool = False) -> None:
+def refuse_another_run(before: str, r: Recipe, files_may_move: bool = False) -> None:
     """Raises UserError for the first value that what is there, made with the config `before`, does
     not share.
 
     `files_may_move`: the caller compares what is in the files that the config names.
     """
-    allowed = MAY_CHANGE | (FILES if files_may_move else set())
+    kinds = {"free", "file"} if files_may_move else {"free"}
+    allowed = {path for path, field in all_keys(Recipe) if field.metadata["resume"] in kinds}
     if r.student_optimizer.decay or r.critic_optimizer.decay:
-        allowed = allowed - {"updates"}  # a decay is over the whole run
+        allowed = allowed - {"iterations"}  # a decay is over the whole run
     for key, was, now in changes(before, r):
-        if not {key, key.partition(".")[0]} & allowed:
+        if key not in allowed:
             raise UserError(
                 f"this workdir was trained with config.{key} = {was}, not {now}; "
                 "pass the config that made it, or a new --workdir"
             )
 
 
-def record_changes(workdir: str | Path, before: str, r: "Recipe", step: int) -> None:
+def record_changes(workdir: str | Path, before: str, r: Recipe, step: int) -> None:
     """Prints what is not as in the config `before`, the last start's, and adds it to
     WORKDIR/changes.jsonl.
 
@@ -130,4 +118,16 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         found |= (
             flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
         )
+    return found
+
+
+def nested(values: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `flat`."""
+    found: dict[str, Any] = {}
+    for path, value in values.items():
+        *sections, key = path.split(".")
+        place = found
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = value
     return found

@@ -1,204 +1,147 @@
-"""The numbers of a run as frozen values. The only reader of a ConfigDict inside salt_jax; it adds
-no default.
+"""A whole run as one frozen value: the keys of a config that stand in no section, and the sections.
+
+Every key is written down once, here or in `sections`. The ConfigDict that `configs/` edits
+(`reading.to_config_dict`), the table in docs/guide.md (`table`), the checks (`reading.read_recipe`)
+and what a run may go on with (`migrate`) are derived from that.
 
 No jax in here, as in `choices`.
 """
 
-import dataclasses
-import json
-import typing
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
-from ml_collections import ConfigDict
 
-from salt_jax.choices import Solver, StopGradient
-from salt_jax.config.build import build
-from salt_jax.config.migrate import as_of_today
-from salt_jax.config.validate import refuse_contradictions
-from salt_jax.errors import UserError
+from salt_jax.config.sections import (
+    Align,
+    Data,
+    Ema,
+    Lora,
+    Loss,
+    Mesh,
+    Model,
+    Ode,
+    Optimizer,
+    Renoise,
+    Rollout,
+    Sample,
+    Schedule,
+    Stream,
+    Teacher,
+)
 from salt_jax.flow.schedule import student_levels
+from salt_jax.keys import COUNT, NOT_NEGATIVE, SEED, SHARE, key
 from salt_jax.models.memory import CachePolicy
 from salt_jax.models.presets import (
     PRESETS,
     TEXT_PRESETS,
     Compute,
-    KernelChoice,
-    Remat,
     TextEncoderConfig,
     WanConfig,
 )
 from salt_jax.moving_shapes.shapes import World
 
+StageName = Literal["denoising", "teacher_forcing", "ode_regression", "consistency", "distil"]
+Video = Literal["noised", "noised_chunks", "rollout"]
 CAUSAL = ("teacher_forcing", "ode_regression", "consistency")  # stages that make a student causal
-
-
-def works_causally(stage: str, video: str) -> bool:
-    """Whether a student of this stage works chunk by chunk."""
-    return stage in CAUSAL or (stage == "distil" and video != "noised")
-
-
-@dataclass(frozen=True)
-class Model:
-    preset: str
-    dtype: typing.Literal["float32", "bfloat16"]
-    remat: Remat
-    residual: typing.Literal["float32", "bfloat16"]
-    attention: KernelChoice
-
-
-@dataclass(frozen=True)
-class Data:
-    kind: typing.Literal["moving_shapes", "latents"]
-    clip: tuple[int, ...]
-    dir: str
-    num_train: int
-    num_test: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class Teacher:
-    kind: typing.Literal["data", "network", "closed_form"]
-    preset: str
-    weights: str
-    dtype: typing.Literal["stored", "float32", "bfloat16"]
-    accept_student: bool
-    guidance: float
-
-
-@dataclass(frozen=True)
-class Schedule:
-    train_updates: int
-    anchor_updates: int
-    shift: float
-    levels: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Rollout:
-    updates: tuple[int, ...]
-    probabilities: tuple[float, ...]
-    first_updates: int
-    solver: Solver
-
-
-@dataclass(frozen=True)
-class Align:
-    weight: float
-    start: int
-    probability: float
-    margin: float
-    network: typing.Literal["base", "critic", "student"]
-    layers: int
-
-
-@dataclass(frozen=True)
-class Stream:
-    max_frames: int
-    overlap: int
-    switch: float
-
-
-@dataclass(frozen=True)
-class Ode:
-    updates: int
-    guidance: float
-    trajectories: int
-
-
-@dataclass(frozen=True)
-class Lora:
-    rank: int
-    alpha: float
-
-
-@dataclass(frozen=True)
-class View:
-    shift: float
-    lowest: float
-    highest: float
-
-
-@dataclass(frozen=True)
-class Loss:
-    self_consistency: float
-    stop_gradient: StopGradient
-
-
-@dataclass(frozen=True)
-class Optimizer:
-    learning_rate: float
-    warmup: int
-    decay: bool
-    b1: float
-    b2: float
-    eps: float
-    weight_decay: float
-    clip: float
-
-
-@dataclass(frozen=True)
-class Ema:
-    decay: float
-    start: int
-
-
-@dataclass(frozen=True)
-class Mesh:
-    data: int
-    fsdp: int
-    context: int
-    tensor: int
-
-
-@dataclass(frozen=True)
-class Sample:
-    num_updates: tuple[int, ...]
-    solver: Solver
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run. Fields and their units are explained once, in configs/base.py."""
+    """A whole run."""
 
-    stage: typing.Literal["denoising", "teacher_forcing", "ode_regression", "consistency", "distil"]
-    video: typing.Literal["noised", "noised_chunks", "rollout"]
-    init_from: str
-    seed: int
-    updates: int
-    batch_size: int
-    accumulate: int
-    model: Model
-    text_encoder: str
-    weights: str
-    data: Data
-    world: World
-    teacher: Teacher
-    caption_dropout: float
-    schedule: Schedule
-    memory: CachePolicy
-    rollout: Rollout
-    align: Align
-    stream: Stream
-    ode: Ode
-    lora: Lora
-    view: View
-    loss: Loss
-    student_optimizer: Optimizer
-    critic_optimizer: Optimizer
-    critic_updates: int
-    ema: Ema
-    mesh: Mesh
-    host_state: bool
-    log_every: int
-    save_every: int
-    keep: int
-    keep_every: int
-    max_skipped: int
-    sample: Sample
+    stage: StageName = key(
+        "distil",
+        '`"distil"`: DMD with the terms of Salt; `"denoising"`: train a teacher and its text '
+        'encoder; `"teacher_forcing"`, `"ode_regression"`, `"consistency"`: make a student causal',
+    )
+    video: Video = key(
+        "noised",
+        "how a student under distillation makes videos: the whole clip in one step of a noised "
+        'real one; `"noised_chunks"`: the same with a level for each chunk (CausVid); '
+        '`"rollout"`: chunk by chunk from noise',
+    )
+    init_from: str = key(
+        "",
+        'the stage before: its workdir, or a file of `launch.export`, with LoRA or without; `""`: '
+        "the student starts as `weights`",
+        resume="file",
+        path=True,
+    )
+    seed: int = key(
+        0, "initial weights where fresh, order of the data, all noise in training", SEED
+    )
+    iterations: int = key(
+        60,
+        "student updates in the whole run; the peers' iterations count critic updates, five times "
+        "as many (row 15)",
+        COUNT,
+        resume="free",
+    )
+    batch_size: int = key(24, "clips of an update, over all devices", COUNT)
+    accumulate: int = key(
+        1,
+        "micro-batches that an update takes its clips in, one after the other: less memory, the "
+        "same result",
+        COUNT,
+        resume="free",
+    )
+    model: Model = Model()
+    text_encoder: str = key(
+        "tiny", "`umt5-xxl` for the Wan presets, `wan-tiny` for the small ones of them"
+    )
+    weights: str = key(
+        "shapes_teacher",
+        "where student, critic, teacher and text encoder start: a file, a folder of "
+        '`launch.convert_wan`, or the name of a shipped asset; `""`: fresh',
+        resume="file",
+        path=True,
+    )
+    data: Data = Data()
+    world: World = World()
+    teacher: Teacher = Teacher()
+    caption_dropout: float = key(
+        0.1,
+        "stages denoising and teacher_forcing: share of examples with the empty caption",
+        SHARE,
+    )
+    schedule: Schedule = Schedule()
+    memory: CachePolicy = CachePolicy(3, 3, 0, 0, "absolute")
+    rollout: Rollout = Rollout()
+    align: Align = Align()
+    stream: Stream = Stream()
+    ode: Ode = Ode()
+    lora: Lora = Lora()
+    renoise: Renoise = Renoise()
+    loss: Loss = Loss()
+    student_optimizer: Optimizer = Optimizer()
+    critic_optimizer: Optimizer = Optimizer(learning_rate=4e-4)
+    critic_ratio: int = key(
+        3, "critic updates after each student update; the peers take 5 (row 11)", COUNT
+    )
+    ema: Ema = Ema()
+    mesh: Mesh = Mesh()
+    host_state: bool = key(
+        False,
+        "moments and the averaged student wait in the host's memory, and come to the devices for "
+        "their update alone",
+        resume="free",
+    )
+    log_every: int = key(10, "iterations", COUNT, resume="free")
+    save_every: int = key(20, "iterations", COUNT, resume="free")
+    keep: int = key(2, "newest checkpoints that stay", COUNT, resume="free")
+    keep_every: int = key(
+        0,
+        "iterations; at multiples of it a checkpoint is written and stays for ever, beside the "
+        "newest; 0 is off",
+        NOT_NEGATIVE,
+        resume="free",
+    )
+    max_skipped: int = key(
+        5, "updates in a row with something not finite that stop the run", COUNT, resume="free"
+    )
+    sample: Sample = Sample()
 
     @property
     def wan(self) -> WanConfig:
@@ -220,11 +163,11 @@ class Recipe:
         """Whether the student works chunk by chunk."""
         return works_causally(self.stage, self.video)
 
-    def levels(self, num_updates: int) -> np.ndarray:
-        """Noise levels of a student's updates, float32 [K + 1]: those that are listed if they are
-        K, else the grid.
+    def levels(self, num_steps: int) -> np.ndarray:
+        """Noise levels of a student's steps, float32 [K + 1]: those that are listed if they are K,
+        else the grid.
         """
-        return student_levels(num_updates, self.schedule.shift, self.schedule.levels)
+        return student_levels(num_steps, self.schedule.shift, self.schedule.levels)
 
     @property
     def compute(self) -> Compute:
@@ -236,61 +179,6 @@ class Recipe:
         return TEXT_PRESETS[self.text_encoder]
 
 
-def read_recipe(config: ConfigDict) -> Recipe:
-    """ConfigDict -> Recipe.
-
-    Raises:
-      UserError: a key is missing or unknown, a value is not one of the choices, or numbers
-        contradict each other.
-    """
-    recipe = build(Recipe, config, "config")
-    for name, value, known in (
-        ("config.model.preset", recipe.model.preset, PRESETS),
-        ("config.teacher.preset", recipe.teacher.preset or recipe.model.preset, PRESETS),
-        ("config.text_encoder", recipe.text_encoder, TEXT_PRESETS),
-    ):
-        if value not in known:
-            raise UserError(f"{name} is {value!r}; choose one of {', '.join(known)}")
-    refuse_contradictions(recipe)
-    return recipe
-
-
-def to_json(recipe: Recipe) -> str:
-    """The resolved config, as written to the workdir."""
-    return json.dumps(dataclasses.asdict(recipe), indent=2)
-
-
-def read_workdir(workdir: str | Path) -> Recipe:
-    """The recipe that a workdir was made with.
-
-    Raises:
-      UserError: its config.json is absent or damaged.
-    """
-    path = Path(workdir) / "config.json"
-    try:
-        return from_json(path.read_text(encoding="utf-8"), path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"cannot read {path} ({error}); put the file of launch.train back"
-        ) from error
-
-
-def from_json(text: str, where: str | Path = "config.json") -> Recipe:
-    """Reads back what `to_json` wrote, also before the last keys came. `where` it was: a name for
-    errors.
-
-    Raises:
-      UserError: it is no config, or one that `read_recipe` refuses.
-    """
-    try:
-        told = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{where} is not JSON ({error}); put the file of launch.train back"
-        ) from error
-    if not isinstance(told, dict):
-        raise UserError(f"{where} is no config of a run; put the file of launch.train back")
-    try:
-        return read_recipe(ConfigDict(as_of_today(told)))
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+def works_causally(stage: Any, video: Any) -> bool:
+    """Whether a student of this stage works chunk by chunk; under distillation its videos decide."""
+    return stage in CAUSAL or (stage, video) in {("distil", "noised_chunks"), ("distil", "rollout")}

@@ -2,56 +2,17 @@
 and the remedy.
 """
 
-import dataclasses
-import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-from salt_jax.config.migrate import flat
+from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
 from salt_jax.flow.schedule import explicit
 
-if TYPE_CHECKING:
-    from salt_jax.config.schema import Recipe
 
-
-ADAM = [f"{who}_optimizer." for who in ("student", "critic")]
-RANGES = {  # what a value must be -> whether it is, and of which keys
-    "finite": (lambda x: all(map(math.isfinite, x if isinstance(x, tuple) else [x])), None),
-    "above 0": (lambda x: x > 0, ["schedule.shift", "view.shift", *(f"{o}clip" for o in ADAM)]),
-    "at least 0": (
-        lambda x: x >= 0,
-        [
-            "keep_every",
-            "ema.start",
-            "loss.self_consistency",
-            "align.weight",
-            "align.start",
-            "align.margin",
-        ]
-        + ["lora.rank", "stream.max_frames"]
-        + [o + key for o in ADAM for key in ("learning_rate", "warmup", "weight_decay", "eps")],
-    ),
-    "at most 128, since triples are tabulated": (lambda x: x <= 128, ["schedule.train_updates"]),
-    "at least 0 and below 1": (
-        lambda x: 0 <= x < 1,
-        ["ema.decay", *(o + b for o in ADAM for b in ("b1", "b2"))],
-    ),
-    "from 0 to 1": (lambda x: 0 <= x <= 1, ["caption_dropout", "stream.switch"]),
-    "above 0 and up to 1, a noise level": (lambda x: 0 < x <= 1, ["view.lowest", "view.highest"]),
-    f"from 0 to {2**32 - 1}": (lambda x: 0 <= x < 2**32, ["seed", "data.seed"]),
-    "one or more numbers of updates, each at least 1": (
-        lambda x: x and min(x) >= 1,
-        ["rollout.updates", "sample.num_updates"],
-    ),
-    "at least one number": (len, ["world.starts", "world.speeds"]),
-}
-
-
-def refuse_contradictions(r: "Recipe") -> None:
+def refuse_contradictions(r: Recipe) -> None:
     """Raises UserError for the first contradiction."""
     checks = (
-        _counts,
+        _batch,
         _ranges,
         _stage,
         _clip,
@@ -67,7 +28,7 @@ def refuse_contradictions(r: "Recipe") -> None:
             raise UserError(told)
 
 
-def refuse_uneven(r: "Recipe", ways: int) -> None:
+def refuse_uneven(r: Recipe, ways: int) -> None:
     """Raises UserError where the batch does not spread over `ways` devices (mesh data x fsdp) in
     equal parts.
     """
@@ -79,45 +40,19 @@ def refuse_uneven(r: "Recipe", ways: int) -> None:
         )
 
 
-def _counts(r: "Recipe") -> Iterator[str]:
-    names = (
-        "updates",
-        "batch_size",
-        "accumulate",
-        "critic_updates",
-        "log_every",
-        "save_every",
-        "keep",
-        "max_skipped",
-    )
-    least_one = {name: getattr(r, name) for name in names}
-    least_one |= {
-        f"schedule.{name}": getattr(r.schedule, name)
-        for name in ("train_updates", "anchor_updates")
-    }
-    least_one |= {"ode.updates": r.ode.updates, "ode.trajectories": r.ode.trajectories}
-    least_one |= {"world.size": r.world.size, "world.frames": r.world.frames}
-    for name, value in least_one.items():
-        if value < 1:
-            yield f"config.{name}={value} must be at least 1"
-    if r.accumulate > 0 and r.batch_size % r.accumulate:
+def _batch(r: Recipe) -> Iterator[str]:
+    if r.batch_size % r.accumulate:
         yield (
             f"config.batch_size={r.batch_size} must be a multiple of "
             f"config.accumulate={r.accumulate}"
         )
 
 
-def _ranges(r: "Recipe") -> Iterator[str]:
-    values = flat(dataclasses.asdict(r))
-    numbers = [name for name, value in values.items() if isinstance(value, float | tuple)]
-    for what, (holds, names) in RANGES.items():
-        for name in numbers if names is None else names:
-            if not holds(values[name]):
-                yield f"config.{name}={values[name]} must be {what}"
-    if r.view.lowest > r.view.highest:
+def _ranges(r: Recipe) -> Iterator[str]:
+    if r.renoise.lowest > r.renoise.highest:
         yield (
-            f"config.view.lowest={r.view.lowest} must not be above "
-            f"config.view.highest={r.view.highest}"
+            f"config.renoise.lowest={r.renoise.lowest} must not be above "
+            f"config.renoise.highest={r.renoise.highest}"
         )
     if r.data.kind == "latents" and (len(r.data.clip) != 3 or min(r.data.clip) < 1):
         yield (
@@ -126,7 +61,7 @@ def _ranges(r: "Recipe") -> Iterator[str]:
         )
 
 
-def _stage(r: "Recipe") -> Iterator[str]:
+def _stage(r: Recipe) -> Iterator[str]:
     if r.stage == "denoising" and r.teacher.kind == "network":
         yield (
             "config.stage=denoising makes a teacher; set config.teacher.kind to data or closed_form"
@@ -147,7 +82,7 @@ def _stage(r: "Recipe") -> Iterator[str]:
         )
 
 
-def _clip(r: "Recipe") -> Iterator[str]:
+def _clip(r: Recipe) -> Iterator[str]:
     (frames, height, width, channels), patch = r.clip_shape, r.wan.patch_size
     preset = f"config.model.preset={r.model.preset}"
     if frames % patch[0] or height % patch[1] or width % patch[2]:
@@ -193,33 +128,33 @@ def _clip(r: "Recipe") -> Iterator[str]:
             yield f"{error}; change config.memory.chunk, config.memory.first or the clip's length"
 
 
-def _schedule(r: "Recipe") -> Iterator[str]:
+def _schedule(r: Recipe) -> Iterator[str]:
     s = r.schedule
-    if s.train_updates % s.anchor_updates:
+    if s.train_levels % s.anchor_levels:
         yield (
-            f"config.schedule.anchor_updates={s.anchor_updates} must divide "
-            f"train_updates={s.train_updates}"
+            f"config.schedule.anchor_levels={s.anchor_levels} must divide "
+            f"train_levels={s.train_levels}"
         )
     if (
         r.stage in ("ode_regression", "consistency")
-        and r.ode.updates % s.train_updates
+        and r.ode.num_steps % s.train_levels
         and not s.levels
     ):
         yield (
-            f"config.schedule.train_updates={s.train_updates} must divide "
-            f"config.ode.updates={r.ode.updates}: "
+            f"config.schedule.train_levels={s.train_levels} must divide "
+            f"config.ode.num_steps={r.ode.num_steps}: "
             "trajectories are kept at the student's levels"
         )
 
 
-def _levels(r: "Recipe") -> Iterator[str]:
+def _levels(r: Recipe) -> Iterator[str]:
     s = r.schedule
     if not s.levels:
         return
     try:
         count = len(explicit(s.levels)) - 1
     except ValueError as error:
-        yield f"config.schedule.{error}; leave it () for the grid of train_updates and shift"
+        yield f"config.schedule.{error}; leave it () for the grid of train_levels and shift"
         return
     if r.stage == "denoising":
         yield (
@@ -227,65 +162,64 @@ def _levels(r: "Recipe") -> Iterator[str]:
             "teacher; leave them ()"
         )
     for name, value, wanted in (
-        ("schedule.train_updates", s.train_updates, count),
-        ("rollout.updates", r.rollout.updates, (count,)),
-        ("sample.num_updates", r.sample.num_updates, (count,)),
+        ("schedule.train_levels", s.train_levels, count),
+        ("rollout.num_steps", r.rollout.num_steps, (count,)),
+        ("sample.num_steps", r.sample.num_steps, (count,)),
     ):
-        used = name != "rollout.updates" or (r.stage == "distil" and r.video == "rollout")
+        used = name != "rollout.num_steps" or (r.stage == "distil" and r.video == "rollout")
         if used and value != wanted:
             yield (
                 f"config.{name}={value} does not go with the {count} levels of "
                 f"config.schedule.levels={s.levels}; "
                 f"set it to {wanted}, or leave the levels ()"
             )
-    if r.rollout.first_updates not in (0, count):
+    if r.rollout.first_steps not in (0, count):
         yield (
-            f"config.rollout.first_updates={r.rollout.first_updates} is not the {count} levels of "
+            f"config.rollout.first_steps={r.rollout.first_steps} is not the {count} levels of "
             f"config.schedule.levels={s.levels}; set it to 0, or leave the levels ()"
         )
 
 
-def _rollout(r: "Recipe") -> Iterator[str]:
+def _rollout(r: Recipe) -> Iterator[str]:
     if r.stage != "distil" or r.video != "rollout":
         return
-    o, longest = r.rollout, r.schedule.train_updates
+    o, longest = r.rollout, r.schedule.train_levels
     if (
-        len(o.updates) != len(o.probabilities)
+        len(o.num_steps) != len(o.probabilities)
         or abs(sum(o.probabilities) - 1) > 1e-6
         or min(o.probabilities) < 0
     ):
         yield (
             f"config.rollout.probabilities={o.probabilities} must be one for each of "
-            f"updates={o.updates} and sum to 1"
+            f"num_steps={o.num_steps} and sum to 1"
         )
-    if max(o.updates) != longest or any(longest % k for k in o.updates):
+    if max(o.num_steps) != longest or any(longest % k for k in o.num_steps):
         yield (
-            f"config.rollout.updates={o.updates} must divide its largest, which must be "
-            f"config.schedule.train_updates={longest}: self-consistency is trained there"
+            f"config.rollout.num_steps={o.num_steps} must divide its largest, which must be "
+            f"config.schedule.train_levels={longest}: self-consistency is trained there"
         )
-    if o.first_updates < 0:
+    if o.first_steps < 0:
         yield (
-            f"config.rollout.first_updates={o.first_updates} must be 0 (as the other chunks) or "
-            "more"
+            f"config.rollout.first_steps={o.first_steps} must be 0 (as the other chunks) or more"
         )
-    if o.first_updates and r.loss.self_consistency:
+    if o.first_steps and r.loss.self_consistency:
         yield (
-            f"config.rollout.first_updates={o.first_updates} gives the first chunk levels of its "
+            f"config.rollout.first_steps={o.first_steps} gives the first chunk levels of its "
             "own, and "
             "self-consistency is trained at one level for all; set it or "
             "config.loss.self_consistency to 0"
         )
 
 
-def _align(r: "Recipe") -> Iterator[str]:
+def _align(r: Recipe) -> Iterator[str]:
     a = r.align
     if not a.weight:
         return
-    if r.stage != "distil" or r.video != "rollout" or len(r.rollout.updates) < 2:
+    if r.stage != "distil" or r.video != "rollout" or len(r.rollout.num_steps) < 2:
         yield (
-            f"config.align.weight={a.weight} aligns rollouts of different numbers of updates; set "
+            f"config.align.weight={a.weight} aligns rollouts of different numbers of steps; set "
             "it to 0, or "
-            "config.video=rollout and more than one of config.rollout.updates"
+            "config.video=rollout and more than one of config.rollout.num_steps"
         )
     if not 1 <= a.layers <= r.wan.num_layers:
         yield (
@@ -296,7 +230,7 @@ def _align(r: "Recipe") -> Iterator[str]:
         yield f"config.align.probability={a.probability} must be in (0, 1]"
 
 
-def _stream(r: "Recipe") -> Iterator[str]:
+def _stream(r: Recipe) -> Iterator[str]:
     s, m, frames = r.stream, r.memory, r.clip_shape[0]
     if not s.max_frames:
         return
@@ -331,10 +265,10 @@ def _stream(r: "Recipe") -> Iterator[str]:
         )
 
 
-def _optimizers(r: "Recipe") -> Iterator[str]:
+def _optimizers(r: Recipe) -> Iterator[str]:
     for name, o, updates in (
-        ("student_optimizer", r.student_optimizer, r.updates),
-        ("critic_optimizer", r.critic_optimizer, r.updates * r.critic_updates),
+        ("student_optimizer", r.student_optimizer, r.iterations),
+        ("critic_optimizer", r.critic_optimizer, r.iterations * r.critic_ratio),
     ):
         if o.decay and o.warmup >= updates:
             yield (

@@ -43,11 +43,11 @@ class Defect(NamedTuple):
     curvature: Float[Array, " n"]  # |v_m - v_s|^2 / |v_s|^2
 
 
-def defect_grid(num_updates: int, shift_amount: float) -> tuple[np.ndarray, np.ndarray]:
+def defect_grid(num_steps: int, shift_amount: float) -> tuple[np.ndarray, np.ndarray]:
     """Noise levels [K + 1] of the inference grid T(K) and the K midpoints, the levels that T(2K)
     adds.
     """
-    return grid(num_updates, shift_amount), grid(2 * num_updates, shift_amount)[1::2]
+    return grid(num_steps, shift_amount), grid(2 * num_steps, shift_amount)[1::2]
 
 
 @partial(jax.jit, static_argnames=("denoiser", "solver", "shape"))

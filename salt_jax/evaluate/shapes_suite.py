@@ -38,20 +38,20 @@ class Task(NamedTuple):
     seed: int
     batch_size: int
     policy: CachePolicy | None  # chunk by chunk; None: whole clips
-    first_updates: int  # of the first chunk; 0 is as the others
+    first_steps: int  # of the first chunk; 0 is as the others
     levels: tuple[float, ...] = ()  # that the student was trained at, as timesteps; () is the grid
 
 
 def clips(
-    network: Network, params: Params, task: Task, num_updates: int, solver: Solver
+    network: Network, params: Params, task: Task, num_steps: int, solver: Solver
 ) -> np.ndarray:
     """float32 latents [N, F, H, W, C]; clip i has the same noise for every network, solver and
-    number of updates.
+    number of steps.
     """
     keys, size = clip_keys(task.seed, len(task.text)), task.batch_size
     levels = lambda k: student_levels(k, task.shift, task.levels)
-    first = levels(task.first_updates) if task.first_updates else None
-    sampler = Sampler(levels(num_updates), solver, task.policy, first)
+    first = levels(task.first_steps) if task.first_steps else None
+    sampler = Sampler(levels(num_steps), solver, task.policy, first)
     if task.policy is None:
         args = (task.text, keys, sampler, task.shape, size)
         return np.concatenate(list(sample_clips(network.denoise, params, *args)))
@@ -104,22 +104,22 @@ def measure(
     network: Network,
     params: Params,
     task: Task,
-    updates: Sequence[int],
+    num_steps: Sequence[int],
     solver: Solver,
     tick: Callable[[], object],
 ) -> tuple[dict, dict[int, np.ndarray]]:
-    """A student under one solver; `tick` is called after each of the len(updates) + 1 parts.
+    """A student under one solver; `tick` is called after each of the len(num_steps) + 1 parts.
 
     Returns:
       {"score": {K: {...}}, "cross_step": {"2-4": ...}, "defect": {...}}, JSON-ready, and {K:
       latents}.
     """
     made = {}
-    for k in updates:
+    for k in num_steps:
         made[k] = clips(network, params, task, k, solver)
         tick()
     numbers = {
-        "score": {k: shapes_score(made[k], task) for k in updates},
+        "score": {k: shapes_score(made[k], task) for k in num_steps},
         "cross_step": cross_step_distance(made),
         "defect": defect(network, params, task, solver),
     }

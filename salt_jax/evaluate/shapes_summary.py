@@ -25,9 +25,9 @@ INTERVALS = [f"interval {i + 1}" for i in range(DEFECT_UPDATES)]
 
 
 def score_table(numbers: Mapping[str, Any]) -> Table:
-    """One row per network, number of updates and solver."""
+    """One row per network, number of steps and solver."""
     teacher = numbers["teacher"]
-    rows = [["teacher", teacher["updates"], "euler", teacher["score"]]] if teacher else []
+    rows = [["teacher", teacher["num_steps"], "euler", teacher["score"]]] if teacher else []
     for solver, result in numbers["student"].items():
         rows += [["student", k, solver, score] for k, score in result["score"].items()]
     explanation = (
@@ -37,7 +37,7 @@ def score_table(numbers: Mapping[str, Any]) -> Table:
         "better."
     )
     body = [[*map(str, head), *(f"{score[name]:.3f}" for name in SHOWN)] for *head, score in rows]
-    return Table("Shapes score", ["network", "updates", "solver", *SHOWN], body, explanation)
+    return Table("Shapes score", ["network", "num_steps", "solver", *SHOWN], body, explanation)
 
 
 def student_tables(student: Mapping[str, Any]) -> list[Table]:

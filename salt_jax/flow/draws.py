@@ -32,7 +32,7 @@ def draw_triple(
     )
 
 
-def draw_view_sigma(
+def draw_renoise_sigma(
     key: PRNGKey, batch: int, shift_amount: float, lowest: float, highest: float
 ) -> Float[Array, "b"]:
     """Noise levels at which teacher and critic judge a video: u uniform, shifted, then clamped.

@@ -47,37 +47,35 @@ class Steps(NamedTuple):
     predict: Float[Array | np.ndarray, "n 3"]
 
 
-def unipc_grid(num_updates: int, shift_amount: float) -> tuple[np.ndarray, np.ndarray]:
+def unipc_grid(num_steps: int, shift_amount: float) -> tuple[np.ndarray, np.ndarray]:
     """Levels float64 [N + 1], ending in 0, and the whole timesteps int64 [N] that Wan's UniPC shows
     the network.
 
     >>> unipc_grid(50, 5.0)[1][[0, 1, 2, -2, -1]]
     array([999, 995, 991, 172,  92])
     """
-    return _shifted(UNIPC_HIGHEST, num_updates, shift_amount)
+    return _shifted(UNIPC_HIGHEST, num_steps, shift_amount)
 
 
-def dpmpp_grid(num_updates: int, shift_amount: float) -> tuple[np.ndarray, np.ndarray]:
+def dpmpp_grid(num_steps: int, shift_amount: float) -> tuple[np.ndarray, np.ndarray]:
     """The same for Wan's DPM-Solver++: `schedule.grid`, from pure noise at timestep 1000."""
-    return _shifted(1.0, num_updates, shift_amount)
+    return _shifted(1.0, num_steps, shift_amount)
 
 
-def _shifted(
-    highest: float, num_updates: int, shift_amount: float
-) -> tuple[np.ndarray, np.ndarray]:
-    if num_updates < 1:
-        raise ValueError(f"a solver needs at least one update, got num_updates={num_updates}")
-    sigmas = shift(np.linspace(highest, 0.0, num_updates + 1), shift_amount)
+def _shifted(highest: float, num_steps: int, shift_amount: float) -> tuple[np.ndarray, np.ndarray]:
+    if num_steps < 1:
+        raise ValueError(f"a solver needs at least one update, got num_steps={num_steps}")
+    sigmas = shift(np.linspace(highest, 0.0, num_steps + 1), shift_amount)
     return sigmas, (sigmas[:-1] * TRAIN_TIMESTEPS).astype(np.int64)
 
 
-def steps(solver: TeacherSolver, num_updates: int, shift_amount: float) -> Steps:
+def steps(solver: TeacherSolver, num_steps: int, shift_amount: float) -> Steps:
     """The run of a solver. Euler's network sees sigma itself, as `rollout.parallel.sample` has it.
 
     Raises:
       ValueError: no update.
     """
-    sigmas, timesteps = (unipc_grid if solver == "unipc" else dpmpp_grid)(num_updates, shift_amount)
+    sigmas, timesteps = (unipc_grid if solver == "unipc" else dpmpp_grid)(num_steps, shift_amount)
     return tabulate(
         solver, sigmas, sigmas[:-1] if solver == "euler" else timesteps / TRAIN_TIMESTEPS
     )

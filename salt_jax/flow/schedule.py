@@ -1,6 +1,6 @@
 """Noise levels: the shift, the grids T(K), and the shortcut triples of Salt Eq. 9.
 
-A grid of K updates has K + 1 levels. Level i is u_i = 1 - i / K, bent towards noise by the shift:
+A grid of K steps has K + 1 levels. Level i is u_i = 1 - i / K, bent towards noise by the shift:
 
     sigma = s u / (1 + (s - 1) u)                                                      (1)
 
@@ -24,15 +24,15 @@ def shift(u, amount: float):
     return amount * u / (1 + (amount - 1) * u)
 
 
-def grid(num_updates: int, shift_amount: float) -> np.ndarray:
+def grid(num_steps: int, shift_amount: float) -> np.ndarray:
     """T(K): K + 1 noise levels from 1 down to 0, float32.
 
     >>> grid(4, 5.0)
     array([1.       , 0.9375   , 0.8333333, 0.625    , 0.       ], dtype=float32)
     """
-    if num_updates < 1:
-        raise ValueError(f"a schedule needs at least one update, got num_updates={num_updates}")
-    u = 1.0 - np.arange(num_updates + 1) / num_updates
+    if num_steps < 1:
+        raise ValueError(f"a schedule needs at least one update, got num_steps={num_steps}")
+    u = 1.0 - np.arange(num_steps + 1) / num_steps
     return shift(u, shift_amount).astype(np.float32)
 
 
@@ -67,13 +67,13 @@ def explicit(timesteps: Sequence[Any]) -> np.ndarray:
     return sigmas
 
 
-def student_levels(num_updates: int, shift_amount: float, listed: Sequence[Any] = ()) -> np.ndarray:
-    """Levels of a student's updates, float32 [K + 1]: those that are listed, if they are K, else
+def student_levels(num_steps: int, shift_amount: float, listed: Sequence[Any] = ()) -> np.ndarray:
+    """Levels of a student's steps, float32 [K + 1]: those that are listed, if they are K, else
     the grid.
     """
-    if listed and len(levels := explicit(listed)) == num_updates + 1:
+    if listed and len(levels := explicit(listed)) == num_steps + 1:
         return levels
-    return grid(num_updates, shift_amount)
+    return grid(num_steps, shift_amount)
 
 
 class Triples(NamedTuple):
@@ -88,20 +88,20 @@ class Triples(NamedTuple):
     probability: np.ndarray  # [n, P] float32, rows sum to 1 or 0
 
 
-def triples(train_updates: int, anchor_updates: int) -> Triples:
+def triples(train_levels: int, anchor_levels: int) -> Triples:
     """Tabulates Salt Eq. 9: sigma_e uniform on the anchors T(K) below sigma_s, then sigma_m uniform
     on the training levels strictly between. Anchors that leave no room for sigma_m are not drawn.
 
-    Raises ValueError unless `anchor_updates` divides `train_updates` (else T(K) is not part of
+    Raises ValueError unless `anchor_levels` divides `train_levels` (else T(K) is not part of
     T_train).
     """
-    n = train_updates
-    if n % anchor_updates:
+    n = train_levels
+    if n % anchor_levels:
         raise ValueError(
-            f"anchor_updates={anchor_updates} must divide train_updates={n}: Eq. 9 ends on a part "
+            f"anchor_levels={anchor_levels} must divide train_levels={n}: Eq. 9 ends on a part "
             "of the grid"
         )
-    anchors = [j * (n // anchor_updates) for j in range(anchor_updates + 1)]
+    anchors = [j * (n // anchor_levels) for j in range(anchor_levels + 1)]
     rows = []
     for start in range(n):
         ends = [e for e in anchors if e >= start + 2]

@@ -26,6 +26,6 @@ def direct_endpoint(x_s: Latent, v_s: Latent, sigma_s: Sigma, sigma_e: Sigma) ->
 def composed_endpoint(
     x_s: Latent, v_s: Latent, v_m: Latent, sigma_s: Sigma, sigma_m: Sigma, sigma_e: Sigma
 ) -> Latent:
-    """x^(2) of Salt Eq. 7: two updates, sigma_s -> sigma_m -> sigma_e. `v_m` is the velocity at
+    """x^(2) of Salt Eq. 7: two steps, sigma_s -> sigma_m -> sigma_e. `v_m` is the velocity at
     euler(x_s, v_s, sigma_s, sigma_m)."""
     return euler(euler(x_s, v_s, sigma_s, sigma_m), v_m, sigma_m, sigma_e)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from salt_jax.errors import UserError
 from salt_jax.io.header import stored_sizes
+from salt_jax.io.shipped import located
 from salt_jax.io.tensor_files import load_weights
 from salt_jax.io.tokenizer import byte_tokenize, load_tokenizer
 from salt_jax.models import image_encoder, text_encoder, vae
@@ -60,7 +61,7 @@ def part_file(part: Part, where: str | Path) -> Path:
 
     Where a transformer's file is named instead: that one, or beside it.
     """
-    path = Path(where)
+    path = located(where)
     return path / part.file if path.is_dir() else path if part is WAN else path.with_name(part.file)
 
 

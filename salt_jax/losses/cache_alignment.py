@@ -31,7 +31,7 @@ def cache_alignment_loss(
     """Eq. 12, and the share of pairs outside the margin: the only ones that have a gradient.
 
     Args:
-      features: of the video made with few updates, [B, F, S, D] for S places of F frames.
+      features: of the video made with few steps, [B, F, S, D] for S places of F frames.
       reference: of the one made with twice as many from the same noise; gets no gradient.
       margin: delta, in cosines.
 

@@ -6,6 +6,7 @@
 from dataclasses import dataclass
 
 from salt_jax.choices import Positions
+from salt_jax.keys import key
 
 # latent frames that a position computed by a program may name, as in Wan's own table
 MAX_FRAMES = 1024
@@ -15,13 +16,19 @@ MAX_FRAMES = 1024
 class CachePolicy:
     """A memory mechanism. Lengths in latent frames; see docs/guide.md for those of the peers."""
 
-    chunk: int  # frames generated together
-    first: int  # frames of the first chunk; 1 makes it a picture
-    window: int  # frames a chunk sees at most, itself and the sink included; 0: all
-    sink: int  # first frames of the video, which are never forgotten
-    positions: Positions
+    chunk: int = key(3, "latent frames generated together")
+    first: int = key(0, "of the first chunk; 1 makes it a picture, 0 is as the others")
+    window: int = key(
+        0, "latent frames a chunk sees at most, itself and the sink included; 0 is everything"
+    )
+    sink: int = key(0, "first frames of the video, which are never forgotten")
+    positions: Positions = key(
+        "absolute", 'or `"relative"`: a frame stands at its rank among those that are seen'
+    )
 
     def __post_init__(self):
+        if not self.first:
+            object.__setattr__(self, "first", self.chunk)
         if not (1 <= self.first <= self.chunk):
             raise ValueError(f"first={self.first} must be between 1 and chunk={self.chunk}")
         if self.sink < 0 or (self.window and self.window < self.sink + self.chunk):

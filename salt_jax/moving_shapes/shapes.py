@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from salt_jax.keys import COUNT, NUMBERS, key
+
 SHAPES = ("circle", "square", "triangle")
 COLOURS = {
     "red": (1.0, 0.1, 0.1),
@@ -39,14 +41,23 @@ FPS = 16
 class World:
     """Everything that turns a scene into pixels, and the grid of what captions leave open."""
 
-    size: int = 12  # height and width, pixels
-    frames: int = 9
-    radius: float = 3.0  # of the circle, pixels; other shapes have its area
-    softness: float = 1.0  # width of the edge, pixels
-    # possible x, and possible y, of the first frame, pixels
-    starts: tuple[float, ...] = (2.0, 4.0, 6.0, 8.0)
-    speeds: tuple[float, ...] = (0.5, 1.0)  # pixels per frame
-    pair: bool = False  # two objects and a relation
+    size: int = key(
+        12,
+        "height and width, pixels; a multiple of the preset's patch: 6 for `tiny`, 4 for `small`",
+        COUNT,
+    )
+    frames: int = key(9, "at 16 per second", COUNT)
+    radius: float = key(3.0, "of the circle, pixels; other shapes have its area")
+    softness: float = key(1.0, "width of an edge, pixels")
+    starts: tuple[float, ...] = key(
+        (2.0, 4.0, 6.0, 8.0), "possible x, and possible y, of the first frame, pixels", NUMBERS
+    )
+    speeds: tuple[float, ...] = key((0.5, 1.0), "pixels per frame", NUMBERS)
+    pair: bool = key(
+        False,
+        "two objects and their relation; needs `small` (captions of up to 63 bytes) and "
+        "`teacher.kind` other than `closed_form`",
+    )
 
 
 @dataclass(frozen=True)

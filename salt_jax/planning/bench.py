@@ -198,7 +198,7 @@ def programs(recipe: Recipe, who: str) -> dict[Choice, Any]:
     """Each program of a run, with the first draw that asks for it."""
     found: dict[Choice, Any] = {}
     for call in range(CALLS):
-        choice, draw = decide(recipe, recipe.updates, call)
+        choice, draw = decide(recipe, recipe.iterations, call)
         found.setdefault(choice if who == "student" else Choice(sequence=choice.sequence), draw)
     return found
 
@@ -222,7 +222,7 @@ def text_encoder(recipe: Recipe, dtype: Any, runs: int) -> tuple[Result, jax.Arr
 
 
 def streaming(
-    recipe: Recipe, vae: VAEConfig | None, num_updates: int, dtype: Any, runs: int
+    recipe: Recipe, vae: VAEConfig | None, num_steps: int, dtype: Any, runs: int
 ) -> list[Result]:
     """A video chunk by chunk, as a viewer gets it: seconds in the text encoder, the transformer and
     the VAE.
@@ -235,7 +235,7 @@ def streaming(
     params = random_params(shapes_of(init_wan, c), dtype, recipe.seed)
     decoder = vae and random_params(shapes_of(init_vae, vae), dtype, recipe.seed)
     keys, cues = clip_keys(recipe.seed, 1), {0: Cue(np.asarray(embedding, np.float32))}
-    sampler = Sampler(grid(num_updates, recipe.schedule.shift), recipe.sample.solver, policy)
+    sampler = Sampler(grid(num_steps, recipe.schedule.shift), recipe.sample.solver, policy)
 
     def once() -> tuple[list[float], list[float], list[int]]:
         latents: list[float] = []
@@ -257,9 +257,9 @@ def streaming(
     frames, seconds = all_runs[0][2], middle(lambda latents, every: sum(every))
     pairs = chunk_pairs(policy, recipe.clip_shape[0])
     work = sweep(c, recipe.clip_shape[1:3], pairs)
-    flops = work.context + (num_updates + 1) * (work.linear + work.attention)
+    flops = work.context + (num_steps + 1) * (work.linear + work.attention)
     more = {
-        "updates": num_updates,
+        "num_steps": num_steps,
         "frames": sum(frames),
         "transformer_seconds": middle(lambda latents, every: sum(latents)),
         "vae_seconds": middle(lambda latents, every: sum(every) - sum(latents)),

@@ -124,8 +124,8 @@ def mix_of(recipe: Recipe, choice: Choice, draw: Draw | None) -> Mix:
     on, switch, passes = choice.sequence != "new", False, (0.0,) * 4
     if draw is not None:
         switch = on and bool(draw.switch)
-        reference = as_reference(draw, recipe.rollout.first_updates)
-        made = [int(e) + 2.0 for d in (draw, reference) for e in (d.first_exit, d.exit_update)]
+        reference = as_reference(draw, recipe.rollout.first_steps)
+        made = [int(e) + 2.0 for d in (draw, reference) for e in (d.first_exit, d.exit_step)]
         passes = (*made[:2], *(choice.alignment * n for n in made[2:]))
     return Mix(*passes, *map(float, (choice.self_consistency, choice.alignment, on, switch)))
 
@@ -137,20 +137,20 @@ def mean_mix(recipe: Recipe) -> Mix:
     on = float(recipe.loss.self_consistency > 0)
     if recipe.stage != "distil" or recipe.video != "rollout":
         return Mix(0.0, 0.0, 0.0, 0.0, on, 0.0, 0.0, 0.0)
-    r, s, m, longest = recipe.rollout, recipe.schedule, recipe.stream, max(recipe.rollout.updates)
+    r, s, m, longest = recipe.rollout, recipe.schedule, recipe.stream, max(recipe.rollout.num_steps)
     coin = recipe.align.probability if recipe.align.weight else 0.0
-    drawn = list(zip(r.updates, r.probabilities, strict=True))
+    drawn = list(zip(r.num_steps, r.probabilities, strict=True))
     rest = sum(p * (k + 1) / 2 for k, p in drawn) + 1
-    first = (r.first_updates + 1) / 2 + 1 if r.first_updates else rest
+    first = (r.first_steps + 1) / 2 + 1 if r.first_steps else rest
     aligned = [(min(2 * k, longest), p * coin) for k, p in drawn if k < longest]
-    exists = (triples(longest, s.anchor_updates).probability.sum(1) > 0).mean()
+    exists = (triples(longest, s.anchor_levels).probability.sum(1) > 0).mean()
     at_longest = sum(p for k, p in drawn if k == longest)
     new = recipe.clip_shape[0] - m.overlap
     calls = 1 + (m.max_frames - recipe.clip_shape[0]) // new if m.max_frames else 1
     return Mix(
         first=first,
         rest=rest,
-        reference_first=sum((p * ((r.first_updates or k) + 1) for k, p in aligned), 0.0),
+        reference_first=sum((p * ((r.first_steps or k) + 1) for k, p in aligned), 0.0),
         reference_rest=sum((p * (k + 1) for k, p in aligned), 0.0),
         self_consistency=float(on * at_longest * exists),
         alignment=sum((p for _, p in aligned), 0.0),
@@ -245,7 +245,7 @@ def stage_flops(recipe: Recipe, flash: bool) -> dict[str, float]:
 
 
 def _video(recipe: Recipe, mix: Mix) -> Work:
-    """The student's forward that the update is about: all chunks at their exit update, or the whole
+    """The student's forward that the update is about: all chunks at their exit step, or the whole
     clip.
     """
     frames, picture, policy = recipe.clip_shape[0], recipe.clip_shape[1:3], recipe.memory

@@ -52,8 +52,8 @@ def fresh_state(recipe: Recipe) -> tuple[TrainState, dict[str, Any]]:
     """
     k_base, k_other = jax.random.split(jax.random.key(recipe.seed))
     null_text = jnp.zeros((1, recipe.wan.text_length, recipe.wan.text_dim))
-    student_tx = make_optimizer(recipe.student_optimizer, recipe.updates)
-    critic_tx = make_optimizer(recipe.critic_optimizer, recipe.updates * recipe.critic_updates)
+    student_tx = make_optimizer(recipe.student_optimizer, recipe.iterations)
+    critic_tx = make_optimizer(recipe.critic_optimizer, recipe.iterations * recipe.critic_ratio)
     base, t = init_wan(k_base, recipe.wan), recipe.teacher
     if recipe.stage == "denoising":
         weights = {"wan": base, "text_encoder": init_text_encoder(k_other, recipe.text)}
@@ -321,7 +321,7 @@ def _slots(recipe: Recipe) -> int:
 
 def _batch_bytes(recipe: Recipe) -> int:
     wan, clip = recipe.wan, math.prod(recipe.clip_shape)
-    states = recipe.schedule.train_updates + 1 if recipe.stage == "ode_regression" else 0
+    states = recipe.schedule.train_levels + 1 if recipe.stage == "ode_regression" else 0
     text = recipe.wan.text_length * (recipe.wan.text_dim if recipe.stage != "denoising" else 1)
     image = image_tokens(wan) * wan.image_dim + clip // wan.out_channels * wan.condition_channels
     return F32 * (clip * (1 + states) + text + bool(wan.image_dim) * image)

@@ -1,11 +1,11 @@
 """Chunk by chunk on a KV cache: read, commit, roll out, replay. Training and streaming share this
 code.
 
-A rollout's gradient touches each chunk once, at its exit update, and never flows through the cache.
+A rollout's gradient touches each chunk once, at its exit step, and never flows through the cache.
 So
 
-    trajectory = rollout(...)    all chunks without gradient: each one's state before its exit update, the cache
-    video      = replay(...)     the exit updates of all chunks in one differentiable forward, reading that cache
+    trajectory = rollout(...)    all chunks without gradient: each one's state before its exit step, the cache
+    video      = replay(...)     the exit steps of all chunks in one differentiable forward, reading that cache
 
 which equals the sequential computation: a chunk of the replay sees its own frames as they are,
 noisy, and earlier ones as the cache has them, clean.
@@ -37,9 +37,9 @@ from salt_jax.types import Latent, Params, Prediction
 class Trajectory(NamedTuple):
     """What a rollout leaves behind. Nothing in it carries a gradient."""
 
-    x: Latent  # each chunk before its exit update
-    sigma: Any  # float32 [B, F], the exit update's level of each frame
-    x0: Latent  # what the exit updates said; the clean frames that were committed
+    x: Latent  # each chunk before its exit step
+    sigma: Any  # float32 [B, F], the exit step's level of each frame
+    x0: Latent  # what the exit steps said; the clean frames that were committed
     cache: KVCache
 
     @property
@@ -54,20 +54,20 @@ def generate_chunk(
     cache: KVCache,
     text: Any,
     levels: Any,
-    exit_update: Any,
+    exit_step: Any,
     solver: Solver,
     keys: Any,
     size: int,
     policy: CachePolicy,
     jump: Any = 0,
 ) -> tuple[Latent, Latent]:
-    """One chunk from noise: its state before the exit update, and the clean estimate of that
+    """One chunk from noise: its state before the exit step, and the clean estimate of that
     update.
 
     Args:
       text: one for each video, as embedding or as `Network.read_text` gave it.
-      levels: float32 [n], falling from 1; entries past the exit update are not looked at.
-      exit_update: int in [0, n), may be traced: the update whose output is kept. K - 1 for samples.
+      levels: float32 [n], falling from 1; entries past the exit step are not looked at.
+      exit_step: int in [0, n), may be traced: the update whose output is kept. K - 1 for samples.
       solver: static; "cm" re-noises with noise of its own for each level and frame.
       keys: [B], one for each video; all its noise comes from it.
       size: frames of the chunk, static.
@@ -96,7 +96,7 @@ def generate_chunk(
     # Before the first update nothing was said: the state at level 1 is noise, by either solver.
     nothing = jnp.zeros((b, size, *shape))
     x = nothing if solver == "cm" else noise_at(keys, levels[0], sight.frames, shape)
-    x, said = jax.lax.fori_loop(0, exit_update + 1, update, (x, Prediction(nothing, nothing)))
+    x, said = jax.lax.fori_loop(0, exit_step + 1, update, (x, Prediction(nothing, nothing)))
     return x, said.x0
 
 
@@ -140,7 +140,7 @@ def rollout(
     params: Params,
     text: Any,
     levels: Any,
-    exit_update: Any,
+    exit_step: Any,
     solver: Solver,
     keys: Any,
     shape: tuple[int, ...],
@@ -154,7 +154,7 @@ def rollout(
       shape: (F, H, W, C) of the frames to make, static.
       cache: what to go on from, every slot of it filled; None starts a video. Others as in
         `generate_chunk`.
-      first: levels and exit update of the video's first chunk, where they are not those of the
+      first: levels and exit step of the video's first chunk, where they are not those of the
         others.
 
     Raises:
@@ -167,16 +167,16 @@ def rollout(
     cache = empty if cache is None else more_room(cache, empty)
     read = network.read_text(params, text)
 
-    def make(size, levels, exit_update):
+    def make(size, levels, exit_step):
         def body(cache, _):
             x, x0 = generate_chunk(
-                network, params, cache, read, levels, exit_update, solver, keys, size, policy
+                network, params, cache, read, levels, exit_step, solver, keys, size, policy
             )
             return commit(network, params, cache, x0, read, policy), (x, x0)
 
         return body
 
-    schedule, made, sigmas = (levels, exit_update), [], []
+    schedule, made, sigmas = (levels, exit_step), [], []
     for size, count, (grid, last) in _runs(sizes, schedule, None if before else first):
         cache, parts = jax.lax.scan(make(size, grid, last), cache, None, length=count)
         in_order = lambda p: jnp.moveaxis(p, 0, 1).reshape(p.shape[1], -1, *p.shape[3:])
@@ -200,7 +200,7 @@ def sight_of(trajectory: Trajectory, policy: CachePolicy) -> Sight:
 def replay(
     network: Network, params: Params, trajectory: Trajectory, text: Any, policy: CachePolicy
 ) -> Prediction:
-    """The exit updates of all chunks in one forward, with gradient to `params`."""
+    """The exit steps of all chunks in one forward, with gradient to `params`."""
     return network.denoise(
         params, trajectory.x, trajectory.sigma, text, sight_of(trajectory, policy)
     )

@@ -27,24 +27,24 @@ class Plan(NamedTuple):
     exists: Bool[Array, "b"] | Bool[Array, "b f"]
 
 
-def draw_plan(key: PRNGKey, batch: int, levels: np.ndarray, anchor_updates: int) -> Plan:
+def draw_plan(key: PRNGKey, batch: int, levels: np.ndarray, anchor_levels: int) -> Plan:
     """sigma_s uniform on the non-zero `levels` of T_train, then (sigma_m, sigma_e) as
     `flow.schedule.triples` says.
     """
     k_start, k_triple = jax.random.split(key)
-    train_updates, sigmas = len(levels) - 1, jnp.asarray(levels)
-    start = jax.random.randint(k_start, (batch,), 0, train_updates)
-    middle, end, exists = draw_triple(k_triple, start, triples(train_updates, anchor_updates))
+    train_levels, sigmas = len(levels) - 1, jnp.asarray(levels)
+    start = jax.random.randint(k_start, (batch,), 0, train_levels)
+    middle, end, exists = draw_triple(k_triple, start, triples(train_levels, anchor_levels))
     return Plan(sigmas[start], sigmas[middle], sigmas[end], exists)
 
 
 def draw_chunk_plan(
-    key: PRNGKey, batch: int, sizes: Sequence[int], levels: np.ndarray, anchor_updates: int
+    key: PRNGKey, batch: int, sizes: Sequence[int], levels: np.ndarray, anchor_levels: int
 ) -> Plan:
     """As `draw_plan` with a draw for each chunk, [B, F]; a chunk may also be clean already, sigma 0
     (CausVid).
     """
-    plan = draw_plan(key, batch * len(sizes), levels, anchor_updates)
+    plan = draw_plan(key, batch * len(sizes), levels, anchor_levels)
     clean = jax.random.bernoulli(jax.random.fold_in(key, 1), 1 / len(levels), (batch * len(sizes),))
     spread = lambda value: jnp.repeat(
         value.reshape(batch, -1), np.array(sizes), axis=1, total_repeat_length=sum(sizes)
@@ -68,14 +68,14 @@ class Draw(NamedTuple):
     """
 
     levels: Any  # T(K)
-    exit_update: Any
+    exit_step: Any
     first_levels: Any  # of the first chunk
     first_exit: Any
     sigma_m: Float[
         np.ndarray | Array, ""
-    ]  # of the triple that starts at the exit update; that level where none is
+    ]  # of the triple that starts at the exit step; that level where none is
     sigma_e: Any
-    reference_levels: Any  # T(2K), all of whose updates the reference runs
+    reference_levels: Any  # T(2K), all of whose num_steps the reference runs
     reference_exit: Any
     switch: Any = np.False_  # whether a video that goes on does so under another prompt
 
@@ -83,52 +83,52 @@ class Draw(NamedTuple):
 def draw_rollout(
     seed: int,
     index: int,
-    updates: Sequence[int],
+    num_steps: Sequence[int],
     probabilities: Sequence[float],
-    first_updates: int,
-    anchor_updates: int,
+    first_steps: int,
+    anchor_levels: int,
     levels: Callable[[int], np.ndarray],
     self_consistency: bool,
     alignment: float,
 ) -> tuple[Choice, Draw]:
-    """K, then the exit update uniform on its K, then a triple of Eq. 9, then the coin of the
+    """K, then the exit step uniform on its K, then a triple of Eq. 9, then the coin of the
     alignment.
 
     Self-consistency is trained at the longest K only (Salt 3.3), where T_train is T(K); alignment
-    at the others, whose reference takes twice as many updates. Every call draws the same amount, so
+    at the others, whose reference takes twice as many num_steps. Every call draws the same amount, so
     that a term that is off changes no draw.
 
     Args:
       index: number of the optimizer call in the run.
-      first_updates: K of the first chunk, which then runs to an exit of its own; 0 is as the
+      first_steps: K of the first chunk, which then runs to an exit of its own; 0 is as the
         others.
       levels: K -> T(K), K + 1 noise levels that end at 0.
       self_consistency: whether the term is on; alignment: the probability of that term.
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
-    longest, u = max(updates), rng.random(4)
+    longest, u = max(num_steps), rng.random(4)
     k = int(
-        updates[
-            min(np.searchsorted(np.cumsum(probabilities), u[0], side="right"), len(updates) - 1)
+        num_steps[
+            min(np.searchsorted(np.cumsum(probabilities), u[0], side="right"), len(num_steps) - 1)
         ]
     )
-    exit_update = int(u[1] * k)
+    exit_step = int(u[1] * k)
     train = levels(longest)
-    padded = lambda k: np.pad(levels(k), (0, max(longest, first_updates) - k))
+    padded = lambda k: np.pad(levels(k), (0, max(longest, first_steps) - k))
 
-    table, start = triples(longest, anchor_updates), exit_update
+    table, start = triples(longest, anchor_levels), exit_step
     middle = end = start * (longest // k)
     exists = k == longest and table.probability[start].sum() > 0
     if exists:
         known = np.cumsum(table.probability[start][table.probability[start] > 0])
         column = min(np.searchsorted(known, u[2], side="right"), len(known) - 1)
         middle, end = int(table.middle[start, column]), int(table.end[start, column])
-    first = first_updates or k
-    first_exit = int(u[1] * first) if first_updates else exit_update
+    first = first_steps or k
+    first_exit = int(u[1] * first) if first_steps else exit_step
     aligned = bool(k < longest and u[3] < alignment)
     draw = Draw(
         padded(k),
-        np.int32(exit_update),
+        np.int32(exit_step),
         padded(first),
         np.int32(first_exit),
         train[middle],
@@ -139,13 +139,13 @@ def draw_rollout(
     return Choice(self_consistency and exists, aligned), draw
 
 
-def as_reference(draw: Draw, first_updates: int) -> Draw:
+def as_reference(draw: Draw, first_steps: int) -> Draw:
     """The draw of the rollout that cache alignment looks up to: every chunk runs all its
-    updates.
+    num_steps.
     """
-    first_exit = np.int32(first_updates - 1) if first_updates else draw.reference_exit
+    first_exit = np.int32(first_steps - 1) if first_steps else draw.reference_exit
     return draw._replace(
-        levels=draw.reference_levels, exit_update=draw.reference_exit, first_exit=first_exit
+        levels=draw.reference_levels, exit_step=draw.reference_exit, first_exit=first_exit
     )
 
 

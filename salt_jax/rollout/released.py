@@ -14,7 +14,7 @@ class Released(NamedTuple):
     Their few steps are levels of `flow.schedule.grid` where `levels` is empty.
     """
 
-    num_updates: int
+    num_steps: int
     shift: float
     levels: tuple[float, ...]  # 1000 sigma, falling, without the 0 at the end
     memory: CachePolicy

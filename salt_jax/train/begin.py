@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from salt_jax.config.schema import Recipe
-from salt_jax.flow.draws import draw_view_sigma
+from salt_jax.flow.draws import draw_renoise_sigma
 from salt_jax.flow.prediction import add_noise
 from salt_jax.models.denoiser import Network
 from salt_jax.models.kv_cache import KVCache
@@ -29,32 +29,34 @@ class Noise(NamedTuple):
     keys: Any  # [B], of the rollouts; None where clips are noised
     clip: Any  # [B, F, H, W, C], on real clips; None in rollouts
     plan: Plan | None  # its levels
-    view: Latent  # [B, F, H, W, C], on the video that teacher and critic look at
+    renoise: Latent  # [B, F, H, W, C], on the video that teacher and critic look at
     sigma: Sigma  # its levels, [B]
 
 
 def draw_noise(key: PRNGKey, batch: Batch, recipe: Recipe) -> Noise:
     """All of it, of the whole batch."""
-    k_video, k_view = jax.random.split(key)
+    k_video, k_renoise = jax.random.split(key)
     if recipe.video == "rollout":
         size = len(batch["text"])
-        view = draw_view(k_view, (size, *recipe.clip_shape), recipe)
-        return Noise(jax.random.split(k_video, size), None, None, *view)
+        renoise = draw_renoise(k_renoise, (size, *recipe.clip_shape), recipe)
+        return Noise(jax.random.split(k_video, size), None, None, *renoise)
     k_plan, k_noise = jax.random.split(k_video)
     s, (size, frames), shape = recipe.schedule, batch["video"].shape[:2], batch["video"].shape
-    levels = recipe.levels(s.train_updates)
+    levels = recipe.levels(s.train_levels)
     if recipe.video == "noised_chunks":
-        plan = draw_chunk_plan(k_plan, size, recipe.memory.sizes(frames), levels, s.anchor_updates)
+        plan = draw_chunk_plan(k_plan, size, recipe.memory.sizes(frames), levels, s.anchor_levels)
     else:
-        plan = draw_plan(k_plan, size, levels, s.anchor_updates)
-    return Noise(None, jax.random.normal(k_noise, shape), plan, *draw_view(k_view, shape, recipe))
+        plan = draw_plan(k_plan, size, levels, s.anchor_levels)
+    return Noise(
+        None, jax.random.normal(k_noise, shape), plan, *draw_renoise(k_renoise, shape, recipe)
+    )
 
 
-def draw_view(key: PRNGKey, shape: tuple[int, ...], recipe: Recipe) -> tuple[Latent, Sigma]:
+def draw_renoise(key: PRNGKey, shape: tuple[int, ...], recipe: Recipe) -> tuple[Latent, Sigma]:
     """Noise and levels for teacher and critic to look at a video through."""
     k_sigma, k_noise = jax.random.split(key)
-    sigma = draw_view_sigma(
-        k_sigma, shape[0], recipe.view.shift, recipe.view.lowest, recipe.view.highest
+    sigma = draw_renoise_sigma(
+        k_sigma, shape[0], recipe.renoise.shift, recipe.renoise.lowest, recipe.renoise.highest
     )
     return jax.random.normal(k_noise, shape), sigma
 
@@ -97,13 +99,13 @@ def begin(
             params,
             batch["text"],
             draw.levels,
-            draw.exit_update,
+            draw.exit_step,
             recipe.rollout.solver,
             noise.keys,
             (shape[0] - overlap, *shape[1:]),
             policy,
             cache,
-            (draw.first_levels, draw.first_exit) if recipe.rollout.first_updates else None,
+            (draw.first_levels, draw.first_exit) if recipe.rollout.first_steps else None,
         )
         x, sigma = trajectory.x, trajectory.sigma
         before = cache.x0[:, cache.slots - overlap :] if cache is not None else x[:, :0]

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from salt_jax import checkpoint, sharding
 from salt_jax.config.migrate import record_changes, refuse_another_run
-from salt_jax.config.schema import Recipe, to_json
+from salt_jax.config.reading import to_json
+from salt_jax.config.schema import Recipe
 from salt_jax.config.validate import refuse_uneven
 from salt_jax.data.pipeline import batches
 from salt_jax.errors import UserError
@@ -55,13 +56,13 @@ class Run(NamedTuple):
     recipe: Recipe
     frozen: dict[str, Params]
     step: Callable[[str, Choice], Callable]  # "student" or "critic" and the choice -> its program
-    critic_updates: int
+    critic_ratio: int
     key: jax.Array
     feed: Iterator[dict[str, jax.Array]]  # stands at the batch that the state asks for
 
 
 def train(recipe: Recipe, workdir: str | Path) -> TrainState:
-    """Trains until `recipe.updates`, resuming what the workdir holds.
+    """Trains until `recipe.iterations`, resuming what the workdir holds.
 
     The workdir gets roles.json, config.json, TensorBoard events and checkpoints, and changes.jsonl
     if it goes on with other values. What a refused start would spoil, config.json, is written last.
@@ -90,20 +91,22 @@ def train(recipe: Recipe, workdir: str | Path) -> TrainState:
         sizes = recipe.memory.sizes(recipe.clip_shape[0]) if recipe.causal else ()
         recent: list[dict[str, jax.Array]] = []
         meta = {"config": to_json(recipe), "mesh": dict(mesh.shape)}
-        span = range(int(state.step), recipe.updates)
-        bar = tqdm(span, initial=span.start, total=recipe.updates, desc=recipe.stage, mininterval=1)
+        span = range(int(state.step), recipe.iterations)
+        bar = tqdm(
+            span, initial=span.start, total=recipe.iterations, desc=recipe.stage, mininterval=1
+        )
         with SummaryWriter(str(workdir)) as writer:
             for iteration in bar:
                 with jax.transfer_guard("disallow"):
                     state, metrics = iterate(state, run, iteration)
                 recent.append(metrics)
                 done = iteration + 1
-                if done % recipe.log_every == 0 or done == recipe.updates:
+                if done % recipe.log_every == 0 or done == recipe.iterations:
                     values, recent = summarize(jax.device_get(recent)), []
                     report(values, done, writer, bar)
                     stop_if_stuck(values, recipe.max_skipped, done)
                 kept = recipe.keep_every and done % recipe.keep_every == 0
-                if kept or done % recipe.save_every == 0 or done == recipe.updates:
+                if kept or done % recipe.save_every == 0 or done == recipe.iterations:
                     checkpoint.save(manager, state, meta)
                     if preview:
                         show(writer, preview(state.ema), sizes, done)
@@ -179,7 +182,7 @@ def make_run(
             which, parts.networks, recipe, (states, frozen, over_batch, everywhere), **static
         )
 
-    critic_updates = recipe.critic_updates if recipe.stage == "distil" else 0
+    critic_ratio = recipe.critic_ratio if recipe.stage == "distil" else 0
     d, source = recipe.data, parts.records
     if source is None:
         source, _ = dataset.build(d.dir, recipe.world, d.num_train, d.num_test, d.seed)
@@ -193,7 +196,7 @@ def make_run(
         source,
         batch_size=recipe.batch_size,
         seed=recipe.seed,
-        start=start * (1 + critic_updates),
+        start=start * (1 + critic_ratio),
         encode_caption=parts.encode_caption,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
@@ -203,7 +206,7 @@ def make_run(
         recipe,
         parts.frozen,
         step,
-        critic_updates,
+        critic_ratio,
         jax.device_put(jax.random.key(recipe.seed + 1), everywhere),
         (jax.tree.map(place, as_told(batch)) for batch in stream),
     )
@@ -226,8 +229,8 @@ def iterate(state: TrainState, run: Run, iteration: int) -> tuple[TrainState, di
     draw.
     """
     metrics: dict[str, jax.Array] = {}
-    for i in range(1 + run.critic_updates):
-        call = iteration * (1 + run.critic_updates) + i
+    for i in range(1 + run.critic_ratio):
+        call = iteration * (1 + run.critic_ratio) + i
         choice, draw = decide(run.recipe, iteration, call)
         if i:
             # the critic has one term, whatever the student has
@@ -254,10 +257,10 @@ def decide(recipe: Recipe, iteration: int, call: int) -> tuple[Choice, Draw | No
     choice, draw = draw_rollout(
         recipe.seed,
         call,
-        r.updates,
+        r.num_steps,
         r.probabilities,
-        r.first_updates,
-        s.anchor_updates,
+        r.first_steps,
+        s.anchor_levels,
         recipe.levels,
         on,
         align.probability if align.weight and iteration >= align.start else 0.0,

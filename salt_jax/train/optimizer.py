@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from salt_jax.config.schema import Optimizer
+from salt_jax.config.sections import Optimizer
 
 
 def make_optimizer(o: Optimizer, updates: int) -> optax.GradientTransformation:

@@ -31,7 +31,7 @@ def make_preview(
     recipe: Recipe, parts: Setup, everywhere: NamedSharding
 ) -> Callable[[Params], np.ndarray] | None:
     """EMA -> uint8 [CLIPS, F, H, W, 3]. Always the same captions and noise; the middle number of
-    updates.
+    num_steps.
 
     None of kind latents: a look at these takes the VAE and minutes; launch.sample does it beside
     the run.
@@ -45,8 +45,8 @@ def make_preview(
     captions = [shapes.caption(scenes[i]) for i in shapes.spread(recipe.world, CLIPS)]
     given = jnp.asarray(np.stack([parts.encode_caption(caption) for caption in captions]))
     keys = jax.random.split(jax.random.key(recipe.seed), CLIPS)
-    updates = sorted(recipe.sample.num_updates)[len(recipe.sample.num_updates) // 2]
-    sigmas = recipe.levels(updates)
+    num_steps = sorted(recipe.sample.num_steps)[len(recipe.sample.num_steps) // 2]
+    sigmas = recipe.levels(num_steps)
     network, solver, shape = parts.networks.student, recipe.sample.solver, recipe.clip_shape
 
     @functools.partial(jax.jit, out_shardings=everywhere)
@@ -59,7 +59,9 @@ def make_preview(
         if not recipe.causal:
             return sample(network.denoise, params, given, sigmas, solver, keys, shape)
         levels, policy = jnp.asarray(sigmas), recipe.memory
-        return rollout(network, params, given, levels, updates - 1, solver, keys, shape, policy).x0
+        return rollout(
+            network, params, given, levels, num_steps - 1, solver, keys, shape, policy
+        ).x0
 
     base = parts.frozen.get("student")
     return lambda ema: shapes.to_pixels(jax.device_get(clips(ema, base)))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from salt_jax.checkpoint import newest_step
+from salt_jax.config.reading import resolved
 from salt_jax.config.schema import CAUSAL, works_causally
 from salt_jax.errors import UserError
 from salt_jax.io.header import read_metadata
@@ -23,10 +24,10 @@ STUDENT_KEY = r"generator|student|^model$"
 class Record(NamedTuple):
     """Empty where nothing is told."""
 
-    config: dict[str, Any]  # of the run that made it, keys as they were then
+    config: dict[str, Any]  # of the run that made it, in the keys of today
     step: int | None
     converted: str  # how launch.convert_wan took it in
-    student: bool  # causal or of few updates: no teacher
+    student: bool  # causal or of few steps: no teacher
 
     @property
     def sees(self) -> str:
@@ -46,7 +47,7 @@ class Record(NamedTuple):
         if levels := schedule.get("levels"):
             told += f", levels {' '.join(f'{level:g}' for level in levels)}"
         elif stage in ("ode_regression", "consistency", "distil"):
-            told += f", {schedule.get('train_updates')} levels of shift {schedule.get('shift')}"
+            told += f", {schedule.get('train_levels')} levels of shift {schedule.get('shift')}"
         if rank := _dict(self.config.get("lora")).get("rank"):
             told += f", LoRA of rank {rank}"
         return told + (f", from {self.config['init_from']}" if self.config.get("init_from") else "")
@@ -71,7 +72,7 @@ def read_record(where: str) -> Record:
     """
     if is_workdir(where):
         config = _json((Path(where) / "config.json").read_bytes())
-        config = config if isinstance(config.get("stage"), str) else {}
+        config = _today(config, Path(where) / "config.json")
         return Record(config, newest_step(where), "", _student(config))
     try:
         metadata = read_metadata(part_file(WAN, where))
@@ -79,7 +80,7 @@ def read_record(where: str) -> Record:
         metadata = {}
     told, source = _json(metadata.get("salt_jax")), _json(metadata.get("source"))
     configs = _json(metadata.get("config")), _json(told.get("config"))
-    config = next((config for config in configs if isinstance(config.get("stage"), str)), {})
+    config = next(filter(None, (_today(config, part_file(WAN, where)) for config in configs)), {})
     step, converted = told.get("step"), str(source.get("told", ""))
     key = source.get("student")
     if key is None:  # earlier versions wrote it among the words alone
@@ -125,6 +126,10 @@ def same_file(one: str, other: str) -> bool:
         and all(file.is_file() for file in files)
         and digest(files[0]) == digest(files[1])
     )
+
+
+def _today(config: dict[str, Any], where: Path) -> dict[str, Any]:
+    return resolved(config, where) if isinstance(config.get("stage"), str) else {}
 
 
 def _student(config: dict[str, Any]) -> bool:

@@ -131,7 +131,7 @@ def setup(recipe: Recipe, mesh: Mesh) -> Setup:
     weights = initial_weights(recipe, mesh)
     tokens = functools.partial(tokenize, recipe)
     network = make_network(recipe, mesh)
-    student_tx = make_optimizer(recipe.student_optimizer, recipe.updates)
+    student_tx = make_optimizer(recipe.student_optimizer, recipe.iterations)
     alone = lambda p: init_state(init_learner(p, student_tx), None)
     first = functools.partial(first_state, mesh=mesh, host=recipe.host_state)
     kind = recipe.teacher.kind
@@ -158,7 +158,7 @@ def setup(recipe: Recipe, mesh: Mesh) -> Setup:
         frozen = {"teacher": teacher_weights(recipe, base, mesh)}
     if (recipe.align.weight and recipe.align.network == "base") or recipe.lora.rank:
         frozen["base"] = base
-    critic_tx = make_optimizer(recipe.critic_optimizer, recipe.updates * recipe.critic_updates)
+    critic_tx = make_optimizer(recipe.critic_optimizer, recipe.iterations * recipe.critic_ratio)
 
     def make(*starts: Params) -> TrainState:
         student, critic = (

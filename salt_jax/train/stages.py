@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from salt_jax.config.schema import Recipe
-from salt_jax.flow.draws import draw_view_sigma
+from salt_jax.flow.draws import draw_renoise_sigma
 from salt_jax.flow.prediction import add_noise, guide
 from salt_jax.flow.schedule import grid
 from salt_jax.flow.transition import euler
@@ -29,7 +29,7 @@ from salt_jax.models.text_encoder import encode_text
 from salt_jax.rollout.causal import teacher_forcing
 from salt_jax.state import TrainState, fetched
 from salt_jax.train.accumulate import in_turn
-from salt_jax.train.begin import Batch, draw_view
+from salt_jax.train.begin import Batch, draw_renoise
 from salt_jax.train.step import Frozen, Metrics, Networks, move_student
 from salt_jax.types import Params, PRNGKey
 
@@ -62,15 +62,15 @@ def stage_step(
 
 def draw_stage(key: PRNGKey, batch: Batch, recipe: Recipe) -> dict[str, jax.Array]:
     """What is random in an update, of the whole batch: what its stage's loss reads as `noise`."""
-    x0, view = batch["video"], recipe.view
+    x0, renoise = batch["video"], recipe.renoise
     if recipe.stage == "denoising":
-        k_drop, k_view = jax.random.split(key)
+        k_drop, k_renoise = jax.random.split(key)
         drop = jax.random.bernoulli(k_drop, recipe.caption_dropout, (len(x0), 1))
         return {"drop": drop} | dict(
-            zip(("noise", "sigma"), draw_view(k_view, x0.shape, recipe), strict=True)
+            zip(("noise", "sigma"), draw_renoise(k_renoise, x0.shape, recipe), strict=True)
         )
     if recipe.stage == "ode_regression":
-        return {"level": jax.random.randint(key, (len(x0),), 0, recipe.schedule.train_updates)}
+        return {"level": jax.random.randint(key, (len(x0),), 0, recipe.schedule.train_levels)}
     if recipe.stage == "consistency":
         k_level, k_noise = jax.random.split(key)
         level = jax.random.randint(k_level, (len(x0),), 0, len(ode_levels(recipe)) - 1)
@@ -78,7 +78,9 @@ def draw_stage(key: PRNGKey, batch: Batch, recipe: Recipe) -> dict[str, jax.Arra
     k_drop, k_sigma, k_noise = jax.random.split(key, 3)
     sizes = recipe.memory.sizes(recipe.clip_shape[0])
     drop = jax.random.bernoulli(k_drop, recipe.caption_dropout, (len(x0), 1, 1))
-    levels = draw_view_sigma(k_sigma, len(x0) * len(sizes), view.shift, view.lowest, view.highest)
+    levels = draw_renoise_sigma(
+        k_sigma, len(x0) * len(sizes), renoise.shift, renoise.lowest, renoise.highest
+    )
     sigma = jnp.repeat(
         levels.reshape(len(x0), -1), np.array(sizes), axis=1, total_repeat_length=sum(sizes)
     )
@@ -131,7 +133,9 @@ def teacher_forcing_loss(
     velocity = nets.student.denoise(
         params, add_noise(x0, fresh, sigma), sigma, text, sight
     ).velocity
-    return flow_matching_loss(velocity, x0, fresh, midlevel_weight(sigma, recipe.view.shift)).mean()
+    return flow_matching_loss(
+        velocity, x0, fresh, midlevel_weight(sigma, recipe.renoise.shift)
+    ).mean()
 
 
 def ode_regression_loss(
@@ -146,7 +150,7 @@ def ode_regression_loss(
     """From a stored state at one of the student's levels to the end of its trajectory, which is not
     the data's clip.
     """
-    levels, level = recipe.levels(recipe.schedule.train_updates)[:-1], noise["level"]
+    levels, level = recipe.levels(recipe.schedule.train_levels)[:-1], noise["level"]
     x = jnp.take_along_axis(batch["states"], level.reshape(-1, 1, 1, 1, 1, 1), axis=1)[:, 0]
     sight = teacher_forcing(nets.student, params, batch["video"], batch["text"], recipe.memory)
     x0 = nets.student.denoise(params, x, jnp.asarray(levels)[level], batch["text"], sight).x0
@@ -182,12 +186,12 @@ def consistency_loss(
 
 
 def ode_levels(recipe: Recipe) -> np.ndarray:
-    """Levels of the causal teacher's updates, falling to 0: those of `config.ode.updates`, and the
+    """Levels of the causal teacher's steps, falling to 0: those of `config.ode.num_steps`, and the
     student's.
     """
     student, teacher = (
-        recipe.levels(recipe.schedule.train_updates),
-        grid(recipe.ode.updates, recipe.schedule.shift),
+        recipe.levels(recipe.schedule.train_levels),
+        grid(recipe.ode.num_steps, recipe.schedule.shift),
     )
     return np.union1d(student, teacher)[::-1]
 
@@ -215,7 +219,7 @@ def trajectory(
     F, H, W, C].
     """
     levels = ode_levels(recipe)
-    kept = np.flatnonzero(np.isin(levels, recipe.levels(recipe.schedule.train_updates)[:-1]))
+    kept = np.flatnonzero(np.isin(levels, recipe.levels(recipe.schedule.train_levels)[:-1]))
     pairs = jnp.asarray(levels[:-1]), jnp.asarray(levels[1:])
 
     def run(part):

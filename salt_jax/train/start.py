@@ -6,7 +6,6 @@ import functools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,9 +14,11 @@ from jax.sharding import Mesh
 
 from salt_jax.checkpoint import newest_step, restore_params
 from salt_jax.config.migrate import flat
-from salt_jax.config.schema import Recipe, from_json, read_workdir
+from salt_jax.config.reading import from_json, read_workdir
+from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
 from salt_jax.io.model_folder import WAN, Source, open_part, part_file
+from salt_jax.io.shipped import located
 from salt_jax.io.tensor_files import load_weights
 from salt_jax.models.lora import merge
 from salt_jax.models.text_encoder import init_text_encoder
@@ -54,7 +55,7 @@ def initial_weights(recipe: Recipe, mesh: Mesh, dtype: Any = jnp.float32) -> Par
     shardings = state_shardings(mesh, like)
     if not recipe.weights:
         return jax.jit(fresh, out_shardings=shardings)()
-    return load_weights(recipe.weights, like, dtype, shardings)
+    return load_weights(located(recipe.weights), like, dtype, shardings)
 
 
 def open_wan(recipe: Recipe, where: str, mesh: Mesh, dtype: Any) -> Params:
@@ -106,7 +107,7 @@ def student_start(recipe: Recipe, base: Params, mesh: Mesh) -> Params:
     where, key = recipe.init_from, f"config.init_from={recipe.init_from}"
     if not where:
         return base
-    record, file = read_record(where), Path(where)
+    record, file = read_record(where), located(where)
     if recipe.data.kind == "latents" and part_file(WAN, where).is_file():
         causal = recipe.causal and record.sees == "causal" and "memory" in record.config
         _refuse_difference(key, flat(record.config), recipe, CHUNKS if causal else ())
@@ -125,7 +126,7 @@ def student_start(recipe: Recipe, base: Params, mesh: Mesh) -> Params:
         raise UserError(
             f"{key} holds a teacher, where every student starts; {how} in config.weights"
         )
-    before = from_json(json.dumps(record.config), where) if exported else read_workdir(where)
+    before = from_json(json.dumps(record.config), file) if exported else read_workdir(where)
     same = [
         "model.preset",
         "text_encoder",

@@ -81,7 +81,7 @@ def student_loss(
     # 2. Teacher and critic judge the same noised copy of it.
     whole = lambda x0: jnp.concatenate([start.before, x0], axis=1)
     new = slice(start.before.shape[1], None)
-    x = add_noise(jax.lax.stop_gradient(whole(video.x0)), noise.view, noise.sigma)
+    x = add_noise(jax.lax.stop_gradient(whole(video.x0)), noise.renoise, noise.sigma)
     x0_teacher = nets.teacher(frozen["teacher"], x, noise.sigma, text).x0[:, new]
     x0_critic = nets.critic(critic, x, noise.sigma, text).x0[:, new]
     # 3. The equations.
@@ -94,14 +94,14 @@ def student_loss(
             video.velocity, v_m, start.sigma, start.sigma_m, start.sigma_e, stop
         )
     if choice.alignment:
-        best = as_reference(draw, recipe.rollout.first_updates)
+        best = as_reference(draw, recipe.rollout.first_steps)
         reference = begin(nets.student, params, batch, noise, best, cache, recipe)
         judge = {"base": frozen.get("base"), "critic": critic, "student": params}[
             recipe.align.network
         ]
         judge, seen = (
             jax.lax.stop_gradient(judge),
-            lambda x0: add_noise(whole(x0), noise.view, noise.sigma),
+            lambda x0: add_noise(whole(x0), noise.renoise, noise.sigma),
         )
         look = lambda x0: nets.student.features(
             judge, seen(x0), noise.sigma, text, recipe.align.layers
@@ -138,9 +138,9 @@ def critic_loss(
     else:
         x0 = nets.student.denoise(student, start.x, start.sigma, text, start.sight).x0
     whole = jax.lax.stop_gradient(jnp.concatenate([start.before, x0], axis=1))
-    x, new = add_noise(whole, noise.view, noise.sigma), slice(start.before.shape[1], None)
+    x, new = add_noise(whole, noise.renoise, noise.sigma), slice(start.before.shape[1], None)
     velocity = nets.critic(params, x, noise.sigma, text).velocity[:, new]
-    loss = flow_matching_loss(velocity, x0, noise.view[:, new]).mean()
+    loss = flow_matching_loss(velocity, x0, noise.renoise[:, new]).mean()
     return loss, ({"critic": loss}, start.trajectory)
 
 
@@ -193,7 +193,7 @@ def critic_step(
     (_, (metrics, stream)), grads = mean_gradient(
         loss, state.critic.params, *parts, recipe.accumulate
     )
-    tx = make_optimizer(recipe.critic_optimizer, recipe.updates * recipe.critic_updates)
+    tx = make_optimizer(recipe.critic_optimizer, recipe.iterations * recipe.critic_ratio)
     critic = apply_at(state.critic, grads, metrics["critic"], tx, recipe)
     metrics |= {"critic_grad_norm": optax.tree.norm(grads), "critic_skipped": critic.skipped}
     metrics |= {"critic_skipped_in_a_row": critic.skipped_in_a_row}
@@ -251,7 +251,7 @@ def move_student(
     (value, (metrics, stream)), grads = mean_gradient(
         loss, state.student.params, *parts, recipe.accumulate
     )
-    tx = make_optimizer(recipe.student_optimizer, recipe.updates)
+    tx = make_optimizer(recipe.student_optimizer, recipe.iterations)
     student = apply_at(state.student, grads, value, tx, recipe)
     ema = fetched(state.ema, recipe.host_state)
     ema = update_ema(ema, student.params, recipe.ema.decay, state.step, recipe.ema.start)

@@ -19,7 +19,8 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from salt_jax.config.migrate import refuse_another_run
-from salt_jax.config.schema import Recipe, to_json
+from salt_jax.config.reading import to_json
+from salt_jax.config.schema import Recipe
 from salt_jax.data.pipeline import collate
 from salt_jax.errors import UserError
 from salt_jax.io.header import read_metadata

@@ -25,19 +25,20 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import wan_causal_self_forcing, wan_t2v
+from configs import sc_dmd, self_forcing
 from salt_jax import sharding
 from salt_jax.compile.measure import compile_program, devices_of, one_line
 from salt_jax.compile.programs import Program, programs
 from salt_jax.compile.surroundings import surroundings
 from salt_jax.compile.target import read_target
-from salt_jax.config.schema import Recipe, read_recipe
+from salt_jax.config.reading import read_recipe
+from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
 from salt_jax.models.presets import PRESETS
 from salt_jax.planning.memory import needed
 from salt_jax.sharding import make_mesh
 from salt_jax.train.setup import attention_kernel
-from tests.test_configs import ROOT, WAN, load
+from tests.test_configs import ROOT, WAN, get_config
 
 
 def covering(names: Iterable[str]) -> list[str]:
@@ -57,12 +58,12 @@ def form(recipe: Recipe) -> dict[str, Any]:
     which weights.
     """
     told = dataclasses.asdict(recipe)
-    for name in ("init_from", "seed", "updates", "critic_updates", "schedule", "loss", "ema"):
+    for name in ("init_from", "seed", "iterations", "critic_ratio", "schedule", "loss", "ema"):
         del told[name]
     del (
         told["student_optimizer"],
         told["critic_optimizer"],
-        told["rollout"]["updates"],
+        told["rollout"]["num_steps"],
         told["rollout"]["probabilities"],
     )
     return told | {"align": recipe.align.layers}
@@ -74,8 +75,8 @@ def lowered(devices: list[Any]) -> Iterator[dict[str, Any]]:
     Programs of one form are lowered once.
     """
     problems: dict[tuple[str, str], str | None] = {}
-    for path, variant in (case.values for case in WAN):
-        config = load(path).get_config(*variant)
+    for config_name, options in WAN:
+        config = get_config(config_name, options)
         config.batch_size = len(devices)
         recipe = read_recipe(config)
         mesh = make_mesh(dataclasses.asdict(recipe.mesh), devices)
@@ -90,7 +91,7 @@ def lowered(devices: list[Any]) -> Iterator[dict[str, Any]]:
                     except Exception as error:  # it is the test that judges it
                         problems[key] = f"{type(error).__name__}: {one_line(error)}"
                 yield {
-                    "case": ":".join((path.stem, *variant)),
+                    "case": f"{config_name}:{options}",
                     "program": name,
                     "problem": problems[key],
                 }
@@ -101,7 +102,7 @@ def shallow(devices: int, causal: bool) -> Recipe:
     device.
     """
     PRESETS["wan2.1-t2v-1.3b"] = dataclasses.replace(PRESETS["wan2.1-t2v-1.3b"], num_layers=2)
-    config = wan_causal_self_forcing.get_config("plain") if causal else wan_t2v.get_config("dmd4")
+    config = self_forcing.get_config("wan") if causal else sc_dmd.get_config("wan,dmd4")
     config.teacher.preset = config.teacher.weights = ""
     config.batch_size = config.mesh.fsdp = devices
     config.mesh.data = 1

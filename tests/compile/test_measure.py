@@ -10,10 +10,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from configs import shapes_sc_dmd, shapes_teacher, wan_causal_longlive, wan_causal_ode, wan_i2v
+from configs import longlive, ode_regression, sc_dmd, teacher
 from salt_jax.compile.measure import bytes_given, compile_program, memory_row, refusal
 from salt_jax.compile.programs import Program, programs
-from salt_jax.config.schema import read_recipe
+from salt_jax.config.reading import read_recipe
 from salt_jax.sharding import make_mesh
 
 PARTS = ("student", "critic", "teacher", "stream", "vae", "text")
@@ -101,7 +101,7 @@ def names(config, part):
 
 
 def test_a_recipe_has_the_programs_that_its_run_needs():
-    ode = wan_causal_ode.get_config("chunk")
+    ode = ode_regression.get_config("wan")
     assert [names(ode, part) for part in PARTS[:3]] == [
         {"ode_regression step"},
         set(),
@@ -113,23 +113,21 @@ def test_a_recipe_has_the_programs_that_its_run_needs():
         "VAE decode: 2 more",
         "VAE decode: 3 more",
     }
-    whole = wan_i2v.get_config()
+    whole = sc_dmd.get_config("wan,i2v")
     assert names(whole, "student") == {"student step + self_consistency"} and not names(
         whole, "stream"
     )
     assert names(whole, "vae") == {"VAE decode: first frame", "VAE decode: 20 more"}
     ways, terms = ("", " + on"), ("", " + self_consistency", " + alignment")
-    long = wan_causal_longlive.get_config("salt")
+    long = longlive.get_config("wan,salt")
     assert names(long, "student") == {f"student step{term}{way}" for term in terms for way in ways}
     assert names(long, "critic") == {f"critic step{way}" for way in ways}
-    shapes = shapes_sc_dmd.get_config()
+    shapes = sc_dmd.get_config()
     assert not names(shapes, "vae") and names(shapes, "text") == {"text encoder"}
-    assert not names(shapes_teacher.get_config(), "teacher")  # it is the one that is made
+    assert not names(teacher.get_config(), "teacher")  # it is the one that is made
 
 
-@pytest.mark.parametrize(
-    "config", [shapes_teacher, shapes_sc_dmd], ids=lambda module: module.__name__
-)
+@pytest.mark.parametrize("config", [teacher, sc_dmd], ids=lambda module: module.__name__)
 def test_programs_of_small_runs_lower(config):
     recipe = read_recipe(config.get_config())
     mesh = make_mesh(dict(data=2, fsdp=4, context=1, tensor=1))

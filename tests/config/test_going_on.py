@@ -17,7 +17,7 @@ import pytest
 from configs import base
 from salt_jax.checkpoint import open_checkpoints, restore
 from salt_jax.config import migrate
-from salt_jax.config.schema import read_recipe, read_workdir, to_json
+from salt_jax.config.reading import read_recipe, read_workdir, to_json
 from salt_jax.errors import UserError
 from salt_jax.flow.prediction import from_velocity
 from salt_jax.io.tensor_files import save_weights
@@ -41,7 +41,7 @@ def setup(recipe, mesh):
     params = lambda seed: {
         "head": {"kernel": 0.1 * jax.random.normal(jax.random.key(seed), (3, 3))}
     }
-    learner = lambda p, o: init_learner(p, make_optimizer(o, recipe.updates))
+    learner = lambda p, o: init_learner(p, make_optimizer(o, recipe.iterations))
     make = lambda p, q: init_state(
         learner(p, recipe.student_optimizer), learner(q, recipe.critic_optimizer)
     )
@@ -72,7 +72,7 @@ def recipe(data, tmp_path, monkeypatch):
                 "batch_size": 8,
                 "log_every": 1,
             }
-            | {"save_every": 1, "keep": 9, "updates": 2, "critic_updates": 1, "ema.start": 0}
+            | {"save_every": 1, "keep": 9, "iterations": 2, "critic_ratio": 1, "ema.start": 0}
             | {"weights": str(tmp_path / "weights.safetensors")}
             | told
         )
@@ -109,7 +109,7 @@ def test_another_rate_acts_from_the_first_update_on_and_nothing_else_changes(
     capsys.readouterr()
     slower = {"student_optimizer.learning_rate": 1e-5, "critic_optimizer.learning_rate": 3e-2}
     slower |= {"critic_optimizer.weight_decay": 0.5}
-    now = recipe(updates=3, **slower, **kept)
+    now = recipe(iterations=3, **slower, **kept)
     loop.train(now, run)
     told = capsys.readouterr().out
     after, before = states(run, now, 3, 2)
@@ -124,7 +124,7 @@ def test_another_rate_acts_from_the_first_update_on_and_nothing_else_changes(
         np.testing.assert_array_equal(new.params["head"]["kernel"], wanted["head"]["kernel"])
         assert np.any(new.params["head"]["kernel"] != was.params["head"]["kernel"])
     found = {line["key"]: line for line in lines(run)}
-    assert set(found) == {"updates", *slower}
+    assert set(found) == {"iterations", *slower}
     line = found["student_optimizer.learning_rate"]
     assert (line["step"], line["from"], line["to"]) == (2, 2e-4, 1e-5) and line["time"].endswith(
         "+00:00"
@@ -175,7 +175,7 @@ def test_other_values_are_refused_by_their_own_name(recipe, key, value):
         ("critic_optimizer.clip", 1.0),
         ("student_optimizer.weight_decay", 0.0),
         ("keep_every", 5),
-        ("sample.num_updates", (1, 2)),
+        ("sample.num_steps", (1, 2)),
         ("mesh.fsdp", 4),
         ("data.dir", "elsewhere"),
         ("teacher.accept_student", True),
@@ -188,13 +188,13 @@ def test_values_that_may_change(recipe, key, value):
 
 
 def test_a_rate_that_decays_may_change_but_not_the_length_of_its_curve(recipe):
-    decays = {"student_optimizer.decay": True, "updates": 10}
+    decays = {"student_optimizer.decay": True, "iterations": 10}
     before = to_json(recipe(**decays))
     migrate.refuse_another_run(
         before, recipe(**decays, **{"student_optimizer.learning_rate": 1e-5})
     )
-    with pytest.raises(UserError, match=r"config\.updates = 10, not 20"):
-        migrate.refuse_another_run(before, recipe(**decays | {"updates": 20}))
+    with pytest.raises(UserError, match=r"config\.iterations = 10, not 20"):
+        migrate.refuse_another_run(before, recipe(**decays | {"iterations": 20}))
 
 
 @pytest.mark.slow
@@ -209,7 +209,7 @@ def test_a_refused_start_leaves_the_workdir_as_it_was(recipe, tmp_path):
         {"student_optimizer.b2": 0.9},
     ):
         with pytest.raises(UserError):
-            loop.train(recipe(updates=4, **told), run)
+            loop.train(recipe(iterations=4, **told), run)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
@@ -219,22 +219,22 @@ def test_weights_may_move_but_not_change(recipe, tmp_path):
     loop.train(recipe(), run)
     roles = (run / "roles.json").read_bytes()
     moved = weights.rename(tmp_path / "moved.safetensors")
-    loop.train(recipe(weights=str(moved), updates=3), run)
-    assert {line["key"] for line in lines(run)} == {"weights", "updates"}
+    loop.train(recipe(weights=str(moved), iterations=3), run)
+    assert {line["key"] for line in lines(run)} == {"weights", "iterations"}
     save_weights(moved, {"w": np.zeros(3)}, "float32", {})
     with pytest.raises(
         UserError, match=r"the student of this run is \S+moved\S+ .* was \S+weights\S+ "
     ):
-        loop.train(recipe(weights=str(moved), updates=4), run)
+        loop.train(recipe(weights=str(moved), iterations=4), run)
     assert (run / "roles.json").read_bytes() == roles
     (run / "roles.json").unlink()  # as in a workdir of an earlier version: names are all there is
     with pytest.raises(UserError, match=r"config\.weights = "):
-        loop.train(recipe(weights=str(weights), updates=4), run)
+        loop.train(recipe(weights=str(weights), iterations=4), run)
 
 
 def test_checkpoints_at_multiples_are_written_and_stay(recipe, tmp_path):
     run = tmp_path / "run"
-    loop.train(recipe(updates=5, save_every=4, keep=1, keep_every=3), run)
+    loop.train(recipe(iterations=5, save_every=4, keep=1, keep_every=3), run)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["3", "5"]
 
 
@@ -242,10 +242,10 @@ def test_listed_levels_are_what_a_run_is_trained_at(recipe):
     """A rollout's draw, and the levels at which whole clips are noised."""
     listed = {
         "schedule.levels": (1000, 757, 522),
-        "schedule.train_updates": 3,
-        "schedule.anchor_updates": 1,
+        "schedule.train_levels": 3,
+        "schedule.anchor_levels": 1,
     }
-    listed |= {"sample.num_updates": (3,), "rollout.updates": (3,), "rollout.probabilities": (1.0,)}
+    listed |= {"sample.num_steps": (3,), "rollout.num_steps": (3,), "rollout.probabilities": (1.0,)}
     levels = np.float32([1, 0.757, 0.522, 0])
     for call in range(4):
         _, draw = loop.decide(recipe(video="rollout", **listed), 0, call)

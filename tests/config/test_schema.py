@@ -14,9 +14,10 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from configs import base, shapes_teacher
+from configs import base, teacher
 from salt_jax.config import migrate, validate
-from salt_jax.config.schema import Optimizer, from_json, read_recipe, to_json
+from salt_jax.config.reading import from_json, read_recipe, to_json
+from salt_jax.config.sections import Optimizer
 from salt_jax.errors import UserError
 from salt_jax.io.header import read_metadata
 from salt_jax.train.optimizer import make_optimizer
@@ -41,17 +42,21 @@ TIED = {
     "loss.stop_gradient",
     "sample.solver",
 }
-TIED |= {"world.size", "schedule.train_updates", "schedule.anchor_updates", "schedule.levels"}
+TIED |= {"world.size", "schedule.train_levels", "schedule.anchor_levels", "schedule.levels"}
 TIED |= {"memory.window", "align.weight", "stream.max_frames", "accumulate"}
 # Values that one key alone would contradict; these stand together.
-TOGETHER = {"video": "rollout", "schedule.train_updates": 12, "schedule.anchor_updates": 6}
+TOGETHER = {"video": "rollout", "schedule.train_levels": 12, "schedule.anchor_levels": 6}
 LISTED = {
     "schedule.levels": (1000, 757, 522),
-    "schedule.train_updates": 3,
-    "schedule.anchor_updates": 3,
+    "schedule.train_levels": 3,
+    "schedule.anchor_levels": 3,
 }
-LISTED |= {"sample.num_updates": (3,)}
-TOGETHER |= {"rollout.updates": (12, 3), "rollout.probabilities": (0.25, 0.75), "align.weight": 0.7}
+LISTED |= {"sample.num_steps": (3,)}
+TOGETHER |= {
+    "rollout.num_steps": (12, 3),
+    "rollout.probabilities": (0.25, 0.75),
+    "align.weight": 0.7,
+}
 TOGETHER |= {
     "memory.window": 9,
     "memory.sink": 3,
@@ -103,7 +108,7 @@ def test_values_that_hang_together_reach_the_recipe():
     assert {name: found[name] for name in TOGETHER} == TOGETHER
 
 
-@pytest.mark.parametrize("module", [base, shapes_teacher])
+@pytest.mark.parametrize("module", [base, teacher])
 def test_json_and_back(module):
     recipe = read_recipe(module.get_config())
     assert from_json(to_json(recipe)) == recipe
@@ -165,12 +170,12 @@ def test_a_value_of_another_kind_is_refused_by_name(tmp_path):
     """
     for key, value, told in (
         (
-            "rollout.updates",
+            "rollout.num_steps",
             ("2",),
-            r"config\.rollout\.updates is \('2',\); it has to be several int",
+            r"config\.rollout\.num_steps is \('2',\); it has to be several int",
         ),
-        ("updates", "sixty", r"config\.updates is 'sixty'; it has to be one int"),
-        ("sample.num_updates", 4, r"config\.sample\.num_updates is 4; it has to be several int"),
+        ("iterations", "sixty", r"config\.iterations is 'sixty'; it has to be one int"),
+        ("sample.num_steps", 4, r"config\.sample\.num_steps is 4; it has to be several int"),
         (
             "teacher.accept_student",
             1,
@@ -199,22 +204,22 @@ ALIGN = ROLLOUT | {"align.weight": 0.5}
 STREAM = ROLLOUT | {"stream.max_frames": 36, "memory.window": 9, "memory.sink": 3}
 LATENTS = {"data.kind": "latents", "data.clip": (21, 60, 104), "model.preset": "wan2.1-t2v-1.3b"}
 LATENTS |= {"text_encoder": "umt5-xxl"}
-LISTED_ROLLOUT = ROLLOUT | LISTED | {"rollout.updates": (3,), "rollout.probabilities": (1.0,)}
+LISTED_ROLLOUT = ROLLOUT | LISTED | {"rollout.num_steps": (3,), "rollout.probabilities": (1.0,)}
 CONTRADICTIONS = {
     "counts": [
         (rf"config\.{name}={value} must be at least 1", {name: value})
         for name, value in (
-            ("updates", 0),
+            ("iterations", 0),
             ("batch_size", -1),
             ("accumulate", 0),
-            ("critic_updates", 0),
+            ("critic_ratio", 0),
             ("log_every", 0),
             ("save_every", 0),
             ("keep", 0),
             ("max_skipped", 0),
-            ("schedule.train_updates", 0),
-            ("schedule.anchor_updates", 0),
-            ("ode.updates", 0),
+            ("schedule.train_levels", 0),
+            ("schedule.anchor_levels", 0),
+            ("ode.num_steps", 0),
             ("ode.trajectories", 0),
         )
     ]
@@ -226,7 +231,7 @@ CONTRADICTIONS = {
             ("finite", "student_optimizer.learning_rate", float("inf"), {}),
             ("finite", "rollout.probabilities", (0.2, float("nan"), 0.4), {}),
             ("above 0", "schedule.shift", 0.0, {}),
-            ("above 0", "view.shift", -1.0, {}),
+            ("above 0", "renoise.shift", -1.0, {}),
             ("above 0", "student_optimizer.clip", -1.0, {}),
             ("at least 0", "critic_optimizer.learning_rate", -1e-4, {}),
             ("at least 0", "keep_every", -1, {}),
@@ -234,14 +239,14 @@ CONTRADICTIONS = {
             ("at least 0 and below 1", "ema.decay", 1.0, {}),
             ("at least 0 and below 1", "critic_optimizer.b2", 1.0, {}),
             ("from 0 to 1", "caption_dropout", 1.5, {}),
-            ("at most 128", "schedule.train_updates", 10**7, {}),
-            ("above 0 and up to 1", "view.lowest", 0.0, {}),
-            ("above 0 and up to 1", "view.highest", 1.5, {}),
+            ("at least 1 and at most 128", "schedule.train_levels", 10**7, {}),
+            ("above 0 and up to 1", "renoise.lowest", 0.0, {}),
+            ("above 0 and up to 1", "renoise.highest", 1.5, {}),
             ("from 0 to 4294967295", "seed", -1, {}),
             ("from 0 to 4294967295", "data.seed", 2**32, {}),
-            ("one or more", "sample.num_updates", (0,), {}),
-            ("one or more", "sample.num_updates", (), {}),
-            ("one or more", "rollout.updates", (0, 8), {}),
+            ("one or more", "sample.num_steps", (0,), {}),
+            ("one or more", "sample.num_steps", (), {}),
+            ("one or more", "rollout.num_steps", (0, 8), {}),
             ("at least one number", "world.starts", (), {}),
             ("at least 1", "world.frames", -1, {}),
             ("frames, height and width", "data.clip", (21, 60), {"data.kind": "latents"}),
@@ -249,8 +254,8 @@ CONTRADICTIONS = {
     ]
     + [
         (
-            r"config\.view\.lowest=0\.9 must not be above config\.view\.highest=0\.5",
-            {"view.lowest": 0.9, "view.highest": 0.5},
+            r"config\.renoise\.lowest=0\.9 must not be above config\.renoise\.highest=0\.5",
+            {"renoise.lowest": 0.9, "renoise.highest": 0.5},
         )
     ],
     "levels": [
@@ -267,20 +272,20 @@ CONTRADICTIONS = {
             LISTED | {"stage": "denoising", "teacher.kind": "data"},
         ),
         (
-            r"config\.schedule\.train_updates=4 does not go with the 3 levels",
-            LISTED | {"schedule.train_updates": 4, "schedule.anchor_updates": 4},
+            r"config\.schedule\.train_levels=4 does not go with the 3 levels",
+            LISTED | {"schedule.train_levels": 4, "schedule.anchor_levels": 4},
         ),
         (
-            r"config\.sample\.num_updates=\(2, 4, 8\) does not go .* set it to \(3,\)",
-            LISTED | {"sample.num_updates": (2, 4, 8)},
+            r"config\.sample\.num_steps=\(2, 4, 8\) does not go .* set it to \(3,\)",
+            LISTED | {"sample.num_steps": (2, 4, 8)},
         ),
         (
-            r"config\.rollout\.updates=\(2, 4, 8\) does not go with the 3 levels .* set it to \(3,\)",
+            r"config\.rollout\.num_steps=\(2, 4, 8\) does not go with the 3 levels .* set it to \(3,\)",
             LISTED | {"video": "rollout"},
         ),
         (
-            r"config\.rollout\.first_updates=4 is not the 3 levels",
-            LISTED | {"rollout.first_updates": 4},
+            r"config\.rollout\.first_steps=4 is not the 3 levels",
+            LISTED | {"rollout.first_steps": 4},
         ),
     ],
     "stage": [
@@ -346,13 +351,13 @@ CONTRADICTIONS = {
     ],
     "schedule": [
         (
-            r"config\.schedule\.anchor_updates=3 must divide train_updates=8",
-            {"schedule.anchor_updates": 3},
+            r"config\.schedule\.anchor_levels=3 must divide train_levels=8",
+            {"schedule.anchor_levels": 3},
         ),
         *(
             (
-                r"config\.schedule\.train_updates=8 must divide config\.ode\.updates=50",
-                {"stage": stage, "ode.updates": 50},
+                r"config\.schedule\.train_levels=8 must divide config\.ode\.num_steps=50",
+                {"stage": stage, "ode.num_steps": 50},
             )
             for stage in ("ode_regression", "consistency")
         ),
@@ -368,17 +373,17 @@ CONTRADICTIONS = {
         ),
         (r"config\.rollout\.probabilities=", ROLLOUT | {"rollout.probabilities": (-0.2, 0.6, 0.6)}),
         (
-            r"config\.rollout\.updates=\(2, 4, 8\) .*config\.schedule\.train_updates=16",
-            ROLLOUT | {"schedule.train_updates": 16},
+            r"config\.rollout\.num_steps=\(2, 4, 8\) .*config\.schedule\.train_levels=16",
+            ROLLOUT | {"schedule.train_levels": 16},
         ),
         (
-            r"config\.rollout\.updates=\(2, 3, 8\) must divide",
-            ROLLOUT | {"rollout.updates": (2, 3, 8)},
+            r"config\.rollout\.num_steps=\(2, 3, 8\) must divide",
+            ROLLOUT | {"rollout.num_steps": (2, 3, 8)},
         ),
-        (r"config\.rollout\.first_updates=-1 must be 0", ROLLOUT | {"rollout.first_updates": -1}),
+        (r"config\.rollout\.first_steps=-1 must be 0", ROLLOUT | {"rollout.first_steps": -1}),
         (
-            r"config\.rollout\.first_updates=4 .* set it or config\.loss\.self_consistency to 0",
-            ROLLOUT | {"rollout.first_updates": 4},
+            r"config\.rollout\.first_steps=4 .* set it or config\.loss\.self_consistency to 0",
+            ROLLOUT | {"rollout.first_steps": 4},
         ),
     ],
     "align": [
@@ -391,8 +396,8 @@ CONTRADICTIONS = {
             {"stage": "teacher_forcing", "align.weight": 0.5},
         ),
         (
-            r"config\.align\.weight=0\.5 .*more than one of config\.rollout\.updates",
-            ALIGN | {"rollout.updates": (8,), "rollout.probabilities": (1.0,)},
+            r"config\.align\.weight=0\.5 .*more than one of config\.rollout\.num_steps",
+            ALIGN | {"rollout.num_steps": (8,), "rollout.probabilities": (1.0,)},
         ),
         (
             r"config\.align\.layers=0 must be between 1 and the 4 layers",
@@ -520,7 +525,7 @@ def test_the_learning_rate_warms_up_and_then_stays_or_falls():
 
 def test_the_shipped_causal_start_says_what_made_it():
     """It was written before the last keys came, and configs name it in init_from."""
-    file = Path(__file__).parents[2] / "assets" / "shapes_causal.safetensors"
+    file = Path(__file__).parents[2] / "salt_jax" / "assets" / "shapes_causal.safetensors"
     assert from_json(read_metadata(file)["config"]).causal
 
 

@@ -24,7 +24,7 @@ def test_pixels_do_not_wrap_around():
 
 def test_refuses_what_cannot_be_compared():
     clips = np.zeros((2, 3, 4, 4, 3), np.float32)
-    with pytest.raises(ValueError, match=r"two numbers of updates, got \[4\]"):
+    with pytest.raises(ValueError, match=r"two numbers of steps, got \[4\]"):
         cross_step_distance({4: clips})
     with pytest.raises(ValueError, match="one shape"):
         cross_step_distance({4: clips, 8: clips[:1]})

@@ -58,7 +58,7 @@ def report() -> Report:
     world = shapes.World()
     scenes, modes = shapes.scenes(world), shapes.modes(world)
     noisy = lambda clip, i: np.where(np.arange(12)[:, None] < i, 255 - clip, clip)
-    labels = ("teacher, 32 updates", "K = 2", "K = 4", "K = 8")
+    labels = ("teacher, 32 steps", "K = 2", "K = 4", "K = 8")
     videos = [
         VideoRow(
             shapes.caption(scene),
@@ -81,7 +81,7 @@ def report() -> Report:
         videos=[*videos, VideoRow(NASTY, [("K = 2", shapes.render(scenes[5], modes[3], world))])],
         tables=[
             Table(
-                "Scores by number of updates",
+                "Scores by number of steps",
                 "solver,K,all right,shape,colour,direction,sharpness,motion,flicker".split(","),
                 [
                     [s, k, "0.91", "0.93", "0.99", "0.94", "0.97", "0.75", "0.03"]

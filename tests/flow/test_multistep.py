@@ -66,12 +66,12 @@ def test_second_order_is_far_better_on_the_grids_themselves():
 
 
 @each_solver
-@pytest.mark.parametrize("num_updates", [1, 2, 3, 9])
-def test_a_constant_clean_estimate_is_reached_along_a_line(solver, num_updates):
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 9])
+def test_a_constant_clean_estimate_is_reached_along_a_line(solver, num_steps):
     """Then x = x0 + sigma (noise - x0) at every level: exact for each solver, whatever the network
     is told.
     """
-    table, x0 = steps(solver, num_updates, 5.0), NOISE[::-1] ** 2
+    table, x0 = steps(solver, num_steps, 5.0), NOISE[::-1] ** 2
     levels = iter(table.sigma)
     start = x0 + table.sigma[0] * (NOISE - x0)
     inputs, states, _ = run(table, lambda x, seen: (x - x0) / next(levels), start)
@@ -81,10 +81,10 @@ def test_a_constant_clean_estimate_is_reached_along_a_line(solver, num_updates):
 
 
 @each_solver
-@pytest.mark.parametrize("num_updates", [1, 2, 3, 9])
-def test_the_result_is_the_last_clean_estimate(solver, num_updates):
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 9])
+def test_the_result_is_the_last_clean_estimate(solver, num_steps):
     inputs, _, estimates = run(
-        steps(solver, num_updates, 3.0), lambda x, seen: np.sin(3 * x + seen), NOISE
+        steps(solver, num_steps, 3.0), lambda x, seen: np.sin(3 * x + seen), NOISE
     )
     np.testing.assert_array_equal(inputs[-1], estimates[-1])
 
@@ -128,7 +128,7 @@ def test_unipc_starts_from_a_number_stored_in_float32():
 
 @each_solver
 def test_no_update_is_refused(solver):
-    with pytest.raises(ValueError, match="num_updates=0"):
+    with pytest.raises(ValueError, match="num_steps=0"):
         steps(solver, 0, 5.0)
 
 
@@ -154,17 +154,17 @@ def scheduler_of(solver, sigmas, timesteps):
 @pytest.mark.parity
 # DPM++ of diffusers is float32
 @pytest.mark.parametrize("solver,atol", [("unipc", 1e-12), ("dpmpp", 5e-7)])
-@pytest.mark.parametrize("num_updates", [1, 2, 3, 7, 20, 50])
-def test_every_step_is_that_of_diffusers(solver, atol, num_updates):
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 20, 50])
+def test_every_step_is_that_of_diffusers(solver, atol, num_steps):
     torch = pytest.importorskip("torch")
-    rng = np.random.default_rng(num_updates)
+    rng = np.random.default_rng(num_steps)
     for shift in (1.0, 3.0, 5.0, 12.0):
         matrix, phase = rng.normal(size=(8, 8)) * 0.4, rng.normal(size=8)
         velocity = lambda x, seen, m=matrix, p=phase: (
             np.tanh(x @ m + np.sin(6 * seen) * p) + 0.5 * x
         )
-        table = steps(solver, num_updates, shift)
-        sigmas, timesteps = (unipc_grid if solver == "unipc" else dpmpp_grid)(num_updates, shift)
+        table = steps(solver, num_steps, shift)
+        sigmas, timesteps = (unipc_grid if solver == "unipc" else dpmpp_grid)(num_steps, shift)
         np.testing.assert_array_equal(table.seen, timesteps / 1000)
         inputs, _, _ = run(table, velocity, rng.normal(size=(3, 8)))
         scheduler = scheduler_of(solver, sigmas, timesteps)
@@ -174,13 +174,13 @@ def test_every_step_is_that_of_diffusers(solver, atol, num_updates):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("num_updates,shift", [(50, 5.0), (40, 3.0), (7, 12.0)])
-def test_levels_are_those_of_diffusers_given_the_official_base(num_updates, shift):
+@pytest.mark.parametrize("num_steps,shift", [(50, 5.0), (40, 3.0), (7, 12.0)])
+def test_levels_are_those_of_diffusers_given_the_official_base(num_steps, shift):
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
     )
-    scheduler.set_timesteps(num_updates, sigmas=np.linspace(0.999, 0, num_updates + 1)[:-1])
-    sigmas, timesteps = unipc_grid(num_updates, shift)
+    scheduler.set_timesteps(num_steps, sigmas=np.linspace(0.999, 0, num_steps + 1)[:-1])
+    sigmas, timesteps = unipc_grid(num_steps, shift)
     np.testing.assert_allclose(sigmas, scheduler.sigmas, atol=6e-8)
     np.testing.assert_array_equal(timesteps, scheduler.timesteps)

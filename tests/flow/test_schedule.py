@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from salt_jax.flow.draws import draw_triple, draw_view_sigma
+from salt_jax.flow.draws import draw_renoise_sigma, draw_triple
 from salt_jax.flow.schedule import explicit, grid, shift, triples
 
 # 1000 sigma of the eight levels u = 1, 7/8, ..., 1/8, as the peers' schedulers warp them.
@@ -41,10 +41,10 @@ def test_shifts_multiply():
 
 
 @pytest.mark.parametrize("amount", SHIFTED)
-@pytest.mark.parametrize("num_updates", [1, 2, 3, 4, 8, 16])
-def test_grid_falls_from_noise_to_clean(num_updates, amount):
-    levels = grid(num_updates, amount)
-    assert levels.shape == (num_updates + 1,) and levels.dtype == np.float32
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 8, 16])
+def test_grid_falls_from_noise_to_clean(num_steps, amount):
+    levels = grid(num_steps, amount)
+    assert levels.shape == (num_steps + 1,) and levels.dtype == np.float32
     assert levels[0] == 1 and levels[-1] == 0
     assert np.all(np.diff(levels) < 0)
 
@@ -57,7 +57,7 @@ def test_grids_nest(amount):
 
 
 def test_a_grid_without_updates_is_refused():
-    with pytest.raises(ValueError, match="num_updates=0"):
+    with pytest.raises(ValueError, match="num_steps=0"):
         grid(0, 5.0)
 
 
@@ -145,9 +145,9 @@ def test_number_of_triples_that_start_at_each_level(anchors, counts):
     assert (triples(8, anchors).probability > 0).sum(1).tolist() == counts
 
 
-def enumerated(train_updates, anchor_updates):
+def enumerated(train_levels, anchor_levels):
     """Eq. 9 as it is written, by noise level: {start: {(middle, end): probability}}."""
-    train, anchors = grid(train_updates, 5.0).tolist(), grid(anchor_updates, 5.0).tolist()
+    train, anchors = grid(train_levels, 5.0).tolist(), grid(anchor_levels, 5.0).tolist()
     found = {}
     for s in train[:-1]:
         between = {e: [m for m in train if e < m < s] for e in anchors}
@@ -187,7 +187,7 @@ def test_probabilities_by_hand():
 
 
 def test_anchors_outside_the_training_grid_are_refused():
-    with pytest.raises(ValueError, match=r"anchor_updates=3 must divide train_updates=8"):
+    with pytest.raises(ValueError, match=r"anchor_levels=3 must divide train_levels=8"):
         triples(8, 3)
 
 
@@ -231,7 +231,7 @@ def test_mean_of_the_clamped_thousand_levels():
     [(5.0, 0.7457, 0.093, 0.004), (12.0, None, 0.197, None)],
 )
 def test_levels_at_which_teacher_and_critic_judge(amount, mean, at_highest, at_lowest):
-    sigma = np.asarray(draw_view_sigma(jax.random.key(3), 200_000, amount, 0.02, 0.98))
+    sigma = np.asarray(draw_renoise_sigma(jax.random.key(3), 200_000, amount, 0.02, 0.98))
     assert sigma.shape == (200_000,) and sigma.dtype == np.float32
     assert sigma.min() >= np.float32(0.02) and sigma.max() <= np.float32(0.98)
     assert np.mean(sigma == np.float32(0.98)) == pytest.approx(at_highest, abs=0.003)

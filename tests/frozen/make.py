@@ -1,32 +1,29 @@
 """python -m tests.frozen.make: what test_frozen.py opens, as the code of this checkout writes it.
 
-Run by version 0.1 before its files were moved and its words renamed. Later versions have to open
+Run by version 0.1, with every config as JSON, before its files were moved and its words renamed. Later versions have to open
 these files, so they are never made anew; only `RUNS`, the flags that go on with them, follows the
 words of today.
 """
 
-import json
 import tarfile
 import tempfile
 from pathlib import Path
 
-from salt_jax.config.schema import read_recipe, to_json
 from tests.launch.test_programs import succeed
-from tests.test_configs import CASES, load
 
 HERE = Path(__file__).parent
-SHORT = {"batch_size": 2, "critic_updates": 1, "log_every": 1, "save_every": 2, "align.start": 0}
+SHORT = {"batch_size": 2, "critic_ratio": 1, "log_every": 1, "save_every": 2, "align.start": 0}
 SHORT |= {"init_from": "", "align.layers": 1, "mesh.fsdp": 1, "mesh.data": 1}
 RUNS = {
     # videos under way that may change their prompt, adapters alone are trained
     "stream": (
-        "shapes_longlive.py:lora_salt",
+        "longlive.py:lora,salt",
         SHORT
         | {"lora.rank": 2, "data.num_train": 8, "data.num_test": 1, "data.dir": "data/shapes"},
     ),
     # Wan in form, small, with fresh weights and nothing but prompts: every parameter is trained
     "wan": (
-        "wan_causal_self_forcing.py:salt",
+        "self_forcing.py:wan,salt",
         SHORT
         | {"weights": "", "model.preset": "wan2.1-t2v-tiny", "text_encoder": "wan-tiny"}
         | {"teacher.weights": "", "teacher.preset": "wan2.1-t2v-tiny", "model.dtype": "float32"}
@@ -36,9 +33,9 @@ RUNS = {
 
 
 def train(name: str, folder: Path, updates: int) -> None:
-    """A run of `RUNS` in FOLDER/NAME up to a number of updates, from where it stands."""
+    """A run of `RUNS` in FOLDER/NAME up to a number of steps, from where it stands."""
     config, changes = RUNS[name]
-    changes = changes | {"updates": updates, "data.dir": folder / str(changes["data.dir"])}
+    changes = changes | {"iterations": updates, "data.dir": folder / str(changes["data.dir"])}
     options = [f"--config.{key}={value}" for key, value in changes.items()]
     succeed("train", f"--config=configs/{config}", f"--workdir={folder / name}", *options)
 
@@ -51,11 +48,6 @@ def unpack(name: str, folder: Path) -> Path:
 
 
 def main() -> None:
-    configs = {
-        case.id: json.loads(to_json(read_recipe(load(case.values[0]).get_config(*case.values[1]))))
-        for case in CASES
-    }
-    (HERE / "configs.json").write_text(json.dumps(configs, indent=1) + "\n")
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         prompts = folder / "prompts.txt"

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import wan_causal_self_forcing
-from salt_jax.config.schema import read_recipe
+from configs import self_forcing
+from salt_jax.config.reading import read_recipe
 from salt_jax.models import vae
 from salt_jax.planning import bench, flops
 from salt_jax.train.setup import runs_flash
@@ -36,7 +36,7 @@ def run(*args):
 
 
 def tiny():
-    config = wan_causal_self_forcing.get_config()
+    config = self_forcing.get_config("wan")
     config.model.preset, config.text_encoder, config.data.clip = (
         "wan2.1-t2v-tiny",
         "wan-tiny",
@@ -82,7 +82,7 @@ def test_all_parts_are_measured_and_told(tmp_path):
     latents = jax.ShapeDtypeStruct((1, 3, 4, 4, 16), jnp.float32)
     assert parts["VAE decode"]["flops"] == flops.traced_flops(decode, params, latents)
     stream = parts["streaming"]["more"]
-    assert stream["frames"] == 9 and stream["updates"] == 4
+    assert stream["frames"] == 9 and stream["num_steps"] == 4
     both = stream["transformer_seconds"] + stream["vae_seconds"]
     # the median of two runs is their mean
     assert both == pytest.approx(parts["streaming"]["seconds"])
@@ -95,7 +95,7 @@ def test_all_parts_are_measured_and_told(tmp_path):
     [
         ([*SIZE, "--what=everything"], "--what=everything has parts other than teacher_forward"),
         (
-            ["--config=configs/shapes_sc_dmd.py", "--frames=3"],
+            ["--config=configs/sc_dmd.py", "--frames=3"],
             "--frames, --height and --width are of latents",
         ),
         ([*SIZE[:1], "--frames=4"], "4 latent frames do not split"),
@@ -141,7 +141,7 @@ def test_random_weights_have_the_form_that_is_asked():
 
 
 def test_every_program_of_a_run_is_found():
-    config = wan_causal_self_forcing.get_config("salt")
+    config = self_forcing.get_config("wan,salt")
     found = bench.programs(read_recipe(config), "student")
     assert {(c.self_consistency, c.alignment) for c in found} == {
         (False, False),

@@ -12,7 +12,7 @@ from launch import compiling
 from tests.test_configs import ROOT
 
 TINY = (
-    *("--config=configs/wan_causal_self_forcing.py:salt", "--config.model.preset=wan2.1-t2v-tiny"),
+    *("--config=configs/self_forcing.py:wan,salt", "--config.model.preset=wan2.1-t2v-tiny"),
     *("--config.text_encoder=wan-tiny", "--config.data.clip=(3,4,4)", "--config.align.layers=1"),
     *(
         "--config.teacher.preset=",

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from configs import base
 from salt_jax.checkpoint import open_checkpoints, save
-from salt_jax.config.schema import read_recipe, to_json
+from salt_jax.config.reading import read_recipe, to_json
 from salt_jax.convert.writing import outgoing
 from salt_jax.io import model_folder
 from salt_jax.io.header import read_metadata

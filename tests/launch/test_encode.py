@@ -184,7 +184,7 @@ def test_a_teacher_makes_a_clip_of_each_prompt(weights, tmp_path):
     """
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("A cat walks.\nA dog.\nA cat walks.\n")
-    args = [f"--weights={weights[0]}", f"--prompts={prompts}", "--teacher", "--updates=3", *SIZE]
+    args = [f"--weights={weights[0]}", f"--prompts={prompts}", "--teacher", "--num_steps=3", *SIZE]
     succeed(*args, f"--dst={tmp_path / 'one'}")
     succeed(*args, f"--dst={tmp_path / 'two'}", "--batch=2", "--per_part=2")
     one, two = (

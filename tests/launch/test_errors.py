@@ -27,7 +27,7 @@ from salt_jax.train.setup import Setup, first_state
 from salt_jax.train.step import Networks
 
 ROOT = Path(__file__).parents[2]
-CONFIG = f"--config={ROOT}/configs/shapes_sc_dmd.py"
+CONFIG = f"--config={ROOT}/configs/sc_dmd.py"
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -91,7 +91,7 @@ def small(monkeypatch, tmp_path_factory, request):
     ("args", "told"),
     [
         ([CONFIG, "--workdir=w", "--config.loss.self_consistensy=1"], ["'self_consistensy'"]),
-        ([CONFIG, "--workdir=w", "--config.updates=many"], ["many"]),
+        ([CONFIG, "--workdir=w", "--config.iterations=many"], ["many"]),
         (
             [CONFIG, "--workdir=w", "--config.teacher.kind=oracle"],
             ["config.teacher.kind", "closed_form"],
@@ -100,7 +100,7 @@ def small(monkeypatch, tmp_path_factory, request):
             [CONFIG, "--workdir=w", "--config.teacher.kind=data"],
             ["config.teacher.kind", "to network or closed_form"],
         ),
-        ([CONFIG, "--workdir=w", "--config.updates=0"], ["config.updates=0"]),
+        ([CONFIG, "--workdir=w", "--config.iterations=0"], ["config.iterations=0"]),
         ([CONFIG, "--workdir=w", "--config.mesh.data=3"], ["config.mesh", "8 device"]),
         ([CONFIG, "--workdir=w", "--wrokdir=v"], ["wrokdir"]),
         ([CONFIG, "--workdir=w", "stray"], ["'stray'"]),
@@ -165,9 +165,9 @@ def test_a_run_that_is_not_finite_stops_and_names_the_term(train, small, tmp_pat
     result = train(
         *small,
         f"--workdir={tmp_path}",
-        "--config.updates=9",
+        "--config.iterations=9",
         "--config.max_skipped=2",
-        "--config.critic_updates=1",
+        "--config.critic_ratio=1",
     )
     refused(result, "2 student updates in a row", "at update 2 ", "dmd", "self_consistency")
 
@@ -180,11 +180,13 @@ def test_a_workdir_goes_on_and_what_does_not_fit_it_is_refused(
         int(path.name) for path in (tmp_path / "checkpoints").glob("[0-9]*") if path.name.isdigit()
     }
     here = [*small, f"--workdir={tmp_path}"]
-    assert train(*here, "--config.updates=4")[0] in (None, 0)
+    assert train(*here, "--config.iterations=4")[0] in (None, 0)
     assert steps() == {2, 4}
 
     refused(
-        train(*here, "--config.updates=6", "--config.seed=1"), "config.seed = 0, not 1", "--workdir"
+        train(*here, "--config.iterations=6", "--config.seed=1"),
+        "config.seed = 0, not 1",
+        "--workdir",
     )
     with monkeypatch.context() as patch:
         narrow = loop.setup
@@ -196,7 +198,7 @@ def test_a_workdir_goes_on_and_what_does_not_fit_it_is_refused(
             loop, "setup", lambda *args: narrow(*args)._replace(state=wide(narrow(*args).state))
         )
         refused(
-            train(*here, "--config.updates=6"),
+            train(*here, "--config.iterations=6"),
             "another model preset",
             "[3, 3]",
             "[5, 5]",
@@ -208,6 +210,6 @@ def test_a_workdir_goes_on_and_what_does_not_fit_it_is_refused(
         if file.is_file() and "/d/" in str(file):
             file.write_bytes(file.read_bytes()[:10])
     with caplog.at_level(logging.WARNING):
-        assert train(*here, "--config.updates=6")[0] in (None, 0)
+        assert train(*here, "--config.iterations=6")[0] in (None, 0)
     assert "checkpoint step 4" in caplog.text and "damaged" in caplog.text
     assert steps() == {4, 6}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 TINY = ["--preset_size=tiny", "--model=wan2.1-t2v-1.3b", "--prompt=A", "--out=o"]
-WAN = "--config=configs/wan_t2v.py"
+WAN = "--config=configs/sc_dmd.py:wan"
 ROOT = Path(__file__).parents[2]
 RUN = """
 import runpy, sys

@@ -9,7 +9,7 @@ from tests.launch.test_programs import program
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow  # each run starts a Python of its own
-SALT = "--config=configs/wan_causal_self_forcing.py:salt"
+SALT = "--config=configs/self_forcing.py:wan,salt"
 
 
 def plan(*args):

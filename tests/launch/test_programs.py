@@ -16,10 +16,10 @@ ROOT = Path(__file__).parents[2]
 FRESH = ["--config.weights=", "--config.teacher.kind=closed_form", "--config.data.num_train=64"]
 TINY = [
     *FRESH,
-    "--config.updates=2",
+    "--config.iterations=2",
     "--config.save_every=1",
     "--config.batch_size=4",
-    "--config.critic_updates=1",
+    "--config.critic_ratio=1",
 ]
 
 
@@ -42,9 +42,7 @@ def succeed(name, *args, tree=ROOT):
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("programs")
     data = f"--config.data.dir={folder / 'data'}"
-    succeed(
-        "train", "--config=configs/shapes_sc_dmd.py", f"--workdir={folder / 'run'}", data, *TINY
-    )
+    succeed("train", "--config=configs/sc_dmd.py", f"--workdir={folder / 'run'}", data, *TINY)
     return folder / "run"
 
 
@@ -58,7 +56,7 @@ def frames(path):
 @pytest.mark.slow
 def test_sampling_writes_clips_that_depend_on_the_seed_alone(workdir):
     out = workdir / "samples"
-    succeed("sample", f"--workdir={workdir}", "--num_updates=2", "--count=3", "--seed=5")
+    succeed("sample", f"--workdir={workdir}", "--num_steps=2", "--count=3", "--seed=5")
     clip, fps = frames(out / "2_001.mp4")
     assert (
         clip.shape[0] == 9
@@ -72,13 +70,13 @@ def test_sampling_writes_clips_that_depend_on_the_seed_alone(workdir):
     succeed(
         "sample",
         f"--workdir={workdir}",
-        "--num_updates=2",
+        "--num_steps=2",
         f"--prompts_file={captions}",
         "--seed=5",
     )
     assert [(out / f"2_{i:03d}.mp4").read_bytes() for i in range(2)] == before[:2]
     assert "3 videos made" in succeed(
-        "sample", f"--workdir={workdir}", "--num_updates=2", "--count=3", "--seed=6"
+        "sample", f"--workdir={workdir}", "--num_steps=2", "--count=3", "--seed=6"
     )
     assert (out / "2_001.mp4").read_bytes() != before[1]
 
@@ -90,7 +88,7 @@ def test_what_another_checkpoint_made_is_made_anew(workdir):
     """
     out = workdir / "chosen"
     args = ["sample", f"--workdir={workdir}", "--count=2", f"--out={out}"]
-    seen, two = set(), "--num_updates=2"
+    seen, two = set(), "--num_steps=2"
     choices = ([two], [two, "--step=1"], [two, "--step=1", "--average=none"], [two, "--guidance=3"])
     for chosen in (*choices, ["--levels=1000,400"]):
         assert succeed(*args, *chosen).startswith("2 videos made")
@@ -114,7 +112,7 @@ def succeed_captions():
 
 @pytest.mark.slow
 def test_evaluating_writes_numbers_and_a_report(workdir):
-    table = succeed("evaluate", f"--workdir={workdir}", "--count=6", "--teacher_updates=2")
+    table = succeed("evaluate", f"--workdir={workdir}", "--count=6", "--teacher_steps=2")
     numbers = json.loads((workdir / "evaluation.json").read_text())
     assert "direction" in table and (workdir / "report.html").stat().st_size > 10_000
     assert set(numbers["student"]) == {"euler", "cm"} and set(
@@ -136,7 +134,7 @@ def test_an_exported_network_is_weights_for_the_next_run(workdir, tmp_path):
     args = [a for a in TINY if a != "--config.weights="]
     succeed(
         "train",
-        "--config=configs/shapes_sc_dmd.py",
+        "--config=configs/sc_dmd.py",
         f"--workdir={tmp_path / 'next'}",
         data,
         *args,

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from configs import base, shapes_salt, wan_causal_self_forcing, wan_t2v
-from salt_jax.config.schema import read_recipe, to_json
+from configs import base, salt, sc_dmd, self_forcing
+from salt_jax.config.reading import read_recipe, to_json
 from salt_jax.io.video import write_mp4
 from salt_jax.models.presets import PRESETS
 
@@ -51,11 +51,11 @@ def folder(tmp_path_factory):
     clip.
     """
     folder = tmp_path_factory.mktemp("request")
-    causal = wan_causal_self_forcing.get_config("plain")
+    causal = self_forcing.get_config("wan")
     listed = base.get_config()
-    listed.schedule.update(levels=(1000, 757, 522), train_updates=3, anchor_updates=3)
-    listed.sample.num_updates = (3,)
-    configs = {"shapes": base.get_config(), "chunks": shapes_salt.get_config(), "wan": wan_t2v.get_config(),
+    listed.schedule.update(levels=(1000, 757, 522), train_levels=3, anchor_levels=3)
+    listed.sample.num_steps = (3,)
+    configs = {"shapes": base.get_config(), "chunks": salt.get_config(), "wan": sc_dmd.get_config("wan"),
                "wan_chunks": causal, "listed": listed}  # fmt: skip
     for name, config in configs.items():
         (folder / name / "checkpoints" / "20").mkdir(parents=True)
@@ -125,7 +125,7 @@ CASES = {
         ([*T2V, "--vbench=x"], "--vbench", "--prompt"),
         ([*SHAPES, "--prompts_file=x", "--count=3"], "--count", "--prompts_file"),
         ([*SHAPES, "--prompts_file=x", "--prompt=A"], "--prompt", "exclude"),
-        ([*SHAPES, "--levels=1000,500", "--num_updates=2"], "--levels", "--num_updates"),
+        ([*SHAPES, "--levels=1000,500", "--num_steps=2"], "--levels", "--num_steps"),
         ([*SHAPES, "--negative_prompt=ugly"], "--negative_prompt", "--guidance"),
         ([*TINY, "--weights=x"], "--weights", "--preset_size"),
         ([*TINY, "--student=x"], "--student", "--preset_size"),
@@ -158,11 +158,11 @@ CASES = {
         ([*SHAPES, "--levels=757,522"], "--levels", "990"),
         ([*SHAPES, "--levels=1000,1000"], "--levels", "falling"),
         ([*SHAPES, "--levels=high"], "--levels", "numbers"),
-        (["--workdir=@listed", "--num_updates=4"], "--num_updates", "1000, 757, 522"),
-        ([*TINY, "--recipe=causvid", "--num_updates=4"], "--num_updates", "1000, 757, 522"),
+        (["--workdir=@listed", "--num_steps=4"], "--num_steps", "1000, 757, 522"),
+        ([*TINY, "--recipe=causvid", "--num_steps=4"], "--num_steps", "1000, 757, 522"),
         ([*TINY, "--recipe=longlive", "--chunk=10"], "--chunk=10", "window=12"),
-        ([*SHAPES, "--num_updates=0"], "--num_updates", "from 1 up"),
-        ([*SHAPES, "--num_updates=²"], "--num_updates", "from 1 up"),
+        ([*SHAPES, "--num_steps=0"], "--num_steps", "from 1 up"),
+        ([*SHAPES, "--num_steps=²"], "--num_steps", "from 1 up"),
         ([*T2V, "--size=30x32"], "--size=30x32", "multiples of 16"),
         ([*T2V, "--size=0x0"], "--size=0x0", "multiples of 16"),
         ([*T2V, "--shift=0"], "--shift", "above"),
@@ -197,7 +197,7 @@ TAKEN = [
     ([*CHUNKS, "--frames=2001", "--memory=9:3:relative"], {"shape": [2001, 12, 12]}),
     (["--workdir=@listed"], {"levels": {"3": [1.0, 0.757, 0.522, 0.0]}}),
     (["--workdir=@listed", "--levels=1000,500"], {"levels": {"2": [1.0, 0.5, 0.0]}}),
-    ([*SHAPES, "--prompts_file=@prompts.txt", "--num_updates=2,2"], {"jobs": 2}),
+    ([*SHAPES, "--prompts_file=@prompts.txt", "--num_steps=2,2"], {"jobs": 2}),
     ([*SHAPES, "--step=20", "--guidance=3", "--negative_prompt=A red circle moves left."], {"guidance": 3.0}),
 ]  # fmt: skip
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from configs import wan_causal_forcing, wan_causal_self_forcing
+from configs import causal_forcing, self_forcing
 from launch import scaling
 from salt_jax.compile.target import read_target
-from salt_jax.config.schema import read_recipe
+from salt_jax.config.reading import read_recipe
 from salt_jax.errors import UserError
 from tests.compile.described import form
 from tests.launch.test_compile import ROW
@@ -28,8 +28,8 @@ def test_rows_have_names_of_their_own_and_machines_that_exist():
 def test_causal_forcing_has_the_programs_of_self_forcing():
     """So the tables have them once. They start from other weights."""
     one, other = (
-        form(read_recipe(module.get_config("salt")))
-        for module in (wan_causal_forcing, wan_causal_self_forcing)
+        form(read_recipe(module.get_config("wan,salt")))
+        for module in (causal_forcing, self_forcing)
     )
     assert one == other
 
@@ -64,7 +64,7 @@ def test_a_program_is_a_line_that_says_whether_it_is_what_must_be():
         in tables
     )
     assert (
-        "--config=configs/wan_causal_self_forcing.py:salt --target=gpu:h100:8 --config.batch_size=8"
+        "--config=configs/self_forcing.py:wan,salt --target=gpu:h100:8 --config.batch_size=8"
         in command
     )
 

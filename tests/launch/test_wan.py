@@ -33,8 +33,8 @@ TRAIN = [
     "--config.model.dtype=float32",
     "--config.data.clip=(3,4,4)",
     "--config.batch_size=2",
-    "--config.updates=1",
-    "--config.critic_updates=1",
+    "--config.iterations=1",
+    "--config.critic_ratio=1",
     "--config.mesh.fsdp=1",
 ]
 
@@ -60,7 +60,7 @@ def test_a_teacher_makes_a_video_of_each_prompt_and_leaves_what_is_there(tmp_pat
 
     A second call makes only what is missing; another prompt is another video.
     """
-    args = ["sample", *TINY, "--num_updates=2", f"--out={tmp_path}"]
+    args = ["sample", *TINY, "--num_steps=2", f"--out={tmp_path}"]
     assert "2 videos made" in succeed(*args, f"--prompts_file={prompts}")
     clip, fps = frames(tmp_path / "2_001.mp4")
     assert clip.shape == (9, 32, 32, 3) and fps == 16
@@ -101,7 +101,7 @@ def test_vbench_gets_its_names_and_records_lie_beside(tmp_path):
         f"--extended={tmp_path / 'extended.txt'}",
         f"--out={out}",
     ]
-    assert "5 videos made" in succeed("sample", *TINY, "--num_updates=1", *args)
+    assert "5 videos made" in succeed("sample", *TINY, "--num_steps=1", *args)
     assert sorted(path.name for path in out.iterdir()) == [f"a cat-{i}.mp4" for i in range(5)]
     seeds = json.loads((tmp_path / "videos.seeds.json").read_text())
     assert set(seeds) == {f"a cat-{i}.mp4" for i in range(5)} and len(set(seeds.values())) == 5
@@ -110,14 +110,14 @@ def test_vbench_gets_its_names_and_records_lie_beside(tmp_path):
     ]
     assert {line["file"]: line["made_with"]["seed"] for line in lines} == seeds
     (out / "a cat-3.mp4").unlink()
-    assert "1 videos made" in succeed("sample", *TINY, "--num_updates=1", *args)
+    assert "1 videos made" in succeed("sample", *TINY, "--num_steps=1", *args)
     # not those of one update
-    assert "5 videos made" in succeed("sample", *TINY, "--num_updates=2", *args)
+    assert "5 videos made" in succeed("sample", *TINY, "--num_steps=2", *args)
 
 
 @pytest.mark.slow
 def test_a_student_goes_on_from_a_picture_chunk_by_chunk(tmp_path, picture):
-    args = ["--chunk=2", f"--image={picture}", "--prompt=A cat", "--count=1", "--num_updates=2"]
+    args = ["--chunk=2", f"--image={picture}", "--prompt=A cat", "--count=1", "--num_steps=2"]
     succeed("sample", *TINY, *args, "--frames=17", f"--out={tmp_path}")
     clip, _ = frames(tmp_path / "2_000.mp4")
     assert clip.shape[0] == 17 and clip.shape[1] < clip.shape[2]  # the picture is wider than high
@@ -138,13 +138,13 @@ def test_from_prompts_alone_to_a_causal_student(tmp_path, prompts):
     changes += ["--config.memory.first=1", f"--config.data.dir={data}"]
     succeed(
         "train",
-        "--config=configs/wan_causal_self_forcing.py:salt",
+        "--config=configs/self_forcing.py:wan,salt",
         f"--workdir={run}",
         *TRAIN,
         *changes,
     )
     succeed(
-        "sample", f"--workdir={run}", "--num_updates=2", "--prompt=A cat", "--count=1", "--frames=9"
+        "sample", f"--workdir={run}", "--num_steps=2", "--prompt=A cat", "--count=1", "--frames=9"
     )
     assert frames(run / "samples" / "2_000.mp4")[0].shape == (9, 32, 32, 3)
 
@@ -207,7 +207,7 @@ def test_a_clip_is_continued_under_guidance_and_other_prompts(tmp_path):
         "--size=32x32",
         "--chunk=3",
         "--count=1",
-        "--num_updates=2",
+        "--num_steps=2",
         "--dtype=float32",
     ]
     succeed("sample", *chunks, "--frames=21", "--prompt=A cat walks.", f"--out={tmp_path / 'a'}")
@@ -255,7 +255,7 @@ def test_a_release_goes_in_makes_a_video_and_a_student_that_goes_out_again(
         "convert_wan", f"--src={release(tmp_path / 'release', layout, config)}", f"--dst={weights}"
     )
     look = [f"--image={picture}"] if kind == "i2v" else []
-    succeed("sample", f"--weights={weights}", *SMALL, "--prompt=A cat walks.", "--count=1", "--num_updates=2",
+    succeed("sample", f"--weights={weights}", *SMALL, "--prompt=A cat walks.", "--count=1", "--num_steps=2",
             f"--out={tmp_path}", *look)  # fmt: skip
     assert frames(tmp_path / "2_000.mp4")[0].shape[0] == 9
     if kind == "i2v":
@@ -269,7 +269,7 @@ def test_a_release_goes_in_makes_a_video_and_a_student_that_goes_out_again(
             (tmp_path / "videos" / f"{name}.txt").write_text("Noise.")
         source = [f"--videos={tmp_path / 'videos'}", "--image"]
     else:
-        source = [f"--prompts={prompts}", "--teacher", "--updates=2"]
+        source = [f"--prompts={prompts}", "--teacher", "--num_steps=2"]
     succeed("encode", f"--weights={weights}", *SMALL, *source, f"--dst={data}")
     changes = [*TRAIN, f"--config.weights={weights}", f"--config.model.preset=wan2.1-{kind}-tiny"]
     succeed(
@@ -279,7 +279,7 @@ def test_a_release_goes_in_makes_a_video_and_a_student_that_goes_out_again(
         f"--config.data.dir={data}",
         *changes,
     )
-    succeed("sample", f"--workdir={run}", "--num_updates=2", "--prompt=A cat", "--count=1", *look)
+    succeed("sample", f"--workdir={run}", "--num_steps=2", "--prompt=A cat", "--count=1", *look)
     assert frames(run / "samples" / "2_000.mp4")[0].shape == (9, 32, 32, 3)
     student = jax.tree.map(np.asarray, restore_params(run, "ema", all_devices()))
     before = open_part(WAN, Source(str(weights)))[1]
@@ -293,7 +293,7 @@ def test_a_release_goes_in_makes_a_video_and_a_student_that_goes_out_again(
         assert found == config
         same_bits(jax.tree.map(np.asarray, tree), student)
     if kind == "i2v":
-        done = program("sample", f"--workdir={run}", "--num_updates=2", "--prompt=A cat")
+        done = program("sample", f"--workdir={run}", "--num_steps=2", "--prompt=A cat")
         assert done.returncode == 2 and "--image" in done.stderr and done.stderr.count("\n") == 1
 
 
@@ -308,7 +308,7 @@ def test_a_release_goes_in_makes_a_video_and_a_student_that_goes_out_again(
         ([*TINY, "--frames=10"], "--frames=10"),
         ([*TINY, "--solver=cm"], "unipc"),
         ([*TINY, "--image=nowhere.png"], "nowhere.png"),
-        ([*TINY, "--num_updates=0"], "--num_updates"),
+        ([*TINY, "--num_steps=0"], "--num_steps"),
         (["--weights=nowhere"], "nowhere"),
     ],
 )

@@ -85,8 +85,8 @@ def test_sizes_are_a_first_chunk_and_equal_ones():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ((3, 0, 0, 0), "first=0 must be between 1 and chunk=3"),
         ((3, 4, 0, 0), "first=4 must be between 1 and chunk=3"),
+        ((3, -1, 0, 0), "first=-1 must be between 1 and chunk=3"),
         ((0, 0, 0, 0), "first=0 must be between 1 and chunk=0"),
         ((3, 3, 0, -1), "sink=-1"),
         ((3, 3, 5, 3), "window=5 must be 0 .* or hold sink=3 and chunk=3"),

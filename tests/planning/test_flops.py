@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import wan_causal_longlive, wan_causal_self_forcing, wan_t2v
-from salt_jax.config.schema import read_recipe
+from configs import longlive, sc_dmd, self_forcing
+from salt_jax.config.reading import read_recipe
 from salt_jax.models import vae
 from salt_jax.models.attention import choose_kernel, is_flash
 from salt_jax.models.kv_cache import CachePolicy
@@ -195,13 +195,13 @@ def tera(parts):
 
 
 def test_self_forcing_costs_what_was_derived_by_hand():
-    r = recipe(wan_causal_self_forcing, "plain")
+    r = recipe(self_forcing, "wan")
     student, critic = (tera(f(r, mean_mix(r), True)) for f in (student_flops, critic_flops))
     near = lambda value: pytest.approx(value, rel=5e-3)
     assert student["student: rollout"] == critic["student: rollout"] == near(693)
     assert student["student: replay, backward"] + student["student: recompute"] == near(651)
     assert student["critic: score"] == near(283) and student["teacher: score"] == near(3357)
-    # The derivation makes the exit update once, with gradient; a replay makes it again.
+    # The derivation makes the exit step once, with gradient; a replay makes it again.
     once = sum(student.values()) - student["student: replay, forward"]
     assert once == near(4983) and student["student: replay, forward"] == near(198)
     assert critic["critic: backward"] + critic["critic: recompute"] == near(948)
@@ -210,9 +210,7 @@ def test_self_forcing_costs_what_was_derived_by_hand():
 
 
 def test_salt_costs_what_was_derived_by_hand():
-    plain, r = (
-        recipe(wan_causal_self_forcing, v, align__probability=1.0) for v in ("plain", "salt")
-    )
+    plain, r = (recipe(self_forcing, v, align__probability=1.0) for v in ("wan", "wan,salt"))
     mix = mean_mix(r)
     parts, less = (tera(student_flops(x, mean_mix(x), True)) for x in (r, plain))
     assert parts["student: rollout"] - less["student: rollout"] == pytest.approx(119, rel=0.01)
@@ -233,7 +231,7 @@ def test_salt_costs_what_was_derived_by_hand():
 
 def test_without_rollouts_an_update_costs_what_was_derived_by_hand():
     """Student 1,230 and scores 849: three evaluations of 1.3B without guidance of the critic."""
-    r = recipe(wan_t2v, "dmd8")
+    r = recipe(sc_dmd, "wan,dmd8")
     parts = tera(student_flops(r, mean_mix(r), True))
     scores = {name: parts.pop(name) for name in ("critic: score", "teacher: score")}
     assert sum(parts.values()) == pytest.approx(1230, rel=5e-3)
@@ -244,11 +242,11 @@ def test_without_rollouts_an_update_costs_what_was_derived_by_hand():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "variant"),
-    [(wan_causal_self_forcing, "salt"), (wan_causal_longlive, "salt"), (wan_t2v, "sc_dmd")],
+    [(self_forcing, "wan,salt"), (longlive, "wan,salt"), (sc_dmd, "wan")],
 )
 def test_the_mean_is_that_of_many_draws(config, variant):
     r = recipe(config, variant)
-    drawn = [mix_of(r, *decide(r, r.updates, call)) for call in range(4000)]
+    drawn = [mix_of(r, *decide(r, r.iterations, call)) for call in range(4000)]
     found = np.mean(drawn, axis=0)
     np.testing.assert_allclose(found, np.array(mean_mix(r)), rtol=0.08, atol=1e-6)
 
@@ -281,7 +279,7 @@ def trace(r, step, choice, draw, loops):
     )
     clip = lambda *front: S((r.batch_size, *front, *r.clip_shape), jnp.float32)
     batch = {"video": clip(), "text": S((r.batch_size, *null.shape[1:]), jnp.float32)}
-    batch["states"] = clip(r.schedule.train_updates + 1)
+    batch["states"] = clip(r.schedule.train_levels + 1)
     static = {"choice": choice} if r.stage == "distil" else {}
     run = lambda s, f, b, k, d: step(s, f, b, k, d, nets, r, **static)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -306,13 +304,13 @@ def dense(r, evaluations):
     ],
 )
 def test_updates_with_rollouts_cost_what_their_traces_multiply(who, kind):
-    r = short(wan_causal_self_forcing, "salt")
+    r = short(self_forcing, "wan,salt")
     step, count = {"student": (student_step, student_flops), "critic": (critic_step, critic_flops)}[
         who
     ]
     kinds = {"plain": Choice(), "self_consistency": Choice(True), "alignment": Choice(False, True)}
     choice = kinds[kind]
-    draws = (decide(r, r.updates, call) for call in range(300))
+    draws = (decide(r, r.iterations, call) for call in range(300))
     draw = next(d for c, d in draws if c == choice)
     mix = mix_of(r, choice, draw)
     parts = count(r, mix, FLASH)
@@ -330,16 +328,16 @@ def test_updates_with_rollouts_cost_what_their_traces_multiply(who, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["teacher_forcing", "ode_regression", "consistency"])
 def test_stages_cost_what_their_traces_multiply(stage):
-    r = short(wan_causal_self_forcing, stage=stage)
+    r = short(self_forcing, "wan", stage=stage)
     expected = sum(student_flops(r, mean_mix(r), FLASH).values())
     assert critic_flops(r, mean_mix(r), FLASH) == {}
     assert trace(r, stage_step, None, None, 1) == pytest.approx(expected, rel=NEAR)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["sc_dmd", "dmd8"])
+@pytest.mark.parametrize("variant", ["wan", "wan,dmd8"])
 def test_updates_on_noised_clips_cost_what_their_traces_multiply(variant):
-    r, choice = short(wan_t2v, variant), Choice(variant == "sc_dmd")
+    r, choice = short(sc_dmd, variant), Choice(variant == "wan")
     for step, count in ((student_step, student_flops), (critic_step, critic_flops)):
         expected = sum(count(r, mean_mix(r), FLASH).values())
         assert trace(r, step, choice, None, 1) == pytest.approx(expected, rel=NEAR)

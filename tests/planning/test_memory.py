@@ -10,16 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import (
-    base,
-    shapes_self_forcing,
-    wan_causal_forcing,
-    wan_causal_longlive,
-    wan_causal_self_forcing,
-    wan_i2v,
-)
+from configs import base, causal_forcing, longlive, sc_dmd, self_forcing
 from salt_jax import sharding
-from salt_jax.config.schema import read_recipe
+from salt_jax.config.reading import read_recipe
 from salt_jax.errors import UserError
 from salt_jax.models.denoiser import wan_network
 from salt_jax.models.presets import PRESETS, Compute, Remat, WanConfig
@@ -81,7 +74,7 @@ def test_what_is_counted_is_what_a_run_starts_from(start):
 
 @pytest.mark.parametrize("sizes", [(2, 4, 1, 1), (1, 2, 2, 2)])
 def test_a_device_holds_what_it_is_given(sizes):
-    r = recipe(shapes_self_forcing, weights="", batch_size=8)
+    r = recipe(self_forcing, weights="", batch_size=8)
     state, _ = jax.eval_shape(lambda: fresh_state(r))
     mesh = sharding.make_mesh(
         dict(zip(sharding.AXES, sizes, strict=True)), jax.devices()[: math.prod(sizes)]
@@ -111,7 +104,7 @@ def test_a_run_of_1_3b_under_14b_keeps_what_was_derived():
     """Parameters and one moment in float32, an average; the teacher at 2 bytes; 4 D for each token
     and layer.
     """
-    r = recipe(wan_causal_self_forcing, batch_size=1)
+    r = recipe(self_forcing, "wan", batch_size=1)
     there = rows(r, ONE)
     n = 1_418_996_800
     assert there["student"].whole == there["critic"].whole == there["gradients"].whole == 4 * n
@@ -126,7 +119,7 @@ def test_a_run_of_1_3b_under_14b_keeps_what_was_derived():
 
 @pytest.mark.slow
 def test_bytes_on_a_device_fall_with_the_mesh_and_add_up():
-    r = recipe(wan_causal_self_forcing, "salt")
+    r = recipe(self_forcing, "wan,salt")
     one, many = rows(r, ONE), rows(r, ONE | {"data": 8, "fsdp": 8})
     assert many["caches"].device * 64 == one["caches"].device
     assert one["student"].device == one["student"].whole == many["student"].whole
@@ -139,15 +132,15 @@ def test_bytes_on_a_device_fall_with_the_mesh_and_add_up():
 
 @pytest.mark.slow
 def test_what_a_recipe_has_shows():
-    tuned = rows(recipe(wan_causal_longlive, "lora"), ONE)
+    tuned = rows(recipe(longlive, "wan,lora"), ONE)
     assert (
         tuned["merged networks"].whole == 3 * tuned["base"].whole
         and tuned["videos under way"].whole
     )
     assert tuned["gradients"].whole == tuned["student"].whole < tuned["base"].whole / 4
-    assert "caches" not in rows(recipe(wan_i2v), ONE)
+    assert "caches" not in rows(recipe(sc_dmd, "wan,i2v"), ONE)
     one = {
-        kernel: rows(recipe(wan_causal_forcing, batch_size=1), ONE, kernel)[
+        kernel: rows(recipe(causal_forcing, "wan", batch_size=1), ONE, kernel)[
             "one block at work"
         ].whole
         for kernel in ("cudnn", "blocks", "plain")
@@ -159,11 +152,11 @@ def test_what_a_recipe_has_shows():
 
 def test_a_batch_that_does_not_spread_is_refused():
     with pytest.raises(UserError, match=r"config\.batch_size=64 .* 3"):
-        rows(recipe(wan_causal_self_forcing), ONE | {"data": 3})
+        rows(recipe(self_forcing, "wan"), ONE | {"data": 3})
 
 
 def test_what_waits_with_the_host_is_on_no_device():
-    make = lambda host: rows(recipe(wan_causal_self_forcing, host_state=host), ONE | {"fsdp": 8})
+    make = lambda host: rows(recipe(self_forcing, "wan", host_state=host), ONE | {"fsdp": 8})
     here, there = make(False), make(True)
     for name in ("student optimizer", "critic optimizer", "average of the student"):
         assert there[name].device == 0 < here[name].device and there[name].whole == here[name].whole
@@ -173,7 +166,7 @@ def test_what_waits_with_the_host_is_on_no_device():
 
 
 def test_in_portions_activations_are_those_of_one_and_gradients_are_summed():
-    make = lambda count: rows(recipe(wan_causal_self_forcing, accumulate=count), ONE | {"fsdp": 8})
+    make = lambda count: rows(recipe(self_forcing, "wan", accumulate=count), ONE | {"fsdp": 8})
     whole, eighth = make(1), make(8)
     for name in ("caches", "inputs of blocks", "one block at work"):
         assert eighth[name].device * 8 == whole[name].device
@@ -216,7 +209,7 @@ def test_what_a_policy_keeps_is_what_jax_keeps(remat, kernel):
 
 def small_run(mesh_sizes, **changes):
     """A run of 4 layers on 36 tokens each of 24 clips, and what its steps are lowered with."""
-    r = recipe(shapes_self_forcing, weights="", teacher__kind="network", **changes)
+    r = recipe(self_forcing, weights="", teacher__kind="network", **changes)
     mesh = sharding.make_mesh(mesh_sizes, jax.devices()[: math.prod(mesh_sizes.values())])
     state, frozen = jax.eval_shape(lambda: fresh_state(r))
     trees = (sharding.state_shardings(mesh, tree) for tree in (state, frozen))

@@ -45,8 +45,8 @@ def text(seed=2):
     return jnp.asarray(np.random.default_rng(seed).normal(size=(2, 4, 16)), jnp.float32)
 
 
-def levels(num_updates):
-    return jnp.asarray(np.pad(grid(num_updates, 5.0), (0, LONGEST - num_updates)))
+def levels(num_steps):
+    return jnp.asarray(np.pad(grid(num_steps, 5.0), (0, LONGEST - num_steps)))
 
 
 def clip(frames, seed=3):
@@ -68,14 +68,12 @@ traces = []
 
 
 @partial(jax.jit, static_argnames=("policy", "frames", "solver"))
-def student(params, text, levels, exit_update, keys, weights, policy, frames, solver="cm"):
+def student(params, text, levels, exit_step, keys, weights, policy, frames, solver="cm"):
     """The student's side of an update: rollout, replay, gradients of a weighted sum to parameters
     and states.
     """
     traces.append(policy)
-    made = rollout(
-        NETWORK, params, text, levels, exit_update, solver, keys, (frames, *PLACE), policy
-    )
+    made = rollout(NETWORK, params, text, levels, exit_step, solver, keys, (frames, *PLACE), policy)
 
     def loss(params, x):
         x0 = replay(NETWORK, params, made._replace(x=x), text, policy).x0
@@ -85,11 +83,11 @@ def student(params, text, levels, exit_update, keys, weights, policy, frames, so
     return made, x0, *slopes
 
 
-def run(case, exit_update, num_updates=4, weights=None):
+def run(case, exit_step, num_steps=4, weights=None):
     policy, frames = CASES[case]
     weights = clip(frames, seed=11) if weights is None else weights
-    exit_update = jnp.int32(exit_update)
-    return student(PARAMS, text(), levels(num_updates), exit_update, KEYS, weights, policy, frames)
+    exit_step = jnp.int32(exit_step)
+    return student(PARAMS, text(), levels(num_steps), exit_step, KEYS, weights, policy, frames)
 
 
 run_once = once(run)
@@ -142,13 +140,13 @@ remember = jax.jit(append, static_argnames="policy")
 noise = jax.jit(lambda sigma, frames: noise_at(KEYS, sigma, frames, PLACE))
 
 
-def slow_chunk(cache, text, sigmas, exit_update, size, policy, solver="cm"):
-    """The next chunk in a loop over its updates: its state before the exit update, what that said,
+def slow_chunk(cache, text, sigmas, exit_step, size, policy, solver="cm"):
+    """The next chunk in a loop over its updates: its state before the exit step, what that said,
     what it saw.
     """
     given, numbers = seen(cache, size, policy), int(cache.end) + jnp.arange(size)
     x = noise(sigmas[0], numbers)
-    for i in range(exit_update):
+    for i in range(exit_step):
         now, after = float(sigmas[i]), float(sigmas[i + 1])
         x0 = clean_estimate(PARAMS, x, now, text, given)
         fresh = noise(sigmas[i + 1], numbers)
@@ -157,7 +155,7 @@ def slow_chunk(cache, text, sigmas, exit_update, size, policy, solver="cm"):
             if solver == "euler"
             else (1 - after) * x0 + after * fresh
         )
-    return x, clean_estimate(PARAMS, x, float(sigmas[exit_update]), text, given), given
+    return x, clean_estimate(PARAMS, x, float(sigmas[exit_step]), text, given), given
 
 
 def slow_commit(cache, x0, text, policy):
@@ -166,15 +164,15 @@ def slow_commit(cache, x0, text, policy):
     )
 
 
-def slow_video(case, exit_update, weights):
+def slow_video(case, exit_step, weights):
     """All chunks on a cache that keeps only what the policy needs; the gradient is summed over
     chunks, each reading the cache as a constant."""
     policy, frames = CASES[case]
     cache, start, parts, total = empty(policy.capacity(frames)), 0, [], None
     for size in policy.sizes(frames):
-        x, x0, given = slow_chunk(cache, text(), grid(4, 5.0), exit_update, size, policy)
+        x, x0, given = slow_chunk(cache, text(), grid(4, 5.0), exit_step, size, policy)
         part = slope(
-            PARAMS, x, grid(4, 5.0)[exit_update], text(), given, weights[:, start : start + size]
+            PARAMS, x, grid(4, 5.0)[exit_step], text(), given, weights[:, start : start + size]
         )
         total = part if total is None else jax.tree.map(jnp.add, total, part)
         cache, start = slow_commit(cache, x0, text(), policy), start + size
@@ -191,12 +189,12 @@ def slow_fill(policy, x0, text, slots):
 
 
 @each_case
-@pytest.mark.parametrize("exit_update", [0, 2])
-def test_replay_says_what_the_rollout_said(case, exit_update):
+@pytest.mark.parametrize("exit_step", [0, 2])
+def test_replay_says_what_the_rollout_said(case, exit_step):
     frames = CASES[case][1]
-    made, again, *_ = run_once(case, exit_update)
+    made, again, *_ = run_once(case, exit_step)
     np.testing.assert_allclose(again, made.x0, atol=1e-5)
-    np.testing.assert_array_equal(made.sigma, np.full((2, frames), grid(4, 5.0)[exit_update]))
+    np.testing.assert_array_equal(made.sigma, np.full((2, frames), grid(4, 5.0)[exit_step]))
     np.testing.assert_array_equal(made.cache.x0, made.x0)
     np.testing.assert_array_equal(made.cache.frames, np.arange(frames))
     assert made.cache.filled == made.cache.end == frames
@@ -204,11 +202,11 @@ def test_replay_says_what_the_rollout_said(case, exit_update):
 
 
 @each_case
-@pytest.mark.parametrize("exit_update", [0, 2])
-def test_gradients_are_those_of_the_sequential_computation(case, exit_update):
+@pytest.mark.parametrize("exit_step", [0, 2])
+def test_gradients_are_those_of_the_sequential_computation(case, exit_step):
     """So are the videos."""
-    made, _, got, _ = run_once(case, exit_update)
-    x, x0, expected = slow_video(case, exit_update, clip(CASES[case][1], seed=11))
+    made, _, got, _ = run_once(case, exit_step)
+    x, x0, expected = slow_video(case, exit_step, clip(CASES[case][1], seed=11))
     np.testing.assert_allclose(made.x, x, atol=1e-5)
     np.testing.assert_allclose(made.x0, x0, atol=1e-5)
     assert_close_to_scale(got, expected, 1e-4)
@@ -241,13 +239,13 @@ def test_no_gradient_crosses_from_chunk_to_chunk(case):
 def test_a_trajectory_carries_no_gradient():
     """To nothing that it was made of.
 
-    A traced exit update, which has no reverse mode, is no obstacle.
+    A traced exit step, which has no reverse mode, is no obstacle.
     """
     policy, frames = CASES["sink, picture first"]
 
-    def total(params, text, sigmas, exit_update):
+    def total(params, text, sigmas, exit_step):
         shape = (frames, *PLACE)
-        made = rollout(NETWORK, params, text, sigmas, exit_update, "cm", KEYS, shape, policy)
+        made = rollout(NETWORK, params, text, sigmas, exit_step, "cm", KEYS, shape, policy)
         floats = (made.x, made.sigma, made.x0, made.cache.k, made.cache.v, made.cache.x0)
         return sum((z**2).sum() for z in floats)
 
@@ -259,22 +257,22 @@ def test_the_first_chunk_may_have_a_schedule_of_its_own():
     policy, shape = CASES["all"][0], (9, *PLACE)
 
     @jax.jit
-    def both(params, exit_update, first_exit):
+    def both(params, exit_step, first_exit):
         first = (levels(8), first_exit)
         made = rollout(
-            NETWORK, params, text(), levels(2), exit_update, "cm", KEYS, shape, policy, first=first
+            NETWORK, params, text(), levels(2), exit_step, "cm", KEYS, shape, policy, first=first
         )
         return made, replay(NETWORK, params, made, text(), policy).x0
 
     made, again = both(PARAMS, 1, 3)
     cache = empty(9)
-    for num_updates, exit_update in ((8, 3), (2, 1), (2, 1)):
+    for num_steps, exit_step in ((8, 3), (2, 1), (2, 1)):
         part = slice(int(cache.end), int(cache.end) + 3)
-        x, x0, _ = slow_chunk(cache, text(), grid(num_updates, 5.0), exit_update, 3, policy)
+        x, x0, _ = slow_chunk(cache, text(), grid(num_steps, 5.0), exit_step, 3, policy)
         np.testing.assert_allclose(made.x[:, part], x, atol=1e-5)
         np.testing.assert_allclose(again[:, part], x0, atol=1e-5)
         np.testing.assert_array_equal(
-            made.sigma[:, part], np.full((2, 3), grid(num_updates, 5.0)[exit_update])
+            made.sigma[:, part], np.full((2, 3), grid(num_steps, 5.0)[exit_step])
         )
         cache = slow_commit(cache, x0, text(), policy)
     np.testing.assert_allclose(again, made.x0, atol=1e-5)
@@ -302,10 +300,10 @@ def test_replay_says_what_the_rollout_said_with_position_channels():
 
 
 @partial(jax.jit, static_argnames=("size", "policy", "solver"))
-def streamed(params, cache, text, levels, exit_update, keys, size, policy, solver="cm"):
-    """The next chunk: its state before the exit update, what that said, and the cache with it."""
+def streamed(params, cache, text, levels, exit_step, keys, size, policy, solver="cm"):
+    """The next chunk: its state before the exit step, what that said, and the cache with it."""
     x, x0 = generate_chunk(
-        NETWORK, params, cache, text, levels, exit_update, solver, keys, size, policy
+        NETWORK, params, cache, text, levels, exit_step, solver, keys, size, policy
     )
     return x, x0, commit(NETWORK, params, cache, x0, text, policy)
 
@@ -335,14 +333,14 @@ def test_streaming_on_a_cache_that_forgets_gives_the_rollouts_chunks(case):
 
 
 @partial(jax.jit, static_argnames=("policy", "first", "more", "cut"))
-def in_two_parts(params, text, levels, exit_update, keys, policy, first, more, cut):
+def in_two_parts(params, text, levels, exit_step, keys, policy, first, more, cut):
     """Two rollouts, the second on the cache of the first, or on what of it is needed (`cut`); its
     replay too.
     """
-    one = rollout(NETWORK, params, text, levels, exit_update, "cm", keys, (first, *PLACE), policy)
+    one = rollout(NETWORK, params, text, levels, exit_step, "cm", keys, (first, *PLACE), policy)
     cache = forget(one.cache, policy) if cut else one.cache
     two = rollout(
-        NETWORK, params, text, levels, exit_update, "cm", keys, (more, *PLACE), policy, cache
+        NETWORK, params, text, levels, exit_step, "cm", keys, (more, *PLACE), policy, cache
     )
     return one.x0, two, replay(NETWORK, params, two, text, policy).x0
 
@@ -451,19 +449,19 @@ def test_recache_never_sees_an_empty_slot():
 
 
 def test_one_program_serves_all_exit_updates_and_schedules():
-    """Levels are padded, the exit update is traced.
+    """Levels are padded, the exit step is traced.
 
-    What stands behind the exit update is not looked at.
+    What stands behind the exit step is not looked at.
     """
     policy, frames = CASES["window"]
     said = {(1, 0): run("window", 0, 1)[1]}
     compiled, traced = student._cache_size(), len(traces)
-    for num_updates in (2, 4, 8):
-        for exit_update in (0, num_updates // 2, num_updates - 1):
-            said[num_updates, exit_update] = run("window", exit_update, num_updates)[1]
+    for num_steps in (2, 4, 8):
+        for exit_step in (0, num_steps // 2, num_steps - 1):
+            said[num_steps, exit_step] = run("window", exit_step, num_steps)[1]
     assert student._cache_size() == compiled and len(traces) == traced
-    for num_updates in (2, 4, 8):  # all start at noise level 1
-        np.testing.assert_array_equal(said[num_updates, 0], said[1, 0])
+    for num_steps in (2, 4, 8):  # all start at noise level 1
+        np.testing.assert_array_equal(said[num_steps, 0], said[1, 0])
     assert len({np.asarray(x0).tobytes() for x0 in said.values()}) == len(said) - 3
     behind = levels(4).at[3:].set(0.123)
     weights = clip(frames, seed=11)
@@ -491,12 +489,10 @@ def test_updates_on_a_cache_are_those_of_a_slow_loop(solver):
     """The second chunk, in 1, 2 and 8 updates; each reads the first as it was committed."""
     policy = CASES["window"][0]
     cache = slow_commit(empty(3), clip(3), text(), policy)
-    for num_updates in (1, 2, 8):
-        x, x0, _ = slow_chunk(
-            cache, text(), grid(num_updates, 5.0), num_updates - 1, 3, policy, solver
-        )
+    for num_steps in (1, 2, 8):
+        x, x0, _ = slow_chunk(cache, text(), grid(num_steps, 5.0), num_steps - 1, 3, policy, solver)
         got_x, got_x0, after = streamed(
-            PARAMS, cache, text(), levels(num_updates), num_updates - 1, KEYS, 3, policy, solver
+            PARAMS, cache, text(), levels(num_steps), num_steps - 1, KEYS, 3, policy, solver
         )
         np.testing.assert_allclose(got_x, x, atol=1e-5)
         np.testing.assert_allclose(got_x0, x0, atol=1e-5)

@@ -147,9 +147,9 @@ UPDATES, PROBABILITIES, CALLS = (2, 4, 8), (0.2, 0.3, 0.5), 2000
 
 
 @functools.cache
-def rollouts(seed=0, first_updates=0, self_consistency=True, alignment=0.5, calls=CALLS):
+def rollouts(seed=0, first_steps=0, self_consistency=True, alignment=0.5, calls=CALLS):
     levels = functools.partial(grid, shift_amount=5.0)
-    args = (UPDATES, PROBABILITIES, first_updates, 4, levels, self_consistency, alignment)
+    args = (UPDATES, PROBABILITIES, first_steps, 4, levels, self_consistency, alignment)
     return [draw_rollout(seed, call, *args) for call in range(calls)]
 
 
@@ -181,24 +181,24 @@ def test_rollouts_have_their_numbers_of_updates_as_often_as_told_and_exit_anywhe
     found = by_updates(rollouts())
     for k, share in zip(UPDATES, PROBABILITIES, strict=True):
         near_share(len(found[k]), CALLS, share)
-        exits = [int(draw.exit_update) for _, draw in found[k]]
-        for exit_update in range(k):
-            near_share(exits.count(exit_update), len(exits), 1 / k)
+        exits = [int(draw.exit_step) for _, draw in found[k]]
+        for exit_step in range(k):
+            near_share(exits.count(exit_step), len(exits), 1 / k)
 
 
 def test_levels_of_a_rollout_are_those_of_its_grid():
     for _, draw in rollouts():
         k = number(draw.levels)
         np.testing.assert_array_equal(draw.levels, np.pad(grid(k, 5.0), (0, 8 - k)))
-        assert draw.levels.dtype == np.float32 and draw.exit_update.dtype == np.int32
-        assert draw.levels[draw.exit_update] > 0
+        assert draw.levels.dtype == np.float32 and draw.exit_step.dtype == np.int32
+        assert draw.levels[draw.exit_step] > 0
 
 
 def test_triples_start_where_the_longest_rollout_exits_and_are_those_of_eq_9():
     levels, table, found = grid(8, 5.0), triples(8, 4), by_updates(rollouts())
     pairs = {start: [] for start in range(8)}
     for choice, draw in found[8]:
-        start = int(draw.exit_update)
+        start = int(draw.exit_step)
         assert choice.self_consistency == (start != 7), "only the smallest level has no triple"
         if choice.self_consistency:
             assert draw.levels[start] > draw.sigma_m > draw.sigma_e
@@ -219,7 +219,7 @@ def test_shorter_rollouts_have_no_triple_and_three_equal_levels():
     for k in (2, 4):
         for choice, draw in by_updates(rollouts())[k]:
             assert not choice.self_consistency
-            assert draw.sigma_m == draw.sigma_e == draw.levels[draw.exit_update]
+            assert draw.sigma_m == draw.sigma_e == draw.levels[draw.exit_step]
 
 
 def test_alignment_is_a_coin_at_shorter_rollouts_only():
@@ -245,13 +245,11 @@ def test_every_chunk_of_the_reference_runs_all_its_updates(first):
     """As a draw it has the reference's levels; a first chunk with a schedule of its own keeps
     it.
     """
-    for _, draw in rollouts(first_updates=first, calls=200 if not first else 600):
+    for _, draw in rollouts(first_steps=first, calls=200 if not first else 600):
         reference = as_reference(draw, first)
         np.testing.assert_array_equal(reference.levels, draw.reference_levels)
         assert (
-            reference.levels[reference.exit_update]
-            > 0
-            == reference.levels[reference.exit_update + 1]
+            reference.levels[reference.exit_step] > 0 == reference.levels[reference.exit_step + 1]
         )
         levels = reference.first_levels if first else reference.levels
         assert levels[reference.first_exit] > 0 == levels[reference.first_exit + 1]
@@ -285,23 +283,20 @@ def test_a_term_that_is_off_changes_no_draw():
 
 def test_the_first_chunk_may_have_updates_of_its_own_and_exits_anywhere_in_them():
     for first in (4, 12):
-        pairs, exits = rollouts(first_updates=first, calls=600), []
+        pairs, exits = rollouts(first_steps=first, calls=600), []
         for (_, draw), (_, other) in zip(pairs, rollouts(), strict=False):
             size = max(8, first) + 1
             np.testing.assert_array_equal(
                 draw.first_levels, np.pad(grid(first, 5.0), (0, size - first - 1))
             )
             assert len(draw.levels) == len(draw.reference_levels) == size
-            assert (
-                number(draw.levels) == number(other.levels)
-                and draw.exit_update == other.exit_update
-            )
+            assert number(draw.levels) == number(other.levels) and draw.exit_step == other.exit_step
             exits.append(int(draw.first_exit))
-        for exit_update in range(first):
-            near_share(exits.count(exit_update), len(exits), 1 / first)
+        for exit_step in range(first):
+            near_share(exits.count(exit_step), len(exits), 1 / first)
     for _, draw in rollouts(calls=100):  # as the others
         np.testing.assert_array_equal(draw.first_levels, draw.levels)
-        assert draw.first_exit == draw.exit_update
+        assert draw.first_exit == draw.exit_step
 
 
 def test_all_draws_have_one_form_so_that_one_program_serves_them():

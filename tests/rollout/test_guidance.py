@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from salt_jax.config.schema import read_recipe
+from salt_jax.config.reading import read_recipe
 from salt_jax.flow.schedule import grid
 from salt_jax.flow.transition import euler
 from salt_jax.models.denoiser import POSITION_CHANNELS, guided_network, wan_network

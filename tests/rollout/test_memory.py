@@ -1,4 +1,4 @@
-"""What replaying all exit updates at once saves, by XLA's own account of the compiled programs.
+"""What replaying all exit steps at once saves, by XLA's own account of the compiled programs.
 
 `pytest tests/rollout/test_memory.py -m slow -s` prints the numbers of docs/results.md.
 """
@@ -21,12 +21,12 @@ SHAPE, CLIPS = (21, 16, 16, 16), 2
 LEVELS = jnp.asarray(grid(4, 5.0))
 
 
-def at_once(params, text, keys, exit_update):
-    trajectory = rollout(NETWORK, params, text, LEVELS, exit_update, "cm", keys, SHAPE, POLICY)
+def at_once(params, text, keys, exit_step):
+    trajectory = rollout(NETWORK, params, text, LEVELS, exit_step, "cm", keys, SHAPE, POLICY)
     return (replay(NETWORK, params, trajectory, text, POLICY).x0 ** 2).mean()
 
 
-def one_after_the_other(params, text, keys, exit_update):
+def one_after_the_other(params, text, keys, exit_step):
     """The same loss with the gradient taken where each chunk is made: its cache has to wait for the
     backward pass.
     """
@@ -34,10 +34,10 @@ def one_after_the_other(params, text, keys, exit_update):
     cache, total = NETWORK.empty_cache(jnp.zeros((CLIPS, 0, *SHAPE[1:])), SHAPE[0]), 0.0
     for size in POLICY.sizes(SHAPE[0]):
         x, x0 = generate_chunk(
-            NETWORK, stopped, cache, text, LEVELS, exit_update, "cm", keys, size, POLICY
+            NETWORK, stopped, cache, text, LEVELS, exit_step, "cm", keys, size, POLICY
         )
         sight = look_back(cache, POLICY, size)
-        sigma = jnp.full(CLIPS, LEVELS[exit_update])
+        sigma = jnp.full(CLIPS, LEVELS[exit_step])
         total += (
             NETWORK.denoise(params, jax.lax.stop_gradient(x), sigma, text, sight).x0 ** 2
         ).mean()
@@ -49,8 +49,8 @@ def temporary_bytes(loss):
     shapes = jax.eval_shape(lambda: init_wan(jax.random.key(0), CONFIG))
     text = jax.ShapeDtypeStruct((CLIPS, 16, 32), jnp.float32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), CLIPS))
-    exit_update = jax.ShapeDtypeStruct((), jnp.int32)
-    compiled = jax.jit(jax.grad(loss)).lower(shapes, text, keys, exit_update).compile()
+    exit_step = jax.ShapeDtypeStruct((), jnp.int32)
+    compiled = jax.jit(jax.grad(loss)).lower(shapes, text, keys, exit_step).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 

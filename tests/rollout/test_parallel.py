@@ -72,9 +72,9 @@ def watched(denoiser, seen):
 
 
 @each_solver
-@pytest.mark.parametrize("num_updates", [1, 2, 8])
-def test_samples_are_those_of_a_slow_loop(solver, num_updates):
-    params, sigmas, text = (0.7, 0.4), grid(num_updates, 5.0), texts(2)
+@pytest.mark.parametrize("num_steps", [1, 2, 8])
+def test_samples_are_those_of_a_slow_loop(solver, num_steps):
+    params, sigmas, text = (0.7, 0.4), grid(num_steps, 5.0), texts(2)
     got = sample(gaussian, params, text, jnp.asarray(sigmas), solver, keys(2), SHAPE)
     noise = {s: np.asarray(clip_noise(keys(2), s), float) for s in sigmas}
     for b in range(2):
@@ -91,10 +91,10 @@ def test_samples_are_those_of_a_slow_loop(solver, num_updates):
 
 
 @each_solver
-@pytest.mark.parametrize("num_updates", [1, 4])
-def test_one_network_evaluation_per_update(solver, num_updates):
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_one_network_evaluation_per_update(solver, num_steps):
     """Counted while it runs, not while it is traced; every clip is at the level of the schedule."""
-    seen, sigmas = [], grid(num_updates, 5.0)
+    seen, sigmas = [], grid(num_steps, 5.0)
     sample(
         watched(gaussian, seen),
         (0.0, 1.0),
@@ -110,12 +110,12 @@ def test_one_network_evaluation_per_update(solver, num_updates):
     )
 
 
-@pytest.mark.parametrize("num_updates", [1, 3, 4])
-def test_euler_is_exact_on_a_straight_path(num_updates):
+@pytest.mark.parametrize("num_steps", [1, 3, 4])
+def test_euler_is_exact_on_a_straight_path(num_steps):
     velocity = jnp.asarray(np.random.default_rng(1).normal(size=(2, *SHAPE)), jnp.float32)
     denoiser = lambda params, x, sigma, text: from_velocity(x, params, sigma)
     got = sample(
-        denoiser, velocity, texts(2), jnp.asarray(grid(num_updates, 5.0)), "euler", keys(2), SHAPE
+        denoiser, velocity, texts(2), jnp.asarray(grid(num_steps, 5.0)), "euler", keys(2), SHAPE
     )
     np.testing.assert_allclose(got, clip_noise(keys(2), 1.0) - velocity, atol=2e-6)
 
@@ -218,13 +218,13 @@ def test_a_clip_does_not_depend_on_its_batch(solver):
 
 
 @each_solver
-@pytest.mark.parametrize("num_updates", [1, 4])
-def test_a_world_of_one_clip_per_caption_is_sampled_exactly(solver, num_updates):
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_a_world_of_one_clip_per_caption_is_sampled_exactly(solver, num_steps):
     """Even in one update: the denoiser knows the answer at sigma = 1."""
     captions = np.asarray(texts(3))
     clips = np.random.default_rng(2).uniform(-1, 1, (3, 1, *SHAPE)).astype(np.float32)
     params, order = closed_form_params(clips, captions), [2, 0, 1, 1]
-    sigmas, text = jnp.asarray(grid(num_updates, 5.0)), jnp.asarray(captions[order])
+    sigmas, text = jnp.asarray(grid(num_steps, 5.0)), jnp.asarray(captions[order])
     got = sample(closed_form_denoiser, params, text, sigmas, solver, keys(4), SHAPE)
     np.testing.assert_allclose(got, clips[order, 0], atol=1e-6)
 
@@ -292,10 +292,10 @@ def sample_multistep(denoiser, params, text, noise, table):
 
 
 @each_teacher_solver
-@pytest.mark.parametrize("num_updates", [1, 5])
-def test_teachers_are_told_truncated_levels_once_per_update(solver, num_updates):
+@pytest.mark.parametrize("num_steps", [1, 5])
+def test_teachers_are_told_truncated_levels_once_per_update(solver, num_steps):
     """And reach a known clip exactly: x0 comes from the true level."""
-    seen, table = [], steps(solver, num_updates, 5.0)
+    seen, table = [], steps(solver, num_steps, 5.0)
     velocity = jnp.asarray(np.random.default_rng(1).normal(size=(2, *SHAPE)), jnp.float32)
     straight = watched(lambda params, x, sigma, text: from_velocity(x, params, sigma), seen)
     noise = clip_noise(keys(2), 1.0)
@@ -312,13 +312,13 @@ def test_teachers_are_told_truncated_levels_once_per_update(solver, num_updates)
     np.testing.assert_allclose(got, noise - levels[0] * velocity, atol=2e-6)
 
 
-@pytest.mark.parametrize("num_updates", [1, 4])
-def test_a_teachers_euler_is_the_students(num_updates):
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_a_teachers_euler_is_the_students(num_steps):
     teacher = sample_multistep(
-        told_otherwise, 0.7, texts(2), clip_noise(keys(2), 1.0), steps("euler", num_updates, 5.0)
+        told_otherwise, 0.7, texts(2), clip_noise(keys(2), 1.0), steps("euler", num_steps, 5.0)
     )
     student = sample(
-        told_otherwise, 0.7, texts(2), jnp.asarray(grid(num_updates, 5.0)), "euler", keys(2), SHAPE
+        told_otherwise, 0.7, texts(2), jnp.asarray(grid(num_steps, 5.0)), "euler", keys(2), SHAPE
     )
     np.testing.assert_allclose(teacher, student, atol=1e-6)
 
@@ -338,13 +338,13 @@ def test_one_program_serves_all_solvers_and_shifts_of_a_number_of_updates():
 
 @pytest.mark.parity
 @pytest.mark.parametrize("solver", ["unipc", "dpmpp"])
-@pytest.mark.parametrize("num_updates,shift", [(50, 5.0), (8, 12.0)])
-def test_teachers_visit_the_states_of_diffusers(solver, num_updates, shift):
+@pytest.mark.parametrize("num_steps,shift", [(50, 5.0), (8, 12.0)])
+def test_teachers_visit_the_states_of_diffusers(solver, num_steps, shift):
     """All inputs of the network, the sampler in float32 as diffusers is, on diffusers' own rounding
     of the levels.
     """
     diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
-    sigmas, timesteps = (unipc_grid if solver == "unipc" else dpmpp_grid)(num_updates, shift)
+    sigmas, timesteps = (unipc_grid if solver == "unipc" else dpmpp_grid)(num_steps, shift)
     flow = dict(prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2)
     kind = (
         diffusers.UniPCMultistepScheduler
@@ -352,14 +352,14 @@ def test_teachers_visit_the_states_of_diffusers(solver, num_updates, shift):
         else diffusers.DPMSolverMultistepScheduler
     )
     scheduler = kind(**flow)
-    scheduler.set_timesteps(num_updates)
+    scheduler.set_timesteps(num_steps)
     scheduler.sigmas = torch.tensor(sigmas, dtype=torch.float32)
     scheduler.timesteps = torch.tensor(timesteps)
     scheduler.set_begin_index(0)
 
     seen, noise = [], clip_noise(quick_keys(2), 1.0)
     got = sample_multistep(
-        watched(told_otherwise, seen), 0.7, texts(2), noise, steps(solver, num_updates, shift)
+        watched(told_otherwise, seen), 0.7, texts(2), noise, steps(solver, num_steps, shift)
     )
     jax.effects_barrier()
     x = torch.tensor(np.array(noise))

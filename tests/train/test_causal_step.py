@@ -15,7 +15,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import base
-from salt_jax.config.schema import Lora, read_recipe
+from salt_jax.config.reading import read_recipe
+from salt_jax.config.sections import Lora
 from salt_jax.flow.prediction import from_velocity
 from salt_jax.flow.schedule import grid
 from salt_jax.losses.cache_alignment import cache_alignment_loss
@@ -47,14 +48,14 @@ RECIPE = replace(
     batch_size=BATCH,
     data=replace(RECIPE.data, kind="latents", clip=CLIP[:3]),
     memory=CachePolicy(2, 2, 0, 0, "absolute"),
-    schedule=replace(RECIPE.schedule, train_updates=4, anchor_updates=2, shift=2.0),
-    rollout=replace(RECIPE.rollout, updates=(2, 4), probabilities=(0.5, 0.5)),
+    schedule=replace(RECIPE.schedule, train_levels=4, anchor_levels=2, shift=2.0),
+    rollout=replace(RECIPE.rollout, num_steps=(2, 4), probabilities=(0.5, 0.5)),
     align=replace(RECIPE.align, weight=20.0, margin=0.01, layers=1),
     loss=replace(RECIPE.loss, self_consistency=20.0),  # the terms weigh about the same
     student_optimizer=OPTIMIZER,
     critic_optimizer=OPTIMIZER,
     ema=replace(RECIPE.ema, decay=0.9, start=0),
-    critic_updates=2,
+    critic_ratio=2,
 )
 ROLLING = CachePolicy(
     2, 2, 6, 2, "relative"
@@ -99,13 +100,13 @@ def batch_of(seed):
 
 
 @functools.cache
-def drawn(updates, exit_update, recipe=RECIPE):
+def drawn(updates, exit_step, recipe=RECIPE):
     """What is drawn in the first call that has so many updates and exits there."""
     r, s = recipe.rollout, recipe.schedule
-    args = (r.updates, r.probabilities, r.first_updates, s.anchor_updates, recipe.levels, True, 0.5)
+    args = (r.num_steps, r.probabilities, r.first_steps, s.anchor_levels, recipe.levels, True, 0.5)
     draws = (draw_rollout(0, call, *args)[1] for call in range(1000))
     return next(
-        d for d in draws if np.argmax(d.levels == 0) == updates and d.exit_update == exit_update
+        d for d in draws if np.argmax(d.levels == 0) == updates and d.exit_step == exit_step
     )
 
 
@@ -140,7 +141,7 @@ def student_stepped(choice):
 
 
 def exits(choice):
-    """(K, exit update): self-consistency is trained at the longest rollout, alignment at the
+    """(K, exit step): self-consistency is trained at the longest rollout, alignment at the
     others.
     """
     return (4, 1) if choice.self_consistency else (2, 1)
@@ -250,12 +251,14 @@ def view_of(x0, key):
     return (1 - level) * x0 + level * noise, sigma, noise
 
 
-def judged(p, video, sight, start, before, text, k_view, critic):
+def judged(p, video, sight, start, before, text, k_renoise, critic):
     """DMD and self-consistency of a video whose update began at `start` = (x, sigma, sigma_m,
     sigma_e), [B, F].
     """
     x, s, m, e = start
-    view, sigma, _ = view_of(jnp.concatenate([before, jax.lax.stop_gradient(video.x0)], 1), k_view)
+    view, sigma, _ = view_of(
+        jnp.concatenate([before, jax.lax.stop_gradient(video.x0)], 1), k_renoise
+    )
     x0_teacher, x0_critic = (
         judge(q, view, sigma, text).x0[:, before.shape[1] :] for q in (TEACHER, critic)
     )
@@ -265,7 +268,7 @@ def judged(p, video, sight, start, before, text, k_view, critic):
     return dmd_loss(video.x0, x0_critic, x0_teacher).mean(), consistency.mean()
 
 
-def made_by(params, batch, key, levels, exit_update, cache, recipe, first=None):
+def made_by(params, batch, key, levels, exit_step, cache, recipe, first=None):
     """The student's rollout in an update with this key, and the frames before it that the teacher
     sees.
     """
@@ -275,7 +278,7 @@ def made_by(params, batch, key, levels, exit_update, cache, recipe, first=None):
         params,
         batch["text"],
         levels,
-        exit_update,
+        exit_step,
         "cm",
         keys,
         shape,
@@ -290,21 +293,21 @@ def made_by(params, batch, key, levels, exit_update, cache, recipe, first=None):
 @functools.partial(jax.jit, static_argnames="recipe")
 def student_by_hand(params, batch, draw, cache, weights, recipe):
     """Value, terms and gradient of the loss of a student's update."""
-    _, k_view = jax.random.split(KEY)
-    own = recipe.rollout.first_updates  # of the first chunk, whose reference runs all of them
+    _, k_renoise = jax.random.split(KEY)
+    own = recipe.rollout.first_steps  # of the first chunk, whose reference runs all of them
     first, last = ((draw.first_levels, at) if own else None for at in (draw.first_exit, own - 1))
-    made, before = made_by(params, batch, KEY, draw.levels, draw.exit_update, cache, recipe, first)
+    made, before = made_by(params, batch, KEY, draw.levels, draw.exit_step, cache, recipe, first)
     better, _ = made_by(
         params, batch, KEY, draw.reference_levels, draw.reference_exit, cache, recipe, last
     )
     level = lambda value: jnp.full(made.x.shape[:2], value)
-    levels = level(draw.levels[draw.exit_update])
+    levels = level(draw.levels[draw.exit_step])
     levels = levels.at[:, :2].set(draw.first_levels[draw.first_exit]) if own else levels
     start = (made.x, levels, level(draw.sigma_m), level(draw.sigma_e))
     looks = BASE if recipe.align.network == "base" else params
 
     def look(x0):
-        view, sigma, _ = view_of(jnp.concatenate([before, x0], 1), k_view)
+        view, sigma, _ = view_of(jnp.concatenate([before, x0], 1), k_renoise)
         return NETWORK.features(looks, view, sigma, batch["text"], recipe.align.layers)[
             :, before.shape[1] :
         ]
@@ -312,7 +315,7 @@ def student_by_hand(params, batch, draw, cache, weights, recipe):
     def loss(p):
         video = replay(NETWORK, p, made, batch["text"], recipe.memory)
         terms = judged(
-            p, video, sight_of(made, recipe.memory), start, before, batch["text"], k_view, CRITIC
+            p, video, sight_of(made, recipe.memory), start, before, batch["text"], k_renoise, CRITIC
         )
         alignment, _ = cache_alignment_loss(look(video.x0), look(better.x0), recipe.align.margin)
         terms = dict(
@@ -374,9 +377,9 @@ def test_a_first_chunk_with_updates_of_its_own_exits_at_a_level_of_its_own():
     """Causal Forcing's: four at the first chunk, fewer after it; its reference takes all of
     them.
     """
-    recipe = replace(RECIPE, rollout=replace(RECIPE.rollout, first_updates=3))
+    recipe = replace(RECIPE, rollout=replace(RECIPE.rollout, first_steps=3))
     draw, weights = drawn(2, 1, recipe), weights_of(ALIGNED)
-    assert draw.first_levels[draw.first_exit] != draw.levels[draw.exit_update]
+    assert draw.first_levels[draw.first_exit] != draw.levels[draw.exit_step]
     stepped = run(compiled(student_step, ALIGNED, recipe), causal_state(), batch_of(0), draw)
     by_hand = student_by_hand(STUDENT, batch_of(0), draw, None, weights, recipe)
     assert_by_hand(*stepped, by_hand, weights)
@@ -414,7 +417,7 @@ def test_a_consistency_of_weight_zero_has_no_effect():
 @functools.partial(jax.jit, static_argnames="recipe")
 def critic_by_hand(params, batch, draw, cache, recipe):
     """Value and gradient of flow matching on what the student's rollout ends in."""
-    made, before = made_by(STUDENT, batch, KEY, draw.levels, draw.exit_update, cache, recipe)
+    made, before = made_by(STUDENT, batch, KEY, draw.levels, draw.exit_step, cache, recipe)
     view, sigma, noise = view_of(jnp.concatenate([before, made.x0], 1), jax.random.split(KEY)[1])
     new = slice(before.shape[1], None)
 
@@ -443,7 +446,7 @@ def test_every_choice_is_one_program_that_serves_all_numbers_of_updates_and_all_
         def step(*args):
             draw = jax.device_get(args[-1])
             seen.setdefault((who, choice), set()).add(
-                (int(np.argmax(draw.levels == 0)), int(draw.exit_update))
+                (int(np.argmax(draw.levels == 0)), int(draw.exit_step))
             )
             return programs[who, choice](*args)
 
@@ -496,7 +499,7 @@ def streamed(*places):
 @jax.jit
 def next_frames(batch, key, draw, cache):
     """The four frames that an update of a sequence makes."""
-    return made_by(STUDENT, batch, key, draw.levels, draw.exit_update, cache, STREAM)[0].x0
+    return made_by(STUDENT, batch, key, draw.levels, draw.exit_step, cache, STREAM)[0].x0
 
 
 @pytest.mark.slow
@@ -637,7 +640,7 @@ CHUNKS = replace(RECIPE, video="noised_chunks")
 @jax.jit
 def chunks_by_hand(params, batch):
     """((DMD, self-consistency), gradient), and (value, gradient) of the critic."""
-    k_video, k_view = jax.random.split(KEY)
+    k_video, k_renoise = jax.random.split(KEY)
     k_plan, k_noise = jax.random.split(k_video)
     plan, sight = (
         draw_chunk_plan(k_plan, BATCH, (2, 2, 2), grid(4, 2.0), 2),
@@ -648,12 +651,12 @@ def chunks_by_hand(params, batch):
 
     def loss(p):
         video = NETWORK.denoise(p, x, plan.sigma_s, batch["text"], sight)
-        terms = judged(p, video, sight, (x, *plan[:3]), x[:, :0], batch["text"], k_view, CRITIC)
+        terms = judged(p, video, sight, (x, *plan[:3]), x[:, :0], batch["text"], k_renoise, CRITIC)
         return terms[0] + 20 * terms[1], dict(zip(("dmd", "self_consistency"), terms, strict=True))
 
     def critic_loss(p):
         x0 = NETWORK.denoise(params, x, plan.sigma_s, batch["text"], sight).x0
-        view, sigma, noise = view_of(x0, k_view)
+        view, sigma, noise = view_of(x0, k_renoise)
         return ((judge(p, view, sigma, batch["text"]).velocity - (noise - x0)) ** 2).mean()
 
     return jax.value_and_grad(loss, has_aux=True)(params), jax.value_and_grad(critic_loss)(CRITIC)

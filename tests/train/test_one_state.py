@@ -11,7 +11,7 @@ import pytest
 
 from configs import base
 from salt_jax.checkpoint import open_checkpoints, save
-from salt_jax.config.schema import read_recipe, to_json
+from salt_jax.config.reading import read_recipe, to_json
 from salt_jax.sharding import make_mesh
 from salt_jax.train import loop
 from salt_jax.train.setup import setup

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from configs import base
-from salt_jax.config.schema import Optimizer
+from salt_jax.config.sections import Optimizer
 from salt_jax.train.optimizer import make_optimizer
 
 HOW = dict(learning_rate=3e-2, eps=1e-8, weight_decay=0.1, clip=0.7)

@@ -20,7 +20,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from configs import base
 from salt_jax.checkpoint import open_checkpoints, save
-from salt_jax.config.schema import read_recipe, to_json
+from salt_jax.config.reading import read_recipe, to_json
 from salt_jax.errors import UserError
 from salt_jax.state import init_learner, init_state
 from salt_jax.train.loop import resume
@@ -31,12 +31,12 @@ SMALL = {"weights": "", "batch_size": 4, "log_every": 1, "ema.start": 2}
 SMALL |= {"data.num_train": 24, "data.num_test": 1}  # an epoch is two or three iterations
 CAUSAL = {
     "world.frames": 6,
-    "sample.num_updates": (2,),
-    "schedule.train_updates": 4,
-    "schedule.anchor_updates": 2,
+    "sample.num_steps": (2,),
+    "schedule.train_levels": 4,
+    "schedule.anchor_levels": 2,
 }
-ROLLOUT = {"video": "rollout", "teacher.kind": "closed_form", "critic_updates": 1}
-ROLLOUT |= {"rollout.updates": (2, 4), "rollout.probabilities": (0.5, 0.5)}
+ROLLOUT = {"video": "rollout", "teacher.kind": "closed_form", "critic_ratio": 1}
+ROLLOUT |= {"rollout.num_steps": (2, 4), "rollout.probabilities": (0.5, 0.5)}
 STREAM = {"memory.window": 9, "memory.sink": 3, "stream.max_frames": 21, "stream.switch": 1.0}
 
 
@@ -53,7 +53,7 @@ class Case(NamedTuple):
 
 CASES = {
     "noised": Case(
-        {"teacher.kind": "closed_form", "critic_updates": 2},
+        {"teacher.kind": "closed_form", "critic_ratio": 2},
         12,
         4,
         {"dmd", "self_consistency", "critic"},
@@ -70,10 +70,10 @@ CASES = {
     "stream": Case(CAUSAL | ROLLOUT | STREAM | {"seed": 2}, 6, 2, {"dmd", "critic"}),
     "teacher_forcing": Case(CAUSAL | {"stage": "teacher_forcing"}, 12, 4, {"teacher_forcing"}),
     "consistency": Case(
-        CAUSAL | {"stage": "consistency", "ode.updates": 8}, 12, 4, {"consistency"}
+        CAUSAL | {"stage": "consistency", "ode.num_steps": 8}, 12, 4, {"consistency"}
     ),
     "ode_regression": Case(
-        CAUSAL | {"stage": "ode_regression", "ode.updates": 8, "ode.trajectories": 160},
+        CAUSAL | {"stage": "ode_regression", "ode.num_steps": 8, "ode.trajectories": 160},
         12,
         4,
         {"ode_regression"},
@@ -84,7 +84,9 @@ CASES = {
 def start(case, workdir, data):
     """`python -m launch.train` of a fresh network in another process."""
     options = (
-        SMALL | case.options | {"updates": case.updates, "save_every": case.half, "data.dir": data}
+        SMALL
+        | case.options
+        | {"iterations": case.updates, "save_every": case.half, "data.dir": data}
     )
     command = [sys.executable, "-m", "launch.train", f"--config={ROOT}/configs/base.py"]
     command += [
@@ -217,8 +219,8 @@ def test_a_run_whose_learning_rate_decays_keeps_its_length(tmp_path):
         save(manager, state, {"config": to_json(recipe), "mesh": {}})
         manager.wait_until_finished()
         resume(manager, state, replace(recipe, log_every=3))
-        with pytest.raises(UserError, match=r"config\.updates = 60, not 200"):
-            resume(manager, state, replace(recipe, updates=200))
+        with pytest.raises(UserError, match=r"config\.iterations = 60, not 200"):
+            resume(manager, state, replace(recipe, iterations=200))
 
 
 def test_a_workdir_goes_on_with_the_same_config_only_but_may_be_longer_or_elsewhere(tmp_path):
@@ -229,7 +231,9 @@ def test_a_workdir_goes_on_with_the_same_config_only_but_may_be_longer_or_elsewh
         save(manager, state, {"config": to_json(recipe), "mesh": {}})
         manager.wait_until_finished()
         fresh = replace(state, step=jnp.int32(0))
-        same = replace(recipe, updates=200, log_every=3, data=replace(recipe.data, dir="elsewhere"))
+        same = replace(
+            recipe, iterations=200, log_every=3, data=replace(recipe.data, dir="elsewhere")
+        )
         assert int(resume(manager, fresh, same).step) == 7
         for changed in (
             replace(recipe, batch_size=16),

@@ -12,8 +12,9 @@ import pytest
 
 from configs import base
 from salt_jax.checkpoint import checkpoint_digest, open_checkpoints, save
-from salt_jax.config.schema import read_recipe, to_json
+from salt_jax.config.reading import read_recipe, to_json
 from salt_jax.errors import UserError
+from salt_jax.io.shipped import located
 from salt_jax.io.tensor_files import save_weights
 from salt_jax.models.presets import PRESETS
 from salt_jax.state import init_learner, init_state
@@ -30,7 +31,7 @@ from salt_jax.train.roles import (
     write_roles,
 )
 
-TEACHER, CAUSAL = "assets/shapes_teacher.safetensors", "assets/shapes_causal.safetensors"
+TEACHER, CAUSAL = "shapes_teacher", "shapes_causal"
 LORA = {"video": "rollout", "lora.rank": 4, "lora.alpha": 4.0}
 WAN = {"data.kind": "latents", "data.clip": (3, 4, 6), "text_encoder": "wan-tiny", "weights": ""}
 WAN |= {"model.preset": "wan2.1-t2v-tiny"}
@@ -61,7 +62,7 @@ def workdir(path, step=3, **changes):
 
 
 def sha(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return hashlib.sha256(located(path).read_bytes()).hexdigest()
 
 
 def by_name(found):
@@ -215,12 +216,12 @@ def test_records_tell_the_step_and_how_a_file_was_taken_in(tmp_path):
     )
     listed = {
         "schedule.levels": (1000, 757, 522),
-        "schedule.train_updates": 3,
-        "schedule.anchor_updates": 3,
+        "schedule.train_levels": 3,
+        "schedule.anchor_levels": 3,
     }
     where = exported(
         tmp_path / "c.safetensors",
-        **STUDENT | listed | {"video": "noised_chunks", "sample.num_updates": (3,)},
+        **STUDENT | listed | {"video": "noised_chunks", "sample.num_steps": (3,)},
     )
     assert read_record(where).made == "distil on moving_shapes, levels 1000 757 522"
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +14,10 @@ from flax.traverse_util import flatten_dict
 
 from configs import base
 from salt_jax.checkpoint import open_checkpoints, save
-from salt_jax.config.schema import read_recipe, to_json
+from salt_jax.config.reading import read_recipe, to_json
 from salt_jax.data.latents import write_records
 from salt_jax.errors import UserError
+from salt_jax.io.shipped import located
 from salt_jax.io.tensor_files import save_weights
 from salt_jax.models.presets import PRESETS
 from salt_jax.models.text_encoder import init_text_encoder
@@ -73,7 +73,7 @@ def refused(told, **changes):
 
 def test_a_student_starts_at_the_weights_or_at_the_average_of_the_stage_before(tmp_path):
     same(student_start(recipe(), BASE, MESH), BASE)
-    made = workdir(tmp_path / "run", recipe(**CAUSAL, **{"schedule.shift": 5.0, "updates": 7}))
+    made = workdir(tmp_path / "run", recipe(**CAUSAL, **{"schedule.shift": 5.0, "iterations": 7}))
     for stage in ("ode_regression", "consistency", "distil"):
         same(student_start(recipe(stage=stage, init_from=made), BASE, MESH), EMA)
     file = exported(tmp_path / "file.safetensors", recipe(**CAUSAL))
@@ -84,7 +84,7 @@ def test_a_student_starts_at_the_weights_or_at_the_average_of_the_stage_before(t
     ("told", "before", "now"),
     [
         ("model.preset=tiny, this run has small", {}, {"model.preset": "small"}),
-        (r"weights=a\.safetensors, this run has assets", {"weights": "a.safetensors"}, {}),
+        (r"weights=a\.safetensors, this run has shapes_teacher", {"weights": "a.safetensors"}, {}),
         (r"world\.frames=6, this run has 9", {"world.frames": 6}, {}),
         (r"memory\.chunk=1, this run has 3", {"memory.chunk": 1, "memory.first": 1}, {}),
         (
@@ -171,12 +171,12 @@ def test_a_workdir_of_a_lora_is_merged_into_what_it_adapts(tmp_path):
 
 
 def test_weights_that_were_moved_are_the_same_weights(tmp_path):
-    file = Path(base.get_config().weights).absolute()
+    file = located(base.get_config().weights)
     made = workdir(tmp_path / "run", recipe(**CAUSAL, weights=str(file)))
     same(student_start(recipe(video="rollout", init_from=made), BASE, MESH), EMA)
 
 
-# What each stage starts from, with the weights in assets/.
+# What each stage starts from, with the shipped weights.
 
 
 class Started(NamedTuple):

@@ -1,4 +1,4 @@
-"""The weights in assets/ are as good as their README says."""
+"""The shipped weights are as good as their README says."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 
 from configs import base
 from launch.common import all_devices
-from salt_jax.config.schema import read_recipe
+from salt_jax.config.reading import read_recipe
 from salt_jax.evaluate import shapes_suite
 from salt_jax.models.denoiser import guided
 from salt_jax.moving_shapes import shapes
@@ -16,7 +16,7 @@ from salt_jax.train.setup import embed, initial_weights, make_network
 @pytest.mark.slow
 @pytest.mark.optimized
 def test_nine_clips_of_ten_are_what_their_caption_says():
-    """48 clips, one per caption, by 32 guided Euler updates."""
+    """48 clips, one per caption, by 32 guided Euler steps."""
     recipe = read_recipe(base.get_config())
     weights, scenes = initial_weights(recipe, all_devices()), shapes.scenes(recipe.world)
     text, count = (

@@ -150,9 +150,9 @@ def test_a_dropped_caption_is_the_empty_caption():
 FROZEN = {"teacher": wan(7), "null_text": jax.random.normal(jax.random.key(9), NULL.shape)}
 NETS = Networks(NETWORK, NETWORK.denoise, NETWORK.denoise)
 CAUSAL = replace(
-    causal.RECIPE, caption_dropout=0.5, ode=replace(causal.RECIPE.ode, updates=8, guidance=2.0)
+    causal.RECIPE, caption_dropout=0.5, ode=replace(causal.RECIPE.ode, num_steps=8, guidance=2.0)
 )
-CAUSAL = replace(CAUSAL, view=replace(CAUSAL.view, lowest=0.001, highest=1.0))
+CAUSAL = replace(CAUSAL, renoise=replace(CAUSAL.renoise, lowest=0.001, highest=1.0))
 STAGES = ("teacher_forcing", "ode_regression", "consistency")
 
 
@@ -264,7 +264,7 @@ def test_a_stage_follows_the_gradient_of_its_loss_and_moves_every_parameter_and_
 def test_teacher_forcing_says_nothing_about_pure_noise():
     """Where all levels are 1 the weight is 0."""
     recipe = replace(
-        CAUSAL, stage="teacher_forcing", view=replace(CAUSAL.view, lowest=1.0, highest=1.0)
+        CAUSAL, stage="teacher_forcing", renoise=replace(CAUSAL.renoise, lowest=1.0, highest=1.0)
     )
     args = (EMA, FROZEN, stage_batch(), KEY, NETS, recipe)
     loss = jax.jit(lambda p: loss_of(stages.teacher_forcing_loss, p, *args))
@@ -276,9 +276,9 @@ def test_teacher_forcing_says_nothing_about_pure_noise():
 
 
 def consistency(params, ema, guidance):
-    ode = replace(CAUSAL.ode, updates=1, guidance=guidance)
+    ode = replace(CAUSAL.ode, num_steps=1, guidance=guidance)
     recipe = replace(
-        CAUSAL, stage="consistency", ode=ode, schedule=replace(CAUSAL.schedule, train_updates=1)
+        CAUSAL, stage="consistency", ode=ode, schedule=replace(CAUSAL.schedule, train_levels=1)
     )
     return loss_of(stages.consistency_loss, params, ema, FROZEN, stage_batch(), KEY, NETS, recipe)
 
@@ -312,8 +312,8 @@ def test_a_constant_velocity_makes_straight_lines_kept_at_the_students_levels(up
     """
     recipe = replace(
         CAUSAL,
-        ode=replace(CAUSAL.ode, updates=updates, guidance=3.0),
-        schedule=replace(CAUSAL.schedule, train_updates=kept, shift=5.0),
+        ode=replace(CAUSAL.ode, num_steps=updates, guidance=3.0),
+        schedule=replace(CAUSAL.schedule, train_levels=kept, shift=5.0),
     )
     batch, network = causal.batch_of(0), Network(straight, nothing_read, None, None, None)
     null = FROZEN["null_text"]
@@ -328,8 +328,8 @@ def test_a_constant_velocity_makes_straight_lines_kept_at_the_students_levels(up
 
 def test_trajectories_pass_the_levels_that_are_listed():
     """On top of the ten updates of the grid, which they need not be among."""
-    schedule = replace(CAUSAL.schedule, train_updates=3, shift=8.0, levels=(1000.0, 757.0, 522.0))
-    recipe = replace(CAUSAL, ode=replace(CAUSAL.ode, updates=10, guidance=1.0), schedule=schedule)
+    schedule = replace(CAUSAL.schedule, train_levels=3, shift=8.0, levels=(1000.0, 757.0, 522.0))
+    recipe = replace(CAUSAL, ode=replace(CAUSAL.ode, num_steps=10, guidance=1.0), schedule=schedule)
     grid_levels = [8 * u / (1 + 7 * u) for u in np.arange(10, -1, -1) / 10]
     np.testing.assert_allclose(
         stages.ode_levels(recipe), sorted([*grid_levels, 0.757, 0.522])[::-1], rtol=1e-6
@@ -346,7 +346,7 @@ def test_trajectories_pass_the_levels_that_are_listed():
 def test_a_trajectory_is_that_of_a_loop_over_eulers_updates():
     """Of the causal teacher with guidance, on the clean chunks of the batch."""
     batch = causal.batch_of(1)
-    recipe = replace(CAUSAL, schedule=replace(CAUSAL.schedule, train_updates=4, shift=2.0))
+    recipe = replace(CAUSAL, schedule=replace(CAUSAL.schedule, train_levels=4, shift=2.0))
     run = jax.jit(
         lambda key: stages.trajectory(
             NETWORK, FROZEN["teacher"], batch, FROZEN["null_text"], key, recipe

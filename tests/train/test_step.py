@@ -15,7 +15,7 @@ import pytest
 
 from configs import base
 from salt_jax import sharding
-from salt_jax.config.schema import read_recipe
+from salt_jax.config.reading import read_recipe
 from salt_jax.errors import UserError
 from salt_jax.flow.prediction import from_velocity
 from salt_jax.flow.schedule import grid
@@ -41,7 +41,7 @@ RECIPE = replace(
     ema=replace(RECIPE.ema, decay=0.9, start=0),
     # levels far apart: self-consistency has something to say
     schedule=replace(RECIPE.schedule, shift=2.0),
-    critic_updates=2,
+    critic_ratio=2,
 )
 CLIPS = (8, 2, 4, 4, 3)  # B F H W C
 TEXT = 4  # width of the text that the toy reads
@@ -74,8 +74,8 @@ FROZEN = {"teacher": TEACHER}
 
 
 def learners(recipe, student, critic):
-    student_tx = make_optimizer(recipe.student_optimizer, recipe.updates)
-    critic_tx = make_optimizer(recipe.critic_optimizer, recipe.updates * recipe.critic_updates)
+    student_tx = make_optimizer(recipe.student_optimizer, recipe.iterations)
+    critic_tx = make_optimizer(recipe.critic_optimizer, recipe.iterations * recipe.critic_ratio)
     return init_state(init_learner(student, student_tx), critic and init_learner(critic, critic_tx))
 
 
@@ -177,15 +177,19 @@ def test_what_is_drawn_is_a_function_of_the_seed_and_the_index():
 
 def draws(key, batch, recipe):
     """Levels and noises of an update: (s, m, e, noise of the clip), (sigma, noise of the view)."""
-    k_video, k_view = jax.random.split(key)
+    k_video, k_renoise = jax.random.split(key)
     k_plan, k_noise = jax.random.split(k_video)
-    k_sigma, k_fresh = jax.random.split(k_view)
+    k_sigma, k_fresh = jax.random.split(k_renoise)
     size, column = len(batch["video"]), lambda level: level.reshape(-1, 1, 1, 1, 1)
-    levels = grid(recipe.schedule.train_updates, recipe.schedule.shift)
-    plan = draw_plan(k_plan, size, levels, recipe.schedule.anchor_updates)
+    levels = grid(recipe.schedule.train_levels, recipe.schedule.shift)
+    plan = draw_plan(k_plan, size, levels, recipe.schedule.anchor_levels)
     u = jax.random.uniform(k_sigma, (size,))
     sigma = jnp.clip(5.0 * u / (1 + 4.0 * u), 0.02, 0.98)
-    assert (recipe.view.shift, recipe.view.lowest, recipe.view.highest) == (5.0, 0.02, 0.98)
+    assert (recipe.renoise.shift, recipe.renoise.lowest, recipe.renoise.highest) == (
+        5.0,
+        0.02,
+        0.98,
+    )
     normal = lambda key: jax.random.normal(key, batch["video"].shape)
     levels = [column(level) for level in (plan.sigma_s, plan.sigma_m, plan.sigma_e)]
     return (*levels, normal(k_noise)), (column(sigma), normal(k_fresh))
@@ -239,7 +243,7 @@ def test_the_student_step_applies_that_gradient():
         p, state.critic.params, TEACHER, batch, key, RECIPE, 1.0, "none"
     )
     grads, _ = jax.jit(jax.grad(papers, has_aux=True))(state.student.params)
-    tx = make_optimizer(OPTIMIZER, RECIPE.updates)
+    tx = make_optimizer(OPTIMIZER, RECIPE.iterations)
     wanted = apply_gradients(state.student, grads, jnp.float32(0), tx)
     after, _ = run_toy(student_step, state, batch)
     close(after.student.params, wanted.params)
@@ -335,7 +339,7 @@ def test_nothing_recompiles_and_nothing_is_transferred_unasked_over_iterations()
         RECIPE,
         place(FROZEN, shardings[1]),
         steps,
-        RECIPE.critic_updates,
+        RECIPE.critic_ratio,
         jax.device_put(jax.random.key(1), shardings[3]),
         iter([place(batch_of(i), shardings[2]) for i in range(12)]),
     )

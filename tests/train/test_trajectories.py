@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs import base
-from salt_jax.config.schema import read_recipe
+from salt_jax.config.reading import read_recipe
 from salt_jax.data.pipeline import batches
 from salt_jax.errors import UserError
 from salt_jax.flow.prediction import from_velocity
@@ -27,8 +27,8 @@ RECIPE = replace(
     stage="ode_regression",
     batch_size=4,
     seed=3,
-    schedule=replace(RECIPE.schedule, train_updates=2),
-    ode=replace(RECIPE.ode, updates=4, trajectories=11, guidance=1.0),
+    schedule=replace(RECIPE.schedule, train_levels=2),
+    ode=replace(RECIPE.ode, num_steps=4, trajectories=11, guidance=1.0),
 )
 SOURCE = [
     {
@@ -151,7 +151,7 @@ def test_parts_that_another_config_left_behind_are_refused(tmp_path, key, name, 
 def test_a_longer_run_takes_the_parts_of_a_shorter_one(tmp_path):
     make(tmp_path)
     before = contents(tmp_path)
-    make(tmp_path, replace(RECIPE, updates=RECIPE.updates + 1, log_every=1))
+    make(tmp_path, replace(RECIPE, iterations=RECIPE.iterations + 1, log_every=1))
     assert contents(tmp_path) == before
 
 

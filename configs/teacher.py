@@ -1,16 +1,16 @@
 """The shipped kind of teacher for Moving Shapes, with its text encoder: first motion, then
 everything.
 
-    python -m launch.train --config=configs/shapes_teacher.py --workdir=runs/teacher_1
+    python -m launch.train --config=configs/teacher.py --workdir=runs/teacher_1
     python -m launch.export --workdir=runs/teacher_1 --dst=runs/teacher_1.safetensors
-    python -m launch.train --config=configs/shapes_teacher.py --workdir=runs/teacher_2 \\
-        --config.weights=runs/teacher_1.safetensors --config.view.shift=4 --config.updates=7000 \\
+    python -m launch.train --config=configs/teacher.py --workdir=runs/teacher_2 \\
+        --config.weights=runs/teacher_1.safetensors --config.renoise.shift=4 \\
+        --config.iterations=7000 --config.ema.decay=0.997 \\
         --config.student_optimizer.learning_rate=1.5e-3 --config.student_optimizer.warmup=50
-        --config.ema.decay=0.997
 
 Small batches serve: the target is the closed-form optimum, not a sample. The minimiser is the same,
 the gradient is quieter. What is learnt last is the direction of motion, which is decided where
-there is hardly anything but noise, so the first run looks there. Cost and result: assets/README.md.
+there is hardly anything but noise, so the first run looks there. Cost and result: salt_jax/assets/README.md.
 """
 
 from configs import base
@@ -20,10 +20,10 @@ def get_config():
     c = base.get_config()
     c.stage = "denoising"
     c.weights = ""
-    c.updates = 8000
+    c.iterations = 8000
     c.batch_size = 16
     c.teacher.kind = "closed_form"
-    c.view.update(shift=20.0, lowest=0.02, highest=1.0)
+    c.renoise.update(shift=20.0, lowest=0.02, highest=1.0)
     c.student_optimizer.update(
         learning_rate=2e-3, warmup=100, decay=True, b1=0.9, b2=0.99, clip=1.0
     )

@@ -1,0 +1,22 @@
+"""LongLive, first stage: Self Forcing on a window with a sink.
+
+    python -m launch.train --config=configs/longlive_init.py --workdir=runs/shapes_longlive_init
+
+`:salt` after the file's name adds Salt (Eq. 13); `wan` is at Wan 2.1 size, from runs/wan_ode
+(--workdir=runs/wan_longlive_init).
+"""
+
+from configs import parts
+
+
+def get_config(options: str = ""):
+    size, variants = parts.read_options(options, "salt")
+    c = parts.causal(size)
+    c.memory.update(window=9, sink=3)  # LL has 12 and 3 in clips of 21 frames; ours have 9
+    if size == "wan":
+        c.init_from = "runs/wan_ode"
+        c.memory.update(window=12, sink=3)  # LL
+        c.iterations = 140  # LL: 700 iterations
+    if "salt" in variants:
+        return parts.salt(c, align_start=20 if size == "shapes" else 70)
+    return parts.four_steps(c)

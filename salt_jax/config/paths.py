@@ -1,0 +1,51 @@
+"""Paths in a config. None of them depends on the folder that a later command is run in.
+
+A name of a shipped asset, an absolute path and an address (gs://) stay as they are. A relative path
+is made absolute when a config is read: on the command line it is of the current folder, as in any
+program; in a file `configs/X.py` of the folder that holds `configs/`. In a config.json, which
+versions before 0.2 wrote with relative paths, it is of the nearest folder at or above that file in
+which it is found.
+"""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from salt_jax.config.build import all_keys
+from salt_jax.config.schema import Recipe
+from salt_jax.io.shipped import located
+
+PATHS = [path for path, field in all_keys(Recipe) if field.metadata["path"]]
+
+
+def make_absolute(config: Any, file: Path, overridden: Collection[str]) -> None:
+    """Relative paths of a ConfigDict, in place.
+
+    Args:
+      file: the config's.
+      overridden: keys that the command line changed.
+    """
+    folder = file.resolve().parent
+    home = folder.parent if folder.name == "configs" else folder
+    for path in PATHS:
+        *sections, key = path.split(".")
+        place = config
+        for section in sections:
+            place = place[section]
+        if is_relative(place[key]):
+            place[key] = str((Path.cwd() if path in overridden else home) / place[key])
+
+
+def beside(value: Any, file: str | Path) -> Any:
+    """A path that stands in a file of a run."""
+    if not is_relative(value):
+        return value
+    found = [folder / value for folder in Path(file).absolute().parents]
+    return next((str(path) for path in found if path.exists()), value)
+
+
+def is_relative(value: Any) -> bool:
+    """Whether it is a path that depends on a folder."""
+    if not isinstance(value, str) or not value or "://" in value:
+        return False
+    return not Path(value).is_absolute() and located(value) == Path(value)
