@@ -74,10 +74,10 @@ def listed_levels(c: Any, levels: tuple) -> Any:
 
 
 def salt(c: Any, align_start: int) -> Any:
-    """Salt's full objective, Eq. 13: mixed steps, self-consistency at K = 8, cache alignment at K =
-    2 and 4.
+    """Salt's full objective, Eq. 13: mixed steps, self-consistency at K = 8, cache alignment.
 
-    `align_start` in student updates; the paper names 600 iterations for Causal Forcing, 120 here.
+    The last is at K = 2 and 4. `align_start` in student updates; the paper names 600 iterations for
+    Causal Forcing, 120 here.
     """
     c.rollout.update(updates=(2, 4, 8), probabilities=(0.2, 0.4, 0.4))  # Salt App. B
     # T(K) of Eq. 9 is T(8) in rollouts (row 4)

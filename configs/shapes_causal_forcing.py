@@ -1,8 +1,9 @@
-"""Causal Forcing, stage 3: asymmetric DMD, from a causal consistency model; `:salt` adds Salt (Eq.
-13).
+"""Causal Forcing, stage 3: asymmetric DMD, from a causal consistency model.
 
-    python -m launch.train --config=configs/shapes_causal_forcing.py
-    --workdir=runs/shapes_causal_forcing
+`:salt` after the file's name adds Salt (Eq. 13).
+
+    python -m launch.train --config=configs/shapes_causal_forcing.py \\
+        --workdir=runs/shapes_causal_forcing
 
 Other variants: `frame` and `frame_salt` work frame by frame; `two` and `one` are its frame-wise
 models of 2 and 1 updates, whose first chunk takes 4. Frame-wise ones start from

@@ -6,10 +6,10 @@ the shipped start.
 The recipe is shapes_self_forcing.py:salt. How the start was made (assets/README.md), and how to
 take one's own:
 
-    python -m launch.train --config=configs/shapes_teacher_forcing.py
-    --workdir=runs/shapes_teacher_forcing python -m launch.train
-    --config=configs/shapes_consistency.py --workdir=runs/shapes_consistency python -m launch.train
-    --config=configs/shapes_salt.py --workdir=runs/salt \\
+    python -m launch.train --config=configs/shapes_teacher_forcing.py \\
+        --workdir=runs/shapes_teacher_forcing
+    python -m launch.train --config=configs/shapes_consistency.py --workdir=runs/shapes_consistency
+    python -m launch.train --config=configs/shapes_salt.py --workdir=runs/salt \\
         --config.init_from=runs/shapes_consistency
 """
 

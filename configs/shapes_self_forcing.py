@@ -1,10 +1,11 @@
-"""Self Forcing on Moving Shapes, and what Salt adds to it, one thing after the other (the rows of
-Salt Tab. 5).
+"""Self Forcing on Moving Shapes, and what Salt adds to it, one thing after the other
+(the rows of Salt Tab. 5).
 
     python -m launch.train --config=configs/shapes_self_forcing.py --workdir=runs/self_forcing
 
-After a colon behind the file's name: `plain` (K = 4, DMD alone), `naive` (self-consistency at K =
-4), `mixed` (K of 2, 4 and 8), `mixed_sc` (and self-consistency at 8), `salt` (and cache alignment).
+After a colon behind the file's name: `plain` (K = 4, DMD alone), `naive` (self-consistency at
+K = 4), `mixed` (K of 2, 4 and 8), `mixed_sc` (and self-consistency at 8), `salt` (and cache
+alignment).
 Cost and result: docs/results.md.
 """
 

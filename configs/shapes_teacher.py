@@ -5,7 +5,7 @@ everything.
     python -m launch.export --workdir=runs/teacher_1 --dst=runs/teacher_1.safetensors
     python -m launch.train --config=configs/shapes_teacher.py --workdir=runs/teacher_2 \\
         --config.weights=runs/teacher_1.safetensors --config.view.shift=4 --config.updates=7000 \\
-        --config.student_optimizer.learning_rate=1.5e-3 --config.student_optimizer.warmup=50
+        --config.student_optimizer.learning_rate=1.5e-3 --config.student_optimizer.warmup=50 \\
         --config.ema.decay=0.997
 
 Small batches serve: the target is the closed-form optimum, not a sample. The minimiser is the same,

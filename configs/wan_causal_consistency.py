@@ -1,5 +1,5 @@
-"""Causal Forcing, stage 2b: causal consistency distillation, which needs no trajectories (Causal
-Forcing++).
+"""Causal Forcing, stage 2b: causal consistency distillation, which needs no trajectories
+(Causal Forcing++).
 
     python -m launch.train --config=configs/wan_causal_consistency.py --workdir=runs/wan_consistency
 

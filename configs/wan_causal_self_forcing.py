@@ -1,7 +1,7 @@
 """Self Forcing at Wan 2.1 size; `:salt` after the file's name adds Salt (Eq. 13).
 
-    python -m launch.train --config=configs/wan_causal_self_forcing.py
-    --workdir=runs/wan_self_forcing
+    python -m launch.train --config=configs/wan_causal_self_forcing.py \\
+        --workdir=runs/wan_self_forcing
 
 Numbers are Self-Forcing's (configs/parts.py); it starts from an ODE regression, here from
 runs/wan_ode.

@@ -1,8 +1,8 @@
 """Causal Forcing, stage 1: the teacher's network learns to denoise each chunk given the clean
 chunks before it.
 
-    python -m launch.train --config=configs/wan_causal_teacher_forcing.py
-    --workdir=runs/wan_teacher_forcing
+    python -m launch.train --config=configs/wan_causal_teacher_forcing.py \\
+        --workdir=runs/wan_teacher_forcing
 
 `:frame` after the file's name works frame by frame.
 """

@@ -1,6 +1,7 @@
-"""python -m launch.sample --workdir=DIR [--num_updates=2,4,8] [--solver=cm] [--prompt=... |
---prompts_file=...] python -m launch.sample --weights=DIR --prompt="..." [--image=FILE]
-[--student=FILE --chunk=3 | --recipe=NAME]
+"""python -m launch.sample --workdir=DIR [--num_updates=2,4,8] [--solver=cm]
+                        [--prompt=... | --prompts_file=...]
+python -m launch.sample --weights=DIR --prompt="..." [--image=FILE]
+                        [--student=FILE --chunk=3 | --recipe=NAME]
 
 Writes DIR/samples/K_INDEX.mp4 (16 fps), of Moving Shapes also .gif and one contact sheet per number
 of updates; without a workdir into --out. A seed gives the same clip on the same machine, however

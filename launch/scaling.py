@@ -77,21 +77,22 @@ FIRST = {"h200": ("gpu:h200:1", 1), **MACHINES, "v6e_32": ("tpu:v6e:4x8", 32)}
 MOST = {"h200": 125.0, "8h100": 36.0}
 STREAM = ("--what=stream,vae", *TOGETHER)
 CHUNKS = "wan_causal_self_forcing.py:salt"
-CUT = (
-    STEPS,
-    "--config.mesh.data=1",
-    "--config.mesh.fsdp=16",
-    "--config.mesh.context=4",
-)  # 16 clips on 64 chips
+# 16 clips on 64 chips.
+CUT = (STEPS, "--config.mesh.data=1", "--config.mesh.fsdp=16", "--config.mesh.context=4")
 I2V = "wan_i2v.py:sc_dmd"
 ROWS = (
     *(
-        Row(f"self_forcing_{machine}", SALT["self_forcing"], target, devices, MOST.get(machine), SHARED)
+        Row(
+            f"self_forcing_{machine}", SALT["self_forcing"], target, devices, MOST.get(machine),
+            SHARED,
+        )
         for machine, (target, devices) in FIRST.items()
     ),
     *(
         Row(f"{name}_{machine}", config, target, devices, None, MAKING if name == "ode" else SHARED)
-        for name, config in {"longlive": SALT["longlive"], "causvid": SALT["causvid"], **STAGES}.items()
+        for name, config in (
+            {"longlive": SALT["longlive"], "causvid": SALT["causvid"], **STAGES}.items()
+        )
         for machine, (target, devices) in MACHINES.items()
     ),
     Row("t2v_h200", "wan_t2v.py:sc_dmd", "gpu:h200:1", 1, None, SHARED),

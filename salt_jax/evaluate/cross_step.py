@@ -12,8 +12,8 @@ import numpy as np
 
 
 def cross_step_distance(videos_by_updates: Mapping[int, np.ndarray]) -> dict[str, float]:
-    """Mean squared distance between the clips of every two numbers of updates, e.g. {"2-4": 0.01,
-    ...}.
+    """Mean squared distance between the clips of every two numbers of updates, e.g.
+    {"2-4": 0.01, ...}.
 
     `videos_by_updates` maps K to clips [N, F, H, W, C] (latents, or pixels in one scale); clip i
     has the same noise and text under every K. The mean runs over clips and all their elements.
