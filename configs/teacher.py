@@ -10,7 +10,8 @@ everything.
 
 Small batches serve: the target is the closed-form optimum, not a sample. The minimiser is the same,
 the gradient is quieter. What is learnt last is the direction of motion, which is decided where
-there is hardly anything but noise, so the first run looks there. Cost and result: salt_jax/assets/README.md.
+there is hardly anything but noise, so the first run looks there. Cost and result:
+salt_jax/assets/README.md.
 """
 
 from configs import base

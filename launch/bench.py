@@ -1,12 +1,12 @@
-"""python -m launch.bench [--config=configs/X.py] [--preset=wan2.1-t2v-1.3b --frames=21 --height=60
---width=104]
+"""python -m launch.bench [--config=configs/X.py]
+                       [--preset=wan2.1-t2v-1.3b --frames=21 --height=60 --width=104]
 
 Times the parts of training and of generating with random weights: one table, and the same numbers
 with --json=FILE. Student, critic and teacher are the config's, or all of --preset. On a CPU in a
 minute:
 
-    python -m launch.bench --preset=wan2.1-t2v-tiny --frames=6 --height=4 --width=4 --vae=tiny
-    --runs=2
+    python -m launch.bench --preset=wan2.1-t2v-tiny --frames=6 --height=4 --width=4 --vae=tiny \\
+        --runs=2
 """
 
 import json
@@ -54,8 +54,12 @@ WEIGHTS_DTYPE = flags.DEFINE_enum(
     "of a teacher timed alone, and of a student that generates; in updates config.teacher.dtype "
     "counts",
 )
-MATMUL = flags.DEFINE_integer("matmul", None, "side of the product that rates are held against; default 8192, "
-                              "on a CPU 1024", lower_bound=1)  # fmt: skip
+MATMUL = flags.DEFINE_integer(
+    "matmul",
+    None,
+    "side of the product that rates are held against; default 8192, on a CPU 1024",
+    lower_bound=1,
+)
 WHAT = flags.DEFINE_list(
     "what", list(PARTS), "parts to time; one alone gives its own peak of memory"
 )
@@ -139,7 +143,8 @@ def with_rates(results: list[bench.Result]) -> list[dict[str, Any]]:
 def show(rows: list[dict[str, Any]]) -> str:
     """The table."""
     lines = [
-        f"{'part':36}{'compile s':>10}{'median s':>11}{'TFLOP':>11}{'TFLOP/s':>9}{'of matmul':>10}{'GB':>8}"
+        f"{'part':36}{'compile s':>10}{'median s':>11}"
+        f"{'TFLOP':>11}{'TFLOP/s':>9}{'of matmul':>10}{'GB':>8}"
     ]
     for r in rows:
         gb = f"{r['xla_bytes'] / 1e9:8.3f}" if r["xla_bytes"] else f"{'-':>8}"

@@ -1,5 +1,5 @@
 """python -m launch.compile --config=configs/X.py[:variant] [--target=gpu:h100:8]
-[--what=student,critic] [--json=FILE]
+                         [--what=student,critic] [--json=FILE]
 
 Compiles the programs of a run with the real compiler of a TPU or GPU, which needs neither: whether
 they compile and fit, the memory of a device, what devices send each other, which attention kernels

@@ -1,7 +1,7 @@
 """python -m launch.convert_wan --src=DIR_OR_FILE --dst=DIR [--key=NAME] [--dtype=bfloat16]
                             [--lora=FILE[,FILE] [--lora_strength=0.8[,1]] [--keep_lora]]
 python -m launch.convert_wan --to=official|diffusers|comfyui --src=DIR_OR_FILE --dst=DIR
-[--keep_lora] [--dtype=...]
+                            [--keep_lora] [--dtype=...]
 
 Reads Wan 2.1 as others store it: the official release, the Diffusers layout, ComfyUI's files, a .pt
 of the Self Forcing family, and LoRAs in the spellings of PEFT, Diffusers, ComfyUI, kohya and

@@ -147,8 +147,8 @@ def make_clips(
 def maker(
     request: Request, world: World, texts: dict[str, np.ndarray], given: np.ndarray | None
 ) -> Callable[[Job, Any, Callable[[], Any]], Iterator[np.ndarray]]:
-    """(job, what the network is told, progress of a teacher) -> latents chunk by chunk, [1, f, H,
-    W, C].
+    """(job, what the network is told, progress of a teacher) -> latents chunk by chunk,
+    [1, f, H, W, C].
     """
     network = guided_network(world.network, jnp.asarray(texts[world.negative]), request.guidance)
     params, shape = world.params(), request.shape

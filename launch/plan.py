@@ -1,5 +1,5 @@
 """python -m launch.plan --config=configs/X.py [--target=gpu:h100:8] [--mesh=data:8,fsdp:8]
-[--mfu=0.4]
+                      [--mfu=0.4]
 
 Says what a run costs before anything is allocated: numbers and bytes of every network, of moments,
 gradients, caches and activations, in all and on each device; FLOPs of an update by network and
@@ -133,9 +133,8 @@ def show(plan: dict[str, Any]) -> str:
     ]
     for row in plan["memory"]:
         count = f"{row['count']:16,}" if row["count"] else " " * 16
-        lines.append(
-            f"{row['name']:28}{count}{''.join(gb(row[k]) for k in ('whole', 'device', 'all_devices'))}"
-        )
+        sizes = "".join(gb(row[k]) for k in ("whole", "device", "all_devices"))
+        lines.append(f"{row['name']:28}{count}{sizes}")
     total, limit = plan["bytes_per_device"], plan["memory_per_device"]
     lines += [f"{'sum':28}{' ' * 28}{gb(total)}{gb(total * plan['devices'])}"]
     verdict = "fits" if plan["fits"] else "does NOT fit"

@@ -110,8 +110,7 @@ def read_request() -> Request:
     return Request(
         mode, recipe, config, (frames, *place), memory, levels,
         grid(first, shift) if first and memory else None, read_solver(recipe, student), shift,
-        guidance,
-        f.NEGATIVE.value, jobs, read_switches(wan, memory, frames), picture, prefix,
+        guidance, f.NEGATIVE.value, jobs, read_switches(wan, memory, frames), picture, prefix,
         out, out.with_name(f"{out.name}.{samples.NAME}") if f.VBENCH.value else out / samples.NAME,
     )  # fmt: skip
 

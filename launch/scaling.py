@@ -87,12 +87,17 @@ CUT = (
 I2V = "sc_dmd.py:wan,i2v"
 ROWS = (
     *(
-        Row(f"self_forcing_{machine}", SALT["self_forcing"], target, devices, MOST.get(machine), SHARED)
+        Row(
+            f"self_forcing_{machine}", SALT["self_forcing"], target, devices, MOST.get(machine),
+            SHARED,
+        )
         for machine, (target, devices) in FIRST.items()
     ),
     *(
         Row(f"{name}_{machine}", config, target, devices, None, MAKING if name == "ode" else SHARED)
-        for name, config in {"longlive": SALT["longlive"], "causvid": SALT["causvid"], **STAGES}.items()
+        for name, config in (
+            {"longlive": SALT["longlive"], "causvid": SALT["causvid"], **STAGES}.items()
+        )
         for machine, (target, devices) in MACHINES.items()
     ),
     Row("t2v_h200", "sc_dmd.py:wan", "gpu:h200:1", 1, None, SHARED),

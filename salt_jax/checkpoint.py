@@ -1,12 +1,12 @@
 """A TrainState on disk, written by Orbax while training goes on: WORKDIR/checkpoints/STEP/ITEM.
 
-| item                    | holds                                                                            |
-|-------------------------|----------------------------------------------------------------------------------|
-| student, ema, critic    | parameters as nested dicts; each loads without the others                        |
-| student_opt, critic_opt | moments, and the counts of skipped updates                                       |
-| stream                  | in streaming long tuning: caches and prompts of the videos under way             |
-| data                    | {"step": int}, the data position: a batch is a function of (seed, step)          |
-| meta                    | {"config": str, "mesh": {axis: size}}, for the reader; nothing in it is restored |
+| item                    | holds                                                                |
+|-------------------------|----------------------------------------------------------------------|
+| student, ema, critic    | parameters as nested dicts; each loads without the others            |
+| student_opt, critic_opt | moments, and the counts of skipped updates                           |
+| stream                  | in streaming long tuning: caches and prompts of the videos under way |
+| data                    | {"step": int}, the data position: a batch comes from (seed, step)    |
+| meta                    | {"config": str, "mesh": {axis: size}}, for the reader, not restored  |
 
 A step counts only once Orbax has renamed its directory and left `commit_success.txt` in it; what a
 killed process was writing stays behind under a temporary name and is ignored. The teacher never

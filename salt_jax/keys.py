@@ -1,4 +1,4 @@
-"""One key of a config: its default, what it means, what its value must be, and whether it may change.
+"""One key of a config: default, meaning, what its value must be, and whether it may change.
 
 No jax in here, as in `choices`.
 """

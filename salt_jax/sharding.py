@@ -116,8 +116,8 @@ def partition_spec(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) 
 
 
 def state_shardings(mesh: Mesh, abstract_state: Any, host: bool = False) -> Any:
-    """A sharding for every array of a tree: parameters, EMA, moments, or a whole TrainState (see
-    `jax.eval_shape`).
+    """A sharding for every array of a tree: parameters, EMA, moments, or a whole TrainState
+    (see `jax.eval_shape`).
 
     `host`: moments and EMA of a TrainState lie in the host's memory, cut alike; counters stay.
     """

@@ -1,16 +1,16 @@
 """The vocabulary. Every public signature speaks these words; the paper's symbols stand beside ours.
 
-| paper                     | here                            | meaning                                        |
-|---------------------------|---------------------------------|------------------------------------------------|
-| t, s, t_s, t_m, t_e       | sigma, sigma_s, sigma_m, sigma_e | noise level in [0, 1], 1 is pure noise         |
-| x_t                       | x                               | latent at noise level sigma                    |
-| x_0                       | x0                              | clean latent                                   |
-| epsilon, z                | noise                           | standard Gaussian                              |
-| v_theta                   | velocity                        | noise - x0, the slope dx / dsigma              |
-| c                         | text                            | text embedding, padded rows are zero           |
-| G_theta, s_phi (s_f), s_r | student, critic, teacher        | few-step generator, its score, the real score  |
-| Psi^{t->s}                | flow.transition.euler           | one Euler step                               |
-| T^(K), T_train            | flow.schedule.grid(K)           | noise levels of K steps                      |
+| paper                     | here                          | meaning                             |
+|---------------------------|-------------------------------|-------------------------------------|
+| t, s, t_s, t_m, t_e       | sigma, sigma_s, sigma_m, .._e | noise level, 0 to 1 (pure noise)    |
+| x_t                       | x                             | latent at noise level sigma         |
+| x_0                       | x0                            | clean latent                        |
+| epsilon, z                | noise                         | standard Gaussian                   |
+| v_theta                   | velocity                      | noise - x0, the slope dx / dsigma   |
+| c                         | text                          | text embedding, padded rows are 0   |
+| G_theta, s_phi (s_f), s_r | student, critic, teacher      | generator, its score, the real one  |
+| Psi^{t->s}                | flow.transition.euler         | one Euler step                      |
+| T^(K), T_train            | flow.schedule.grid(K)         | noise levels of K steps             |
 
 Latents are `B F H W C` everywhere: batch, latent frames, latent height, latent width, channels.
 """

@@ -1,8 +1,8 @@
 """How every test sees JAX: float32 for real on 8 virtual CPU devices, nothing broadcast by
 accident.
 
-A test runs on the first device unless it builds a mesh from `jax.devices()`. `JAX_PLATFORMS=cuda
-pytest -m gpu` runs the tests that need a GPU.
+A test runs on the first device unless it builds a mesh from `jax.devices()`.
+`JAX_PLATFORMS=cuda pytest -m gpu` runs the tests that need a GPU.
 """
 
 import os

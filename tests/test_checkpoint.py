@@ -299,7 +299,8 @@ def test_no_readable_step_is_an_error_and_never_a_fresh_start(copy):
     [
         (
             {"width": 96},
-            r"critic/blocks/self_attn/q/kernel is float32\[2, 64, 64\] there and float32\[2, 96, 96\] in this",
+            r"critic/blocks/self_attn/q/kernel is float32\[2, 64, 64\] there "
+            r"and float32\[2, 96, 96\] in this",
         ),
         (
             {"critic": False},

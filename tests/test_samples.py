@@ -39,11 +39,8 @@ def test_a_file_is_left_alone_where_it_would_be_made_again(index):
 
 @pytest.mark.parametrize(
     "changed",
-
-
-
-                         [{"prompt": "a dog"}, {"levels": [1.0, 0.0]}, {"memory": {"window": 9}}, {"network": {"sha256": "cd", "step": 4}},
-     {"guidance": 3.0}],
+    [{"prompt": "a dog"}, {"levels": [1.0, 0.0]}, {"memory": {"window": 9}},
+     {"network": {"sha256": "cd", "step": 4}}, {"guidance": 3.0}],
     ids=lambda changed: next(iter(changed)),
 )  # fmt: skip
 def test_whatever_else_made_it_is_told_and_made_anew(index, changed):

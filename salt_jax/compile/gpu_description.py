@@ -40,10 +40,13 @@ def describe(gpu: Gpu, cudnn: tuple[int, ...], jax_version: tuple[int, ...]) -> 
   name: "{gpu.name}" device_vendor: "NVIDIA Corporation" model_str: "sm_9.0a"
   platform_version: "Compute Capability 9.0a"
   cuda_compute_capability {{ major: 9 feature_extension: ACCELERATED_FEATURES }}
-  device_memory_size: {gpu.memory} memory_bandwidth: {gpu.bandwidth} l2_cache_size: 52428800 ecc_enabled: true
-  core_count: 132 fpus_per_core: 128 clock_rate_ghz: {CLOCK} device_address_bits: 64 pcie_bandwidth: 34359738368
+  device_memory_size: {gpu.memory} memory_bandwidth: {gpu.bandwidth}
+  l2_cache_size: 52428800 ecc_enabled: true
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: {CLOCK}
+  device_address_bits: 64 pcie_bandwidth: 34359738368
   threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
   thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
@@ -61,8 +64,8 @@ device_description_str: "{gpu.name}"
 
 def _rates(unit: str, table: dict[int, tuple[float, int, int]]) -> str:
     rows = (
-        f"rate_infos "
-        f"{{ key: {key} value {{ clock_rate_ghz: {clock} units_per_core: {units} ops_per_clock: {ops} }} }}"
+        f"rate_infos {{ key: {key} value "
+        f"{{ clock_rate_ghz: {clock} units_per_core: {units} ops_per_clock: {ops} }} }}"
         for key, (clock, units, ops) in table.items()
     )
     return f"{unit} {{ {' '.join(rows)} }}"

@@ -11,7 +11,7 @@ from salt_jax.keys import is_finite
 
 
 def all_keys(kind: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
-    """Every key of a dataclass and its sections by its path, with the field that `keys.key` made."""
+    """Every key of a dataclass and its sections by its path, as the field that `keys.key` made."""
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(section := hints[field.name]):

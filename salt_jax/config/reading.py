@@ -43,7 +43,7 @@ def read_recipe(config: ConfigDict) -> Recipe:
 
 
 def to_json(recipe: Recipe, made_by: dict[str, Any] | None = None) -> str:
-    """The resolved config as it is written to a workdir; `made_by`: config file, commit, versions."""
+    """The config as it is written to a workdir; `made_by`: config file, commit, versions."""
     more = {MADE_BY: made_by} if made_by else {}
     return json.dumps(dataclasses.asdict(recipe) | more, indent=2)
 
@@ -84,6 +84,6 @@ def from_json(text: str, where: str | Path = "config.json") -> Recipe:
 
 
 def resolved(values: dict[str, Any], where: str | Path) -> dict[str, Any]:
-    """The JSON values of a config in the file `where`, with the keys of today and absolute paths."""
+    """The JSON values of a config in the file `where`, in the keys of today, paths absolute."""
     there = flat(as_of_today(values))
     return nested(there | {path: beside(there[path], where) for path in PATHS if path in there})

@@ -180,5 +180,5 @@ class Recipe:
 
 
 def works_causally(stage: Any, video: Any) -> bool:
-    """Whether a student of this stage works chunk by chunk; under distillation its videos decide."""
+    """Whether a student of this stage works chunk by chunk; of distil its videos decide."""
     return stage in CAUSAL or (stage, video) in {("distil", "noised_chunks"), ("distil", "rollout")}

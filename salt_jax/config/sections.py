@@ -132,7 +132,8 @@ class Schedule:
     levels: tuple[float, ...] = key(
         (),
         "the student's levels as Wan's timesteps (1000 sigma), such as `(1000, 757, 522)`, falling "
-        "from 990 or above, without the 0 at the end; `()`: the grid of `train_levels` and `shift`. "
+        "from 990 or above, without the 0 at the end; `()`: the grid of `train_levels` and "
+        "`shift`. "
         "`train_levels`, `sample.num_steps` and, in rollouts, `rollout.num_steps` must be as many",
     )
 

@@ -16,7 +16,9 @@ MAX_DEPTH = 4  # dicts in dicts
 
 # What a file is that has no weights, by its first bytes.
 NO_WEIGHTS = {
-    b"version https://git-lfs": "a Git LFS pointer, not the file it stands for; fetch that with git lfs pull",
+    b"version https://git-lfs": (
+        "a Git LFS pointer, not the file it stands for; fetch that with git lfs pull"
+    ),
     b"GGUF": "a GGUF file, quantised in blocks; name one in float32, bfloat16, float16 or fp8",
     b"<": "a web page, not weights; download it again",
 }

@@ -13,10 +13,13 @@ from salt_jax.errors import UserError
 FOREIGN = {
     r"(^|\.)vace_": "VACE",
     r"(^|\.)(control_adapter|ref_conv)\.": "Wan-Fun",
-    r"(^|\.)img_emb\.emb_pos$|image_embedder\.pos_embed$": "Wan 2.1 FLF2V, of a first and a last frame",
+    r"(^|\.)img_emb\.emb_pos$|image_embedder\.pos_embed$": (
+        "Wan 2.1 FLF2V, of a first and a last frame"
+    ),
     r"to_gate_compress": "video sparse attention (VSA gate weights), as FastWan has",
     r"(^|\.)fps_(embedding|projection)\.": "SkyReels-V2",
-    r"(^|\.)(casual_audio_encoder|audio_injector|frame_packer|cond_encoder|trainable_cond_mask)\.": "Wan 2.2 S2V",
+    r"(^|\.)(casual_audio_encoder|audio_injector|frame_packer|cond_encoder|"
+    r"trainable_cond_mask)\.": "Wan 2.2 S2V",
     r"(^|\.)(face_adapter|face_encoder|motion_encoder|pose_patch_embedding)\.": "Wan 2.2 Animate",
     r"(^|\.)(audio_cross_attn|audio_proj|multitalk_audio_proj)\.": "MultiTalk or another of speech",
     r"(^|\.)(cam_encoder|cam_injector|projector)\.": "ReCamMaster, or another of camera paths",

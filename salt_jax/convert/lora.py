@@ -88,8 +88,12 @@ def find_lora(path: Path, found: Found, key: str = "") -> Lora:
                 else None
             )
             scale = scale_of(module, down.shape[0], own, told, kohya, where)
-        for part, slot, by in (("up", "weight", scale), ("weight", "weight", 1.0), ("bias", "bias", 1.0),
-                               ("up_bias", "bias", scale)):  # fmt: skip
+        for part, slot, by in (
+            ("up", "weight", scale),
+            ("weight", "weight", 1.0),
+            ("bias", "bias", 1.0),
+            ("up_bias", "bias", scale),
+        ):
             place = slots.get(slot)
             if part in parts and (place is None or place in adapters or place in differences):
                 wrong.append(f"{module} has a {slot} too many")
@@ -137,7 +141,8 @@ def lora_alpha(lora: Lora) -> tuple[int, float]:
     elif apart:
         reason = f"adapts {listed(apart)} outside of the blocks"
     elif len(lora.ranks) > 1 or len(scales) > 1:
-        reason = f"has ranks {listed(map(str, lora.ranks))} and scales {listed(f'{scale:g}' for scale in scales)}"
+        told = listed(f"{scale:g}" for scale in scales)
+        reason = f"has ranks {listed(map(str, lora.ranks))} and scales {told}"
     if reason:
         raise UserError(
             f"{lora.path} {reason}, which lora.safetensors cannot tell; leave out --keep_lora to "

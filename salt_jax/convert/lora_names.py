@@ -21,8 +21,10 @@ MAX_LAYERS = 100  # more than any network here has: a LoRA of a deeper one is to
 
 _ADAPTER = r"(\.(?!weight|bias)\w+)?"  # PEFT's name of the adapter, such as "default"
 KINDS = {
-    "down": rf"(.+?)(?:\.lora_down|\.lora_A|[._]lora\.down|\.lora_linear_layer\.down){_ADAPTER}(?:\.weight)?",
-    "up": rf"(.+?)(?:\.lora_up|\.lora_B|[._]lora\.up|\.lora_linear_layer\.up){_ADAPTER}(?:\.weight)?",
+    "down": r"(.+?)(?:\.lora_down|\.lora_A|[._]lora\.down|\.lora_linear_layer\.down)"
+    rf"{_ADAPTER}(?:\.weight)?",
+    "up": r"(.+?)(?:\.lora_up|\.lora_B|[._]lora\.up|\.lora_linear_layer\.up)"
+    rf"{_ADAPTER}(?:\.weight)?",
     "up_bias": rf"(.+?)(?:\.lora_up|\.lora_B){_ADAPTER}\.bias",
     "alpha": r"(.+)\.alpha",
     "weight": r"(.+)\.(?:diff|w_norm)",
@@ -37,7 +39,9 @@ METHODS = {
     r"\.lora_mid\.": "LoCon with three factors",
     r"\.(oft_|boft_)": "OFT",
     r"\.reshape_weight$": "a LoRA that changes shapes",
-    r"\.set_(weight|bias)$|\.base_layer\.|\.modules_to_save": "arrays that replace those of the network",
+    r"\.set_(weight|bias)$|\.base_layer\.|\.modules_to_save": (
+        "arrays that replace those of the network"
+    ),
 }
 
 

@@ -18,10 +18,9 @@ APPLIED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lo
 # Of PEFT's LoraConfig: what does not change the sum W + scale B A.
 HARMLESS = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-    "inference_mode",
-    "target_modules", "exclude_modules", "lora_dropout", "layers_to_transform", "layers_pattern",
-    "megatron_core",
-    "eva_config", "qalora_group_size", "runtime_config", "ensure_weight_tying", "init_lora_weights",
+    "inference_mode", "target_modules", "exclude_modules", "lora_dropout", "layers_to_transform",
+    "layers_pattern", "megatron_core", "eva_config", "qalora_group_size", "runtime_config",
+    "ensure_weight_tying", "init_lora_weights",
 }  # fmt: skip
 MATTERS = {
     "use_dora",
@@ -34,8 +33,13 @@ MATTERS = {
 NO = (None, False, [], {}, "", "none", "None", "false", "False")
 # Ways to begin that leave the network as it is. The others take something away from it first.
 STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
-FLAT = {"lora_alpha": "lora_alpha", "network_alpha": "lora_alpha", "alpha": "lora_alpha", "use_rslora": "use_rslora",
-        "use_dora": "use_dora"}  # fmt: skip
+FLAT = {
+    "lora_alpha": "lora_alpha",
+    "network_alpha": "lora_alpha",
+    "alpha": "lora_alpha",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}
 
 
 class Told(NamedTuple):

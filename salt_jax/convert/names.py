@@ -54,13 +54,13 @@ WAN = (
     *_pairs("patch_embedding patch_embedding patch_embedding", PATCH),
     *_pairs(
         """
-        time_embedding/in         time_embedding.0          condition_embedder.time_embedder.linear_1
-        time_embedding/out        time_embedding.2          condition_embedder.time_embedder.linear_2
-        time_embedding/projection time_projection.1         condition_embedder.time_proj
-        text_embedding/in         text_embedding.0          condition_embedder.text_embedder.linear_1
-        text_embedding/out        text_embedding.2          condition_embedder.text_embedder.linear_2
-        image_embedding/in        img_emb.proj.1            condition_embedder.image_embedder.ff.net.0.proj
-        image_embedding/out       img_emb.proj.3            condition_embedder.image_embedder.ff.net.2
+        time_embedding/in         time_embedding.0  condition_embedder.time_embedder.linear_1
+        time_embedding/out        time_embedding.2  condition_embedder.time_embedder.linear_2
+        time_embedding/projection time_projection.1 condition_embedder.time_proj
+        text_embedding/in         text_embedding.0  condition_embedder.text_embedder.linear_1
+        text_embedding/out        text_embedding.2  condition_embedder.text_embedder.linear_2
+        image_embedding/in        img_emb.proj.1    condition_embedder.image_embedder.ff.net.0.proj
+        image_embedding/out       img_emb.proj.3    condition_embedder.image_embedder.ff.net.2
         blocks/self_attn/q        blocks.{i}.self_attn.q      blocks.{i}.attn1.to_q
         blocks/self_attn/k        blocks.{i}.self_attn.k      blocks.{i}.attn1.to_k
         blocks/self_attn/v        blocks.{i}.self_attn.v      blocks.{i}.attn1.to_v
@@ -132,16 +132,25 @@ TEXT_ENCODER = (
 
 _LAYER, _THEIRS = "visual.transformer.{i}", "encoder.layers.{i}"
 IMAGE_ENCODER = (
-
-
-
-                         Row("class_embedding", "visual.cls_embedding", "embeddings.class_embedding", SAME, "1 1 d -> d"),
-
-
-
-                         Row("patch_embedding/kernel", "visual.patch_embedding.weight", "embeddings.patch_embedding.weight", CONV2),
     Row(
-        "position_embedding", "visual.pos_embedding", "embeddings.position_embedding.weight", SAME, "1 n d -> n d"
+        "class_embedding",
+        "visual.cls_embedding",
+        "embeddings.class_embedding",
+        SAME,
+        "1 1 d -> d",
+    ),
+    Row(
+        "patch_embedding/kernel",
+        "visual.patch_embedding.weight",
+        "embeddings.patch_embedding.weight",
+        CONV2,
+    ),
+    Row(
+        "position_embedding",
+        "visual.pos_embedding",
+        "embeddings.position_embedding.weight",
+        SAME,
+        "1 n d -> n d",
     ),
     *_pairs("norm_in visual.pre_norm pre_layrnorm", SAME, gain="scale"),
     *_pairs(f"blocks/norm1 {_LAYER}.norm1 {_THEIRS}.layer_norm1", SAME, gain="scale"),
@@ -164,7 +173,7 @@ IMAGE_ENCODER = (
         """,
         LINEAR,
     ),
-)  # fmt: skip
+)
 
 
 def _residual(ours: str, official: str, diffusers: str, shortcut: bool) -> tuple[Row, ...]:
@@ -237,8 +246,7 @@ WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."
 # student's.
 STUDENTS = (
     "generator_ema", "ema_generator", "student_ema", "ema_student", "ema", "generator_lora",
-    "generator", "student",
-    "model", "module", "state_dict", "net",
+    "generator", "student", "model", "module", "state_dict", "net",
 )  # fmt: skip
 AVERAGE = r"(^|_)ema(_|$)"  # in the name of any other average
 # Networks that only help to train it.
@@ -259,7 +267,8 @@ IGNORED = {
     "wan": r"blocks\.\d+\.attn2\.norm_added_q\.weight",
     "vae": r"(?!)",
     "text_encoder": r"spiece_model",
-    "image_encoder": r"textual\..*|text_model\..*|(log|logit)_scale|visual\.head|(visual|text)_projection\.weight"
+    "image_encoder": r"textual\..*|text_model\..*|(log|logit)_scale"
+    r"|visual\.head|(visual|text)_projection\.weight"
     r"|visual\.post_norm\..*|post_layernorm\..*|embeddings\.position_ids"
     r"|(visual\.transformer|encoder\.layers)\.LAST\..*",
 }

@@ -21,16 +21,15 @@ STORAGES: dict[str, np.dtype] = {
     f"torch {name}Storage": np.dtype(dtype)
     for name, dtype in {
         "Float": np.float32, "Half": np.float16, "BFloat16": jnp.bfloat16, "Double": np.float64,
-        "Long": np.int64,
-        "Int": np.int32, "Short": np.int16, "Char": np.int8, "Byte": np.uint8, "Bool": np.bool_,
+        "Long": np.int64, "Int": np.int32, "Short": np.int16, "Char": np.int8, "Byte": np.uint8,
+        "Bool": np.bool_,
     }.items()
 } | {"torch.storage UntypedStorage": np.dtype(np.uint8)}  # fmt: skip
 DTYPES: dict[str, np.dtype] = {
     f"torch {name}": np.dtype(getattr(jnp, name, None) or getattr(np, name))
     for name in (
-        "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64",
-        "int32", "int16",
-        "int8", "uint64", "uint32", "uint16", "uint8",
+        "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2",
+        "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8",
     )
 } | {"torch bool": np.dtype(np.bool_)}  # fmt: skip
 # Names that may stand as a value and are never called.
@@ -42,36 +41,33 @@ INERT = {"torch Tensor", "torch.nn.parameter Parameter", "typing Any", *DTYPES} 
 # Objects that stand beside tensors and that nobody reads: what makes one is noted, and neither
 # called nor built.
 DATA = {
-
-
-
-                         *(f"{core}.multiarray {name}" for core in ("numpy.core", "numpy._core") for name in ("scalar", "_reconstruct")),
-    "numpy.core.numeric _frombuffer", "numpy._core.numeric _frombuffer", "numpy ndarray",
-    "numpy dtype",
-    "_codecs encode", "torch device",
-    "argparse Namespace", "types SimpleNamespace", "pathlib PosixPath", "datetime datetime",
-    "datetime timedelta",
-    "collections Counter", "collections deque",
+    *(
+        f"{core}.multiarray {name}"
+        for core in ("numpy.core", "numpy._core") for name in ("scalar", "_reconstruct")
+    ),
+    "numpy.core.numeric _frombuffer", "numpy._core.numeric _frombuffer",
+    "numpy ndarray", "numpy dtype", "_codecs encode", "torch device",
+    "argparse Namespace", "types SimpleNamespace", "pathlib PosixPath",
+    "datetime datetime", "datetime timedelta", "collections Counter", "collections deque",
     "omegaconf.dictconfig DictConfig", "omegaconf.listconfig ListConfig",
-    "omegaconf.base ContainerMetadata",
-    "omegaconf.base Metadata", "ml_collections.config_dict.config_dict ConfigDict",
-    "easydict EasyDict",
+    "omegaconf.base ContainerMetadata", "omegaconf.base Metadata",
+    "ml_collections.config_dict.config_dict ConfigDict", "easydict EasyDict",
     "lightning_fabric.utilities.data AttributeDict",
     "lightning.fabric.utilities.data AttributeDict",
     "pytorch_lightning.utilities.parsing AttributeDict",
-
-
-
-                         *(f"omegaconf.nodes {kind}Node" for kind in ("Any", "String", "Integer", "Float", "Boolean", "Bytes", "Path")),
-
-
-
-                         *(f"{module} {name}" for module in ("builtins", "__builtin__") for name in ("set", "frozenset", "bytearray")),
+    *(
+        f"omegaconf.nodes {kind}Node"
+        for kind in ("Any", "String", "Integer", "Float", "Boolean", "Bytes", "Path")
+    ),
+    *(
+        f"{module} {name}"
+        for module in ("builtins", "__builtin__") for name in ("set", "frozenset", "bytearray")
+    ),
 }  # fmt: skip
 CONSTANTS = {
     "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
-    "BINUNICODE",
-    "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
+    "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
+    "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
 }  # fmt: skip
 EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list}
 TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}

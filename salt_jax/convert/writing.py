@@ -156,19 +156,15 @@ def _config(config: WanConfig, layout: Layout) -> dict[str, Any]:
         return {
             "_class_name": "WanModel", "model_type": "i2v" if c.image_dim else "t2v",
             "dim": c.dim, "eps": c.eps, "ffn_dim": c.ffn_dim, "freq_dim": c.freq_dim,
-            "in_dim": c.in_channels,
-            "num_heads": c.num_heads, "num_layers": c.num_layers, "out_dim": c.out_channels,
-            "text_len": c.text_length,
+            "in_dim": c.in_channels, "num_heads": c.num_heads, "num_layers": c.num_layers,
+            "out_dim": c.out_channels, "text_len": c.text_length,
         }  # fmt: skip
     return {
         "_class_name": "WanTransformer3DModel", "patch_size": c.patch_size,
-        "num_attention_heads": c.num_heads,
-        "attention_head_dim": c.dim // c.num_heads, "in_channels": c.in_channels,
-        "out_channels": c.out_channels,
-        "text_dim": c.text_dim, "freq_dim": c.freq_dim, "ffn_dim": c.ffn_dim,
-        "num_layers": c.num_layers,
+        "num_attention_heads": c.num_heads, "attention_head_dim": c.dim // c.num_heads,
+        "in_channels": c.in_channels, "out_channels": c.out_channels, "text_dim": c.text_dim,
+        "freq_dim": c.freq_dim, "ffn_dim": c.ffn_dim, "num_layers": c.num_layers,
         "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": c.eps,
-        "image_dim": c.image_dim or None,
-        "added_kv_proj_dim": c.dim if c.image_dim else None, "rope_max_seq_len": 1024,
-        "pos_embed_seq_len": None,
+        "image_dim": c.image_dim or None, "added_kv_proj_dim": c.dim if c.image_dim else None,
+        "rope_max_seq_len": 1024, "pos_embed_seq_len": None,
     }  # fmt: skip

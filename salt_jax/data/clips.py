@@ -47,8 +47,8 @@ class Shown(NamedTuple):
 
 
 def read_clip(file: str | Path, max_frames: int, height: int, width: int, fps: int) -> np.ndarray:
-    """The beginning of a video: its longest 4k + 1 frames up to `max_frames`, uint8 [T, height,
-    width, 3].
+    """The beginning of a video: its longest 4k + 1 frames up to `max_frames`,
+    uint8 [T, height, width, 3].
 
     Frames are those nearest in time to 0, 1/fps, 2/fps, ... after the first one. Where the times at
     which frames are to be shown do not grow, the n-th frame is shown at the n-th time of decoding.

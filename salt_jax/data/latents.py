@@ -33,7 +33,8 @@ NAMES = {"latent": "video", "image": "image", "condition": "condition"}
 
 Record = Mapping[str, Any]
 """What is to be written: `caption` str, `text` [n, D] without padding, and of `latent`, `image`,
-`condition` those the data set has."""
+`condition` those the data set has.
+"""
 
 
 class Report(NamedTuple):
@@ -185,7 +186,8 @@ def open_records(directory: str | Path, clip: Sequence[int], text_length: int) -
             f"{list(clip)}; set config.data.clip, or encode again with another --size and --frames"
         )
     builder = tfds.builder_from_directory(str(directory))
-    stored = builder.as_data_source("train")  # pyright: ignore[reportCallIssue]  # TFDS decorates it
+    # TFDS decorates it.
+    stored = builder.as_data_source("train")  # pyright: ignore[reportCallIssue]
     null_text = _pad(np.load(directory / "null_text.npy"), text_length)
     return Encoded(Records(stored, text_length), null_text, settings)
 

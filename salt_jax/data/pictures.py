@@ -60,10 +60,9 @@ def _pixels(image: Image.Image, head: bytes) -> np.ndarray:
     """Raises ValueError with the reason why it cannot be shown rightly, or what the decoder
     raises.
     """
-    if (
-        getattr(image, "n_frames", 1) > 1 and image.format != "MPO"
-    ):  # an MPO of a phone starts with its picture
-        raise ValueError(f"it has {image.n_frames} frames or pages")  # pyright: ignore[reportAttributeAccessIssue]
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # an MPO of a phone starts with its picture
+        raise ValueError(f"it has {frames} frames or pages")
     profile = image.info.get("icc_profile")
     if not profile:
         _refuse_hdr(str(image.format), head)

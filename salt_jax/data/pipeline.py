@@ -43,9 +43,9 @@ def batches(
         results are kept. Not called where records have `text`.
 
     Yields:
-      text [b, ...], stacked encodings, and what else the records have: video float32 [b, F, H, W,
-      C], of pixels in [-1, 1]; image, condition, states; scene int32 [b]. b = batch_size /
-      process_count.
+      text [b, ...], stacked encodings, and what else the records have: video float32
+      [b, F, H, W, C], of pixels in [-1, 1]; image, condition, states; scene int32 [b].
+      b = batch_size / process_count.
 
     Raises:
       ValueError: the batch does not divide over the processes, or the source is empty.

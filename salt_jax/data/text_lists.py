@@ -80,7 +80,10 @@ def read_text(file: str | Path) -> str:
     try:
         text = "" if seen else data.decode("utf-8")
     except UnicodeDecodeError as error:
-        seen = f"byte {error.start} is {data[error.start]:#x}, as in Latin-1, Windows-1252 or another code page"
+        seen = (
+            f"byte {error.start} is {data[error.start]:#x}, as in Latin-1, Windows-1252 or another "
+            "code page"
+        )
     if seen:
         raise UserError(f"{file} is not UTF-8 ({seen}); save it as UTF-8")
     if "\0" in text:
@@ -204,7 +207,10 @@ def _separated(text: str, file: Path) -> Iterator[Row]:
                 _refuse_twice(header, f"the header of {file}")
                 continue
             number += 1
-            told = f"it has {len(cells)} cells, the header {len(header)}; quote captions that have a {mark!r}"
+            told = (
+                f"it has {len(cells)} cells, the header {len(header)}; "
+                f"quote captions that have a {mark!r}"
+            )
             problem = "" if len(cells) == len(header) else told
             yield Row(f"row {number}", dict(zip(header, cells, strict=False)), problem)
     except csv.Error as error:

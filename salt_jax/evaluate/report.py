@@ -146,9 +146,9 @@ def _videos(row: VideoRow, fps: int) -> str:
             escape(f"{label}: {row.caption}"),
         )
         figures += (
-            f'<figure><video src="{source}" width="{width}" height="{height}" aria-label="{spoken}" '
-            "autoplay loop muted "
-            f"playsinline></video><figcaption>{escape(label)}</figcaption></figure>"
+            f'<figure><video src="{source}" width="{width}" height="{height}" '
+            f'aria-label="{spoken}" autoplay loop muted playsinline></video>'
+            f"<figcaption>{escape(label)}</figcaption></figure>"
         )
     return f'<h3>{escape(row.caption)}</h3><div class="clips scroll">{figures}</div>'
 
@@ -161,13 +161,14 @@ def _table(table: Table) -> str:
                 f"{list(table.header)}"
             )
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.header)
+    cells = lambda rest: "".join(f"<td>{escape(cell)}</td>" for cell in rest)
     rows = "".join(
-        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
-        for first, *rest in table.rows
+        f'<tr><th scope="row">{escape(first)}</th>{cells(rest)}</tr>' for first, *rest in table.rows
     )
     return (
         f"<h3>{escape(table.title)}</h3><p>{escape(table.explanation)}</p>"
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
     )
 
 
@@ -178,8 +179,10 @@ def _plot(plot: Plot) -> str:
     )
 
 
-SPEED = """<p><label>Speed <select onchange="for (const video of document.querySelectorAll('video')) {
-video.currentTime = 0; video.playbackRate = this.value; this.value > 0 ? video.play() : video.pause() }">
+SPEED = """<p><label>Speed
+<select onchange="for (const video of document.querySelectorAll('video')) {
+video.currentTime = 0; video.playbackRate = this.value;
+this.value > 0 ? video.play() : video.pause() }">
 <option value="1">normal</option><option value="0.5">1/2</option><option value="0.25">1/4</option>
 <option value="0">paused, first frame</option></select></label></p>"""
 
@@ -188,8 +191,8 @@ PAGE = Template("""<!DOCTYPE html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; media-src data:;
- style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
+ media-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>$title</title>
 <style>
 :root { color-scheme: light dark;
@@ -198,8 +201,8 @@ PAGE = Template("""<!DOCTYPE html>
   :root { --ink: #e6e9ee; --soft: #9aa4b2; --line: #2c333d; --page: #101419; --card: #181d24 }
 }
 * { box-sizing: border-box }
-body { margin: 0 auto; padding: 2rem 1rem 4rem; max-width: 64rem; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif }
+body { margin: 0 auto; padding: 2rem 1rem 4rem; max-width: 64rem; background: var(--page);
+  color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
 h1 { margin: 0 0 1.5rem; font-size: 1.7rem; line-height: 1.25; overflow-wrap: anywhere }
 h2 { margin: 0 0 .75rem; font-size: 1.2rem }
 h3 { margin: 1.75rem 0 .4rem; font-size: 1rem; overflow-wrap: anywhere }
@@ -216,12 +219,15 @@ video { display: block; max-width: 20rem; height: auto; background: #000; border
   image-rendering: pixelated }
 figcaption { margin-top: .25rem; font-size: .85rem; color: var(--soft); text-align: center }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums }
-th, td { padding: .4rem .9rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
+th, td { padding: .4rem .9rem; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid var(--line) }
 th:first-child { padding-left: 0; text-align: left }
 thead th { font-weight: 600; color: var(--soft) }
 tbody th { font-weight: 500 }
 img { display: block; width: 100%; max-width: 46rem; height: auto }
-@media (max-width: 40rem) { section { padding: 1rem } dl { display: block } dd { margin-bottom: .5rem } }
+@media (max-width: 40rem) {
+  section { padding: 1rem } dl { display: block } dd { margin-bottom: .5rem }
+}
 </style>
 </head>
 <body>

@@ -148,8 +148,8 @@ def drift(latents: np.ndarray, task: Task) -> dict[str, list]:
 def real_clips(
     world: World, count: int, seed: int, embed: Callable[[Sequence[str]], np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Random clips of the world with their captions' embeddings: float32 [N, F, H, W, C] and [N, T,
-    D].
+    """Random clips of the world with their captions' embeddings: float32 [N, F, H, W, C] and
+    [N, T, D].
     """
     rng, scenes, modes = np.random.default_rng(seed), shapes.scenes(world), shapes.modes(world)
     drawn = [

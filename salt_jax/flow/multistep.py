@@ -1,17 +1,19 @@
 """Multistep solvers for teachers: UniPC and DPM-Solver++ on the grids of Wan's official sampler.
 
-Along the probability flow the clean estimate x0(sigma) determines the state. With q = sigma_e /
-sigma_s,
+Along the probability flow the clean estimate x0(sigma) determines the state. With
+q = sigma_e / sigma_s,
 
     x_e = q x_s + (1 - q) m                                                            (1)
 
-is exact when m is the mean of x0 between the two levels, weighted by e^lambda, lambda = log((1 -
-sigma) / sigma). Solvers differ in how they guess m from the estimates at hand, and all guess it
-linearly:
+is exact when m is the mean of x0 between the two levels, weighted by e^lambda,
+lambda = log((1 - sigma) / sigma). Solvers differ in how they guess m from the estimates at hand,
+and all guess it linearly:
 
     Euler                   x0_s
-    DPM-Solver++ 2M         x0_s + w (x0_s - x0_before), w = h / (2 h_before), h the step in lambda       (2)
-    UniPC, order 2, B2(h)   predicts as (2); when x0_e is known, steps again from x_s through x0_e too    (3)
+    DPM-Solver++ 2M         x0_s + w (x0_s - x0_before), w = h / (2 h_before),                (2)
+                            h the step in lambda
+    UniPC, order 2, B2(h)   predicts as (2); when x0_e is known, steps again from x_s         (3)
+                            through x0_e too
 
 So a run is a table of numbers, one row per network evaluation; `rollout.parallel.multistep_update`
 reads it.

@@ -6,8 +6,8 @@ With the rectified flow of Salt Eq. 1 and velocity = noise - x0:
     velocity = (x - x0) / sigma        <=>   x0 = x - sigma velocity                   (2)
     score    = -noise_hat / sigma = -(x - (1 - sigma) x0) / sigma^2                    (3)
 
-Differences of scores are differences of x0: score_a - score_b = (1 - sigma) / sigma^2 (x0_a -
-x0_b), which is why `losses.dmd` needs no score.
+Differences of scores are differences of x0:
+score_a - score_b = (1 - sigma) / sigma^2 (x0_a - x0_b), which is why `losses.dmd` needs no score.
 """
 
 from jaxtyping import Array, Float

@@ -25,8 +25,8 @@ CODES: dict[str, np.dtype] = {
     code: np.dtype(dtype)
     for code, dtype in {
         "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16,
-        "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8,
-        "BOOL": np.bool_,
+        "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
+        "U8": np.uint8, "BOOL": np.bool_,
         "F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2,
     }.items()
 }  # fmt: skip
@@ -210,8 +210,7 @@ def save_weights(path: str | Path, params: Params, dtype: str, metadata: dict[st
 def load_weights(
     path: str | Path, like: Params, dtype: Any = jnp.float32, shardings: Params | None = None
 ) -> Params:
-    """Reads a tree that must have exactly the keys and shapes of `like` (arrays or
-    ShapeDtypeStructs).
+    """Reads a tree that must have exactly the keys and shapes of `like`.
 
     Args:
       path: of a safetensors file.

@@ -4,8 +4,8 @@ on a good cache.
 Features z of a frozen network are compared by the cosines between all pairs of places of a frame,
 not place by place:
 
-    z^ = z / |z|          R[i, j] = <z^_i, z^_j>          one matrix for each frame                  (11)
-    loss = mean max(0, |R_low - R_reference| - margin)     over pairs and frames                      (12)
+    z^ = z / |z|          R[i, j] = <z^_i, z^_j>          one matrix for each frame      (11)
+    loss = mean max(0, |R_low - R_reference| - margin)    over pairs and frames          (12)
 
 Differences inside the margin are free. Frames are compared one after the other: at 480p a matrix
 has 1560^2 entries, and those of all frames of a batch would not fit beside the networks.
@@ -38,8 +38,10 @@ def cache_alignment_loss(
     Returns:
       ([B], [B]) float32.
 
-    >>> z = jnp.eye(2)[None, None]                          # two places, at right angles
-    >>> cache_alignment_loss(z, jnp.ones_like(z), 0.1)      # the reference has them parallel: 2 of 4 pairs are off by 1
+    Two places at right angles, which the reference has parallel: 2 of 4 pairs are off by 1.
+
+    >>> z = jnp.eye(2)[None, None]
+    >>> cache_alignment_loss(z, jnp.ones_like(z), 0.1)
     (Array([0.45], dtype=float32), Array([0.5], dtype=float32))
     """
     reference = jax.lax.stop_gradient(reference)

@@ -1,9 +1,9 @@
 """Distribution matching distillation, Salt Eq. 4.
 
 The gradient of KL(student || teacher) with respect to the student's video x0 is the difference of
-the two scores at a noised copy of it. Scores differ by (1 - sigma) / sigma^2 (x0_critic -
-x0_teacher), and DMD replaces that factor by a normaliser per example (Yin et al. 2024, Eq. 8
-there):
+the two scores at a noised copy of it. Scores differ by
+(1 - sigma) / sigma^2 (x0_critic - x0_teacher), and DMD replaces that factor by a normaliser per
+example (Yin et al. 2024, Eq. 8 there):
 
     direction = (x0_critic - x0_teacher) / mean |x0 - x0_teacher|                      (1)
     loss      = 1/2 mean (x0 - stop(x0 - direction))^2,   d loss / d x0 = direction / size   (2)
@@ -29,7 +29,8 @@ def dmd_loss(x0: Latent, x0_critic: Latent, x0_teacher: Latent) -> PerExample:
       counted, never patched.
 
     >>> x0 = jnp.zeros((1, 1, 1, 1, 2))
-    >>> jax.grad(lambda x: dmd_loss(x, x0 + 3.0, x0 + 2.0).sum())(x0).ravel()   # (3 - 2) / |0 - 2| / 2
+    >>> loss = lambda x: dmd_loss(x, x0 + 3.0, x0 + 2.0).sum()
+    >>> jax.grad(loss)(x0).ravel()  # (3 - 2) / |0 - 2| / 2
     Array([0.25, 0.25], dtype=float32)
     """
     x0, x0_critic, x0_teacher = (a.astype(jnp.float32) for a in (x0, x0_critic, x0_teacher))

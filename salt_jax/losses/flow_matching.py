@@ -18,7 +18,8 @@ def flow_matching_loss(
     Its minimiser is E[noise - x0 | x], the velocity of Salt Eq. 1. Unweighted (w = 1), as the
     critic's loss in DMD, unless a `weight` for each clip or frame is given.
 
-    >>> flow_matching_loss(jnp.zeros((2, 1, 1, 1, 1)), jnp.ones((2, 1, 1, 1, 1)), jnp.ones((2, 1, 1, 1, 1)))
+    >>> ones = jnp.ones((2, 1, 1, 1, 1))
+    >>> flow_matching_loss(0 * ones, ones, ones)
     Array([0., 0.], dtype=float32)
     """
     velocity, x0, noise = (a.astype(jnp.float32) for a in (velocity, x0, noise))
@@ -29,7 +30,8 @@ def flow_matching_loss(
 def midlevel_weight(sigma: Sigma, shift_amount: float) -> Sigma:
     """The weight of levels in teacher-forced diffusion, as Self-Forcing and Causal Forcing have it.
 
-        w = (y - min y) / c,    y = exp(-2 (sigma - 1/2)^2),    c: mean 1 over u = 1, 0.999 .. 0.001 under the shift
+        w = (y - min y) / c,    y = exp(-2 (sigma - 1/2)^2),
+        c: mean 1 over u = 1, 0.999 .. 0.001 under the shift
 
     It is 0 at sigma = 1: diffusion training then says nothing about pure noise.
     """

@@ -39,7 +39,8 @@ def self_consistency_loss(
 
     >>> v = jnp.zeros((1, 1, 1, 1, 1))
     >>> level = lambda s: jnp.array([s])
-    >>> self_consistency_loss(v, v + 2.0, level(1.0), level(0.75), level(0.25), "none")   # (0.5 * 2)^2
+    >>> s, m, e = level(1.0), level(0.75), level(0.25)
+    >>> self_consistency_loss(v, v + 2.0, s, m, e, "none")  # (0.5 * 2)^2
     Array([1.], dtype=float32)
     """
     v_s, v_m = v_s.astype(jnp.float32), v_m.astype(jnp.float32)

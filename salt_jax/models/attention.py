@@ -49,8 +49,8 @@ def attention(
     kernel: Kernel = "blocks",
     mesh: Mesh | None = None,
 ) -> Float[Array, "b *l a d"]:
-    """Softmax attention without a mask: every query sees every key. Logits in float32, scale 1 /
-    sqrt(d).
+    """Softmax attention without a mask: every query sees every key. Logits in float32,
+    scale 1 / sqrt(d).
 
     Visibility is never a mask here: callers pass the keys that may be seen (chunks are contiguous).
     The one exception is a cache that fills over time: of its keys only the first `length` count.

@@ -128,8 +128,8 @@ def look(q, k, v, length, compute: Compute):
 
 
 def look_around(q, k, v, memory, views: tuple[tuple[View, Any, Any], ...], compute: Compute):
-    """Self attention of new frames, [B, F, S, A, d] each, with `memory` (keys, values) [B, M, S, A,
-    d] or None.
+    """Self attention of new frames, [B, F, S, A, d] each, with `memory` (keys, values)
+    [B, M, S, A, d] or None.
 
     One dense call for each view, given with the angles of its queries and of its keys.
     """

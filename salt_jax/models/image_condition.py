@@ -56,8 +56,8 @@ def crop_for_clip(
 def image_clip(
     image: UInt8[np.ndarray, "h w 3"], num_frames: int, height: int, width: int
 ) -> Float[np.ndarray, "{num_frames} {height} {width} 3"]:
-    """The clip that the VAE encodes for the condition: the picture, then mid-grey frames, in [-1,
-    1].
+    """The clip that the VAE encodes for the condition: the picture, then mid-grey frames,
+    in [-1, 1].
     """
     clip = np.zeros((num_frames, height, width, 3), np.float32)
     clip[0] = resize_bicubic(image / np.float32(127.5) - 1, height, width)

@@ -1,13 +1,13 @@
 """The Wan 2.1 diffusion transformer, in Flax Linen leaves under our own layer loop.
 
 Parameters are a plain nested dict. The blocks are stacked on a leading layer axis and scanned, so
-compile time does not grow with depth. The network maps (x, timestep, text) to a velocity = noise -
-x0:
+compile time does not grow with depth. The network maps (x, timestep, text) to a
+velocity = noise - x0:
 
     tokens = patchify(x);  e = time MLP(sinusoid(timestep));  e0 = Linear(SiLU(e)) in R^{6 x D}
-    block:  h = LN(x) (1 + scale_sa) + shift_sa;   x += gate_sa SelfAttention(h)      (RoPE, RMS q/k)
-            x += CrossAttention(LN_affine(x), text, image)                            (no gate)
-            h = LN(x) (1 + scale_ff) + shift_ff;   x += gate_ff FFN(h)                (GELU tanh)
+    block:  h = LN(x) (1 + scale_sa) + shift_sa;   x += gate_sa SelfAttention(h)    (RoPE, RMS q/k)
+            x += CrossAttention(LN_affine(x), text, image)                          (no gate)
+            h = LN(x) (1 + scale_ff) + shift_ff;   x += gate_ff FFN(h)              (GELU tanh)
     head:   velocity = unpatchify(Linear(LN(x) (1 + scale) + shift)), modulated by e, not e0
 
 Matrix products run in `Compute.dtype`; the time path, modulation, norms, RoPE and the residual
@@ -49,8 +49,8 @@ from salt_jax.types import ImageText, Latent, Params, PRNGKey, Sigma, Told
 
 
 def init_wan(key: PRNGKey, config: WanConfig) -> Params:
-    """Fresh parameters, float32, initialised as the official code does (the head starts at
-    zero).
+    """Fresh parameters, float32, initialised as the official code does
+    (the head starts at zero).
     """
     k_patch, k_text, k_time, k_head, k_blocks = jax.random.split(key, 5)
     k_image = jax.random.fold_in(key, 5)

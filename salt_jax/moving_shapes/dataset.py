@@ -78,7 +78,8 @@ class MovingShapes(tfds.core.GeneratorBasedBuilder):
         }
         return tfds.core.DatasetInfo(
             builder=self,
-            description=f"Captioned clips of shapes moving on a torus, {shapes.FPS} frames per second.",
+            description="Captioned clips of shapes moving on a torus, "
+            f"{shapes.FPS} frames per second.",
             features=tfds.features.FeaturesDict(features),
             disable_shuffling=True,  # record i is example i
         )
@@ -125,7 +126,10 @@ def build(
     builder.download_and_prepare()
     # The decorators of TFDS hide from a type checker which arguments these two calls take.
     decoders = {"caption": _text()}  # pyright: ignore[reportCallIssue]
-    read = lambda split: builder.as_data_source(split, decoders=decoders)  # pyright: ignore[reportCallIssue]
+    read = lambda split: builder.as_data_source(
+        split,  # pyright: ignore[reportCallIssue]
+        decoders=decoders,
+    )
     train, test = read("train"), read("test")
     stored, expected = train[0], example(world, seed, 0)
     if not all(np.array_equal(stored[key], value) for key, value in expected.items()):

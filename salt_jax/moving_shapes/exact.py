@@ -2,7 +2,8 @@
 
 If data are the clips c_1..c_N with equal weight, then at noise level sigma
 
-    p(c_i | x) = softmax_i( -|x - (1 - sigma) c_i|^2 / (2 sigma^2) ),    E[x0 | x] = sum_i p(c_i | x) c_i
+    p(c_i | x) = softmax_i( -|x - (1 - sigma) c_i|^2 / (2 sigma^2) )
+    E[x0 | x]  = sum_i p(c_i | x) c_i
 
 No network can have a lower flow-matching loss. It serves as an exact teacher and as the measure of
 a trained one. The clips of other captions are masked out: the caption is read off its text

@@ -3,14 +3,13 @@ cleanly.
 
 No network. Every hypothesis is rendered and matched, object by object and frame by frame:
 
-1. Colours. A pixel f is explained by a palette colour c to the extent (f . c)^2 / |c|^2. The clip's
-colours
-   are those that explain most when each pixel takes the better one. Unmixing the pixels into them
-   gives one coverage map A per object.
+1. Colours. A pixel f is explained by a palette colour c to the extent (f . c)^2 / |c|^2. The
+   clip's colours are those that explain most when each pixel takes the better one. Unmixing the
+   pixels into them gives one coverage map A per object.
 2. Shape and place. `shape_mask` of every shape at every half pixel of the torus is a template a.
-With its
-   best brightness it explains (sum w A a)^2 / sum w a^2 of the map, where the weight w is 0 behind
-   the other object. Each frame takes the best place, the clip takes the shape that explains most.
+   With its best brightness it explains (sum w A a)^2 / sum w a^2 of the map, where the weight w is
+   0 behind the other object. Each frame takes the best place, the clip takes the shape that
+   explains most.
 3. Motion. Places are unwrapped over time and fitted by a straight path at constant speed.
 4. What is left. The reading is rendered in full palette colours and compared with the clip.
 
@@ -153,10 +152,9 @@ def score(videos: np.ndarray, scene_index: np.ndarray, world: World) -> dict[str
 
     Fractions of clips, 0 to 1, higher is better:
       shape, colour, direction, (relation): the caption is right about it. Chance is 1/3, 1/4, 1/4,
-      (1/4); in a
-        pair, both shapes (1/9) and both colours (1/6) count.
-      clean: passes `is_clean`. all: everything the caption states, by a clean object; chance <=
-        1/48.
+        (1/4); in a pair, both shapes (1/9) and both colours (1/6) count.
+      clean: passes `is_clean`. all: everything the caption states, by a clean object;
+        chance <= 1/48.
       identity: mean part of the frames that show the clip's own object.
       coverage: modes of a caption that some clip hits (`all`, and a path within 0.5 px rms), mean
         over captions.
@@ -165,12 +163,10 @@ def score(videos: np.ndarray, scene_index: np.ndarray, world: World) -> dict[str
       1 is no mode dropping, whatever the accuracy; less is worse, 0 is no hit. It needs many clips
       per caption: a single one always gives 1.
     Fraction, lower is better: off_grid, not a clean object within 0.5 px rms of any mode (mode
-    averaging or
-      a wrong speed; its shape, colour and direction are not asked for).
-    Means over clips: sharpness (1 as the truth, less is blur), residual (0 exact), flicker (0
-    none), wobble
-      (pixels, 0 straight), speed and motion (pixels per frame; right when equal to those of the
-      data).
+      averaging or a wrong speed; its shape, colour and direction are not asked for).
+    Means over clips: sharpness (1 as the truth, less is blur), residual (0 exact), flicker
+      (0 none), wobble (pixels, 0 straight), speed and motion (pixels per frame; right when equal to
+      those of the data).
 
     Raises ValueError if clips and captions do not match in number, or do not fit the world.
     """
@@ -273,8 +269,9 @@ def _find_colours(pixels, objects: int):
 
 
 def _find_objects(maps, world: World):
-    """Shape [N, K] of the clip and [N, K, F] of each frame read alone; place [N, K, F, 2], mask [N,
-    K, F, P] and brightness [N, K, F] in each frame."""
+    """Shape [N, K] of the clip and [N, K, F] of each frame read alone; place [N, K, F, 2],
+    mask [N, K, F, P] and brightness [N, K, F] in each frame.
+    """
     count = maps.shape[1]
     whole = np.ones((1, 1, maps.shape[-1]), np.float32)
     found = [_find_object(maps[:, k], whole, world) for k in range(count)]
@@ -328,8 +325,8 @@ def _find_motion(places, world: World):
 
 
 def _find_relation(centres, world: World):
-    """[N] the relation nearest to the mean offset of the second object on the torus (a mean of
-    angles).
+    """[N] the relation nearest to the mean offset of the second object on the torus
+    (a mean of angles).
     """
     turn = np.exp(2j * np.pi / world.size * (centres[:, 1] - centres[:, 0]))
     return (np.angle(turn.mean(1)) @ _table(shapes.RELATIONS).T).argmax(-1)

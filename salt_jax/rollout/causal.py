@@ -4,8 +4,10 @@ code.
 A rollout's gradient touches each chunk once, at its exit step, and never flows through the cache.
 So
 
-    trajectory = rollout(...)    all chunks without gradient: each one's state before its exit step, the cache
-    video      = replay(...)     the exit steps of all chunks in one differentiable forward, reading that cache
+    trajectory = rollout(...)    all chunks without gradient: the state of each before its exit
+                                 step, and the cache
+    video      = replay(...)     the exit steps of all chunks in one differentiable forward, which
+                                 reads that cache
 
 which equals the sequential computation: a chunk of the replay sees its own frames as they are,
 noisy, and earlier ones as the cache has them, clean.
@@ -236,8 +238,8 @@ def diffusion_forcing(frames: int, policy: CachePolicy) -> Sight:
 
 
 def _runs(sizes, others, first):
-    """Chunks of one size and schedule that follow each other: [1, 3, 3] -> [(1, 1, schedule), (3,
-    2, schedule)].
+    """Chunks of one size and schedule that follow each other:
+    [1, 3, 3] -> [(1, 1, schedule), (3, 2, schedule)].
     """
     schedules = [first or others] + [others] * (len(sizes) - 1)
     runs = []

@@ -95,7 +95,7 @@ def draw_rollout(
     alignment.
 
     Self-consistency is trained at the longest K only (Salt 3.3), where T_train is T(K); alignment
-    at the others, whose reference takes twice as many num_steps. Every call draws the same amount, so
+    at the others, whose reference takes twice as many steps. Every call draws the same amount, so
     that a term that is off changes no draw.
 
     Args:

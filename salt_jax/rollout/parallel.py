@@ -46,8 +46,8 @@ def advance(
     keys: Key[Array, "b"],
     frames: Int[Array | np.ndarray, "f"],
 ) -> Latent:
-    """The state at `sigma_next`, one level for all clips, given what the network says at `sigma`,
-    [B].
+    """The state at `sigma_next`, one level for all clips, given what the network says at
+    `sigma`, [B].
 
     `frames` are the numbers of the frames of `x` in the video.
     """

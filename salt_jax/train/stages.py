@@ -1,16 +1,16 @@
 """The stages before distillation: a teacher from data, and a bidirectional network made causal, in
 three ways.
 
-| stage           | the student learns                                                     | as in                    |
-|-----------------|------------------------------------------------------------------------|--------------------------|
-| denoising       | a teacher and its text encoder, on whole clips                         | -                        |
-| teacher_forcing | to denoise each chunk given the clean chunks before it                 | Causal Forcing, stage 1  |
-| ode_regression  | the end of the causal teacher's trajectory from any of its few levels  | Causal Forcing, stage 2a |
-| consistency     | without trajectories: to agree with itself one teacher update later    | Causal Forcing, stage 2b |
+| stage           | the student learns                                                  | as in    |
+|-----------------|---------------------------------------------------------------------|----------|
+| denoising       | a teacher and its text encoder, on whole clips                      | -        |
+| teacher_forcing | to denoise each chunk given the clean chunks before it              | stage 1  |
+| ode_regression  | the end of the causal teacher's trajectory from any of its levels   | stage 2a |
+| consistency     | without trajectories: to agree with itself one teacher update later | stage 2b |
 
-The causal teacher of the last two is the network they start from. Self-Forcing and CausVid start
-from an ODE regression whose teacher is bidirectional; Causal Forcing argues that a causal student
-cannot follow its trajectories.
+Stages 1, 2a and 2b are those of Causal Forcing. The causal teacher of the last two is the network
+they start from. Self-Forcing and CausVid start from an ODE regression whose teacher is
+bidirectional; Causal Forcing argues that a causal student cannot follow its trajectories.
 """
 
 import jax
@@ -215,8 +215,8 @@ def forced_velocity(network: Network, params: Params, x0, text, null_text, recip
 def trajectory(
     network: Network, params: Params, batch: Batch, null_text, key: PRNGKey, recipe: Recipe
 ) -> jax.Array:
-    """The causal teacher's Euler trajectories, at the student's levels and at the end: [B, n + 1,
-    F, H, W, C].
+    """The causal teacher's Euler trajectories, at the student's levels and at the end:
+    [B, n + 1, F, H, W, C].
     """
     levels = ode_levels(recipe)
     kept = np.flatnonzero(np.isin(levels, recipe.levels(recipe.schedule.train_levels)[:-1]))

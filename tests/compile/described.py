@@ -1,9 +1,9 @@
 """Run by test_for_tpu.py and test_for_gpu.py in a process of its own, in the environment of the
 target.
 
-    python -m tests.compile.described lower TARGET      student and critic programs of every Wan config
+    python -m tests.compile.described lower TARGET      student and critic of every Wan config
     python -m tests.compile.described compile TARGET    two programs of few layers
-    python -m tests.compile.described fill TARGET       one that just fits a v5p, and one that just does not
+    python -m tests.compile.described fill TARGET       one that just fits a v5p, one that does not
 
 Each line of stdout is a program: JSON with its name and what was found. Files of XLA go where
 XLA_FLAGS say.

@@ -25,8 +25,10 @@ TPU = """HloModule jit_f, is_scheduled=true, num_partitions=8
 
 %body.1 (p.2: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
   %p.2 = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) parameter(0)
-  %ag = bf16[8,4]{1,0:T(8,128)(2,1)} all-gather(%x), replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}, dimensions={0}
-  %aa = f32[8,4]{1,0:T(8,128)} all-to-all(%y), replica_groups=mesh['data'=2,'fsdp'=4] {'data','fsdp':(1)2}
+  %ag = bf16[8,4]{1,0:T(8,128)(2,1)} all-gather(%x), \
+replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}, dimensions={0}
+  %aa = f32[8,4]{1,0:T(8,128)} all-to-all(%y), \
+replica_groups=mesh['data'=2,'fsdp'=4] {'data','fsdp':(1)2}
   ROOT %t = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) tuple(%n, %aa)
 }
 
@@ -43,11 +45,12 @@ TPU = """HloModule jit_f, is_scheduled=true, num_partitions=8
 }
 
 ENTRY %main (p: f32[8,4]) -> f32[8,4] {
-  %cp = (f32[1,48]{1,0:T(1,128)S(1)}, f32[1,48]{1,0:T(1,128)}, u32[]{:S(2)}) collective-permute-start(%p), \
-source_target_pairs={{0,1},{1,0}}
+  %cp = (f32[1,48]{1,0:T(1,128)S(1)}, f32[1,48]{1,0:T(1,128)}, u32[]{:S(2)}) \
+collective-permute-start(%p), source_target_pairs={{0,1},{1,0}}
   %w.1 = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) while(%t.1), condition=%cond.1, body=%body.1
   %w.2 = (s32[], /*index=1*/s32[]) while(%t.2), condition=%open, body=%once
-  %splash_fwd.12 = bf16[8,4]{1,0} custom-call(%p), custom_call_target="tpu_custom_call", backend_config={}
+  %splash_fwd.12 = bf16[8,4]{1,0} custom-call(%p), \
+custom_call_target="tpu_custom_call", backend_config={}
   ROOT %alloc = f32[8,4] custom-call(), custom_call_target="AllocateBuffer"
 }
 """
@@ -71,7 +74,8 @@ def test_the_text_of_a_tpu():
 GPU = """HloModule jit_f, num_partitions=4, replica_count=2
 
 %wrapped (p.1: f32[16]) -> f32[8,4] {
-  ROOT %rs = f32[8,4]{1,0} reduce-scatter(%p.1), replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%add
+  ROOT %rs = f32[8,4]{1,0} reduce-scatter(%p.1), \
+replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%add
 }
 
 %body (p.2: (s32[])) -> (s32[]) {
@@ -149,7 +153,8 @@ allocation 2: size 8192, color 1, page 0, preallocated-temp:
  value: <5 vector @0> (size=8192,offset=0): f32[2048]{0}
 """
 MODULE = """ENTRY %main {
-  %fusion.1 = (f32[2], bf16[4,512]) fusion(%p), metadata={op_name="jit(run)/a/b/Block/ffn/dot" stack_frame_id=1}
+  %fusion.1 = (f32[2], bf16[4,512]) fusion(%p), \
+metadata={op_name="jit(run)/a/b/Block/ffn/dot" stack_frame_id=1}
   ROOT %copy.2 = f32[128] copy(%batch), metadata={op_name="batch[\\'text\\']"}
 }
 """

@@ -174,5 +174,8 @@ def test_the_requirement_files_hold_what_is_asked_for():
 
 def test_a_log_ends_with_its_reason():
     assert s.last_line("a\n\nb \n\n") == "b" and s.last_line("") == "it said nothing"
-    log = "W0101 x\nF1125 03:00:00 1 fusion.cc:3] Check failed: padded\n*** Check failure stack trace: ***\n  @ main\n"
+    log = (
+        "W0101 x\nF1125 03:00:00 1 fusion.cc:3] Check failed: padded\n"
+        "*** Check failure stack trace: ***\n  @ main\n"
+    )
     assert s.last_line(log) == "F1125 03:00:00 1 fusion.cc:3] Check failed: padded"

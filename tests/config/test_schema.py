@@ -280,7 +280,7 @@ CONTRADICTIONS = {
             LISTED | {"sample.num_steps": (2, 4, 8)},
         ),
         (
-            r"config\.rollout\.num_steps=\(2, 4, 8\) does not go with the 3 levels .* set it to \(3,\)",
+            r"config\.rollout\.num_steps=\(2, 4, 8\) does not go with the 3 levels .* to \(3,\)",
             LISTED | {"video": "rollout"},
         ),
         (
@@ -334,7 +334,8 @@ CONTRADICTIONS = {
             {"text_encoder": "umt5-xxl"},
         ),
         (
-            r"9 latent frames do not split into a chunk of 1 and chunks of 3; change config\.memory\.chunk",
+            r"9 latent frames do not split into a chunk of 1 and chunks of 3; "
+            r"change config\.memory\.chunk",
             ROLLOUT | {"memory.first": 1},
         ),
         (

@@ -268,8 +268,12 @@ def test_all_names_that_do_not_match_are_told_in_one_error(tmp_path):
 
     with pytest.raises(UserError) as error:
         find_network(save_changed(tmp_path, change))
-    for told in ("wan with official names", "2 missing (blocks.1.ffn.2.bias, head.modulation)",
-                 "2 unexpected (blocks.0.ffn.3.weight, blocks.9x)", "x.safetensors"):  # fmt: skip
+    for told in (
+        "wan with official names",
+        "2 missing (blocks.1.ffn.2.bias, head.modulation)",
+        "2 unexpected (blocks.0.ffn.3.weight, blocks.9x)",
+        "x.safetensors",
+    ):
         assert told in str(error.value)
 
 
@@ -280,22 +284,16 @@ def exchange(tensors, **new):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-
-
-
-                                                         (lambda t: exchange(t, blocks__1__ffn__0__bias=(95,)), r"blocks\.1\.ffn\.0\.bias is \(95,\).*\(96,\)"),
+        (lambda t: exchange(t, blocks__1__ffn__0__bias=(95,)),
+         r"blocks\.1\.ffn\.0\.bias is \(95,\).*\(96,\)"),
         (lambda t: exchange(t, blocks__0__norm3__weight=(47,)), r"norm3\.weight is \(47,\)"),
         (lambda t: exchange(t, blocks__0__modulation=(2, 6, 48)), "shapes that no wan has"),
         (lambda t: exchange(t, patch_embedding__weight=(48, 64)), "shapes that no wan has"),
         (lambda t: exchange(t, head__head__weight=(48, 64)), r"head\.head\.weight is \(48, 64\)"),
-
-
-
-                                                         (lambda t: t.update({"head.modulation": np.zeros((1, 2, 48), np.int8)}), "head.modulation is int8"),
-
-
-
-                                                         (lambda t: [t.pop(k) for k in list(t) if k.startswith("blocks.0")], r"missing \(blocks\.0\."),
+        (lambda t: t.update({"head.modulation": np.zeros((1, 2, 48), np.int8)}),
+         "head.modulation is int8"),
+        (lambda t: [t.pop(k) for k in list(t) if k.startswith("blocks.0")],
+         r"missing \(blocks\.0\."),
     ],
 )  # fmt: skip
 def test_shapes_and_kinds_of_numbers_are_checked(tmp_path, change, told):
@@ -423,9 +421,11 @@ def from_table(network, layout, tree):
 def test_encoders_and_vae_come_in_from_both_layouts(tmp_path, layout):
     """And what the CLIP files hold beside what Wan reads is left out."""
     (tmp_path / "config.json").write_text('{"num_attention_heads": 2}')
-    inits = {"vae": (vae.init_vae, vae.PRESETS["tiny"]),
-             "text_encoder": (text_encoder.init_text_encoder, text_encoder.PRESETS["wan-tiny"]),
-             "image_encoder": (image_encoder.init_image_encoder, image_encoder.PRESETS["tiny"])}  # fmt: skip
+    inits = {
+        "vae": (vae.init_vae, vae.PRESETS["tiny"]),
+        "text_encoder": (text_encoder.init_text_encoder, text_encoder.PRESETS["wan-tiny"]),
+        "image_encoder": (image_encoder.init_image_encoder, image_encoder.PRESETS["tiny"]),
+    }
     for network, (init, config) in inits.items():
         tree = randomised(shapes_of(config, init), 1)
         tensors = from_table(network, layout, tree)
@@ -590,9 +590,8 @@ def test_an_umt5_of_transformers_computes_the_same_here(tmp_path, tied):
     theirs = transformers.UMT5EncoderModel(
         transformers.UMT5Config(
             vocab_size=100, d_model=32, d_kv=16, d_ff=48, num_layers=3, num_heads=4,
-            dropout_rate=0.0,
-            relative_attention_num_buckets=32, relative_attention_max_distance=128,
-            layer_norm_epsilon=1e-6,
+            dropout_rate=0.0, relative_attention_num_buckets=32,
+            relative_attention_max_distance=128, layer_norm_epsilon=1e-6,
             feed_forward_proj="gated-gelu",
         )
     ).eval().requires_grad_(False)  # fmt: skip
@@ -636,8 +635,8 @@ def test_a_clip_of_transformers_comes_in_without_its_last_layer(tmp_path, prefix
     theirs = transformers.CLIPVisionModel(
         transformers.CLIPVisionConfig(
             hidden_size=32, intermediate_size=64, projection_dim=24, num_hidden_layers=4,
-            num_attention_heads=2,
-            image_size=42, patch_size=14, hidden_act="gelu", layer_norm_eps=1e-5,
+            num_attention_heads=2, image_size=42, patch_size=14, hidden_act="gelu",
+            layer_norm_eps=1e-5,
         )
     )  # fmt: skip
     theirs.save_pretrained(tmp_path)

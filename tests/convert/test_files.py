@@ -91,9 +91,12 @@ def in_8_bits(tensors, dtype, scale=None, suffix="scale_weight", shape=()):
             sizes = shape(w) if callable(shape) else shape
             beside = np.array(scale * np.random.default_rng(k).uniform(1, 2, sizes), np.float32)
             out[f"{key.removesuffix('weight')}{suffix}"] = beside
-            values[key] = values[key] * beside.reshape(-1, 1) if beside.ndim < 3 else np.concatenate(
-                [part * beside[:, b] for b, part in enumerate(np.split(values[key], beside.shape[1], axis=1))], axis=1
-            )  # fmt: skip
+            if beside.ndim < 3:
+                values[key] = values[key] * beside.reshape(-1, 1)
+            else:
+                parts = np.split(values[key], beside.shape[1], axis=1)
+                scaled = [part * beside[:, b] for b, part in enumerate(parts)]
+                values[key] = np.concatenate(scaled, axis=1)
     return out, values
 
 
@@ -221,49 +224,31 @@ def test_float64_is_stored_as_float32(tmp_path):
 Q, EIGHT = "blocks.0.self_attn.q", np.zeros((48, 48), E4M3)
 as_bytes = lambda told: {f"{Q}.comfy_quant": np.frombuffer(told, np.uint8)}
 QUANTISED = {
-
-
-
-                         "int8": ({f"{Q}.weight": np.zeros((48, 48), np.int8)}, "q.weight is int8, no floating point: quantised"),
-
-
-
-                         "int8 with a scale": ({f"{Q}.weight": np.zeros((48, 48), np.int8), f"{Q}.weight_scale": ones(1)},
+    "int8": ({f"{Q}.weight": np.zeros((48, 48), np.int8)},
+             "q.weight is int8, no floating point: quantised"),
+    "int8 with a scale": ({f"{Q}.weight": np.zeros((48, 48), np.int8),
+                           f"{Q}.weight_scale": ones(1)},
                           "scale beside .*q.weight, which is int8, no fp8"),
-
-
-
-                         "bitsandbytes": ({f"{Q}.weight.absmax": ones(4), f"{Q}.weight.quant_map": ones(16)}, "quantised as bitsandbytes"),
-
-
-
-                         "nunchaku": ({f"{Q}.qweight": np.zeros(4, np.int8), f"{Q}.wscales": ones(4)}, "quantised as SVDQuant"),
-
-
-
-                         "gptq": ({f"{Q}.qweight": np.zeros(4, np.int32), f"{Q}.qzeros": np.zeros(4, np.int32)}, "quantised as GPTQ or AWQ"),
-
-
-
-                         "nvfp4": ({f"{Q}.weight": np.zeros((48, 48), np.uint8), f"{Q}.weight_scale_2": ones(1)}, "quantised as NVFP4"),
+    "bitsandbytes": ({f"{Q}.weight.absmax": ones(4), f"{Q}.weight.quant_map": ones(16)},
+                     "quantised as bitsandbytes"),
+    "nunchaku": ({f"{Q}.qweight": np.zeros(4, np.int8), f"{Q}.wscales": ones(4)},
+                 "quantised as SVDQuant"),
+    "gptq": ({f"{Q}.qweight": np.zeros(4, np.int32), f"{Q}.qzeros": np.zeros(4, np.int32)},
+             "quantised as GPTQ or AWQ"),
+    "nvfp4": ({f"{Q}.weight": np.zeros((48, 48), np.uint8), f"{Q}.weight_scale_2": ones(1)},
+              "quantised as NVFP4"),
     "blocks": ({f"{Q}.weight_scale_inv": ones(1, 1)}, "fp8 in blocks"),
     "quanto": ({f"{Q}.weight._data": np.zeros(4, np.int8)}, "whole numbers"),
     "comfy_quant": (as_bytes(b'{"format": "int8_tensorwise"}'), "as int8_tensorwise"),
-    "comfy_quant with more": (
-        as_bytes(b'{"format": "float8_e4m3fn", "convrot": true}'), "as float8_e4m3fn"),
+    "comfy_quant with more": (as_bytes(b'{"format": "float8_e4m3fn", "convrot": true}'),
+                              "as float8_e4m3fn"),
     "comfy_quant damaged": (as_bytes(b"\xff\xfe"), "an unknown kind of numbers"),
-
-
-
-                         "scale of bfloat16": ({f"{Q}.scale_weight": ones(1)}, "scale beside .*q.weight, which is float32"),
-
-
-
-                         "scale of another shape": ({f"{Q}.weight": EIGHT, f"{Q}.scale_weight": ones(47)}, r"its scale \(47,\)"),
-
-
-
-                         "scale of columns": ({f"{Q}.weight": EIGHT, f"{Q}.scale_weight": ones(1, 48)}, r"its scale \(1, 48\)"),
+    "scale of bfloat16": ({f"{Q}.scale_weight": ones(1)},
+                          "scale beside .*q.weight, which is float32"),
+    "scale of another shape": ({f"{Q}.weight": EIGHT, f"{Q}.scale_weight": ones(47)},
+                               r"its scale \(47,\)"),
+    "scale of columns": ({f"{Q}.weight": EIGHT, f"{Q}.scale_weight": ones(1, 48)},
+                         r"its scale \(1, 48\)"),
 }  # fmt: skip
 
 
@@ -300,12 +285,12 @@ def test_a_checkpoint_of_comfyui_holds_several_networks(tmp_path):
     trees = {
         "vae.": ("vae", vae.PRESETS["tiny"], vae.init_vae, "official"),
         "text_encoders.umt5xxl.transformer.": (
-            "text_encoder", text_encoder.PRESETS["wan-tiny"], text_encoder.init_text_encoder,
-            "diffusers",
+            "text_encoder", text_encoder.PRESETS["wan-tiny"],
+            text_encoder.init_text_encoder, "diffusers",
         ),
         "clip_vision.vision_model.": (
-            "image_encoder", image_encoder.PRESETS["tiny"], image_encoder.init_image_encoder,
-            "diffusers",
+            "image_encoder", image_encoder.PRESETS["tiny"],
+            image_encoder.init_image_encoder, "diffusers",
         ),
     }  # fmt: skip
     tensors = {f"model.diffusion_model.{key}": w for key, w in good().items()}
@@ -324,9 +309,11 @@ def test_a_checkpoint_of_comfyui_holds_several_networks(tmp_path):
 
 # What stands in front of names, and in which dict.
 
-FRONTS = ("net.", "dit.", "pipe.dit.", "generator.", "student.", "model.", "model.diffusion_model.", "module.",
-          "a.b.c.", "_orig_mod.", "module._orig_mod.", "model._fsdp_wrapped_module.",
-          "state_dict.net.module.")  # fmt: skip
+FRONTS = (
+    "net.", "dit.", "pipe.dit.", "generator.", "student.", "model.", "model.diffusion_model.",
+    "module.", "a.b.c.", "_orig_mod.", "module._orig_mod.", "model._fsdp_wrapped_module.",
+    "state_dict.net.module.",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("front", FRONTS)
@@ -342,27 +329,20 @@ NESTED = {
     "state_dict": lambda: {"state_dict": good(), "epoch": np.int64([3])},
     "module": lambda: {"module": under("module.", good())},
     "ema": lambda: {"ema": good(), "model": bad()},
-
-
-
-                         "generator_ema": lambda: {"generator_ema": good(), "ema": bad(), "generator": bad(), "critic": bad()},
-
-
-
-                         "student": lambda: {"student": good(), "teacher": bad(), "fake_score": bad(), "real_score": bad()},
+    "generator_ema": lambda: {"generator_ema": good(), "ema": bad(), "generator": bad(),
+                              "critic": bad()},
+    "student": lambda: {"student": good(), "teacher": bad(), "fake_score": bad(),
+                        "real_score": bad()},
     "params_ema": lambda: {"params_ema": good(), "params": bad()},
     "ema/generator": lambda: {"ema": {"generator": good()}, "model": {"generator": bad()}},
-
-
-
-                         "state_dict/generator": lambda: {"state_dict": under("generator.", good()) | under("critic.", bad())},
+    "state_dict/generator": lambda: {
+        "state_dict": under("generator.", good()) | under("critic.", bad()),
+    },
     "a/b/c": lambda: {"a": {"b": {"c": good()}}},
     "model": lambda: {
         "model": good(), "discriminator": {"conv.weight": ones(3, 3)},
-
-
-
-                                                         "optimizer": {"state": {"0": {"exp_avg": ones(3)}, "blocks.0.ffn.0.weight": {"exp_avg": ones(3)}}},
+        "optimizer": {"state": {"0": {"exp_avg": ones(3)},
+                                "blocks.0.ffn.0.weight": {"exp_avg": ones(3)}}},
     },
 }  # fmt: skip
 
@@ -408,8 +388,10 @@ def test_key_chooses_another_network_of_the_file(tmp_path):
 
 
 def official_of(found):
-    arrays = {key: np.stack(list(out.parts())) if key.startswith("blocks/") else next(iter(out.parts()))
-              for key, out in reading.outgoing(found, None).items()}  # fmt: skip
+    arrays = {
+        key: np.stack(list(out.parts())) if key.startswith("blocks/") else next(iter(out.parts()))
+        for key, out in reading.outgoing(found, None).items()
+    }
     return official(unflatten_dict(arrays, sep="/"), T2V)
 
 
@@ -514,54 +496,34 @@ def channels(tensors, made, taken):
 
 
 OTHERS = {
-
-
-
-                         "Wan 2.2 I2V A14B": (lambda: channels(good(), 16, 36), "makes 16 channels of 36, without .* as Wan 2.2 I2V A14B"),
-
-
-
-                         "Wan 2.2 TI2V 5B": (lambda: channels(good(), 48, 48), "makes 48 channels of 48, .* as Wan 2.2 TI2V 5B"),
-
-
-
-                         "Fun Control": (lambda: channels(good(I2V), 16, 48), "makes 16 channels of 48, with .* as Wan 2.1 Fun Control"),
-
-
-
-                         "of 52": (lambda: channels(good(), 16, 52), "makes 16 channels of 52, without an image embedding; Wan 2.1 makes"),
-
-
-
-                         "T2V with an image": (lambda: channels(good(I2V), 16, 16), "makes 16 channels of 16, with an image embedding;"),
+    "Wan 2.2 I2V A14B": (lambda: channels(good(), 16, 36),
+                         "makes 16 channels of 36, without .* as Wan 2.2 I2V A14B"),
+    "Wan 2.2 TI2V 5B": (lambda: channels(good(), 48, 48),
+                        "makes 48 channels of 48, .* as Wan 2.2 TI2V 5B"),
+    "Fun Control": (lambda: channels(good(I2V), 16, 48),
+                    "makes 16 channels of 48, with .* as Wan 2.1 Fun Control"),
+    "of 52": (lambda: channels(good(), 16, 52),
+              "makes 16 channels of 52, without an image embedding; Wan 2.1 makes"),
+    "T2V with an image": (lambda: channels(good(I2V), 16, 16),
+                          "makes 16 channels of 16, with an image embedding;"),
     "colours": (lambda: channels(good(), 3, 19), "makes 3 channels of 19"),
-
-
-
-                         "VACE": (lambda: good() | {"vace_blocks.0.after_proj.weight": ones(2)}, "of VACE: it has vace_blocks"),
+    "VACE": (lambda: good() | {"vace_blocks.0.after_proj.weight": ones(2)},
+             "of VACE: it has vace_blocks"),
     "Fun": (lambda: good(I2V) | {"ref_conv.weight": ones(2), "ref_conv.bias": ones(2)},
             r"of Wan-Fun: it has ref_conv\.bias and 1 more"),
     "Fun camera": (lambda: good(I2V) | {"control_adapter.conv.weight": ones(2)}, "of Wan-Fun"),
     "FLF2V": (lambda: good(I2V) | {"img_emb.emb_pos": ones(1, 514, 40)}, "of Wan 2.1 FLF2V"),
-
-
-
-                         "FastWan": (lambda: good() | {"blocks.0.to_gate_compress.weight": ones(2)}, r"\(VSA gate weights\)"),
+    "FastWan": (lambda: good() | {"blocks.0.to_gate_compress.weight": ones(2)},
+                r"\(VSA gate weights\)"),
     "SkyReels-V2": (lambda: good() | {"fps_embedding.weight": ones(2)}, "of SkyReels-V2"),
     "S2V": (lambda: good() | {"casual_audio_encoder.encoder.weight": ones(2)}, "of Wan 2.2 S2V"),
-
-
-
-                         "Animate": (lambda: good(I2V) | {"face_adapter.fuser_blocks.0.weight": ones(2)}, "of Wan 2.2 Animate"),
-
-
-
-                         "MultiTalk": (lambda: good(I2V) | {"blocks.0.audio_cross_attn.q.weight": ones(2)}, "of MultiTalk"),
+    "Animate": (lambda: good(I2V) | {"face_adapter.fuser_blocks.0.weight": ones(2)},
+                "of Wan 2.2 Animate"),
+    "MultiTalk": (lambda: good(I2V) | {"blocks.0.audio_cross_attn.q.weight": ones(2)},
+                  "of MultiTalk"),
     "anything": (lambda: good() | {"new_part.weight": ones(2)}, "1 unexpected .new_part.weight."),
-
-
-
-                         "its VAE": (lambda: {f"encoder.downsamples.{i}.downsamples.0.residual.2.weight": ones(2) for i in range(4)},
+    "its VAE": (lambda: {f"encoder.downsamples.{i}.downsamples.0.residual.2.weight": ones(2)
+                         for i in range(4)},
                 "of the VAE of Wan 2.2 TI2V 5B"),
 }  # fmt: skip
 

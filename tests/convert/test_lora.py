@@ -133,10 +133,9 @@ header = lambda **told: {
         (dict(r=4, lora_alpha=16), 4),
         (dict(r=4, lora_alpha=4), 1),
         (dict(r=4, lora_alpha=4, use_rslora=True), 2),
-
-
-
-                                                         (dict(r=4, lora_alpha=6.0, use_rslora=False, lora_dropout=0.1, target_modules=["to_q"], bias="none"), 1.5),
+        (dict(r=4, lora_alpha=6.0, use_rslora=False, lora_dropout=0.1, target_modules=["to_q"],
+              bias="none"),
+         1.5),
         (dict(r=4, lora_alpha=-2), -0.5),
     ],
 )  # fmt: skip
@@ -208,23 +207,17 @@ def test_ranks_by_module_with_rank_pattern(t2v, tmp_path, rslora):
 KOHYA = lambda a, b: "lora_unet_" + a.replace(".", "_")
 SPELLINGS = {
     "peft": (lambda a, b: f"base_model.model.{a}", "lora_A.weight", "lora_B.weight"),
-
-
-
-                         "peft, adapter named": (lambda a, b: f"base_model.model.{b}", "lora_A.default.weight", "lora_B.default.weight"),
+    "peft, adapter named": (lambda a, b: f"base_model.model.{b}",
+                            "lora_A.default.weight", "lora_B.default.weight"),
     "diffusers": (lambda a, b: f"transformer.{b}", "lora_A.weight", "lora_B.weight"),
     "diffusion-pipe": (lambda a, b: f"diffusion_model.{a}", "lora_A.weight", "lora_B.weight"),
     "comfyui": (lambda a, b: f"diffusion_model.{a}", "lora_down.weight", "lora_up.weight"),
     "lightx2v without prefix": (lambda a, b: a, "lora_down.weight", "lora_up.weight"),
     "kohya": (KOHYA, "lora_down.weight", "lora_up.weight"),
-    "kohya of diffusers": (
-        lambda a, b: "lora_transformer_" + b.replace(".", "_"), "lora_down.weight",
-        "lora_up.weight",
-    ),
-
-
-
-                         "lycoris": (lambda a, b: "lycoris_" + a.replace(".", "_"), "lora_down.weight", "lora_up.weight"),
+    "kohya of diffusers": (lambda a, b: "lora_transformer_" + b.replace(".", "_"),
+                           "lora_down.weight", "lora_up.weight"),
+    "lycoris": (lambda a, b: "lycoris_" + a.replace(".", "_"),
+                "lora_down.weight", "lora_up.weight"),
     "older diffusers": (lambda a, b: f"transformer.{b}", "lora.down.weight", "lora.up.weight"),
     "without .weight": (lambda a, b: f"model.{a}", "lora_A", "lora_B"),
     "fsdp": (
@@ -417,126 +410,79 @@ def changed(**new):
 
 
 REFUSED = {
-
-
-
-                         "two alphas": (changed(), header(r=4, lora_alpha=16), {"lora_alpha": 8}, r"adapter_config\.json and .* contradict"),
-
-
-
-                         "alpha and tensor": (changed(Q__alpha=ones()), header(r=4, lora_alpha=16), None, "contradict each other"),
+    "two alphas": (changed(), header(r=4, lora_alpha=16), {"lora_alpha": 8},
+                   r"adapter_config\.json and .* contradict"),
+    "alpha and tensor": (changed(Q__alpha=ones()), header(r=4, lora_alpha=16), None,
+                         "contradict each other"),
     "another rank": (changed(), header(r=8, lora_alpha=8), None, "has rank 4 at .*says 8"),
-
-
-
-                         "alpha 0": (changed(Q__alpha=0 * ones()), None, None, "alpha of blocks.0.self_attn.q .* is '0.0', not a finite"),
+    "alpha 0": (changed(Q__alpha=0 * ones()), None, None,
+                "alpha of blocks.0.self_attn.q .* is '0.0', not a finite"),
     "alpha nan": (changed(Q__alpha=np.nan * ones()), None, None, "'nan'"),
     "alpha inf": (changed(), header(r=4, lora_alpha=float("inf")), None, "'inf'"),
     "alpha of two": (changed(Q__alpha=ones(2)), None, None, "'nan'"),
     "alpha text": (changed(), header(r=4, lora_alpha="much"), None, "'much'"),
-
-
-
-                         "alpha 0 in a pattern": (changed(), header(r=4, lora_alpha=4, alpha_pattern={"q": 0}), None, "alpha_pattern"),
-
-
-
-                         "bad pattern": (changed(), header(r=4, lora_alpha=4, alpha_pattern={"(": 8}), None, "no regular expression"),
-
-
-
-                         "rslora perhaps": (changed(), header(r=4, lora_alpha=4, use_rslora="maybe"), None, "neither true nor false"),
-
-
-
-                         "two layouts": (lambda n: peft(n) | peft(n, {Q: "blocks.0.attn1.to_q"}, name=diffusers_name), None, None,
-                    "has a weight too many"),
-
-
-
-                         "kohya nan": (changed(head__head__lora_down__weight=ones(4, 48)), {"ss_network_alpha": "nan"}, None, "ss_network"),
+    "alpha 0 in a pattern": (changed(), header(r=4, lora_alpha=4, alpha_pattern={"q": 0}), None,
+                             "alpha_pattern"),
+    "bad pattern": (changed(), header(r=4, lora_alpha=4, alpha_pattern={"(": 8}), None,
+                    "no regular expression"),
+    "rslora perhaps": (changed(), header(r=4, lora_alpha=4, use_rslora="maybe"), None,
+                       "neither true nor false"),
+    "two layouts": (lambda n: peft(n) | peft(n, {Q: "blocks.0.attn1.to_q"}, name=diffusers_name),
+                    None, None, "has a weight too many"),
+    "kohya nan": (changed(head__head__lora_down__weight=ones(4, 48)), {"ss_network_alpha": "nan"},
+                  None, "ss_network"),
     "rslora alone": (changed(), header(use_rslora=True), None, "use_rslora and no lora_alpha"),
-
-
-
-                         "rank 0": (changed(Q__lora_A__weight=ones(0, 48), Q__lora_B__weight=ones(48, 0)), None, None, "rank 0"),
-
-
-
-                         "dora flag": (changed(), header(r=4, lora_alpha=4, use_dora=True), None, "says use_dora 'True'"),
+    "rank 0": (changed(Q__lora_A__weight=ones(0, 48), Q__lora_B__weight=ones(48, 0)), None, None,
+               "rank 0"),
+    "dora flag": (changed(), header(r=4, lora_alpha=4, use_dora=True), None,
+                  "says use_dora 'True'"),
     "dora flag elsewhere": (changed(), {"x": '{"use_dora": true}'}, None, "says use_dora 'True'"),
     "dora": (changed(Q__dora_scale=ones(48, 1)), None, None, "q.dora_scale, of DoRA"),
     "dora of peft": (changed(Q__lora_magnitude_vector=ones(48)), None, None, "of DoRA"),
-
-
-
-                         "loha": (lambda n: {f"lora_unet_{Q.replace('.', '_')}.hada_w1_a": ones(4, 4)}, None, None, "of LoHa"),
+    "loha": (lambda n: {f"lora_unet_{Q.replace('.', '_')}.hada_w1_a": ones(4, 4)}, None, None,
+             "of LoHa"),
     "lokr": (lambda n: {f"{Q}.lokr_w1": ones(4, 4)}, None, None, "of LoKr"),
     "tucker": (changed(Q__lora_mid__weight=ones(4, 4, 1, 1)), None, None, "three factors"),
     "reshape": (changed(Q__reshape_weight=ones(2)), None, None, "changes shapes"),
     "set": (changed(Q__set_weight=ones(48, 48)), None, None, "replace those"),
     "bias all": (changed(), header(r=4, lora_alpha=4, bias="all"), None, "says bias 'all'"),
-
-
-
-                         "fan_in_fan_out": (changed(), header(r=4, lora_alpha=4, fan_in_fan_out=True), None, "says fan_in_fan_out"),
-
-
-
-                         "modules_to_save": (changed(), None, {"lora_alpha": 4, "modules_to_save": ["head"]}, "says modules_to_save"),
-
-
-
-                         "pissa": (changed(), None, {"lora_alpha": 4, "init_lora_weights": "pissa_niter_16"}, "init_lora_weights"),
+    "fan_in_fan_out": (changed(), header(r=4, lora_alpha=4, fan_in_fan_out=True), None,
+                       "says fan_in_fan_out"),
+    "modules_to_save": (changed(), None, {"lora_alpha": 4, "modules_to_save": ["head"]},
+                        "says modules_to_save"),
+    "pissa": (changed(), None, {"lora_alpha": 4, "init_lora_weights": "pissa_niter_16"},
+              "init_lora_weights"),
     "ia3": (changed(), None, {"lora_alpha": 4, "peft_type": "IA3"}, "says peft_type 'IA3'"),
-
-
-
-                         "unknown": (changed(), None, {"lora_alpha": 4, "scale_everything": 3}, "says scale_everything '3'"),
+    "unknown": (changed(), None, {"lora_alpha": 4, "scale_everything": 3},
+                "says scale_everything '3'"),
     "no json": (changed(), {"lora_adapter_metadata": "{"}, None, "cannot read .* as JSON"),
     "half": (changed(Q__lora_A__weight=None), None, None, "q has up, no two factors"),
     "alpha alone": (lambda n: {f"{Q}.alpha": ones()}, None, None, "q has alpha, no two factors"),
-
-
-
-                         "no place": (changed(blocks__0__ffn__9__lora_A__weight=ones(4, 4)), None, None, r"unexpected blocks\.0\.ffn\.9"),
-
-
-
-                         "another front": (changed(x__blocks__0__ffn__2__diff_b=ones(48)), None, None, r"unexpected x\.blocks\.0"),
+    "no place": (changed(blocks__0__ffn__9__lora_A__weight=ones(4, 4)), None, None,
+                 r"unexpected blocks\.0\.ffn\.9"),
+    "another front": (changed(x__blocks__0__ffn__2__diff_b=ones(48)), None, None,
+                      r"unexpected x\.blocks\.0"),
     "text encoder": (changed(lora_te_x__alpha=ones()), None, None, "unexpected lora_te_x.alpha"),
-
-
-
-                         "shape": (changed(Q__lora_B__weight=ones(5, 4)), None, None, r"\(48, 48\), its LoRA .*\(5, 4\)"),
+    "shape": (changed(Q__lora_B__weight=ones(5, 4)), None, None,
+              r"\(48, 48\), its LoRA .*\(5, 4\)"),
     "rank of halves": (changed(Q__lora_A__weight=ones(3, 48)), None, None, "its LoRA"),
-
-
-
-                         "shape of a difference": (changed(Q__diff_b=ones(47)), None, None, r"\(48,\), its difference \(47,\)"),
+    "shape of a difference": (changed(Q__diff_b=ones(47)), None, None,
+                              r"\(48,\), its difference \(47,\)"),
     "whole and low": (changed(Q__diff=ones(48, 48)), None, None, "q has down and up and weight"),
     "integers": (changed(Q__diff_b=np.ones(48, np.int8)), None, None, "an array is int8"),
-
-
-
-                         "no bias": (changed(blocks__0__self_attn__norm_q__diff_b=ones(48)), None, None, "a bias too many"),
+    "no bias": (changed(blocks__0__self_attn__norm_q__diff_b=ones(48)), None, None,
+                "a bias too many"),
     "two adapters": (changed(Q__lora_A__a__weight=ones(4, 48)), None, None, "two adapters"),
     "nothing": (lambda n: {}, None, None, "it is empty"),
     "no lora": (lambda n: n.arrays, None, None, "is no LoRA of this network: its names are blocks"),
-
-
-
-                         "deeper": (lambda n: {"blocks.39.ffn.0.lora_A.weight": ones(4, 5), "blocks.39.ffn.0.lora_B.weight": ones(5, 4)},
+    "deeper": (lambda n: {"blocks.39.ffn.0.lora_A.weight": ones(4, 5),
+                          "blocks.39.ffn.0.lora_B.weight": ones(5, 4)},
                None, None, "adapts layer 39, and .* has 2, counted from 0"),
-
-
-
-                         "wan 2.2": (lambda n: peft(n, front="transformer_2."), None, None, "second transformer of Wan 2.2"),
-
-
-
-                         "both of wan 2.2": (lambda n: peft(n, front="transformer.") | peft(n, {Q: Q}, front="transformer_2."), None, None,
-                        r"unexpected transformer_2"),
+    "wan 2.2": (lambda n: peft(n, front="transformer_2."), None, None,
+                "second transformer of Wan 2.2"),
+    "both of wan 2.2": (lambda n: (peft(n, front="transformer.")
+                                   | peft(n, {Q: Q}, front="transformer_2.")),
+                        None, None, r"unexpected transformer_2"),
 }  # fmt: skip
 
 
@@ -624,8 +570,10 @@ def test_our_lora_goes_out_and_comes_back(t2v, tmp_path, layout):
         metadata = opened.metadata()
     flat = flatten_dict(params, sep="/")
     a, b = flat["blocks/ffn_in/kernel/lora_a"], flat["blocks/ffn_in/kernel/lora_b"]
-    names = {"diffusers": ("transformer.blocks.1.ffn.net.0.proj", "lora_A", "lora_B"),
-             "comfyui": ("diffusion_model.blocks.1.ffn.0", "lora_down", "lora_up")}[layout]  # fmt: skip
+    names = {
+        "diffusers": ("transformer.blocks.1.ffn.net.0.proj", "lora_A", "lora_B"),
+        "comfyui": ("diffusion_model.blocks.1.ffn.0", "lora_down", "lora_up"),
+    }[layout]
     np.testing.assert_array_equal(tensors[f"{names[0]}.{names[1]}.weight"], a[1].T)
     np.testing.assert_array_equal(tensors[f"{names[0]}.{names[2]}.weight"], b[1].T)
     assert metadata["salt_jax"] == '{"step": 1}' and metadata["format"] == "pt"
@@ -681,10 +629,8 @@ PEFT = {
         alpha_pattern={"attn1.to_q": 9},
     ),
     "bias": dict(r=4, lora_alpha=8, lora_bias=True, target_modules=["to_q", "linear_1"]),
-
-
-
-                         "convolution": dict(r=4, lora_alpha=8, target_modules=["patch_embedding", "time_proj", "to_out.0"]),
+    "convolution": dict(r=4, lora_alpha=8,
+                        target_modules=["patch_embedding", "time_proj", "to_out.0"]),
 }  # fmt: skip
 
 
@@ -708,9 +654,11 @@ def test_what_diffusers_saves_is_merged_as_diffusers_does(t2v, theirs, tmp_path,
     theirs.add_adapter(config)
     random_lora(theirs)
     diffusers.WanPipeline.save_lora_weights(
-        tmp_path, peft.get_peft_model_state_dict(theirs), transformer_lora_adapter_metadata=config.to_dict() | {
-            "target_modules": sorted(config.target_modules), "peft_type": "LORA"},
-    )  # fmt: skip
+        tmp_path,
+        peft.get_peft_model_state_dict(theirs),
+        transformer_lora_adapter_metadata=config.to_dict()
+        | {"target_modules": sorted(config.target_modules), "peft_type": "LORA"},
+    )
     file = tmp_path / "pytorch_lora_weights.safetensors"
     same_as_theirs(t2v.merged(find_lora(file, t2v.found)), fused(oracle(T2V), t2v, file), T2V)
 

@@ -98,10 +98,9 @@ def test_tensors_of_every_kind_come_out(file):
     half = np.array([1.5, -2.0, 3.0], ml_dtypes.bfloat16)
     body = table(
         {
-
-
-
-                                                                                         "generator": ordered({"a.weight": tensor(storage("Float", "0", 12), 2, (2, 3), (3, 1))}),
+            "generator": ordered(
+                {"a.weight": tensor(storage("Float", "0", 12), 2, (2, 3), (3, 1))}
+            ),
             "t": tensor(storage("Float", "0", 12), 0, (4, 3), (1, 4)),
             "bf16": call(
                 name("torch._utils", "_rebuild_parameter"),
@@ -133,12 +132,11 @@ def test_reads_what_torch_writes(file, protocol):
     odd.note = "a tensor with an attribute is rebuilt by its type"
     tensors = {
         "f32": base, "f16": base.half(), "bf16": base.bfloat16(), "i64": torch.arange(5),
-        "u8": torch.arange(5).byte(),
-        "bool": base > 0, "transposed": base.T, "view": base[2:, 1:7:2], "again": base,
-        "scalar": torch.tensor(2.5),
-        "odd": odd, "parameter": torch.nn.Parameter(base[1]), "buffer": torch.empty(0, 4),
-        "e4m3": base.to(torch.float8_e4m3fn), "e5m2": base.to(torch.float8_e5m2), "u16":
-        torch.arange(5).to(torch.uint16),
+        "u8": torch.arange(5).byte(), "bool": base > 0, "transposed": base.T,
+        "view": base[2:, 1:7:2], "again": base, "scalar": torch.tensor(2.5), "odd": odd,
+        "parameter": torch.nn.Parameter(base[1]), "buffer": torch.empty(0, 4),
+        "e4m3": base.to(torch.float8_e4m3fn), "e5m2": base.to(torch.float8_e5m2),
+        "u16": torch.arange(5).to(torch.uint16),
     }  # fmt: skip
     module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
     saved = {
@@ -179,12 +177,10 @@ def test_what_stands_beside_tensors_is_passed_over(file, protocol):
         "step": np.int64(7), "loss": np.float64(0.5), "half": np.float16(2),
         "dtype": np.dtype("<f4"),
         "args": argparse.Namespace(lr=1e-4, betas=(0.9, 0.95), names=["a"], seed=np.int32(3)),
-        "bytes": b"\xff\0",
-        "names": {"a", "b"}, "frozen": frozenset([1]), "kind": dict, "none": None, "yes": True,
-        "x": [1.5, (), {}],
+        "bytes": b"\xff\0", "names": {"a", "b"}, "frozen": frozenset([1]), "kind": dict,
+        "none": None, "yes": True, "x": [1.5, (), {}],
         "states": collections.defaultdict(dict, {0: 1}), "day": datetime.datetime(2026, 1, 1),
-        "where": Path("/x"),
-        "counts": collections.Counter("ab"), "last": collections.deque([1]),
+        "where": Path("/x"), "counts": collections.Counter("ab"), "last": collections.deque([1]),
     }  # fmt: skip
     pickled = pickle.dumps(beside, protocol)[2:-1]
     if pickled[:1] == b"\x95":
@@ -271,50 +267,36 @@ def test_exploits_run_in_pickle_and_not_here(file, kind):
     ("body", "told"),
     [
         (REBUILD + table({"__code__": number(1)}) + b"b", "it changes .* which is no dict"),
-
-
-
-                                                         (name("collections", "OrderedDict") + group(b"N", table({"update": REBUILD})) + b"b", "it changes"),
-
-
-
-                                                         (tensor(storage("Float", "0", 12), 0, (1,), (1,)) + table({"shape": number(1)}) + b"b", "it changes"),
+        (name("collections", "OrderedDict") + group(b"N", table({"update": REBUILD})) + b"b",
+         "it changes"),
+        (tensor(storage("Float", "0", 12), 0, (1,), (1,)) + table({"shape": number(1)}) + b"b",
+         "it changes"),
         (name("collections", "OrderedDict") + b")\x81", "uses NEWOBJ"),
         (b"\x82\x01", "uses EXT1"),
         (text("storage") + b"Q", "refers to 'storage' outside"),
         (group(text("module"), name("torch", "Tensor"), text("x"), text("y")) + b"Q", "outside"),
-
-
-
-                                                         (group(text("storage"), name("torch", "Tensor"), text("0"), text("cpu"), number(1)) + b"Q", "outside"),
+        (group(text("storage"), name("torch", "Tensor"), text("0"), text("cpu"), number(1)) + b"Q",
+         "outside"),
         (b"Pos.system\n", "uses PERSID"),
         (name("torch._utils", "_rebuild_tensor_v2.__globals__"), "asks for"),
-
-
-
-                                                         (name("torch._utils", "_rebuild_sparse_tensor"), "asks for 'torch._utils _rebuild_sparse_tensor'"),
-
-
-
-                                                         (name("numpy.core.multiarray", "fromstring"), "asks for 'numpy.core.multiarray fromstring'"),
+        (name("torch._utils", "_rebuild_sparse_tensor"),
+         "asks for 'torch._utils _rebuild_sparse_tensor'"),
+        (name("numpy.core.multiarray", "fromstring"),
+         "asks for 'numpy.core.multiarray fromstring'"),
         (name("torch", "load"), "asks for 'torch load'"),
         (call(name("torch", "Tensor"), number(3)), "it calls torch Tensor"),
         (call(name("torch", "FloatStorage"), number(3)), "it calls"),
         (call(text("eval"), text("1")), "it calls 'eval'"),
         (call(REBUILD, text("x"), number(0), group(), group(), b"\x89", b"N"), "a tensor of 'x'"),
-
-
-
-                                                         (call(name("torch._utils", "_rebuild_parameter"), text("x"), b"\x89", b"N"), "a parameter of 'x'"),
+        (call(name("torch._utils", "_rebuild_parameter"), text("x"), b"\x89", b"N"),
+         "a parameter of 'x'"),
         (call(OF_TYPE, OF_TYPE, OF_TYPE, group(), b"N"), "rebuilds a tensor by"),
         (call(OF_TYPE, text("eval"), text("x"), group(), b"N"), "it calls 'eval'"),
         (b"}" + group(number(1)) + number(2) + b"s", "keys are neither"),
         (call(name("builtins", "str"), text("x")), "it calls builtins str"),
         (call(call(name("_codecs", "encode"), text("x")), text("y")), "it calls a Opaque"),
-
-
-
-                                                         (call(REBUILD, call(name("numpy", "dtype")), number(0), group(), group(), b"\x89", b"N"), "tensor of a Opaque"),
+        (call(REBUILD, call(name("numpy", "dtype")), number(0), group(), group(), b"\x89", b"N"),
+         "tensor of a Opaque"),
         (name("argparse", "Namespace.__init__"), "asks for 'argparse Namespace.__init__'"),
         (name("builtins", "getattr"), "asks for 'builtins getattr'"),
         (name("os", "system") + b")\x81", "asks for 'os system'"),

@@ -152,7 +152,8 @@ def test_clips_have_4k_plus_1_frames(tmp_path, frames, wanted):
 @pytest.mark.parametrize(
     "name, form",
     [("a.avi", "avi"), ("a.wmv", "asf"), ("a.h264", "h264"), ("a.mpg", "mpeg"), ("a.ts", "mpegts"),
-                   ("a.flv", "flv"), ("a.m4v", "mp4"), ("a.m2ts", "mpegts"), ("a.3gp", "3gp"), ("a.mkv", "matroska")]
+     ("a.flv", "flv"), ("a.m4v", "mp4"), ("a.m2ts", "mpegts"), ("a.3gp", "3gp"),
+     ("a.mkv", "matroska")]
 )  # fmt: skip
 @pytest.mark.parametrize("rate", [16, 25])
 def test_frames_that_are_stored_out_of_order_come_in_order(tmp_path, name, form, rate):
@@ -199,7 +200,7 @@ def shown(times, durations, decoded=None):
     decoded = decoded or [None] * len(times)
     fraction = lambda t: None if t is None else Fraction(t)
     return [
-        Shown(fraction(t), fraction(d), Fraction(length), i, None)  # pyright: ignore[reportArgumentType]
+        Shown(fraction(t), fraction(d), Fraction(length), i, None)
         for i, (t, d, length) in enumerate(zip(times, decoded, durations, strict=True))
     ]
 
@@ -464,8 +465,8 @@ def test_half_a_file_is_at_most_half_a_clip(tmp_path, name, codec):
 
 
 def test_a_real_video():
-    """Live action of 1280 x 720 at 20 frames a second: frame i of the clip is what was seen at i /
-    16 s.
+    """Live action of 1280 x 720 at 20 frames a second: frame i of the clip is what was seen at
+    i / 16 s.
     """
     (package,) = importlib.util.find_spec("imageio").submodule_search_locations
     file = Path(package) / "resources" / "images" / "cockatoo.mp4"

@@ -190,7 +190,9 @@ def test_what_is_no_file_is_named(tmp_path):
         "other.mp4",
     ]
     assert reasons(found) == {
-        "folder": "it is a link to a folder, which is not followed; put the videos themselves there",
+        "folder": (
+            "it is a link to a folder, which is not followed; put the videos themselves there"
+        ),
         "link.mp4": f"{tmp_path / 'link.mp4'} is a link to nothing",
         "pipe.mp4": f"{tmp_path / 'pipe.mp4'} is no file",
     }
@@ -284,7 +286,8 @@ def test_tables_of_spreadsheets_are_read(tmp_path):
         "t.csv": 'File;Caption\r\na.mp4;A cat, running\r\nb.mp4;"A ""dog""; asleep"\r\n',
         "tab.csv": 'file\tcaption\na.mp4\tA cat, running\nb.mp4\t"A ""dog""; asleep"\n',
         "t.tsv": 'file\tcaption\na.mp4\tA cat, running\nb.mp4\t"A ""dog""; asleep"\n',
-        "index.csv": ',file,seconds,seconds,caption\n0,a.mp4,,,"A cat, running"\n1,b.mp4,,,"A ""dog""; asleep"\n',
+        "index.csv": ',file,seconds,seconds,caption\n0,a.mp4,,,"A cat, running"\n'
+        '1,b.mp4,,,"A ""dog""; asleep"\n',
         "mac.csv": 'file,caption\ra.mp4,"A cat, running"\rb.mp4,"A ""dog""; asleep"\r',
     }.items():
         (tmp_path / name).write_bytes(text.encode())

@@ -194,7 +194,8 @@ def test_opens_in_a_browser(report, tmp_path):
     write_report(path, report)
     probe = """<script>addEventListener("load", () => {
         const count = (tag, good) => [...document.querySelectorAll(tag)].filter(good).length;
-        document.body.dataset.videos = count("video", v => v.readyState >= 2 && v.videoWidth == 144);
+        const shown = v => v.readyState >= 2 && v.videoWidth == 144;
+        document.body.dataset.videos = count("video", shown);
         document.body.dataset.images = count("img", i => i.complete && i.naturalWidth > 0);
         document.body.dataset.wide = document.documentElement.scrollWidth > innerWidth;
     })</script>"""

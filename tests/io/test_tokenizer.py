@@ -82,8 +82,8 @@ def write_sentencepiece_vocabulary(path, pad_id=0):
     with io.BytesIO() as model:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(["a cat walks", "a cat <"] * 20), model_writer=model,
-            vocab_size=20,
-            pad_id=pad_id, eos_id=1, bos_id=2, unk_id=3, hard_vocab_limit=False, minloglevel=2,
+            vocab_size=20, pad_id=pad_id, eos_id=1, bos_id=2, unk_id=3,
+            hard_vocab_limit=False, minloglevel=2,
         )  # fmt: skip
         path.write_bytes(model.getvalue())
     return path

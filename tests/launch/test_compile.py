@@ -76,18 +76,12 @@ def test_programs_are_compiled_each_by_itself_and_told(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-
-
-
-                                                         (["--what=student", "--config.mesh.fsdp=4"], "config.mesh (data=-1, fsdp=4, context=1, tensor=1) does not"),
-
-
-
-                                                         (["--what=critic", "--config.batch_size=3"], "config.batch_size=3 must be a multiple of mesh data x fsdp = 2"),
-
-
-
-                                                         (["--what=stream", "--config.video=noised", "--config.align.weight=0"], "this config has no stream"),
+        (["--what=student", "--config.mesh.fsdp=4"],
+         "config.mesh (data=-1, fsdp=4, context=1, tensor=1) does not"),
+        (["--what=critic", "--config.batch_size=3"],
+         "config.batch_size=3 must be a multiple of mesh data x fsdp = 2"),
+        (["--what=stream", "--config.video=noised", "--config.align.weight=0"],
+         "this config has no stream"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_compiled_at_all_is_named(args, message):

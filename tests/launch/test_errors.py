@@ -83,8 +83,15 @@ def small(monkeypatch, tmp_path_factory, request):
 
     monkeypatch.setattr(loop, "setup", setup)
     data = tmp_path_factory.getbasetemp() / "shapes"
-    return [CONFIG, f"--config.data.dir={data}", "--config.data.num_train=16", "--config.data.num_test=1",
-            "--config.batch_size=8", "--config.log_every=1", "--config.save_every=2"]  # fmt: skip
+    return [
+        CONFIG,
+        f"--config.data.dir={data}",
+        "--config.data.num_train=16",
+        "--config.data.num_test=1",
+        "--config.batch_size=8",
+        "--config.log_every=1",
+        "--config.save_every=2",
+    ]
 
 
 @pytest.mark.parametrize(

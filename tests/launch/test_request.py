@@ -34,10 +34,14 @@ for args in json.load(sys.stdin):
         flags.FLAGS(["sample", *args])
         asked = request.read_request()
         prefix = None if asked.prefix is None else len(asked.prefix)
-        told.append({"mode": asked.mode, "shape": asked.shape, "prefix": prefix, "jobs": len(asked.jobs),
-                     "levels": {k: v.tolist() for k, v in asked.levels.items()}, "solver": asked.solver,
-                     "memory": asked.memory and list(vars(asked.memory).values()), "guidance": asked.guidance,
-                     "switches": {k: v.prompt for k, v in asked.switches.items()}, "index": str(asked.index)})
+        told.append({
+            "mode": asked.mode, "shape": asked.shape, "prefix": prefix, "jobs": len(asked.jobs),
+            "levels": {k: v.tolist() for k, v in asked.levels.items()}, "solver": asked.solver,
+            "memory": asked.memory and list(vars(asked.memory).values()),
+            "guidance": asked.guidance,
+            "switches": {k: v.prompt for k, v in asked.switches.items()},
+            "index": str(asked.index),
+        })
     except UserError as error:
         told.append(str(error))
 assert "jax" not in sys.modules
@@ -55,7 +59,8 @@ def folder(tmp_path_factory):
     listed = base.get_config()
     listed.schedule.update(levels=(1000, 757, 522), train_levels=3, anchor_levels=3)
     listed.sample.num_steps = (3,)
-    configs = {"shapes": base.get_config(), "chunks": salt.get_config(), "wan": sc_dmd.get_config("wan"),
+    configs = {"shapes": base.get_config(), "chunks": salt.get_config(), 
+               "wan": sc_dmd.get_config("wan"),
                "wan_chunks": causal, "listed": listed}  # fmt: skip
     for name, config in configs.items():
         (folder / name / "checkpoints" / "20").mkdir(parents=True)
@@ -76,8 +81,13 @@ def ask(folder):
     """Every case of this file at once: args -> what came of them."""
     cases = [case for _, some in CASES.items() for case, *_ in some] + [case for case, _ in TAKEN]
     named = [[arg.replace("@", f"{folder}/") for arg in case] for case in cases]
-    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, input=json.dumps(named), text=True,
-                          capture_output=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        cwd=ROOT,
+        input=json.dumps(named),
+        text=True,
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return dict(zip(map(tuple, cases), json.loads(done.stdout), strict=True))
 
@@ -111,7 +121,8 @@ name_of = lambda flag: flag.partition("=")[0]
 # kind -> (arguments, what the one sentence says)
 CASES = {
     "a flag of another mode": [
-        *(([*SHAPES, flag], name_of(flag), "Moving Shapes") for flag in [*OTHERS, *OF_CHUNKS, "--frames=36"]),
+        *(([*SHAPES, flag], name_of(flag), "Moving Shapes")
+          for flag in [*OTHERS, *OF_CHUNKS, "--frames=36"]),
         *(([*CHUNKS, flag], name_of(flag), "Moving Shapes") for flag in OTHERS),
         *(([*WAN, flag], name_of(flag), "workdir of Wan 2.1") for flag in OF_WAN + OF_CHUNKS),
         *(([*WAN_CHUNKS, flag], name_of(flag), "chunk by chunk") for flag in OF_WAN),
@@ -181,12 +192,15 @@ CASES = {
 }  # fmt: skip
 
 TAKEN = [
-    ([*TINY, "--chunk=3", "--image=@picture.png"], {"shape": [19, 64, 96], "memory": [3, 1, 0, 0, "absolute"]}),
-    ([*TINY, "--chunk=3"], {"shape": [21, 60, 104], "levels": {"4": [1.0, 0.9375, 0.8333333, 0.625, 0.0]}}),
+    ([*TINY, "--chunk=3", "--image=@picture.png"],
+     {"shape": [19, 64, 96], "memory": [3, 1, 0, 0, "absolute"]}),
+    ([*TINY, "--chunk=3"],
+     {"shape": [21, 60, 104], "levels": {"4": [1.0, 0.9375, 0.8333333, 0.625, 0.0]}}),
     ([*TINY, "--chunk=2"], {"shape": [20, 60, 104]}),
     ([*TINY, "--chunk=30"], {"shape": [30, 60, 104]}),
     ([*TINY], {"shape": [21, 60, 104], "guidance": 5.0, "solver": "unipc", "mode": "teacher"}),
-    ([*TINY, "--recipe=causvid"], {"levels": {"3": [1.0, 0.757, 0.522, 0.0]}, "memory": [3, 3, 0, 0, "absolute"]}),
+    ([*TINY, "--recipe=causvid"],
+     {"levels": {"3": [1.0, 0.757, 0.522, 0.0]}, "memory": [3, 3, 0, 0, "absolute"]}),
     ([*TINY, "--recipe=longlive"], {"memory": [3, 3, 12, 3, "absolute"], "mode": "student chunks"}),
     ([*TINY, "--recipe=longlive", "--memory=9:3:absolute"], {"memory": [3, 3, 9, 3, "absolute"]}),
     ([*TINY, "--chunk=3", "--levels=1000,500,0"], {"levels": {"2": [1.0, 0.5, 0.0]}}),
@@ -198,7 +212,8 @@ TAKEN = [
     (["--workdir=@listed"], {"levels": {"3": [1.0, 0.757, 0.522, 0.0]}}),
     (["--workdir=@listed", "--levels=1000,500"], {"levels": {"2": [1.0, 0.5, 0.0]}}),
     ([*SHAPES, "--prompts_file=@prompts.txt", "--num_steps=2,2"], {"jobs": 2}),
-    ([*SHAPES, "--step=20", "--guidance=3", "--negative_prompt=A red circle moves left."], {"guidance": 3.0}),
+    ([*SHAPES, "--step=20", "--guidance=3", "--negative_prompt=A red circle moves left."],
+     {"guidance": 3.0}),
 ]  # fmt: skip
 
 

@@ -195,7 +195,7 @@ def release(folder, layout, config):
 
 @pytest.mark.slow
 def test_a_clip_is_continued_under_guidance_and_other_prompts(tmp_path):
-    """What is written begins with the clip, through the VAE; a switch changes what follows alone."""
+    """What is written begins with the clip, through the VAE; a switch changes only what follows."""
     weights = tmp_path / "w"
     succeed(
         "convert_wan",
@@ -244,7 +244,7 @@ def test_a_clip_is_continued_under_guidance_and_other_prompts(tmp_path):
 def test_a_release_goes_in_makes_a_video_and_a_student_that_goes_out_again(
     tmp_path, layout, kind, prompts, picture
 ):
-    """Its student, after an update, is the same bits whichever layout it went out and came back in."""
+    """Its student, after an update, is the same bits whichever layout it went out and came in."""
     config, weights, data, run = (
         PRESETS[f"wan2.1-{kind}-tiny"],
         tmp_path / "w",
@@ -255,7 +255,8 @@ def test_a_release_goes_in_makes_a_video_and_a_student_that_goes_out_again(
         "convert_wan", f"--src={release(tmp_path / 'release', layout, config)}", f"--dst={weights}"
     )
     look = [f"--image={picture}"] if kind == "i2v" else []
-    succeed("sample", f"--weights={weights}", *SMALL, "--prompt=A cat walks.", "--count=1", "--num_steps=2",
+    succeed("sample", f"--weights={weights}", *SMALL, "--prompt=A cat walks.", "--count=1",
+            "--num_steps=2",
             f"--out={tmp_path}", *look)  # fmt: skip
     assert frames(tmp_path / "2_000.mp4")[0].shape[0] == 9
     if kind == "i2v":

@@ -18,8 +18,8 @@ def normal(seed, shape=SHAPE):
 
 
 def slow_loss(features, reference, margin):
-    """Eq. 11-12 for every pair of places of every frame: (loss, share of pairs outside the margin),
-    [B] each.
+    """Eq. 11-12 for every pair of places of every frame: (loss, share of pairs outside the
+    margin), [B] each.
     """
     z, r = (np.asarray(a, np.float64) for a in (features, reference))
     b, f, s, _ = z.shape

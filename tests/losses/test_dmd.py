@@ -134,9 +134,10 @@ def kl(student, teacher, sigma):
 
 @pytest.mark.parametrize("sigma", [0.98, 0.7, 0.3, 0.02])
 def test_direction_is_the_score_difference_of_equation_4(sigma):
-    """Gradient times its positive normalisers = sigma^2 / (1 - sigma) (score_student -
-    score_teacher); and its mean over the student's videos is the slope of the KL divergence in the
-    student's mean.
+    """Gradient times its positive normalisers is the difference of the scores, student - teacher,
+    times sigma^2 / (1 - sigma).
+
+    Its mean over the student's videos is the slope of the KL divergence in the student's mean.
     """
     shape = (1, 5, 100, 100, 3)
     x0 = normal(0, shape, STUDENT.mean, STUDENT.std)

@@ -86,8 +86,8 @@ def test_equals_transformers_behind_the_last_layer_but_one():
     oracle = transformers.CLIPVisionModel(
         transformers.CLIPVisionConfig(
             hidden_size=32, intermediate_size=64, projection_dim=24, num_hidden_layers=4,
-            num_attention_heads=2,
-            image_size=42, patch_size=14, hidden_act="gelu", layer_norm_eps=1e-5,
+            num_attention_heads=2, image_size=42, patch_size=14, hidden_act="gelu",
+            layer_norm_eps=1e-5,
         )
     ).eval()  # fmt: skip
     generator = torch.Generator().manual_seed(0)

@@ -78,9 +78,8 @@ def test_equals_transformers_with_padding():
     oracle = transformers.UMT5EncoderModel(
         transformers.UMT5Config(
             vocab_size=100, d_model=32, d_kv=16, d_ff=48, num_layers=3, num_heads=4,
-            dropout_rate=0.0,
-            relative_attention_num_buckets=32, relative_attention_max_distance=128,
-            layer_norm_epsilon=1e-6,
+            dropout_rate=0.0, relative_attention_num_buckets=32,
+            relative_attention_max_distance=128, layer_norm_epsilon=1e-6,
             feed_forward_proj="gated-gelu",
         )
     ).eval()  # fmt: skip

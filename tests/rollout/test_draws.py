@@ -77,8 +77,8 @@ def test_no_key_is_used_twice():
 
 
 def test_listed_levels_take_the_place_of_the_grid():
-    """Eq. 9 works on indices: with three levels the triples are (0, 1, 2), (0, 1 or 2, 3) and (1,
-    2, 3).
+    """Eq. 9 works on indices: with three levels the triples are (0, 1, 2), (0, 1 or 2, 3) and
+    (1, 2, 3).
     """
     levels = explicit((1000, 757, 522))
     plan = jax.tree.map(np.asarray, draw_plan(jax.random.key(0), 2000, levels, 3))

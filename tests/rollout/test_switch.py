@@ -24,8 +24,10 @@ NETWORK = wan_network(CONFIG, Compute(), 9, 3)
 PARAMS = randomised(init_wan(jax.random.key(0), CONFIG), 1)
 PLACE = (2, 4, 4)
 TEXT, OTHER = (np.random.default_rng(i).normal(size=(1, 4, 8)).astype(np.float32) for i in (2, 3))
-commit_chunk = jax.jit(lambda cache, x0, text, policy: commit(NETWORK, PARAMS, cache, x0, text, policy),
-                       static_argnames="policy")  # fmt: skip
+commit_chunk = jax.jit(
+    lambda cache, x0, text, policy: commit(NETWORK, PARAMS, cache, x0, text, policy),
+    static_argnames="policy",
+)
 read_again = jax.jit(
     lambda cache, text, policy: recache(NETWORK, PARAMS, cache, text, policy),
     static_argnames="policy",

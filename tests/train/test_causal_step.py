@@ -220,7 +220,9 @@ def test_adapters_move_what_they_are_and_stand_on_the_networks_that_they_were_ma
     plain = replace(ADAPTED, lora=Lora(rank=0, alpha=0.0))
     merged = learners(plain, whole(EMA, before.student), whole(BASE, before.critic))
     for which, who, term in ((student_step, "student", "dmd"), (critic_step, "critic", "critic")):
-        step = lambda s, f, recipe: which(s, f, batch_of(0), KEY, None, TWO_WANS, recipe, PLAIN)  # noqa: B023
+        step = lambda s, f, recipe: which(  # noqa: B023
+            s, f, batch_of(0), KEY, None, TWO_WANS, recipe, PLAIN
+        )
         after, metrics = jax.jit(step, static_argnums=2)(before, frozen, ADAPTED)
         # The unadapted step's metrics alone: what is not asked for is not computed.
         value = jax.jit(lambda s, f: step(s, f, plain)[1][term])(merged, frozen)  # noqa: B023
