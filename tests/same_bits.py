@@ -14,11 +14,24 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from salt_jax.config import migrate
 from tests.launch.test_programs import ROOT, succeed
 from tests.train.test_resume import arrays, scalars
 
-# What COMMIT calls a key or flag of today, for those that were renamed since.
-RENAMED: dict[str, str] = {}
+# What versions up to 0.1 call a config, or a key or flag of today.
+CONFIGS = {
+    "teacher.py": "shapes_teacher.py",
+    "sc_dmd.py": "shapes_sc_dmd.py",
+    "self_forcing.py:salt": "shapes_self_forcing.py:salt",
+    "causvid.py:salt": "shapes_causvid.py:salt",
+    "longlive.py:lora,salt": "shapes_longlive.py:lora_salt",
+    "teacher_forcing.py": "shapes_teacher_forcing.py",
+    "ode_regression.py": "shapes_ode.py",
+    "consistency.py": "shapes_consistency.py",
+    "sc_dmd.py:wan": "wan_t2v.py:sc_dmd",
+    "self_forcing.py:wan,salt": "wan_causal_self_forcing.py:salt",
+}
+RENAMED = {new: old for old, new in migrate.RENAMED.items()} | {"num_steps": "num_updates"}
 SHORT = {
     "iterations": 3,
     "save_every": 3,
@@ -51,7 +64,9 @@ def make(case: str, tree: Path, folder: Path, today: bool) -> Path:
     """The run of a case and its clip by the code in `tree`; its workdir."""
     config, changes = CASES[case]
     data = folder.parent / ("wan" if case.startswith("wan") else "shapes")
-    old = lambda name: name if today else RENAMED.get(name, name)
+    before = not today and not (tree / "configs" / "sc_dmd.py").exists()
+    config = CONFIGS[config] if before else config
+    old = lambda name: RENAMED.get(name, name) if before else name
     options = SHORT | changes | {"data.dir": data}
     flags = [f"--config.{old(name)}={value}" for name, value in options.items()]
     steps = [
@@ -63,7 +78,14 @@ def make(case: str, tree: Path, folder: Path, today: bool) -> Path:
         prompts = folder.parent / "prompts.txt"
         prompts.write_text("A cat walks.\nA dog runs.\n", encoding="utf-8")
         made = ["--preset_size=tiny", "--size=32x32", "--frames=9", f"--prompts={prompts}"]
-        succeed("encode", *made, "--teacher", f"--{old('updates')}=2", f"--dst={data}", tree=tree)
+        succeed(
+            "encode",
+            *made,
+            "--teacher",
+            "--updates=2" if before else "--num_steps=2",
+            f"--dst={data}",
+            tree=tree,
+        )
     for name, *args in steps if case != "teacher" else steps[:1]:
         succeed(name, f"--workdir={folder}", *args, tree=tree)
     return folder

@@ -6,6 +6,6 @@ FOLDER = Path(__file__).parents[1] / "assets"
 
 
 def located(where: str | Path) -> Path:
-    """The file of the shipped asset of this name; any other path, "./shapes_teacher" too, as it is."""
+    """The file of the shipped asset of this name; any other path as it is, "./NAME" too."""
     file = FOLDER / f"{where}.safetensors"
     return file if str(where).isidentifier() and file.is_file() else Path(where)

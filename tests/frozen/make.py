@@ -1,9 +1,8 @@
 """python -m tests.frozen.make: what test_frozen.py opens, as the code of this checkout writes it.
 
 Run by version 0.1, with every config as JSON, before its files were moved and its words renamed.
-Later versions have to open
-these files, so they are never made anew; only `RUNS`, the flags that go on with them, follows the
-words of today.
+Later versions have to open these files, so they are never made anew; only `RUNS`, the flags that go
+on with them, follows the words of today.
 """
 
 import tarfile

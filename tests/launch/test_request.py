@@ -59,7 +59,7 @@ def folder(tmp_path_factory):
     listed = base.get_config()
     listed.schedule.update(levels=(1000, 757, 522), train_levels=3, anchor_levels=3)
     listed.sample.num_steps = (3,)
-    configs = {"shapes": base.get_config(), "chunks": salt.get_config(), 
+    configs = {"shapes": base.get_config(), "chunks": salt.get_config(),
                "wan": sc_dmd.get_config("wan"),
                "wan_chunks": causal, "listed": listed}  # fmt: skip
     for name, config in configs.items():
