@@ -11,6 +11,7 @@ minute:
 
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from launch.cli import made_with, read_config, run_main
-from launch.common import all_devices
 from salt_jax.config.reading import read_recipe
 from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
@@ -29,6 +29,8 @@ from salt_jax.models.presets import PRESETS
 from salt_jax.models.text_encoder import PRESETS as TEXT_PRESETS
 from salt_jax.models.vae import PRESETS as VAE_PRESETS
 from salt_jax.planning import bench
+from salt_jax.sharding import all_devices
+from salt_jax.stages import make_stage
 
 PARTS = ("teacher_forward", "student_step", "critic_step", "streaming", "vae")
 CONFIG = config_flags.DEFINE_config_file(
@@ -95,7 +97,7 @@ def parts_of(recipe: Recipe, what: list[str]) -> dict[str, Callable[[], Iterable
     """
     if set(what) - set(PARTS):
         raise UserError(f"--what={','.join(what)} has parts other than {', '.join(PARTS)}")
-    runs, frozen, mesh = RUNS.value, WEIGHTS_DTYPE.value, all_devices()
+    runs, frozen, stage = RUNS.value, WEIGHTS_DTYPE.value, make_stage(recipe, all_devices())
     vae = (
         VAE_PRESETS[VAE.value] if recipe.wan.out_channels == VAE_PRESETS[VAE.value].z_dim else None
     )
@@ -104,9 +106,8 @@ def parts_of(recipe: Recipe, what: list[str]) -> dict[str, Callable[[], Iterable
     parts["matmul"] = lambda: [bench.matmul(size, recipe.compute.dtype, runs)]
     if recipe.teacher.kind == "network":
         parts["teacher_forward"] = lambda: [bench.teacher_forward(recipe, jnp.dtype(frozen), runs)]
-    if recipe.stage == "distil":
-        parts["student_step"] = lambda: bench.updates(recipe, "student", mesh, runs)
-        parts["critic_step"] = lambda: bench.updates(recipe, "critic", mesh, runs)
+    for learner in stage.learners:
+        parts[f"{learner}_step"] = partial(bench.updates, stage, learner, runs)
     if recipe.causal:
         parts["streaming"] = lambda: bench.streaming(
             recipe, vae, NUM_STEPS.value, jnp.dtype(frozen), runs

@@ -18,43 +18,72 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from salt_jax.config.paths import make_absolute
+from salt_jax.config.reading import read_recipe, read_workdir, to_json
 from salt_jax.errors import UserError
+from salt_jax.io.cache import cache_home
+
+PACKAGES = ("salt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+flags.DEFINE_bool("print_config", False, "print the resolved config as JSON, and do nothing else")
 
 
-def read_config(flag: flags.FlagHolder) -> Any:
-    """The ConfigDict of a flag that ml_collections defined.
+def read_config(flag: flags.FlagHolder | flags.Flag) -> Any:
+    """The ConfigDict of a flag that ml_collections defined, its paths made absolute.
 
     Raises UserError if there is no such file.
     """
+    this = flags.FLAGS[flag.name]
+    name = config_flags.get_config_filename(this)
     try:
         config = flag.value
         config.keys()
     except OSError as error:
-        name = config_flags.get_config_filename(flags.FLAGS[flag.name])
         raise UserError(f"cannot load the config file {name}; check --{flag.name}") from error
-    name = config_flags.get_config_filename(flags.FLAGS[flag.name])
-    make_absolute(config, Path(name), config_flags.get_override_values(flags.FLAGS[flag.name]))
+    make_absolute(config, Path(name), config_flags.get_override_values(this))
     return config
+
+
+def config_made_by(flag: flags.FlagHolder) -> dict[str, Any]:
+    """What a config.json says of itself: file, what stood after its colon, what the command line
+    changed, commit and versions.
+    """
+    this = flags.FLAGS[flag.name]
+    name, _, options = str(config_flags.get_config_filename(this)).partition(":")
+    return {
+        "config": name,
+        "options": options,
+        "changed": {k: str(v) for k, v in config_flags.get_override_values(this).items()},
+        "commit": commit(),
+        "versions": versions(PACKAGES),
+    }
 
 
 def made_with(module: str, packages: Collection[str]) -> dict[str, Any]:
     """What a file of figures says of itself: command, commit, host, and versions of the packages
     that are installed.
     """
-    git = lambda *told: subprocess.run(
-        ["git", *told], capture_output=True, text=True
-    ).stdout.strip()
-    # Figures are written to docs/, so that may have changed.
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/docs")
-    commit = git("describe", "--always") + "-dirty" * bool(changed)
-    there = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
     return {
         "command": ["python", "-m", module, *sys.argv[1:]],
-        "commit": commit or None,
+        "commit": commit(),
         "host": f"{platform.machine()} {platform.system()}",
-        "versions": {"python": platform.python_version()}
-        | {p: there[p] for p in packages if p in there},
+        "versions": versions(packages),
     }
+
+
+def commit() -> str | None:
+    """Of the checkout that this package is in; None: it is installed."""
+    here = Path(__file__).parent
+    git = lambda *args: subprocess.run(["git", "-C", here, *args], capture_output=True, text=True)
+    if git("ls-files", "--error-unmatch", __file__).returncode:
+        return None
+    # Figures are written to docs/, so that may have changed.
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/docs").stdout
+    return git("describe", "--always").stdout.strip() + "-dirty" * bool(changed.strip())
+
+
+def versions(packages: Collection[str]) -> dict[str, str]:
+    """Of Python, and of the packages that are installed."""
+    there = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
+    return {"python": platform.python_version()} | {p: there[p] for p in packages if p in there}
 
 
 def refuse_flags(
@@ -116,6 +145,9 @@ def run_main(main: Callable[[list[str]], None]) -> None:
         return rest
 
     def guarded(argv):
+        if flags.FLAGS["print_config"].value:
+            print(resolved_config())
+            return
         # Programs that were compiled once are kept, so the next start and the next run of the same
         # shape are quick.
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_home() / "jax"))
@@ -130,9 +162,17 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     app.run(guarded, flags_parser=parse)
 
 
-def cache_home() -> Path:
-    """Where what may be lost is kept: programs that were compiled, and what compilers need."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "salt_jax"
+def resolved_config() -> str:
+    """The config that the flags come to, or that of the workdir they name, as JSON.
+
+    Raises UserError where there is neither.
+    """
+    there = flags.FLAGS
+    if "config" in there and there["config"].value is not None:
+        return to_json(read_recipe(read_config(there["config"])))
+    if "workdir" in there and there["workdir"].value:
+        return to_json(read_workdir(there["workdir"].value))
+    raise UserError("--print_config needs a --config or a --workdir")
 
 
 def fail(message: str) -> NoReturn:

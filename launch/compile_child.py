@@ -12,10 +12,11 @@ from absl import flags
 from launch.cli import read_config, run_main
 from launch.compile_flags import CONFIG, read_flags
 from salt_jax.compile.measure import compile_program, devices_of, memory_of
-from salt_jax.compile.programs import programs
+from salt_jax.compile.programs import parts
 from salt_jax.config.reading import read_recipe
 from salt_jax.config.validate import refuse_uneven
 from salt_jax.sharding import make_mesh
+from salt_jax.stages import make_stage
 
 PROGRAM = flags.DEFINE_string("program", None, "its name", required=True)
 RESULT = flags.DEFINE_string("result", None, "the file for what is found", required=True)
@@ -30,7 +31,7 @@ def main(_):
     mesh = make_mesh(dataclasses.asdict(recipe.mesh), devices)
     if part in ("student", "critic", "teacher"):
         refuse_uneven(recipe, mesh.shape["data"] * mesh.shape["fsdp"])
-    program = programs(recipe, part)[PROGRAM.value](mesh)
+    program = parts(make_stage(recipe, mesh), part)[PROGRAM.value]()
     memory = memory_of(target, devices[0])
     row = compile_program(program, devices[0].platform, memory, Path(DUMP.value))
     row |= {

@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 from launch.cli import made_with
 from salt_jax.compile.buffers import Buffer, dump_flags
-from salt_jax.compile.programs import programs
+from salt_jax.compile.programs import parts
 from salt_jax.compile.surroundings import last_line
 from salt_jax.compile.target import GIB
 from salt_jax.config.reading import read_recipe
 from salt_jax.errors import UserError
+from salt_jax.stages import make_stage
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin", "nvidia-cudnn-cu13")
 COLUMNS = ("argument", "temporary", "output", "alias", "peak", "beside")  # GiB of a device
@@ -36,8 +37,8 @@ def compile_all(
     Raises:
       UserError: the config has none of the parts, or does not fit the devices.
     """
-    recipe = read_recipe(config)
-    names = [(part, name) for part in what for name in programs(recipe, part)]
+    stage = make_stage(read_recipe(config))  # without a mesh: programs have names there already
+    names = [(part, name) for part in what for name in parts(stage, part)]
     if not names:
         raise UserError(
             f"this config has no {' or '.join(what)}; see config.stage, .video and .teacher.kind"

@@ -10,25 +10,26 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from launch import convert_flags as f
-from launch.common import ITEMS, all_devices, open_workdir, record
 from launch.parsing import read_workdir
 from salt_jax.checkpoint import restore_params
 from salt_jax.convert.folder import find_networks, tokenizer_files
-from salt_jax.convert.lora import Lora, describe, find_lora, lora_alpha, lora_outgoing, merge_lora
-from salt_jax.convert.reading import Found, outgoing
+from salt_jax.convert.lora import Lora, describe, find_lora, lora_alpha, lora_writers, merge_lora
+from salt_jax.convert.reading import Found, writers
 from salt_jax.convert.sizes import PARTS
 from salt_jax.convert.writing import open_wan, write_official
 from salt_jax.convert.writing_lora import open_lora, write_lora
 from salt_jax.errors import UserError
 from salt_jax.io.header import read_metadata
 from salt_jax.io.model_folder import TOKENIZERS
-from salt_jax.io.tensor_files import Outgoing, all_or_nothing, digest, view, write_tensors
+from salt_jax.io.tensor_files import TensorWriter, all_or_nothing, digest, view, write_tensors
+from salt_jax.sharding import all_devices
+from salt_jax.workdir import ITEMS, open_workdir, record
 
 
 class Job(NamedTuple):
     """A file to write."""
 
-    arrays: dict[str, Outgoing]
+    arrays: dict[str, TensorWriter]
     config: dict[str, Any]
     read: tuple[Path, ...]  # what it is made of
     told: str  # how
@@ -50,7 +51,7 @@ def plan(networks: dict[str, Found], src: Path) -> dict[str, Job]:
         (lora, strength), layers = loras[0], len(networks["wan"].pieces["blocks/modulation"])
         rank, alpha = lora_alpha(lora)
         arrays, config = (
-            lora_outgoing(lora, layers, f.DTYPE.value),
+            lora_writers(lora, layers, f.DTYPE.value),
             {"rank": rank, "alpha": strength * alpha},
         )
         jobs["lora.safetensors"] = Job(arrays, config, (lora.path,), "LoRA", "", loras)
@@ -62,7 +63,7 @@ def plan(networks: dict[str, Found], src: Path) -> dict[str, Job]:
         told = f"{found.layout} names" + (f", {found.student} of the file" if found.student else "")
         config = dataclasses.asdict(found.config)
         read = found.files + tuple(dict.fromkeys(lora.path for lora, _ in added))
-        arrays = outgoing(found, f.DTYPE.value)
+        arrays = writers(found, f.DTYPE.value)
         jobs[PARTS[name].file] = Job(arrays, config, read, told, found.student, added, found.record)
     return jobs
 

@@ -16,7 +16,6 @@ import numpy as np
 from tqdm import tqdm
 
 from launch import encode_flags as f
-from launch.common import all_devices
 from salt_jax.data.clips import READER, read_clip
 from salt_jax.data.latents import Report, in_groups, write_records
 from salt_jax.data.video_folder import Video
@@ -26,7 +25,7 @@ from salt_jax.io.model_folder import IMAGE, TEXT, VAE, WAN, Part, Source
 from salt_jax.io.tensor_files import digest
 from salt_jax.io.tokenizer import PAD
 from salt_jax.models.attention import compute_here
-from salt_jax.models.denoiser import guided, wan_network
+from salt_jax.models.denoiser import guided, wan_denoiser
 from salt_jax.models.image_condition import squash_for_clip
 from salt_jax.models.image_encoder import encode_image
 from salt_jax.models.latent_size import FPS, SPACE, TIME
@@ -34,8 +33,10 @@ from salt_jax.models.presets import PRESETS
 from salt_jax.models.prompts import negative_prompt
 from salt_jax.models.text_encoder import encode_prompts
 from salt_jax.models.vae import encode_video
-from salt_jax.sample import multistep_clip, numbered_keys
-from salt_jax.sharding import state_shardings
+from salt_jax.rollout.sampler import numbered_keys, whole_clips
+from salt_jax.rollout.settings import Sampler
+from salt_jax.sharding import all_devices, state_shardings
+from salt_jax.types import Conditioning
 
 TINY = PRESETS["wan2.1-t2v-tiny"]  # with --preset_size=tiny
 LISTED = 20  # rejected files that are printed; all are in rejected.jsonl
@@ -232,23 +233,22 @@ def teacher_encoder(
         raise UserError(
             f"--weights={f.WEIGHTS.value} needs pictures; --teacher makes clips of text alone"
         )
-    network = wan_network(
-        config, compute_here(config, jnp.dtype(f.DTYPE.value)), latent[0], latent[0]
-    )
+    compute = compute_here(config, jnp.dtype(f.DTYPE.value))
+    network = wan_denoiser(config, compute, latent[0], latent[0])
     pad = lambda text: np.pad(text, ((0, config.text_length - len(text)), (0, 0)))
-    denoise = guided(network.denoise, jnp.asarray(pad(null_text))[None], f.GUIDANCE.value)
     params = model_folder.open_part(
         WAN, source, config, shardings=partial(state_shardings, all_devices())
     )[1]
+    null = jnp.asarray(pad(null_text))[None]
+    teacher, params = guided(network, params, null, f.GUIDANCE.value)
+    solver: Any = f.SOLVER.value
+    sampler = Sampler(f.NUM_STEPS.value, f.SHIFT.value, solver, stepwise=True)
 
     def encode(group: Sequence[Loaded]) -> list[dict[str, Any]]:
         records = encode_texts(embed, group)
         text = jnp.asarray(np.stack([pad(record["text"]) for record in records]))
         keys = numbered_keys(f.SEED.value, np.array([item.number for item in group]))
-        solver: Any = f.SOLVER.value
-        clips = multistep_clip(
-            denoise, params, text, keys, f.NUM_STEPS.value, f.SHIFT.value, solver, latent
-        )
+        clips = whole_clips(sampler, teacher, params, Conditioning(text), keys, latent)
         return [record | {"latent": clip} for record, clip in zip(records, clips, strict=True)]
 
     return encode

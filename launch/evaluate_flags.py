@@ -13,7 +13,7 @@ from launch.parsing import read_memory, read_workdir, refuse_not_finite
 from salt_jax.choices import Solver
 from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
-from salt_jax.models.memory import CachePolicy, refuse_overflow
+from salt_jax.models.cache_policy import CachePolicy, refuse_overflow
 
 WORKDIR = flags.DEFINE_string("workdir", None, "what launch.train wrote")
 STEP = flags.DEFINE_integer("step", None, "of the checkpoint; default the newest", lower_bound=1)
@@ -76,10 +76,10 @@ def read_wanted() -> Wanted:
         raise UserError(
             f"{out} makes videos of Wan 2.1: sample with --vbench, and score the videos with VBench"
         )
-    mode = "teacher" if recipe.stage == "denoising" else "chunks" if recipe.causal else "clips"
+    mode = "teacher" if recipe.makes_teacher else "chunks" if recipe.causal else "clips"
     refuse_flags(mode, MODES, BELONGS)
     refuse_not_finite("guidance", GUIDANCE.value)
-    solvers = read_solvers() if recipe.stage != "denoising" else []
+    solvers = read_solvers() if not recipe.makes_teacher else []
     return Wanted(
         out, recipe, solvers, read_memories(recipe) if recipe.causal and LONG.value else {}
     )

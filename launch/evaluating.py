@@ -12,14 +12,16 @@ import numpy as np
 from tqdm import tqdm
 
 from launch import evaluate_flags as f
-from launch.common import Trained, open_workdir
 from salt_jax.evaluate import shapes_suite, shapes_summary
 from salt_jax.evaluate.report import write_report
 from salt_jax.io.video import write_bytes
+from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.denoiser import guided
-from salt_jax.models.memory import CachePolicy
 from salt_jax.moving_shapes import shapes
-from salt_jax.train.setup import closed_form
+from salt_jax.pipeline.shapes import sampler_of
+from salt_jax.rollout.settings import Sampler
+from salt_jax.stages.weights import closed_form
+from salt_jax.workdir import Trained, open_workdir
 
 LONG_STEPS = 4
 LEVELS = (0.995, 0.98, 0.95, 0.9, 0.7, 0.3)  # noise levels of the velocity error
@@ -30,37 +32,31 @@ def make_task(run: Trained, count: int, seed: int) -> shapes_suite.Task:
     world, scenes = run.recipe.world, shapes.scenes(run.recipe.world)
     scene = np.array(shapes.spread(world, count))
     text = run.embed([shapes.caption(scenes[i]) for i in scene])
-    recipe = run.recipe
+    sampler = sampler_of(run.recipe)
     return shapes_suite.Task(
-        world,
-        scene,
-        text,
-        recipe.clip_shape,
-        recipe.schedule.shift,
-        seed,
-        min(count, 48),
-        recipe.memory if recipe.causal else None,
-        recipe.rollout.first_steps if recipe.causal else 0,
-        recipe.schedule.levels,
+        world, scene, text, run.recipe.clip_shape, sampler, seed, min(count, 48)
     )
 
 
 def measure_teacher(run: Trained, task: shapes_suite.Task) -> tuple[dict, np.ndarray]:
     """The teacher's numbers and its clips."""
     guidance = run.recipe.teacher.guidance if f.GUIDANCE.value is None else f.GUIDANCE.value
-    denoise, wan = run.network.denoise, run.weights["wan"]
-    network = run.network._replace(denoise=guided(denoise, jnp.asarray(run.embed([""])), guidance))
-    task = task._replace(policy=None, levels=())
-    clips = shapes_suite.clips(network, wan, task, f.TEACHER_STEPS.value, "euler")
+    network, wan = run.stage.student, run.weights["wan"]
+    null_text = jnp.asarray(run.embed([""]))
+    teacher, params = guided(network, wan, null_text, guidance)
+    whole = Sampler(f.TEACHER_STEPS.value, task.sampler.shift, "euler")
+    task = task._replace(sampler=whole)
+    clips = shapes_suite.clips(teacher, params, task, whole.num_steps, "euler")
     numbers = {
-        "num_steps": f.TEACHER_STEPS.value,
+        "num_steps": whole.num_steps,
         "guidance": guidance,
         "score": shapes_suite.shapes_score(clips, task),
     }
     if not task.world.pair:
-        exact = closed_form(run.recipe, run.embed)
+        exact = closed_form(run.recipe, lambda caption: run.embed([caption])[0])
         real, text = shapes_suite.real_clips(task.world, f.COUNT.value, f.SEED.value, run.embed)
-        errors = shapes_suite.velocity_errors(denoise, wan, exact, real, text, LEVELS, f.SEED.value)
+        clean = shapes_suite.Clean(real, text)
+        errors = shapes_suite.velocity_errors(network, wan, exact, clean, LEVELS, f.SEED.value)
         numbers["velocity_error"] = errors
     return numbers, clips
 
@@ -71,11 +67,11 @@ def measure_long(
     """By memory: how videos of several times the training length hold, and the videos."""
     numbers, made = {}, {}
     for told, policy in memories.items():
-        this = task._replace(policy=policy, shape=(f.LONG.value * task.shape[0], *task.shape[1:]))
-        num_steps = len(task.levels) or LONG_STEPS
-        made[told] = shapes_suite.clips(
-            run.network, run.params, this, num_steps, run.recipe.sample.solver
-        )
+        shape = (f.LONG.value * task.shape[0], *task.shape[1:])
+        this = task._replace(sampler=task.sampler._replace(memory=policy), shape=shape)
+        num_steps = len(task.sampler.levels) or LONG_STEPS
+        solver = run.recipe.sample.solver
+        made[told] = shapes_suite.clips(run.stage.student, run.params, this, num_steps, solver)
         numbers[told] = shapes_suite.drift(made[told], this)
     return numbers, made
 
@@ -90,7 +86,7 @@ def origin(run: Trained) -> dict[str, str]:
         "commit": commit or "unknown",
         "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {platform.machine()}",
         "versions": f"jax {jax.__version__}, Python {platform.python_version()}",
-        "checkpoint": "step {step}, average {average}, sha256 {sha256}".format(**run.checkpoint),
+        "checkpoint": "step {step}, average {average}, sha256 {sha256}".format(**run.made_with),
         "seeds": f"training {run.recipe.seed}, evaluation {f.SEED.value}",
         "clips": str(f.COUNT.value),
     }
@@ -110,7 +106,7 @@ def evaluate(wanted: f.Wanted) -> None:
         for solver in wanted.solvers:
             bar.set_description(f"student, {solver}")
             results[solver], made = shapes_suite.measure(
-                run.network, run.params, task, num_steps, solver, bar.update
+                run.stage.student, run.params, task, num_steps, solver, bar.update
             )
             if solver == wanted.recipe.sample.solver:
                 columns += [(f"{k} steps", made[k]) for k in num_steps]

@@ -10,10 +10,9 @@ from pathlib import Path
 from absl import flags
 
 from launch.cli import run_main
-from launch.common import open_workdir, record
 from launch.parsing import read_workdir
 from salt_jax.errors import UserError
-from salt_jax.io.tensor_files import save_weights
+from salt_jax.workdir import export, open_workdir
 
 WORKDIR = flags.DEFINE_string("workdir", None, "what launch.train wrote", required=True)
 STEP = flags.DEFINE_integer("step", None, "of the checkpoint; default the newest", lower_bound=1)
@@ -28,11 +27,9 @@ def main(_):
             "writes it"
         )
     run = open_workdir(WORKDIR.value, STEP.value, AVERAGE.value)
-    tree = {"wan": run.params, "text_encoder": run.weights["text_encoder"]}
-    Path(DST.value).parent.mkdir(parents=True, exist_ok=True)
-    save_weights(DST.value, tree, "float16", record(run))
+    export(run, DST.value)
     which = "averaged" if AVERAGE.value == "ema" else "not averaged"
-    print(f"wrote {DST.value}: step {run.checkpoint['step']}, {which}")
+    print(f"wrote {DST.value}: step {run.made_with['step']}, {which}")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from launch import sample_flags as f
 from launch.parsing import refuse_frames
 from salt_jax.data.clips import read_ending
 from salt_jax.errors import UserError
+from salt_jax.models.cache_policy import MAX_FRAMES, CachePolicy
 from salt_jax.models.latent_size import FPS, SPACE, latent_frames, pixel_frames
-from salt_jax.models.memory import MAX_FRAMES, CachePolicy
 
 FRAMES = 81  # usual ones of Wan
 

@@ -5,28 +5,37 @@ each.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 import salt_jax
 from launch import sample_flags as f
 from launch.request import Job, Request
-from launch.worlds import World, open_world
 from salt_jax import samples
-from salt_jax.io.video import contact_sheet, encode_png, visible_scale, write_bytes
-from salt_jax.models.denoiser import guided_network
+from salt_jax.io.model_folder import Source
+from salt_jax.io.video import (
+    contact_sheet,
+    encode_gif,
+    encode_mp4,
+    encode_png,
+    visible_scale,
+    write_bytes,
+)
 from salt_jax.models.latent_size import SPACE, pixel_frames
-from salt_jax.sample import Cue, Sampler, multistep_clip, numbered_keys, sample_clips, stream_chunks
+from salt_jax.pipeline.model import Given, Model, Switch, Video
+from salt_jax.pipeline.shapes import shapes_model
+from salt_jax.pipeline.wan import WanOptions, WanSource, wan_parts
 from salt_jax.samples import Sample
-from salt_jax.types import ImageText
+from salt_jax.workdir import open_workdir
+
+SUFFIXES = {"shapes": ("mp4", "gif"), "wan": ("mp4",)}  # of the files that a clip becomes
 
 
-class Video(NamedTuple):
+class Wanted(NamedTuple):
     """A job and the files it comes to, by suffix."""
 
     job: Job
@@ -39,8 +48,8 @@ def make(request: Request) -> str:
     Raises:
       UserError: what is asked for cannot be made, or would replace another's work.
     """
-    world = open_world(request)
-    videos = [Video(job, files_of(request, world, job)) for job in request.jobs]
+    model = open_model(request)
+    videos = [Wanted(job, files_of(request, model, job)) for job in request.jobs]
     sheets = {} if request.world == "wan" else sheets_of(request, videos)
     wanted = [sample for video in videos for sample in video.files.values()]
     found = samples.look_up(request.index, wanted + list(sheets.values()))
@@ -54,9 +63,9 @@ def make(request: Request) -> str:
         file = request.out.with_name(f"{request.out.name}.seeds.json")
         write_bytes(file, json.dumps(seeds, indent=1).encode())
     made, clips = 0, {k: [] for k in pages}
-    for video, clip in make_clips(request, world, todo):
+    for video, clip in make_clips(request, model, todo):
         made += missing(video)
-        for suffix, content in world.encode(clip).items():
+        for suffix, content in encoded(request, model, clip).items():
             if video.files[suffix].file not in found.there:
                 samples.put(request.index, video.files[suffix], content)
         if pages:
@@ -75,36 +84,41 @@ def make(request: Request) -> str:
     return told + (f"; {len(videos) - made} were there already" if made < len(videos) else "")
 
 
-def files_of(request: Request, world: World, job: Job) -> dict[str, Sample]:
+def files_of(request: Request, model: Model, job: Job) -> dict[str, Sample]:
     """The files of a job by suffix, each with all that decides its pixels."""
     frames, rows, columns, _ = request.shape
     shown = (pixel_frames(frames), SPACE * rows, SPACE * columns)
     frames, rows, columns = shown if request.world == "wan" else (frames, rows, columns)
-    levels = request.levels.get(job.num_steps)
+    sampler = request.sampler._replace(num_steps=job.num_steps)
+    levels = None if sampler.stepwise else sampler.grid().tolist()
+    first = sampler.grid(first=True).tolist() if sampler.first_steps else None
     guided = request.guidance != 1
     made_with = {
         "prompt": job.prompt,
-        "negative_prompt": world.negative if guided else None,
+        "negative_prompt": model.parts.negative if guided else None,
         "guidance": request.guidance,
         "seed": job.seed,
         "clip": job.number,
         "num_steps": job.num_steps,
-        "levels": None if levels is None else levels.tolist(),
-        "first_levels": None if request.first_levels is None else request.first_levels.tolist(),
-        "shift": request.shift if levels is None else None,
-        "solver": request.solver,
+        "levels": levels,
+        "first_levels": first,
+        "shift": sampler.shift if levels is None else None,
+        "solver": sampler.solver,
         "size": f"{columns}x{rows}",
         "frames": frames,
-        "memory": request.memory and dataclasses.asdict(request.memory),
+        "memory": sampler.memory and dataclasses.asdict(sampler.memory),
         "switches": {str(frame): switch._asdict() for frame, switch in request.switches.items()},
         "image": None if request.picture is None else fingerprint(request.picture),
         "image_fit": f.PICTURE_FIT.value if request.config.image_dim else None,
         "prefix": None if request.prefix is None else fingerprint(request.prefix),
-        **world.made_with,
+        **model.parts.made_with,
         "versions": {"salt_jax": salt_jax.__version__, "jax": jax.__version__},
     }
     stem = job.name.removesuffix(".mp4")
-    return {s: Sample(request.out / f"{stem}.{s}", world.source, made_with) for s in world.suffixes}
+    return {
+        s: Sample(request.out / f"{stem}.{s}", model.parts.source, made_with)
+        for s in SUFFIXES[request.world]
+    }
 
 
 def fingerprint(pixels: np.ndarray) -> str:
@@ -112,7 +126,7 @@ def fingerprint(pixels: np.ndarray) -> str:
     return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
 
 
-def sheets_of(request: Request, videos: Sequence[Video]) -> dict[int, Sample]:
+def sheets_of(request: Request, videos: Sequence[Wanted]) -> dict[int, Sample]:
     """The contact sheet of each number of steps; it shows these clips and no others."""
     sheets = {}
     for k in dict.fromkeys(video.job.num_steps for video in videos):
@@ -125,48 +139,55 @@ def sheets_of(request: Request, videos: Sequence[Video]) -> dict[int, Sample]:
 
 
 def make_clips(
-    request: Request, world: World, todo: Sequence[Video]
-) -> Iterator[tuple[Video, np.ndarray]]:
+    request: Request, model: Model, todo: Sequence[Wanted]
+) -> Iterator[tuple[Wanted, np.ndarray]]:
     """The clips, uint8 [T, H, W, 3], one by one. Nothing is read where there is none to make."""
     if not todo:
         return
-    prompts = [video.job.prompt for video in todo] + [s.prompt for s in request.switches.values()]
-    texts = world.read_texts(list(dict.fromkeys([*prompts, world.negative])))
-    image, given = world.read_given()
-    teacher = request.mode == f.TEACHER
-    chunks_of = maker(request, world, texts, given)
-    total = sum(video.job.num_steps if teacher else 1 for video in todo)
-    with tqdm(total=total, desc="steps" if teacher else "videos") as bar:
+    later = {at: Switch(*s) for at, s in request.switches.items()}
+    prompts = [video.job.prompt for video in todo] + [s.prompt for s in later.values()]
+    texts = model.read_texts(prompts)
+    first, given = request.picture, Given()
+    first = request.prefix if first is None else first
+    if first is not None:
+        given = model.parts.read_given(first, request.shape, request.memory is not None)
+    stepwise = request.sampler.stepwise
+    total = sum(video.job.num_steps if stepwise else 1 for video in todo)
+    with tqdm(total=total, desc="steps" if stepwise else "videos") as bar:
         for video in todo:
-            text = jnp.asarray(texts[video.job.prompt])
-            told = ImageText(text, *image) if image else text
-            yield video, world.decode(chunks_of(video.job, told, bar.update))
-            bar.update(not teacher)
+            job, sampler = video.job, request.sampler._replace(num_steps=video.job.num_steps)
+            switches = {0: Switch(job.prompt)} | later
+            spec = Video(switches, sampler, request.shape, job.seed, job.number, given)
+            frames = model.parts.decode(model.latents(spec, texts, bar.update))
+            yield video, np.concatenate(list(frames))
+            bar.update(not stepwise)
 
 
-def maker(
-    request: Request, world: World, texts: dict[str, np.ndarray], given: np.ndarray | None
-) -> Callable[[Job, Any, Callable[[], Any]], Iterator[np.ndarray]]:
-    """(job, what the network is told, progress of a teacher) -> latents chunk by chunk,
-    [1, f, H, W, C].
+def open_model(request: Request) -> Model:
+    """What makes the videos of a request; the headers of all files that will be read have been
+    looked at.
+
+    Raises:
+      UserError: something that will be read is absent, damaged, or of another network.
     """
-    network = guided_network(world.network, jnp.asarray(texts[world.negative]), request.guidance)
-    params, shape = world.params(), request.shape
-    later = {at: Cue(texts[s.prompt], s.flush, s.cut) for at, s in request.switches.items()}
+    workdir = f.WORKDIR.value or ""
+    run = open_workdir(workdir, f.STEP.value, f.AVERAGE.value) if workdir else None
+    if run and request.world == "shapes":
+        return shapes_model(run, workdir, request.negative, request.guidance)
+    folder = f.WEIGHTS.value or (request.recipe.weights if request.recipe else "")
+    student = f.STUDENT.value or ""
+    name = workdir or student or folder or f"{f.MODEL.value}, small and random"
+    source = WanSource(name, Source(folder), request.config, student, run)
+    fit: Any = f.PICTURE_FIT.value
+    options = WanOptions(f.DTYPE.value, f.TILE.value, fit, request.negative)
+    frames = request.shape[0]
+    chunk = request.memory.chunk if request.memory else frames
+    parts = wan_parts(source, (frames, chunk), options)
+    return Model(parts, request.sampler, request.shape, request.guidance)
 
-    def chunks(job: Job, told: Any, report: Callable[[], Any]) -> Iterator[np.ndarray]:
-        keys = numbered_keys(job.seed, np.array([job.number]))
-        if request.mode == f.TEACHER:
-            how = (job.num_steps, request.shift, request.solver, shape, report)
-            yield multistep_clip(network.denoise, params, told, keys, *how)
-            return
-        sampler = Sampler(
-            request.levels[job.num_steps], request.solver, request.memory, request.first_levels
-        )
-        if request.memory:
-            cues = {0: Cue(np.asarray(told))} | later
-            yield from stream_chunks(network, params, cues, keys, sampler, shape, given)
-        else:
-            yield from sample_clips(network.denoise, params, told, keys, sampler, shape, 1)
 
-    return chunks
+def encoded(request: Request, model: Model, clip: np.ndarray) -> dict[str, bytes]:
+    """A clip as files, by suffix; small pictures are enlarged."""
+    scale = 1 if request.world == "wan" else visible_scale(clip.shape[1], 192)
+    encoders = {"mp4": encode_mp4, "gif": encode_gif}
+    return {s: encoders[s](clip, model.fps, scale) for s in SUFFIXES[request.world]}

@@ -13,8 +13,8 @@ from salt_jax.choices import Positions
 from salt_jax.config import reading
 from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
+from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.latent_size import SPACE, TIME, TOKEN
-from salt_jax.models.memory import CachePolicy
 
 
 def read_workdir(workdir: Path, step: int | None = None) -> Recipe:

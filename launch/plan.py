@@ -25,10 +25,12 @@ from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
 from salt_jax.models.attention import choose_kernel, is_flash
 from salt_jax.models.presets import Kernel
-from salt_jax.planning.flops import critic_flops, mean_mix, student_flops
+from salt_jax.planning.flops import update_flops
 from salt_jax.planning.memory import needed
 from salt_jax.sharding import AXES, axis_sizes
-from salt_jax.train.setup import attention_kernel
+from salt_jax.stages import make_stage
+from salt_jax.stages.networks import attention_kernel
+from salt_jax.stages.stage import Stage
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "which run; see configs/", lock_config=True
@@ -85,21 +87,19 @@ def read_mesh(told: list[str]) -> dict[str, int]:
 
 
 def make_plan(
-    recipe: Recipe, target: Target, mesh: dict[str, int], memory: float, flops: float, mfu: float
+    stage: Stage, target: Target, mesh: dict[str, int], memory: float, flops: float, mfu: float
 ) -> dict[str, Any]:
     """Everything the table says, as values for JSON.
 
     `memory`: bytes of a device that may be filled.
     """
+    recipe = stage.recipe
     kernel = attention_kernel(recipe, recipe.wan, target.platform)
-    rows, mix, flash = needed(recipe, mesh, kernel), mean_mix(recipe), is_flash(kernel)
-    updates = {
-        "student": student_flops(recipe, mix, flash),
-        "critic": critic_flops(recipe, mix, flash),
-    }
+    rows, flash = needed(stage, mesh, kernel), is_flash(kernel)
+    updates = {who: update_flops(recipe, stage.mean_passes(who), flash) for who in stage.learners}
     devices = math.prod(mesh.values())
     seconds = {who: sum(parts.values()) / (devices * flops * mfu) for who, parts in updates.items()}
-    iteration = seconds["student"] + seconds["critic"] * recipe.critic_ratio
+    iteration = sum(seconds[update.moves] for update, _ in stage.updates(0))
     total = sum(row.device for row in rows)
     return {
         "mesh": mesh,
@@ -113,8 +113,8 @@ def make_plan(
         "flops": flops,
         "attention": kernel,
         "absent": absent(recipe, target, kernel),
-        "updates": {who: parts for who, parts in updates.items() if parts},
-        "seconds": {who: s for who, s in seconds.items() if s},
+        "updates": updates,
+        "seconds": seconds,
         "seconds_per_iteration": iteration,
         "hours_of_run": iteration * recipe.iterations / 3600,
     }
@@ -176,20 +176,20 @@ def absent(recipe: Recipe, target: Target, kernel: Kernel) -> str | None:
 
 
 def main(_):
-    recipe, target = read_recipe(read_config(CONFIG)), read_target(TARGET.value)
+    stage, target = make_stage(read_recipe(read_config(CONFIG))), read_target(TARGET.value)
     chip = target.described
     if chip is None:
         raise UserError(
             "--target=here: name the devices, such as gpu:h100:8, or ask launch.compile about these"
         )
     sizes = (
-        axis_sizes(dataclasses.asdict(recipe.mesh), target.devices)
+        axis_sizes(dataclasses.asdict(stage.recipe.mesh), target.devices)
         if MESH.value is None
         else read_mesh(MESH.value)
     )
     memory = chip.memory * (GPU_SHARE if target.platform == "gpu" else 1)
     memory = memory if MEMORY.value is None else MEMORY.value * 1e9
-    plan = make_plan(recipe, target, sizes, memory, FLOPS.value or chip.flops, MFU.value)
+    plan = make_plan(stage, target, sizes, memory, FLOPS.value or chip.flops, MFU.value)
     print(show(plan))
     if JSON.value:
         Path(JSON.value).write_text(json.dumps(plan, indent=2))

@@ -27,13 +27,13 @@ from salt_jax.data.pictures import read_picture
 from salt_jax.data.text_lists import read_prompts
 from salt_jax.errors import UserError
 from salt_jax.evaluate import vbench
-from salt_jax.flow.schedule import explicit, grid
+from salt_jax.flow.schedule import explicit
 from salt_jax.io.header import stored_sizes
+from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.latent_size import SPACE, fit_size
-from salt_jax.models.memory import CachePolicy
 from salt_jax.models.presets import PRESETS, WanConfig, tiny_preset
 from salt_jax.moving_shapes import shapes
-from salt_jax.rollout.released import RELEASED
+from salt_jax.rollout.settings import RELEASED, Sampler
 
 TEACHER_STEPS = {False: 50, True: 40}  # by whether the model reads pictures: Wan 2.1's own
 
@@ -58,11 +58,7 @@ class Request(NamedTuple):
     recipe: Recipe | None  # of the workdir
     config: WanConfig
     shape: tuple[int, int, int, int]  # F, H, W, C of a latent clip
-    memory: CachePolicy | None  # None: whole clips
-    levels: dict[int, np.ndarray]  # of a student, by number of steps: noise levels [K + 1]
-    first_levels: np.ndarray | None  # of its first chunk, where it has its own
-    solver: Any
-    shift: float
+    sampler: Sampler  # but for the number of steps, which a job says
     guidance: float
     negative: str | None  # None: the usual one
     jobs: list[Job]
@@ -71,6 +67,17 @@ class Request(NamedTuple):
     prefix: np.ndarray | None  # uint8 [T, H, W, 3]: whole chunks of the size of the video
     out: Path
     index: Path  # of records
+
+    @property
+    def memory(self) -> CachePolicy | None:
+        return self.sampler.memory
+
+    def grids(self) -> dict[int, np.ndarray]:
+        """Of a student: noise levels [K + 1] by number of steps."""
+        if self.sampler.stepwise:
+            return {}
+        steps = dict.fromkeys(job.num_steps for job in self.jobs)
+        return {k: self.sampler._replace(num_steps=k).grid() for k in steps}
 
     @property
     def world(self) -> str:
@@ -97,22 +104,30 @@ def read_request() -> Request:
     place = read_place(recipe, config, picture)
     wan = mode in f.WANS
     frames, prefix = read_lengths(wan, recipe.clip_shape[0] if recipe else None, memory, place[:2])
-    student = mode != f.TEACHER
-    guidance = (1.0 if student else 5.0) if f.GUIDANCE.value is None else f.GUIDANCE.value
+    guidance = (5.0 if mode == f.TEACHER else 1.0) if f.GUIDANCE.value is None else f.GUIDANCE.value
     if f.NEGATIVE.value is not None and guidance == 1:
         raise UserError(
             "--negative_prompt has no meaning at guidance 1, which is none; give --guidance too"
         )
-    shift, first = read_shift(recipe), recipe.rollout.first_steps if recipe else 0
-    num_steps, levels = read_schedule(mode, recipe, config, shift)
+    num_steps, sampler = read_sampler(mode, recipe, config, memory)
     out, jobs = read_out(), list(read_jobs(recipe, num_steps))
     refuse_own_input(out, jobs)
+    index = out.with_name(f"{out.name}.{samples.NAME}") if f.VBENCH.value else out / samples.NAME
     return Request(
-        mode, recipe, config, (frames, *place), memory, levels,
-        grid(first, shift) if first and memory else None, read_solver(recipe, student), shift,
-        guidance, f.NEGATIVE.value, jobs, read_switches(wan, memory, frames), picture, prefix,
-        out, out.with_name(f"{out.name}.{samples.NAME}") if f.VBENCH.value else out / samples.NAME,
-    )  # fmt: skip
+        mode=mode,
+        recipe=recipe,
+        config=config,
+        shape=(frames, *place),
+        sampler=sampler,
+        guidance=guidance,
+        negative=f.NEGATIVE.value,
+        jobs=jobs,
+        switches=read_switches(wan, memory, frames),
+        picture=picture,
+        prefix=prefix,
+        out=out,
+        index=index,
+    )
 
 
 def workdir_mode(recipe: Recipe) -> str:
@@ -150,11 +165,8 @@ def read_policy(mode: str, recipe: Recipe | None, pictured: bool) -> CachePolicy
     if recipe:
         policy = recipe.memory
     else:
-        released = (
-            RELEASED[f.RECIPE.value].memory
-            if f.RECIPE.value
-            else CachePolicy(1, 1, 0, 0, "absolute")
-        )
+        released = f.RECIPE.value and RELEASED[f.RECIPE.value].memory
+        released = released or CachePolicy(chunk=1)
         chunk = f.CHUNK.value or released.chunk
         try:
             policy = dataclasses.replace(released, chunk=chunk, first=1 if pictured else chunk)
@@ -209,55 +221,50 @@ def read_place(
     return height // SPACE, width // SPACE, config.out_channels
 
 
-def read_shift(recipe: Recipe | None) -> float:
-    usual = (
-        recipe.schedule.shift
-        if recipe
-        else RELEASED[f.RECIPE.value].shift
-        if f.RECIPE.value
-        else 5.0
-    )
-    return usual if f.SHIFT.value is None else f.SHIFT.value
-
-
-def read_schedule(
-    mode: str, recipe: Recipe | None, config: WanConfig, shift: float
-) -> tuple[list[int], dict[int, np.ndarray]]:
-    """Numbers of steps, and a student's noise levels for each.
+def read_sampler(
+    mode: str, recipe: Recipe | None, config: WanConfig, memory: CachePolicy | None
+) -> tuple[list[int], Sampler]:
+    """Numbers of steps, and how each is done.
 
     Raises:
       UserError: they are no levels, or the student was trained at others.
     """
+    released = RELEASED[f.RECIPE.value] if f.RECIPE.value else None
+    usual = recipe.schedule.shift if recipe else released.shift if released else 5.0
+    shift = usual if f.SHIFT.value is None else f.SHIFT.value
     told = f.NUM_STEPS.value
+    sampler = Sampler(0, shift, read_solver(recipe, mode != f.TEACHER), memory)
     if mode == f.TEACHER:
-        return read_num_steps(told or [str(TEACHER_STEPS[bool(config.image_dim)])]), {}
+        steps = read_num_steps(told or [str(TEACHER_STEPS[bool(config.image_dim)])])
+        return steps, sampler._replace(stepwise=True)
+    if recipe and memory:
+        sampler = sampler._replace(first_steps=recipe.rollout.first_steps)
     if f.LEVELS.value is not None:
         levels = check_levels(read_levels(f.LEVELS.value))
-        return [len(levels) - 1], {len(levels) - 1: levels}
-    released = RELEASED[f.RECIPE.value] if f.RECIPE.value else None
+        return [len(levels)], sampler._replace(levels=levels)
     own = recipe.schedule.levels if recipe else released.levels if released else ()
     usual = recipe.sample.num_steps if recipe else (released.num_steps if released else 4,)
-    num_steps = read_num_steps(told or [str(k) for k in usual])
+    steps = read_num_steps(told or [str(k) for k in usual])
     if own:
-        levels = check_levels(own)
-        if num_steps != [len(levels) - 1] or f.SHIFT.value is not None:
+        if steps != [len(own)] or f.SHIFT.value is not None:
             raise UserError(
                 "this student was trained at the levels "
-                f"{', '.join(f'{level:g}' for level in own)}; leave "
-                "--num_steps and --shift out, or say others with --levels"
+                f"{', '.join(f'{level:g}' for level in own)}; leave --num_steps and --shift out, "
+                "or say others with --levels"
             )
-        return num_steps, {num_steps[0]: levels}
-    return num_steps, {k: grid(k, shift) for k in num_steps}
+        return steps, sampler._replace(levels=check_levels(own))
+    return steps, sampler
 
 
-def check_levels(told: Sequence[float]) -> np.ndarray:
+def check_levels(told: Sequence[float]) -> tuple[float, ...]:
     try:
-        return explicit(told)
+        explicit(told)
+        return tuple(level for level in told if level)  # the 0 at the end may be told too
     except ValueError as error:
         raise UserError(f"--levels: {error}") from error
 
 
-def read_solver(recipe: Recipe | None, student: bool) -> str:
+def read_solver(recipe: Recipe | None, student: bool) -> Any:
     solvers = get_args(Solver) if student else get_args(TeacherSolver)
     solver = f.SOLVER.value or (recipe.sample.solver if recipe else "cm" if student else "unipc")
     if solver not in solvers:

@@ -10,7 +10,7 @@ from absl import flags
 from launch.cli import refuse_flags, refuse_pairs
 from salt_jax.choices import Solver, TeacherSolver
 from salt_jax.errors import UserError
-from salt_jax.rollout.released import RELEASED
+from salt_jax.rollout.settings import RELEASED
 
 # What makes the videos
 WORKDIR = flags.DEFINE_string("workdir", None, "what launch.train wrote")

@@ -22,7 +22,8 @@ from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
 from salt_jax.planning.memory import needed
 from salt_jax.sharding import axis_sizes
-from salt_jax.train.setup import attention_kernel
+from salt_jax.stages import make_stage
+from salt_jax.stages.networks import attention_kernel
 
 DIR = flags.DEFINE_string("dir", "docs/scaling", "the files that the tables are made of")
 ONLY = flags.DEFINE_string("only", "", "compile rows with this in their name alone")
@@ -168,10 +169,8 @@ def planned(row: Row) -> int:
     """Bytes of a device by the model of launch.plan."""
     recipe, target = recipe_of(row), read_target(row.target)
     mesh = axis_sizes(dataclasses.asdict(recipe.mesh), target.devices)
-    return sum(
-        held.device
-        for held in needed(recipe, mesh, attention_kernel(recipe, recipe.wan, target.platform))
-    )
+    kernel = attention_kernel(recipe, recipe.wan, target.platform)
+    return sum(held.device for held in needed(make_stage(recipe), mesh, kernel))
 
 
 def recipe_of(row: Row) -> Recipe:

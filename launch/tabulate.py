@@ -97,16 +97,16 @@ def print_students(groups: dict[str, list[dict]], solver: str) -> None:
 
 
 def print_long(groups: dict[str, list[dict]]) -> None:
-    """How long videos hold: one column for each stretch of a training clip, then the looks of both
+    """How long videos hold: one column for each segment of a training clip, then the looks of both
     ends.
     """
     rows = long_rows(groups)
     if not rows:
         return
-    stretches = range(1, 1 + len(next(iter(rows.values()))[0]["stretches"]))
+    segments = range(1, 1 + len(next(iter(rows.values()))[0]["segments"]))
     for name in ("all", "clean", "sharpness", "motion"):
-        read = lambda result, name=name: [stretch[name] for stretch in result["stretches"]]
-        print(table(f"Long videos, {name}", [f"stretch {i}" for i in stretches], rows, read))
+        read = lambda result, name=name: [segment[name] for segment in result["segments"]]
+        print(table(f"Long videos, {name}", [f"segment {i}" for i in segments], rows, read))
     looks = ("saturation", "contrast", "brightness")
     read = lambda result: [result["looks"][i][name] for name in looks for i in (0, -1)]
     columns = [f"{name}, {end} chunk" for name in looks for end in ("first", "last")]

@@ -6,7 +6,7 @@ Trains, or goes on where DIR stopped. Everything it writes is in DIR.
 from absl import flags
 from ml_collections import config_flags
 
-from launch.cli import read_config, run_main
+from launch.cli import config_made_by, read_config, run_main
 from salt_jax.config.reading import read_recipe
 from salt_jax.train.loop import train
 
@@ -19,7 +19,8 @@ WORKDIR = flags.DEFINE_string(
 
 
 def main(_):
-    train(read_recipe(read_config(CONFIG)), WORKDIR.value)
+    recipe = read_recipe(read_config(CONFIG))
+    train(recipe, WORKDIR.value, config_made_by(CONFIG))
 
 
 if __name__ == "__main__":

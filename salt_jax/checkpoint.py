@@ -2,8 +2,9 @@
 
 | item                    | holds                                                                |
 |-------------------------|----------------------------------------------------------------------|
-| student, ema, critic    | parameters as nested dicts; each loads without the others            |
-| student_opt, critic_opt | moments, and the counts of skipped updates                           |
+| student, critic, ..     | parameters of each learner, as nested dicts; each loads alone        |
+| student_opt, ..         | its moments, and the counts of skipped updates                       |
+| ema                     | the averaged student                                                 |
 | stream                  | in streaming long tuning: caches and prompts of the videos under way |
 | data                    | {"step": int}, the data position: a batch comes from (seed, step)    |
 | meta                    | {"config": str, "mesh": {axis: size}}, for the reader, not restored  |
@@ -35,10 +36,7 @@ from salt_jax.types import Params
 
 log = logging.getLogger(__name__)
 
-TREES = ("student", "student_opt", "ema")
 JSONS = ("data", "meta")
-WITH_CRITIC = ("critic", "critic_opt")
-STREAM = ("stream",)
 T = TypeVar("T")
 
 
@@ -70,12 +68,12 @@ def open_checkpoints(workdir: str | Path, keep: int, keep_every: int = 0) -> ocp
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, meta: dict[str, Any]) -> None:
-    """Start writing `state` as step `state.step`; a step that is already there is left alone.
+    """Start writing `state` as step `state.iteration`; a step that is already there is left alone.
 
     Returns once the arrays are copied, so `state` may be donated to the next step; a failed write
     raises at the next call or when the manager closes. Every process has to call it.
     """
-    step = int(jax.device_get(state.step))
+    step = int(jax.device_get(state.iteration))
     if step in manager.all_steps():
         return
     items = {name: ocp.args.PyTreeSave(tree) for name, tree in to_items(state).items()}
@@ -272,22 +270,24 @@ def _refuse_uncommitted(directory: Path) -> None:
     """Orbax takes a half-copied directory for a step; only these files say that its writer, or a
     copy, finished.
     """
-    items = TREES + JSONS
-    for optional in (WITH_CRITIC, STREAM):
-        items += optional if any((directory / name).exists() for name in optional) else ()
-    for item in ("", *items):
+    for item in ("", *JSONS, *_trees(directory)):
         if not (directory / item / "commit_success.txt").is_file():
             raise OSError(f"{directory / item}/commit_success.txt is missing")
 
 
+def _trees(directory: Path) -> list[str]:
+    """The items that a whole step has, judged by those that are there: a learner has parameters and
+    moments, and there is a student and its average.
+    """
+    there = {path.name for path in directory.glob("*") if path.is_dir() and "." not in path.name}
+    learners = {name.removesuffix("_opt") for name in there - {"ema", "stream", *JSONS}}
+    parts = (f"{name}{part}" for name in sorted(learners | {"student"}) for part in ("", "_opt"))
+    return [*parts, "ema", *({"stream"} & there)]
+
+
 def _stored(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     """What is on disk, as trees of shapes and dtypes. No array is read."""
-    metadata = manager.item_metadata(step)
-    trees = [
-        name
-        for name in TREES + WITH_CRITIC + STREAM
-        if (Path(manager.directory) / str(step) / name).is_dir()
-    ]
+    metadata, trees = manager.item_metadata(step), _trees(Path(manager.directory) / str(step))
     if lost := [name for name in trees if metadata[name] is None]:
         raise OSError(f"{lost[0]}/_METADATA is missing")
     return {name: metadata[name].tree for name in trees}
@@ -328,6 +328,16 @@ def _directory(workdir: str | Path) -> Path:
 
 
 def _manager(directory: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
-    handlers = {name: ocp.PyTreeCheckpointHandler() for name in TREES + WITH_CRITIC + STREAM}
-    handlers |= {name: ocp.JsonCheckpointHandler() for name in JSONS}
-    return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+    # Learners are known by their files alone. Of a step that is being written Orbax goes by what it
+    # is given, of one that is there by the names of its items.
+    trees, jsons = ocp.PyTreeCheckpointHandler(), ocp.JsonCheckpointHandler()
+    steps = [step for step in directory.glob("*") if step.name.isdigit()]
+    names = {None, *(name for step in steps for name in _trees(step))}
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for name in names:
+        registry.add(name, ocp.args.PyTreeSave, trees)
+        registry.add(name, ocp.args.PyTreeRestore, trees)
+    for name in JSONS:
+        registry.add(name, ocp.args.JsonSave, jsons)
+        registry.add(name, ocp.args.JsonRestore, jsons)
+    return ocp.CheckpointManager(directory, options=options, handler_registry=registry)

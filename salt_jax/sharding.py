@@ -142,3 +142,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """A copy on every device."""
     return NamedSharding(mesh, P())
+
+
+def all_devices() -> Mesh:
+    """For work without a batch to cut: parameters are spread over all devices."""
+    return make_mesh({"data": 1, "fsdp": -1, "context": 1, "tensor": 1})

@@ -1,8 +1,7 @@
 """What training carries from one iteration to the next, and the two ways it moves: by gradient and
 by averaging.
 
-Fields are Any because the same trees also hold shapes (`jax.eval_shape`), shardings and what jax
-puts there. On disk the state is nested dicts, one for each thing that somebody may want alone.
+On disk the state is nested dicts, one for each thing that somebody may want alone.
 """
 
 from typing import Any
@@ -15,7 +14,10 @@ import optax
 from flax import traverse_util
 from jaxtyping import Array, Float, Int
 
-from salt_jax.types import Params
+from salt_jax.config.schema import Recipe
+from salt_jax.models.kv_cache import KVCache
+from salt_jax.optimizer import optimizer_of
+from salt_jax.types import Leaf, Params
 
 
 @flax.struct.dataclass
@@ -24,10 +26,10 @@ class Learner:
     thrown away.
     """
 
-    params: Any
-    opt_state: Any
-    skipped: Any  # int32[], updates skipped because something was not finite
-    skipped_in_a_row: Any  # int32[], zero after a good update
+    params: Params
+    opt_state: Params
+    skipped: Leaf  # int32[], updates skipped because something was not finite
+    skipped_in_a_row: Leaf  # int32[], zero after a good update
 
 
 @flax.struct.dataclass
@@ -36,22 +38,20 @@ class Stream:
     stopped.
     """
 
-    cache: Any  # KVCache of the student, every slot filled
-    text: Any  # [B, T, D], the prompts
+    cache: KVCache  # of the student, every slot filled
+    text: Leaf  # [B, T, D], the prompts
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything a run needs to go on as if it had never stopped.
-
-    The teacher never changes and is not in here.
+    """Everything a run needs to go on as if it had never stopped. The teacher never changes and is
+    not in here.
     """
 
-    step: Any  # int32[], finished iterations = student updates
-    student: Any  # Learner
-    ema: Any  # float32, the averaged student
-    critic: Any  # Learner, or None in a stage without one
-    stream: Any = None  # Stream, in streaming long tuning
+    iteration: Leaf  # int32[], how many are finished
+    learners: dict[str, Learner]  # "student" and, in distillation, "critic"
+    ema: Params  # float32, the averaged student
+    stream: Leaf = None  # a Stream, in streaming long tuning
 
 
 def init_learner(params: Params, tx: optax.GradientTransformation) -> Learner:
@@ -62,13 +62,20 @@ def init_learner(params: Params, tx: optax.GradientTransformation) -> Learner:
     return Learner(params, tx.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
-def init_state(
-    student: Learner, critic: Learner | None, stream: Stream | None = None
-) -> TrainState:
+def init_state(learners: dict[str, Learner], stream: Stream | None = None) -> TrainState:
     """The state before the first iteration; the EMA starts as a copy of the student."""
-    return TrainState(
-        jnp.zeros((), jnp.int32), student, _float32_copy(student.params), critic, stream
-    )
+    ema = _float32_copy(learners["student"].params)
+    return TrainState(jnp.zeros((), jnp.int32), learners, ema, stream)
+
+
+def first_state(
+    recipe: Recipe, starts: dict[str, Params], stream: Stream | None = None
+) -> TrainState:
+    """The same for a run: each learner with its optimizer at its start."""
+    learners = {
+        name: init_learner(start, optimizer_of(recipe, name)) for name, start in starts.items()
+    }
+    return init_state(learners, stream)
 
 
 def apply_gradients(
@@ -119,8 +126,8 @@ def update_ema(
     """The averaged student: ema <- decay * ema + (1 - decay) * params, in float32; a plain copy
     while step < start.
 
-    `step` counts the updates finished before the one that made `params`: `state.step` as the
-    iteration began.
+    `step` counts the updates finished before the one that made `params`: `state.iteration` as it
+    began.
     """
     params = _float32_copy(params)
     averaged = optax.incremental_update(params, ema, step_size=1 - decay)
@@ -132,22 +139,24 @@ def _float32_copy(tree: Params) -> Params:
 
 
 def to_items(state: TrainState) -> dict[str, Any]:
-    """student, ema, critic: parameters; student_opt, critic_opt: the rest of the learners;
-    stream.
-    """
-    tree = nested(state)
-    learners = [name for name in ("student", "critic") if name in tree]
-    params = {name: tree[name].pop("params") for name in learners}
-    others = {name: tree[name] for name in ("ema", "stream") if name in tree}
-    return params | others | {f"{name}_opt": tree[name] for name in learners}
+    """Of each learner NAME its parameters, and as NAME_opt the rest of it; ema; stream."""
+    items = {name: nested(getattr(state, name)) for name in ("ema", "stream")}
+    for name, learner in state.learners.items():
+        rest = nested(learner)
+        items |= {name: rest.pop("params"), f"{name}_opt": rest}
+    return {name: item for name, item in items.items() if item}
 
 
 def from_items(items: dict[str, Any], like: TrainState, step: int) -> TrainState:
     """The inverse of `to_items`."""
-    names = [name for name in ("student", "critic") if name in items]
-    tree = {name: items[f"{name}_opt"] | {"params": items[name]} for name in names}
-    tree |= {name: items[name] for name in ("ema", "stream") if name in items}
-    tree |= {"step": jax.device_put(np.int32(step), like.step.sharding)}
+    learners = {
+        name: items[f"{name}_opt"] | {"params": items[name]}
+        for name in items
+        if f"{name}_opt" in items
+    }
+    tree = {name: items[name] for name in ("ema", "stream") if name in items}
+    tree |= {"learners": learners}
+    tree |= {"iteration": jax.device_put(np.int32(step), like.iteration.sharding)}
     leaves = by_path(tree)
     return jax.tree.unflatten(jax.tree.structure(like), [leaves[path] for path in by_path(like)])
 

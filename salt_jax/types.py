@@ -17,6 +17,7 @@ Latents are `B F H W C` everywhere: batch, latent frames, latent height, latent 
 
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 Latent = Float[Array, "b f h w c"]
@@ -25,20 +26,19 @@ Latent = Float[Array, "b f h w c"]
 Sigma = Float[Array, "b"] | Float[Array, "b f"]
 """Noise level, one per example or one per latent frame, in [0, 1]."""
 
-TextEmb = Float[Array, "b t d"]
+TextEmb = Float[Array | np.ndarray, "b t d"]
 """Text embedding: T rows of the text encoder; rows past the end of the text are zero."""
 
 
-class ImageText(NamedTuple):
-    """What an image-to-video model is told."""
+class Conditioning(NamedTuple):
+    """What a network is told about each clip."""
 
-    text: Any  # as TextEmb
-    image: Any  # [B, N, E], features of the image encoder, one row per patch
-    condition: Any  # [B, F, H, W, M] behind the noisy latent: mask, then the latent of the picture
+    text: TextEmb
+    image: Float[Array | np.ndarray, "b n e"] | None = None
+    """Of image to video: features of the image encoder, one row per patch of the picture."""
+    channels: Float[Array | np.ndarray, "b f h w m"] | None = None
+    """Of image to video, behind the noisy latent: which frames are known, and their latent."""
 
-
-Told = TextEmb | ImageText
-"""What a network is told about the clip."""
 
 TokenIds = Int[Array, "b t"]
 """Token ids, padded with 0."""
@@ -49,15 +49,15 @@ PerExample = Float[Array, "b"]
 PRNGKey = Key[Array, ""]
 """A typed PRNG key (`jax.random.key`), used once."""
 
+Leaf = Any
+"""An array in a tree that also exists as shapes (`jax.eval_shape`), as shardings or as axes."""
+
 Params = Any
 """A tree of nested dicts with arrays as leaves."""
 
 
 class Prediction(NamedTuple):
-    """What a denoiser says about x at sigma.
-
-    The two always travel together: x0 = x - sigma * velocity.
-    """
+    """What a denoiser says about x at sigma; the two travel together: x0 = x - sigma * velocity."""
 
     velocity: Latent
     x0: Latent
@@ -65,6 +65,8 @@ class Prediction(NamedTuple):
 
 @runtime_checkable
 class Denoiser(Protocol):
-    """A network, or a formula, that predicts the clean latent. Pure: all state is in `params`."""
+    """A network, or a formula, that predicts the clean latent. A static value: jit keys on it."""
 
-    def __call__(self, params: Params, x: Latent, sigma: Sigma, text: Told) -> Prediction: ...
+    def denoise(self, params: Params, x: Latent, sigma: Sigma, cond: Conditioning) -> Prediction:
+        """Pure: all state is in `params`."""
+        ...

@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from salt_jax.models.attention import compute_here
 from salt_jax.models.presets import Compute, WanConfig
-from salt_jax.models.wan import apply_wan, init_wan
-from tests.models.test_wan import inputs, oracle, randomised, to_diffusers
+from salt_jax.models.wan import Inputs, apply_wan, init_wan
+from salt_jax.types import Conditioning
+from tests.helpers import randomised, to_diffusers, wan_inputs, wan_of_diffusers
 
 CONFIG = WanConfig(768, 6, 6, 3072, 16, 16, (1, 2, 2), 256, 64, 256, 0, 1e-6)
 REMAT = ("none", "all", "dots_no_batch")
@@ -29,15 +30,17 @@ REMAT = ("none", "all", "dots_no_batch")
 def ours(
     compute: Compute, params: dict, x: np.ndarray, t: np.ndarray, text: np.ndarray
 ) -> Callable[[], None]:
+    inputs = Inputs(x, t, Conditioning(text))
+
     def loss(p):
-        return jnp.square(apply_wan(p, x, t, text, CONFIG, compute)).mean()
+        return jnp.square(apply_wan(p, inputs, CONFIG, compute)).mean()
 
     gradient = jax.jit(jax.grad(loss))
     return lambda: jax.block_until_ready(gradient(params))
 
 
 def theirs(params: dict, x: np.ndarray, t: np.ndarray, text: np.ndarray) -> Callable[[], None]:
-    network = oracle(CONFIG)
+    network = wan_of_diffusers(CONFIG)
     network.load_state_dict(to_diffusers(params, CONFIG))
     given = [torch.tensor(z) for z in (x.transpose(0, 4, 1, 2, 3), t, text)]
 
@@ -51,7 +54,7 @@ def theirs(params: dict, x: np.ndarray, t: np.ndarray, text: np.ndarray) -> Call
 def main():
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 20
     params = jax.tree.map(jnp.asarray, randomised(init_wan(jax.random.key(0), CONFIG), 1))
-    given = inputs(2, CONFIG, batch=1, frames=4, height=24, width=24, rows=64)
+    given = wan_inputs(2, CONFIG, batch=1, frames=4, height=24, width=24, rows=64)
     kernel = compute_here(CONFIG, jnp.float32).kernel
     runs = {
         f"remat={how}": ours(Compute(remat=how, kernel=kernel), params, *given) for how in REMAT

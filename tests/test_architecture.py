@@ -13,46 +13,75 @@ MODULES = sorted(
 )
 NAMES = [str(path.relative_to(ROOT)) for path in MODULES]
 
-BOTTOM = {"types", "errors", "choices", "keys"}
-MAY_IMPORT = {  # none imports a later one
-    "types": set(),
-    "errors": set(),
-    "choices": set(),
-    "keys": set(),
-    "flow": BOTTOM,
-    "losses": BOTTOM | {"flow"},
-    "models": BOTTOM | {"flow"},
-    "sharding": BOTTOM | {"models"},
-    "moving_shapes": BOTTOM | {"flow"},
-    "io": BOTTOM | {"models"},
-    "config": BOTTOM | {"flow", "models", "moving_shapes", "io"},
-    "samples": BOTTOM | {"io"},
-    "convert": BOTTOM | {"models", "io"},
-    "data": BOTTOM | {"moving_shapes"},
-    "rollout": BOTTOM | {"flow", "models"},
-    "sample": BOTTOM | {"flow", "models", "rollout"},
-    "state": BOTTOM,
-    "checkpoint": BOTTOM | {"sharding", "io", "state"},
-    "train": BOTTOM
-    | {"flow", "losses", "models", "sharding", "moving_shapes", "config", "io", "data", "rollout"}
-    | {"state", "checkpoint"},
-    "evaluate": BOTTOM | {"flow", "models", "moving_shapes", "io", "data", "rollout", "sample"},
-    "planning": BOTTOM
-    | {
-        "flow",
-        "models",
-        "sharding",
-        "moving_shapes",
-        "config",
-        "rollout",
-        "sample",
-        "state",
+BOTTOM = ("types", "errors", "choices", "keys")
+ORDER = (  # none imports a later one
+    *BOTTOM,
+    "flow",
+    "losses",
+    "models",
+    "sharding",
+    "moving_shapes",
+    "io",
+    "config",
+    "samples",
+    "convert",
+    "data",
+    "rollout",
+    "optimizer",
+    "state",
+    "checkpoint",
+    "stages",
+    "train",
+    "workdir",
+    "pipeline",
+    "evaluate",
+    "planning",
+    "compile",
+    "cli",
+)
+MAY_IMPORT = {
+    "types": (),
+    "errors": (),
+    "choices": (),
+    "keys": (),
+    "flow": (),
+    "losses": ("flow",),
+    "models": ("flow",),
+    "sharding": ("models",),
+    "moving_shapes": ("flow",),
+    "io": ("models",),
+    "config": ("flow", "models", "moving_shapes", "io"),
+    "samples": ("io",),
+    "convert": ("models", "io"),
+    "data": ("moving_shapes", "io", "config"),
+    "rollout": ("flow", "models", "config"),
+    "optimizer": ("config",),
+    "state": ("models", "config", "optimizer"),
+    "checkpoint": ("sharding", "io", "state"),
+    "stages": (
+        *("flow", "losses", "models", "sharding", "moving_shapes", "io", "config", "data"),
+        *("rollout", "optimizer", "state", "checkpoint"),
+    ),
+    "train": (
+        *("models", "sharding", "moving_shapes", "io", "config", "data", "rollout", "optimizer"),
+        *("state", "checkpoint", "stages"),
+    ),
+    "workdir": ("models", "sharding", "io", "config", "checkpoint", "stages"),
+    "pipeline": (
+        *("models", "sharding", "moving_shapes", "io", "config", "rollout", "stages", "workdir"),
+    ),
+    "evaluate": ("flow", "models", "moving_shapes", "io", "data", "rollout"),
+    "planning": (
+        *("flow", "models", "sharding", "moving_shapes", "config", "rollout", "state", "stages"),
         "train",
-    },
-    "compile": BOTTOM
-    | {"models", "sharding", "moving_shapes", "config", "rollout", "sample", "train", "planning"},
+    ),
+    "compile": (
+        *("models", "sharding", "moving_shapes", "config", "rollout", "state", "stages", "train"),
+        *("planning", "io"),
+    ),
+    "cli": ORDER[:-1],
 }
-READS_CONFIG = {"configs", "launch"}  # rooms; in salt_jax only config/reading.py
+READS_CONFIG = {"configs", "launch", "cli"}  # rooms; in salt_jax only config/reading.py
 
 # Longer than the rule, each with the reason why splitting it would make it worse.
 LONG_FILES: dict[str, str] = dict.fromkeys(
@@ -101,8 +130,8 @@ def test_imports_point_down(name):
             )
         if name.startswith("salt_jax/") and room != "__init__":
             assert top not in {"configs", "launch", "tests"}, f"{name} imports {target}"
-            if top == "salt_jax":
-                assert rest[0] in MAY_IMPORT[room] | {room}, (
+            if top == "salt_jax" and rest:
+                assert rest[0] in {*MAY_IMPORT[room], *BOTTOM, room}, (
                     f"{name}: {room} may not import {target}"
                 )
 
@@ -123,9 +152,9 @@ def test_code_is_short(name):
 
 
 def test_no_room_imports_a_later_one():
-    order = list(MAY_IMPORT)
-    for place, room in enumerate(order):
-        assert MAY_IMPORT[room] <= set(order[:place]), f"{room} imports what stands below it"
+    for room, others in MAY_IMPORT.items():
+        later = ORDER[ORDER.index(room) :]
+        assert not set(others) & set(later), f"{room} imports what stands below it"
 
 
 def test_every_room_is_known():

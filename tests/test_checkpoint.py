@@ -30,9 +30,9 @@ from salt_jax.checkpoint import (
 from salt_jax.config.sections import Optimizer
 from salt_jax.errors import UserError
 from salt_jax.models.kv_cache import KVCache
+from salt_jax.optimizer import make_optimizer
 from salt_jax.sharding import make_mesh, state_shardings
 from salt_jax.state import Stream, apply_gradients, init_learner, init_state
-from salt_jax.train.optimizer import make_optimizer
 
 # Orbax abandons its other reads when one fails; Python reports those coroutines when it collects
 # them.
@@ -66,9 +66,10 @@ def make(step=0, width=64, critic=True, tx=TX):
         moved = apply_gradients(init_learner(params, tx), grads, jnp.float32(0), tx)
         return moved.replace(skipped=jnp.int32(seed + 3), skipped_in_a_row=jnp.int32(seed + 1))
 
-    state = init_state(learner(10 * step), learner(10 * step + 1) if critic else None)
+    learners = {"student": learner(10 * step)}
+    state = init_state(learners | ({"critic": learner(10 * step + 1)} if critic else {}))
     ema = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan) * 0.5, state.ema)
-    return state.replace(step=jnp.int32(step), ema=ema)
+    return state.replace(iteration=jnp.int32(step), ema=ema)
 
 
 def on(mesh, make=make, **how):
@@ -136,7 +137,7 @@ def test_round_trip_is_bit_exact_on_this_and_on_another_mesh(saved, count):
     assert meta == meta_of(2)
     for x, like in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
         assert x.sharding == like.sharding
-    kernel = state.student.params["blocks"]["self_attn"]["q"]["kernel"]
+    kernel = state.learners["student"].params["blocks"]["self_attn"]["q"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (2, 64 // count, 64)
 
 
@@ -188,7 +189,7 @@ def test_a_teacher_in_the_making_has_no_critic(tmp_path):
 
 def test_what_is_saved_does_not_change_when_the_next_step_overwrites_the_donated_state(tmp_path):
     x = jnp.arange(2**21, dtype=jnp.float32)
-    state = init_state(init_learner({"w": x}, optax.sgd(0.1)), None)
+    state = init_state({"student": init_learner({"w": x}, optax.sgd(0.1))})
     shapes = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
     )
@@ -199,7 +200,9 @@ def test_what_is_saved_does_not_change_when_the_next_step_overwrites_the_donated
             state = step(state)
     with open_checkpoints(tmp_path, keep=1) as manager:
         found, _ = restore(manager, shapes)
-    np.testing.assert_array_equal(found.student.params["w"], np.arange(2**21, dtype=np.float32))
+    np.testing.assert_array_equal(
+        found.learners["student"].params["w"], np.arange(2**21, dtype=np.float32)
+    )
 
 
 def test_the_newest_few_are_kept_and_a_step_is_saved_once(tmp_path):
@@ -215,13 +218,13 @@ def test_the_newest_few_are_kept_and_a_step_is_saved_once(tmp_path):
 )
 def test_every_so_many_updates_a_checkpoint_stays_beside_the_newest(tmp_path, keep, every, left):
     """Also when the run is started again in between, and without a deprecated option of Orbax."""
-    state = init_state(init_learner({"w": jnp.arange(3.0)}, optax.sgd(0.1)), None)
+    state = init_state({"student": init_learner({"w": jnp.arange(3.0)}, optax.sgd(0.1))})
     with warnings.catch_warnings():
         warnings.simplefilter("error", DeprecationWarning)
         for steps in (range(1, 5), range(5, 9)):
             with open_checkpoints(tmp_path, keep, every) as manager:
                 for step in steps:
-                    save(manager, state.replace(step=jnp.int32(step)), meta_of(step))
+                    save(manager, state.replace(iteration=jnp.int32(step)), meta_of(step))
     assert " ".join(sorted(path.name for path in (tmp_path / "checkpoints").iterdir())) == left
 
 
@@ -272,9 +275,9 @@ def test_whatever_file_is_cut_or_lost_a_state_comes_back_whole_or_from_the_step_
             path.write_bytes(data[: int(len(data) * left)])
         with open_checkpoints(copy / "trial", keep=3) as manager:
             state, meta = restore(manager, wanted)
-        assert_same_bits(state, make(step=int(state.step)))
-        assert meta == meta_of(int(state.step))
-        steps.append(int(state.step))
+        assert_same_bits(state, make(step=int(state.iteration)))
+        assert meta == meta_of(int(state.iteration))
+        steps.append(int(state.iteration))
         shutil.rmtree(copy / "trial")
     assert set(steps) == {1, 2}  # some files are redundant, the others are noticed
 
@@ -347,7 +350,7 @@ def test_parameters_load_alone_and_nothing_is_written(copy, what):
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
     params = restore_params(copy, what, mesh_of(4))
     state = make(step=2)
-    assert_same_bits(params, state.ema if what == "ema" else state.student.params)
+    assert_same_bits(params, state.ema if what == "ema" else state.learners["student"].params)
     assert params["blocks"]["self_attn"]["q"]["kernel"].addressable_shards[0].data.shape == (
         2,
         16,
@@ -366,7 +369,8 @@ def test_parameters_of_a_damaged_step_come_from_the_one_before(copy, caplog):
 def test_a_step_that_is_named_is_read_or_refused(copy):
     for step in (1, 2):
         assert_same_bits(
-            restore_params(copy, "student", mesh_of(1), step), make(step=step).student.params
+            restore_params(copy, "student", mesh_of(1), step),
+            make(step=step).learners["student"].params,
         )
     with pytest.raises(
         UserError, match=r"no checkpoint of step 3 in \S+checkpoints; there are 2, 1$"
@@ -438,11 +442,12 @@ def test_a_process_that_dies_while_saving_leaves_the_step_before(tmp_path):
         import os, jax, jax.numpy as jnp, optax
         from salt_jax.checkpoint import open_checkpoints, save
         from salt_jax.state import init_learner, init_state
-        state = init_state(init_learner({{"w": jnp.arange(2.0**23)}}, optax.sgd(0.1)), None)
+        learner = init_learner({{"w": jnp.arange(2.0**23)}}, optax.sgd(0.1))
+        state = init_state({{"student": learner}})
         manager = open_checkpoints({str(tmp_path)!r}, keep=3)
-        save(manager, state.replace(step=jnp.int32(1)), {{}})
+        save(manager, state.replace(iteration=jnp.int32(1)), {{}})
         manager.wait_until_finished()
-        save(manager, jax.tree.map(lambda x: x + 2, state.replace(step=jnp.int32(0))), {{}})
+        save(manager, jax.tree.map(lambda x: x + 2, state.replace(iteration=jnp.int32(0))), {{}})
         os._exit(9)
     """
     root = Path(__file__).parents[1]
@@ -457,7 +462,7 @@ def test_a_process_that_dies_while_saving_leaves_the_step_before(tmp_path):
         "the save was over before the process died"
     )
     shapes = jax.eval_shape(
-        lambda: init_state(init_learner({"w": jnp.zeros(2**23)}, optax.sgd(0.1)), None)
+        lambda: init_state({"student": init_learner({"w": jnp.zeros(2**23)}, optax.sgd(0.1))})
     )
     shardings = state_shardings(mesh_of(1), shapes)
     shapes = jax.tree.map(
@@ -465,5 +470,7 @@ def test_a_process_that_dies_while_saving_leaves_the_step_before(tmp_path):
     )
     with open_checkpoints(tmp_path, keep=3) as manager:
         state, _ = restore(manager, shapes)
-    assert int(state.step) == 1
-    np.testing.assert_array_equal(state.student.params["w"], np.arange(2**23, dtype=np.float32))
+    assert int(state.iteration) == 1
+    np.testing.assert_array_equal(
+        state.learners["student"].params["w"], np.arange(2**23, dtype=np.float32)
+    )

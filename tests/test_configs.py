@@ -16,16 +16,12 @@ from salt_jax.config.build import all_keys
 from salt_jax.config.reading import read_recipe
 from salt_jax.config.schema import Recipe
 from salt_jax.config.table import table
-from salt_jax.models.lora import init_lora
-from salt_jax.models.wan import init_wan
-from salt_jax.rollout.draws import Choice
-from salt_jax.state import init_learner, init_state
-from salt_jax.train.loop import decide
-from salt_jax.train.optimizer import make_optimizer
-from salt_jax.train.setup import empty_stream, make_network, make_networks
-from salt_jax.train.stages import stage_step
-from salt_jax.train.step import Networks, critic_step, student_step
-from salt_jax.types import ImageText
+from salt_jax.planning.updates import programs
+from salt_jax.stages import make_stage, weights
+from salt_jax.stages.stage import Batch
+from salt_jax.train.step import Call, train_step
+from salt_jax.types import Conditioning
+from tests.helpers import form
 
 ROOT = Path(__file__).parents[1]
 # Every config with what may stand after the colon, alone and together.
@@ -76,8 +72,9 @@ def test_every_config_is_here():
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_it_builds_a_recipe(name, options):
-    assert read_recipe(get_config(name, options)).iterations >= 1
+def test_it_builds_a_recipe_of_a_stage(name, options):
+    recipe = read_recipe(get_config(name, options))
+    assert recipe.iterations >= 1 and make_stage(recipe).recipe == recipe
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if None not in OPTIONS[name]])
@@ -122,54 +119,22 @@ def test_every_key_has_a_meaning_or_is_an_optimizer_s():
         assert field.metadata["doc"] or field.metadata["must"], path
 
 
-def programs(recipe):
-    """Every kind of program that the first few hundred calls of a run need."""
-    calls = [decide(recipe, recipe.iterations, call) for call in range(300)]
-    return dict(calls)
-
-
-def abstract_run(recipe):
+def abstract_run(stage):
     """State, frozen parameters and batch of a run, as shapes."""
-    shape, text = (
-        recipe.clip_shape,
-        jax.ShapeDtypeStruct((2, recipe.wan.text_length, recipe.wan.text_dim), jnp.float32),
-    )
-    null = jnp.zeros((1, *text.shape[1:]))
-
-    def state():
-        params = init_wan(jax.random.key(0), recipe.wan)
-        adapt = (
-            (lambda p: init_lora(jax.random.key(0), p, recipe.lora.rank))
-            if recipe.lora.rank
-            else lambda p: p
-        )
-        student = init_learner(
-            adapt(params), make_optimizer(recipe.student_optimizer, recipe.iterations)
-        )
-        critic = init_learner(
-            adapt(params), make_optimizer(recipe.critic_optimizer, recipe.iterations)
-        )
-        distil = recipe.stage == "distil"
-        return init_state(
-            student,
-            critic if distil else None,
-            empty_stream(recipe, make_network(recipe, None), null) if distil else None,
-        )
-
-    def frozen():
-        params, teacher = (init_wan(jax.random.key(0), c) for c in (recipe.wan, recipe.teacher_wan))
-        student = params if recipe.stage == "consistency" else teacher
-        return {"teacher": student, "base": params, "student": params, "null_text": null}
-
+    recipe, needs = stage.recipe, stage.needs
+    loaded = jax.eval_shape(lambda: weights.fresh(stage))
     spec = lambda *sizes: jax.ShapeDtypeStruct((recipe.batch_size, *sizes), jnp.float32)
-    clip = lambda *front: spec(*front, *shape)
-    batch = {"video": clip(), "text": spec(*text.shape[1:])}
+    clip = lambda *front: spec(*front, *recipe.clip_shape)
+    cond = Conditioning(spec(recipe.wan.text_length, recipe.wan.text_dim))
     if recipe.wan.image_dim:
-        condition = spec(*shape[:-1], recipe.wan.condition_channels)
-        batch["text"] = ImageText(batch["text"], spec(257, recipe.wan.image_dim), condition)
-    if recipe.stage == "ode_regression":
-        batch["states"] = clip(recipe.schedule.train_levels + 1)
-    return jax.eval_shape(state), jax.eval_shape(frozen), batch, null
+        channels = spec(*recipe.clip_shape[:-1], recipe.wan.condition_channels)
+        cond = cond._replace(image=spec(257, recipe.wan.image_dim), channels=channels)
+    batch = Batch(cond)
+    if "video" in needs:
+        batch = batch._replace(video=clip())
+    if "states" in needs:
+        batch = batch._replace(states=clip(recipe.schedule.train_levels + 1))
+    return jax.eval_shape(stage.first_state, loaded), stage.frozen(loaded), batch
 
 
 @pytest.mark.slow
@@ -180,27 +145,14 @@ def test_full_size_steps_trace(name, options):
     """
     config = get_config(name, options)
     config.batch_size = 2
-    recipe = read_recipe(config)
-    state, frozen, batch, null = abstract_run(recipe)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    if recipe.stage == "distil":
-        nets = make_networks(recipe, null, None)
-        chosen = programs(recipe)
-        steps = [(student_step, {"choice": c}, draw) for c, draw in chosen.items()]
-        steps += [
-            (critic_step, {"choice": Choice(sequence=s)}, draw)
-            for s, draw in {c.sequence: draw for c, draw in chosen.items()}.items()
-        ]
-    else:
-        network = make_network(recipe, None)
-        nets, steps = Networks(network, network.denoise, network.denoise), [(stage_step, {}, None)]
-    for step, static, draw in steps:
-        run = lambda s, f, b, k, d, step=step, static=static: step(
-            s, f, b, k, d, nets, recipe, **static
-        )
-        after, metrics = jax.eval_shape(run, state, frozen, batch, key, draw)
+    stage = make_stage(read_recipe(config))
+    state, frozen, batch = abstract_run(stage)
+    call = jax.eval_shape(lambda: Call(jax.random.key(0), jnp.int32(0), None))
+    for update, draw in programs(stage).items():
+        run = lambda s, f, b, c, update=update: train_step(stage, update, s, f, b, c)
+        after, metrics = jax.eval_shape(run, state, frozen, batch, call._replace(draw=draw))
         assert jax.tree.structure(after) == jax.tree.structure(state)
-        for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
-            assert (new.shape, new.dtype) == (old.shape, old.dtype)
-        assert {x.dtype for x in jax.tree.leaves(after.student.params)} == {np.dtype(np.float32)}
+        assert form(after) == form(state)
+        learnt = jax.tree.leaves(after.learners["student"].params)
+        assert {x.dtype for x in learnt} == {np.dtype(np.float32)}
         assert all(metric.shape == () for metric in metrics.values())

@@ -40,7 +40,7 @@ def by_path(tree):
 def wan_state(preset):
     def make():
         params = init_wan(jax.random.key(0), PRESETS[preset])
-        return init_state(init_learner(params, TX), init_learner(params, TX))
+        return init_state({name: init_learner(params, TX) for name in ("student", "critic")})
 
     return make
 
@@ -91,9 +91,13 @@ def test_sizes_that_make_no_mesh_are_refused_in_one_sentence(asked, told):
     ("path", "shape", "spec"),
     [
         ("blocks/self_attn/q/kernel", (2, 64, 64), P(None, "fsdp", "tensor")),
-        ("student/params/blocks/cross_attn/v/kernel", (2, 64, 64), P(None, "fsdp", "tensor")),
         (
-            "critic/opt_state/1/0/nu/wan/blocks/ffn_in/kernel",
+            "learners/student/params/blocks/cross_attn/v/kernel",
+            (2, 64, 64),
+            P(None, "fsdp", "tensor"),
+        ),
+        (
+            "learners/critic/opt_state/1/0/nu/wan/blocks/ffn_in/kernel",
             (2, 64, 256),
             P(None, "fsdp", "tensor"),
         ),
@@ -113,7 +117,7 @@ def test_sizes_that_make_no_mesh_are_refused_in_one_sentence(asked, told):
         # than their parameter.
         ("blocks/wi/kernel", (64, 6, 8), P(None, None, "fsdp")),
         ("opt_state/0/v_row/blocks/self_attn/q/kernel", (64, 6), P()),
-        ("student/opt_state/1/0/count", (), P()),
+        ("learners/student/opt_state/1/0/count", (), P()),
         # Videos under way are spread as the batch is, if there are enough of them; of a cache heads
         # are cut too.
         (
@@ -173,13 +177,15 @@ def test_an_update_keeps_everything_cut_compiles_once_and_gives_the_single_devic
         return jnp.mean((h @ params["head"]["kernel"]) ** 2)
 
     def step(state, x):
-        loss, grads = jax.value_and_grad(loss_of)(state.student.params, x)
-        student = apply_gradients(state.student, grads, loss, TX)
-        ema = update_ema(state.ema, student.params, 0.9, state.step, 0)
-        return state.replace(step=state.step + 1, student=student, ema=ema), loss
+        student = state.learners["student"]
+        loss, grads = jax.value_and_grad(loss_of)(student.params, x)
+        student = apply_gradients(student, grads, loss, TX)
+        ema = update_ema(state.ema, student.params, 0.9, state.iteration, 0)
+        moved = {"iteration": state.iteration + 1, "learners": {"student": student}, "ema": ema}
+        return state.replace(**moved), loss
 
     def run(mesh):
-        state = init_state(init_learner(params, TX), None)
+        state = init_state({"student": init_learner(params, TX)})
         shardings = state_shardings(mesh, state)
         state = place(state, shardings)
         born = bytes_per_device(state)
@@ -199,8 +205,9 @@ def test_an_update_keeps_everything_cut_compiles_once_and_gives_the_single_devic
     one_bytes, one = run(make_mesh(sizes(), jax.devices()[:1]))
     eight_bytes, eight = run(make_mesh(sizes(fsdp=4, tensor=2), jax.devices()[:8]))
     assert eight_bytes < one_bytes / 5
-    assert int(eight.step) == 2 and int(eight.student.skipped) == 0
-    assert np.abs(eight.student.params["head"]["kernel"] - params["head"]["kernel"]).max() > 1e-3
+    student = eight.learners["student"]
+    assert int(eight.iteration) == 2 and int(student.skipped) == 0
+    assert np.abs(student.params["head"]["kernel"] - params["head"]["kernel"]).max() > 1e-3
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one, eight)
 
 

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from salt_jax.state import apply_gradients, init_learner, init_state, update_ema
+from tests.helpers import bits
 
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=0.01))
 
@@ -21,10 +22,6 @@ def moved_once():
     return apply_gradients(
         learner, jax.tree.map(jnp.ones_like, learner.params), jnp.float32(1.0), TX
     )
-
-
-def bits(tree):
-    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
 def test_a_finite_update_is_the_optimizers_own():
@@ -73,7 +70,7 @@ def test_ema_copies_before_its_start_and_averages_from_there_on():
 
 
 def test_ema_does_not_lose_small_steps_of_bfloat16_parameters():
-    ema = init_state(init_learner({"w": jnp.ones(3, jnp.bfloat16)}, TX), None).ema
+    ema = init_state({"student": init_learner({"w": jnp.ones(3, jnp.bfloat16)}, TX)}).ema
     ema = update_ema(ema, {"w": jnp.full(3, 2.0, jnp.bfloat16)}, 0.9999, 0, 0)
     assert ema["w"].dtype == jnp.float32
     np.testing.assert_allclose(ema["w"], 1.0001, rtol=1e-6)
@@ -82,12 +79,12 @@ def test_ema_does_not_lose_small_steps_of_bfloat16_parameters():
 @pytest.mark.parametrize("jit", [False, True])
 def test_donating_a_new_state_frees_neither_the_teacher_nor_a_part_of_itself(jit):
     def make(teacher):
-        return init_state(init_learner(teacher, TX), init_learner(teacher, TX))
+        return init_state({name: init_learner(teacher, TX) for name in ("student", "critic")})
 
     teacher = params()
     state = (jax.jit(make) if jit else make)(teacher)
     pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves((state, teacher))]
     assert len(set(pointers)) == len(pointers)
     jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)(state)
-    assert all(x.is_deleted() for x in jax.tree.leaves(state.student.params))
+    assert all(x.is_deleted() for x in jax.tree.leaves(state.learners["student"].params))
     np.testing.assert_array_equal(teacher["q"]["kernel"], params()["q"]["kernel"])

@@ -32,7 +32,7 @@ from salt_jax.config.sections import (
 )
 from salt_jax.flow.schedule import student_levels
 from salt_jax.keys import COUNT, NOT_NEGATIVE, SEED, SHARE, key
-from salt_jax.models.memory import CachePolicy
+from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.presets import (
     PRESETS,
     TEXT_PRESETS,
@@ -45,6 +45,7 @@ from salt_jax.moving_shapes.shapes import World
 StageName = Literal["denoising", "teacher_forcing", "ode_regression", "consistency", "distil"]
 Video = Literal["noised", "noised_chunks", "rollout"]
 CAUSAL = ("teacher_forcing", "ode_regression", "consistency")  # stages that make a student causal
+MAKES_TEACHER = ("denoising",)
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,11 @@ class Recipe:
         shapes = (self.world.frames, self.world.size, self.world.size)
         frames, height, width = self.data.clip if self.data.kind == "latents" else shapes
         return frames, height, width, self.wan.out_channels
+
+    @property
+    def makes_teacher(self) -> bool:
+        """Whether it trains a teacher and its text encoder, not a student."""
+        return self.stage in MAKES_TEACHER
 
     @property
     def causal(self) -> bool:

@@ -2,7 +2,7 @@
 
 Defaults are those of the shapes world, on two CPU cores. Rows are those of docs/algorithm.md 9,
 where the Salt paper is silent. `World` and `CachePolicy`, which are sections too, stand in
-moving_shapes/shapes.py and models/memory.py.
+moving_shapes/shapes.py and models/cache_policy.py.
 
 No jax in here, as in `choices`.
 """

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from salt_jax.convert.torch_files import read_torch
 from salt_jax.errors import UserError
-from salt_jax.io.tensor_files import Stored, list_tensors
+from salt_jax.io.tensor_files import TensorRef, list_tensors
 
 MAX_DEPTH = 4  # dicts in dicts
 
@@ -27,7 +27,7 @@ NO_WEIGHTS = {
 class Opened(NamedTuple):
     """One file, or the shards of one model. Nothing of the tensors is read yet."""
 
-    tensors: dict[str, Stored]  # the keys of nested dicts are joined by "/"
+    tensors: dict[str, TensorRef]  # the keys of nested dicts are joined by "/"
     metadata: dict[str, str]  # of the first file, where it is safetensors
 
 
@@ -37,7 +37,7 @@ def open_tensors(files: Sequence[Path]) -> Opened:
     Raises:
       UserError: a file cannot be read, or two have the same name.
     """
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, TensorRef] = {}
     first: dict[str, str] = {}
     for path in files:
         found, metadata = _open(path)
@@ -51,7 +51,7 @@ def open_tensors(files: Sequence[Path]) -> Opened:
     return Opened(tensors, first)
 
 
-def _open(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+def _open(path: Path) -> tuple[dict[str, TensorRef], dict[str, str]]:
     try:
         with open(path, "rb") as file:
             start = file.read(64)
@@ -79,13 +79,13 @@ def _open(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         ) from error
 
 
-def _flat(found: dict[Any, Any]) -> dict[str, Stored]:
+def _flat(found: dict[Any, Any]) -> dict[str, TensorRef]:
     """The tensors in dicts in dicts, each dict once."""
     tensors, seen, left = {}, {id(found)}, [("", found, 1)]
     while left:
         path, table, depth = left.pop()
         for key, value in table.items():
-            if isinstance(value, Stored):
+            if isinstance(value, TensorRef):
                 tensors[f"{path}{key}"] = value
             elif isinstance(value, dict) and depth < MAX_DEPTH and id(value) not in seen:
                 seen.add(id(value))

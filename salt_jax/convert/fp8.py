@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from salt_jax.errors import UserError
-from salt_jax.io.tensor_files import Stored, view
+from salt_jax.io.tensor_files import TensorRef, view
 
 FP8 = (np.dtype(jnp.float8_e4m3fn), np.dtype(jnp.float8_e5m2))
 SCALE = re.compile(r"(.+\.)(scale_weight|weight_scale)")
@@ -23,8 +23,8 @@ PLAIN = {"format", "full_precision_matrix_mult", "orig_dtype", "orig_shape"}
 
 
 def split_scales(
-    tensors: Mapping[str, Stored], metadata: Mapping[str, str], where: str
-) -> tuple[dict[str, Stored], dict[str, Stored]]:
+    tensors: Mapping[str, TensorRef], metadata: Mapping[str, str], where: str
+) -> tuple[dict[str, TensorRef], dict[str, TensorRef]]:
     """The tensors without what belongs to 8-bit numbers, and the scale of each weight by the
     weight's name.
 
@@ -51,7 +51,7 @@ def split_scales(
     return weights, scales
 
 
-def fits(scale: Stored, shape: tuple[int, ...]) -> bool:
+def fits(scale: TensorRef, shape: tuple[int, ...]) -> bool:
     """Whether a scale is of floats, and one for all of a weight, for each row or for each block of
     a row.
     """

@@ -12,7 +12,7 @@ from salt_jax.convert.lora_names import Modules, read_modules
 from salt_jax.convert.lora_scale import kohya_alpha, number, read_told, scale_of
 from salt_jax.convert.reading import Delta, Found
 from salt_jax.errors import UserError, listed
-from salt_jax.io.tensor_files import Outgoing, Stored, view
+from salt_jax.io.tensor_files import TensorRef, TensorWriter, view
 
 Place = tuple[str, int]  # our path and layer
 
@@ -20,8 +20,8 @@ Place = tuple[str, int]  # our path and layer
 class Adapter(NamedTuple):
     """A matrix of low rank: scale * up @ down."""
 
-    down: Stored  # [R, I], or [R, C, pt, ph, pw] of a convolution
-    up: Stored  # [O, R], or with axes of 1 behind it
+    down: TensorRef  # [R, I], or [R, C, pt, ph, pw] of a convolution
+    up: TensorRef  # [O, R], or with axes of 1 behind it
     scale: float
 
     @property
@@ -151,8 +151,8 @@ def lora_alpha(lora: Lora) -> tuple[int, float]:
     return lora.ranks[0], scales.pop() * lora.ranks[0]
 
 
-def lora_outgoing(lora: Lora, layers: int, dtype: Any) -> dict[str, Outgoing]:
-    """The LoRA as the tree of `models.lora`; `dtype` as for `reading.outgoing`.
+def lora_writers(lora: Lora, layers: int, dtype: Any) -> dict[str, TensorWriter]:
+    """The LoRA as the tree of `models.lora`; `dtype` as for `reading.writers`.
 
     Raises:
       UserError: a matrix is adapted in some layers and not in others, which that tree cannot tell.
@@ -173,7 +173,7 @@ def lora_outgoing(lora: Lora, layers: int, dtype: Any) -> dict[str, Outgoing]:
             flat = lambda tensor: view(tensor).reshape(len(view(tensor)), -1)
             parts = lambda stored=stored, flat=flat: (flat(tensor).T for tensor in stored)
             rows = stored[0].shape[0]
-            arrays[f"{ours}/{ab}"] = Outgoing(
+            arrays[f"{ours}/{ab}"] = TensorWriter(
                 kind, (layers, math.prod(stored[0].shape[1:]), rows), parts
             )
     return arrays
@@ -190,7 +190,7 @@ def describe(lora: Lora) -> str:
     return f"{low}{len(lora.adapters)} matrices{whole}{key}"
 
 
-def _value(tensor: Stored) -> float:
+def _value(tensor: TensorRef) -> float:
     return (
         float(np.asarray(view(tensor), np.float64).reshape(-1)[0])
         if math.prod(tensor.shape) == 1

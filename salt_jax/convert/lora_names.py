@@ -15,7 +15,7 @@ from typing import NamedTuple
 from salt_jax.convert.names import WAN
 from salt_jax.convert.places import bare, choose
 from salt_jax.errors import UserError, listed
-from salt_jax.io.tensor_files import Stored
+from salt_jax.io.tensor_files import TensorRef
 
 MAX_LAYERS = 100  # more than any network here has: a LoRA of a deeper one is told by its layers
 
@@ -49,11 +49,11 @@ class Modules(NamedTuple):
     """What a file changes: by module of the network, and by part."""
 
     key: str  # of the file's dict, or ""
-    parts: dict[str, dict[str, Stored]]
+    parts: dict[str, dict[str, TensorRef]]
     targets: dict[str, dict[str, tuple[str, int]]]  # module -> weight, bias -> our path and layer
 
 
-def read_modules(tensors: Mapping[str, Stored], where: str, key: str = "") -> Modules:
+def read_modules(tensors: Mapping[str, TensorRef], where: str, key: str = "") -> Modules:
     """The parts of a LoRA by module.
 
     Raises:
@@ -79,7 +79,7 @@ def read_modules(tensors: Mapping[str, Stored], where: str, key: str = "") -> Mo
     if left:
         told = _method(left) or f"unexpected {listed(left)}"
         raise UserError(f"{where} is no LoRA of this network: {told}; name another file")
-    parts: dict[str, dict[str, Stored]] = {}
+    parts: dict[str, dict[str, TensorRef]] = {}
     for name, part in here.items():
         _, module, kind = part or ("", "", "")
         if kind in parts.setdefault(module, {}):

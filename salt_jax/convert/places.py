@@ -12,7 +12,7 @@ from typing import NamedTuple
 from salt_jax.convert import names
 from salt_jax.convert.names import TABLES, Row
 from salt_jax.errors import UserError, listed
-from salt_jax.io.tensor_files import Stored
+from salt_jax.io.tensor_files import TensorRef
 
 
 class Place(NamedTuple):
@@ -23,7 +23,7 @@ class Place(NamedTuple):
     prefix: str  # of its names
 
 
-def bare(tensors: Mapping[str, Stored], where: str) -> dict[str, Stored]:
+def bare(tensors: Mapping[str, TensorRef], where: str) -> dict[str, TensorRef]:
     """Names without the wrappers of training between their parts."""
     found = {}
     for name, tensor in tensors.items():
@@ -84,7 +84,9 @@ def choose(prefixes: Sequence[str], key: str, where: str) -> int:
     return first[0]
 
 
-def inside(tensors: Mapping[str, Stored], prefix: str, others: Sequence[str]) -> dict[str, Stored]:
+def inside(
+    tensors: Mapping[str, TensorRef], prefix: str, others: Sequence[str]
+) -> dict[str, TensorRef]:
     """What stands under a prefix, the prefix cut off, without what other networks there have and
     without counters.
     """

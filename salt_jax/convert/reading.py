@@ -35,7 +35,7 @@ from salt_jax.convert.places import (
 from salt_jax.convert.sizes import PARTS, Size, infer_config, read_json
 from salt_jax.errors import UserError, listed
 from salt_jax.io import model_folder
-from salt_jax.io.tensor_files import Outgoing, Stored, view
+from salt_jax.io.tensor_files import TensorRef, TensorWriter, view
 
 FLOATS = tuple(map(np.dtype, (np.float32, np.float16, jnp.bfloat16)))  # stored as they are
 
@@ -46,18 +46,18 @@ class Delta(NamedTuple):
     """
 
     scale: float
-    up: Stored  # [O, R], or of the array's shape
-    down: Stored | None = None  # [R, ...]
+    up: TensorRef  # [O, R], or of the array's shape
+    down: TensorRef | None = None  # [R, ...]
 
 
 class Piece(NamedTuple):
     """One array of theirs, or a third of one, on its way to ours."""
 
     name: str
-    stored: Stored
+    stored: TensorRef
     form: str
     third: int | None = None
-    scale: Stored | None = None  # of 8-bit numbers
+    scale: TensorRef | None = None  # of 8-bit numbers
     deltas: tuple[Delta, ...] = ()
 
 
@@ -73,7 +73,7 @@ class Found(NamedTuple):
     files: tuple[Path, ...]
     pieces: dict[str, tuple[Piece, ...]]  # by our path; one for each layer where ours are stacked
     record: str = ""  # what our export wrote about it, as JSON
-    tokenizer: Stored | None = None  # bytes of spiece.model in a file of a text encoder
+    tokenizer: TensorRef | None = None  # bytes of spiece.model in a file of a text encoder
 
 
 def find_network(files: Sequence[Path], key: str = "") -> Found | None:
@@ -124,7 +124,7 @@ def outgoing_dtype(piece: Piece) -> np.dtype:
     return piece.stored.dtype if piece.stored.dtype in FLOATS else np.dtype(np.float32)
 
 
-def outgoing(found: Found, dtype: Any) -> dict[str, Outgoing]:
+def writers(found: Found, dtype: Any) -> dict[str, TensorWriter]:
     """Our arrays of a network, stored as `dtype`, or as they are stored there where it is None.
 
     Nothing is read yet.
@@ -135,12 +135,12 @@ def outgoing(found: Found, dtype: Any) -> dict[str, Outgoing]:
         kind = np.dtype(dtype or (kinds.pop() if len(kinds) == 1 else np.float32))
         stack = (len(pieces),) if ours.startswith("blocks/") else ()
         parts = lambda pieces=pieces: (_read(piece) for piece in pieces)
-        arrays[ours] = Outgoing(kind, stack + _shape(pieces[0]), parts)
+        arrays[ours] = TensorWriter(kind, stack + _shape(pieces[0]), parts)
     return arrays
 
 
 def _match(
-    place: Place, tensors: Mapping[str, Stored], scales: Mapping[str, Stored], where: str
+    place: Place, tensors: Mapping[str, TensorRef], scales: Mapping[str, TensorRef], where: str
 ) -> dict[str, tuple[Piece, ...]]:
     """Every array of ours with those of theirs that it is made of.
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from salt_jax.io.tensor_files import Stored
+from salt_jax.io.tensor_files import TensorRef
 
 STORAGES: dict[str, np.dtype] = {
     f"torch {name}Storage": np.dtype(dtype)
@@ -219,7 +219,7 @@ def _make(kind: Any, args: Any) -> Opaque:
     return Opaque()
 
 
-def _tensor(path, storage, offset, shape, strides, requires_grad, hooks, *_) -> Stored:
+def _tensor(path, storage, offset, shape, strides, requires_grad, hooks, *_) -> TensorRef:
     if not isinstance(storage, Storage):
         raise Refused(f"it makes a tensor of {short(storage)}")
     numbers = (offset, *shape, *strides)
@@ -233,12 +233,12 @@ def _tensor(path, storage, offset, shape, strides, requires_grad, hooks, *_) -> 
             f"a tensor of shape {short(shape)} is larger than its storage of {storage.count}"
         )
     start = storage.offset + offset * storage.dtype.itemsize
-    return Stored(path, start, storage.dtype, tuple(shape), tuple(strides))
+    return TensorRef(path, start, storage.dtype, tuple(shape), tuple(strides))
 
 
 def _tensor_of_dtype(
     path, storage, offset, shape, strides, requires_grad, hooks, dtype, *_
-) -> Stored:
+) -> TensorRef:
     """As torch writes kinds of numbers that have no storage of their own: bytes, and what they
     stand for.
     """
@@ -252,8 +252,8 @@ def _tensor_of_dtype(
     return _tensor(path, storage, offset, shape, strides, requires_grad, hooks)
 
 
-def _parameter(path, tensor, *_) -> Stored:
-    if not isinstance(tensor, Stored):
+def _parameter(path, tensor, *_) -> TensorRef:
+    if not isinstance(tensor, TensorRef):
         raise Refused(f"it makes a parameter of {short(tensor)}")
     return tensor
 

@@ -15,8 +15,8 @@ from salt_jax.errors import UserError
 from salt_jax.io import model_folder
 from salt_jax.io.model_folder import part_file, stored_config
 from salt_jax.io.tensor_files import (
-    Outgoing,
-    Stored,
+    TensorRef,
+    TensorWriter,
     all_or_nothing,
     list_tensors,
     view,
@@ -44,7 +44,7 @@ def write_official(
     for Diffusers.
 
     Args:
-      params: of `init_wan`: arrays of jax or numpy, or `Stored` ones, of which one layer is in
+      params: of `init_wan`: arrays of jax or numpy, or `TensorRef` ones, of which one layer is in
         memory at a time.
       dtype: how to store it; None: as it is.
       max_shard: bytes; what is larger goes into several files with an index.
@@ -63,7 +63,7 @@ def write_official(
             f"{there[0]} exists, and the new files could be taken for parts of it; name an empty "
             "folder"
         )
-    tensors = outgoing(params, config, layout, dtype)
+    tensors = writers(params, config, layout, dtype)
     shards, size = [{}], 0
     for name, tensor in tensors.items():
         if shards[-1] and size + tensor.nbytes > max_shard:
@@ -96,7 +96,7 @@ def write_official(
 
 
 def open_wan(path: str | Path) -> tuple[WanConfig, Params]:
-    """Our file of a transformer, with `Stored` for arrays: nothing of it is read yet.
+    """Our file of a transformer, with `TensorRef` for arrays: nothing of it is read yet.
 
     Raises:
       UserError: it is absent, damaged, or not complete.
@@ -113,7 +113,9 @@ def open_wan(path: str | Path) -> tuple[WanConfig, Params]:
     return config, unflatten_dict(tensors, sep="/")
 
 
-def outgoing(params: Params, config: WanConfig, layout: Layout, dtype: Any) -> dict[str, Outgoing]:
+def writers(
+    params: Params, config: WanConfig, layout: Layout, dtype: Any
+) -> dict[str, TensorWriter]:
     """Their name -> the array, in the order of the network."""
     flat: dict[str, Any] = flatten_dict(params, sep="/")
     sizes = dict(zip(("pt", "ph", "pw"), config.patch_size, strict=True))
@@ -131,13 +133,15 @@ def outgoing(params: Params, config: WanConfig, layout: Layout, dtype: Any) -> d
         for i in range(config.num_layers) if stacked else [None]:
             part = lambda leaf=leaf, turn=turn, i=i: [turn(layer_of(leaf, i))]
             place = (-1, row.ours) if i is None else (i, row.ours)
-            found[place, name.format(i=i)] = Outgoing(np.dtype(dtype or leaf.dtype), shape, part)
+            found[place, name.format(i=i)] = TensorWriter(
+                np.dtype(dtype or leaf.dtype), shape, part
+            )
     return {name: found[place, name] for place, name in sorted(found)}
 
 
 def layer_of(leaf: Any, i: int | None) -> np.ndarray:
     """One layer of a stacked array, or the array where i is None."""
-    if isinstance(leaf, Stored):
+    if isinstance(leaf, TensorRef):
         leaf = view(
             leaf
         )  # anew for each layer: what was read of a layer stays in memory while its view lives

@@ -13,7 +13,7 @@ from salt_jax.convert.lora_scale import DIFFUSERS
 from salt_jax.convert.names import WAN
 from salt_jax.convert.writing import layer_of
 from salt_jax.errors import UserError
-from salt_jax.io.tensor_files import Outgoing, all_or_nothing, list_tensors, write_tensors
+from salt_jax.io.tensor_files import TensorWriter, all_or_nothing, list_tensors, write_tensors
 from salt_jax.types import Params
 
 FILES = {"diffusers": "pytorch_lora_weights.safetensors", "comfyui": "lora.safetensors"}
@@ -35,7 +35,7 @@ def write_lora(
     tensor of each module.
 
     Args:
-      params: arrays of jax or numpy, or `Stored` ones.
+      params: arrays of jax or numpy, or `TensorRef` ones.
       dtype: how to store it; None: as it is.
       record: metadata under the key salt_jax.
 
@@ -45,7 +45,7 @@ def write_lora(
     file = Path(dst) / FILES[layout]
     if file.exists():
         raise UserError(f"{file} exists; name another folder")
-    tensors: dict[str, Outgoing] = {}
+    tensors: dict[str, TensorWriter] = {}
     modules = []
     flat: dict[str, Any] = dict(flatten_dict(params, sep="/"))
     for row in WAN:
@@ -69,12 +69,14 @@ def write_lora(
                     else f"diffusion_model.{name}.{comfy}"
                 )
                 part = lambda leaf=leaf, i=i: [layer_of(leaf, i).T]
-                tensors[f"{full}.weight"] = Outgoing(
+                tensors[f"{full}.weight"] = TensorWriter(
                     np.dtype(dtype or leaf.dtype), leaf.shape[:0:-1], part
                 )
             if layout == "comfyui":
                 part = lambda: [np.array(alpha, np.float32)]
-                tensors[f"diffusion_model.{name}.alpha"] = Outgoing(np.dtype(np.float32), (), part)
+                tensors[f"diffusion_model.{name}.alpha"] = TensorWriter(
+                    np.dtype(np.float32), (), part
+                )
     metadata = {"format": "pt"} | ({"salt_jax": record} if record else {})
     if layout == "diffusers":
         told = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": modules}
@@ -87,7 +89,7 @@ def write_lora(
 
 
 def open_lora(path: str | Path) -> tuple[Params, int, float] | None:
-    """Our file of a LoRA, with `Stored` for arrays, its rank and alpha.
+    """Our file of a LoRA, with `TensorRef` for arrays, its rank and alpha.
 
     None: it is another file, or none.
     """

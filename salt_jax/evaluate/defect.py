@@ -1,4 +1,4 @@
-"""Semigroup defect: how far two short updates land from the one long update they should compose to.
+"""Semigroup defect: how far two short steps land from the one long step they should compose to.
 
 For an interval (sigma_s, sigma_e) of the inference grid with a midpoint sigma_m, Salt Eq. 14-16:
 
@@ -26,11 +26,11 @@ from jaxtyping import Array, Float, Key
 from salt_jax.choices import Solver
 from salt_jax.flow.schedule import grid
 from salt_jax.flow.transition import euler
-from salt_jax.models.denoiser import Network
-from salt_jax.models.memory import CachePolicy
-from salt_jax.rollout.causal import rollout, sight_of
+from salt_jax.models.cache_policy import CachePolicy
+from salt_jax.models.denoiser import WanDenoiser
+from salt_jax.rollout.causal import Origin, Steps, plan_replay, rollout
 from salt_jax.rollout.parallel import advance, noise_at
-from salt_jax.types import Denoiser, Latent, Params, TextEmb
+from salt_jax.types import Conditioning, Denoiser, Latent, Params
 
 EPS = 1e-8  # of Eq. 16; the paper gives no value
 
@@ -50,30 +50,34 @@ def defect_grid(num_steps: int, shift_amount: float) -> tuple[np.ndarray, np.nda
     return grid(num_steps, shift_amount), grid(2 * num_steps, shift_amount)[1::2]
 
 
+class Path(NamedTuple):
+    """The test-time path on which the defect is measured."""
+
+    sigmas: Float[Array | np.ndarray, " k"]  # falling from 1 to 0
+    midpoints: Float[Array | np.ndarray, " n"]  # the i-th lies between levels i and i + 1
+    keys: Key[Array, " b"]  # give each clip its noise
+
+
 @partial(jax.jit, static_argnames=("denoiser", "solver", "shape"))
 def semigroup_defect(
     denoiser: Denoiser,
     params: Params,
-    text: TextEmb,
-    sigmas: Float[Array | np.ndarray, " k"],
-    midpoints: Float[Array | np.ndarray, " n"],
+    cond: Conditioning,
+    path: Path,
     solver: Solver,
-    keys: Key[Array, " b"],
     shape: tuple[int, ...],
 ) -> Defect:
     """Salt Eq. 16 on the test-time path: x_s is where the denoiser's own rollout arrives.
 
-    `sigmas` falls from 1 to 0; midpoint i lies between levels i and i + 1 (`defect_grid`). `solver`
-    is how the rollout moves on, `keys` give each clip its noise, `shape` is (F, H, W, C). The
-    states are those that `rollout.parallel.sample` passes through with the same arguments. The
-    denoiser runs twice per interval; bring it without guidance. Squared norms go over the whole
-    clip, in float32.
+    `solver` is how the rollout moves on, `shape` is (F, H, W, C). The states are those that
+    `rollout.parallel.sample` passes through with the same arguments. The denoiser runs twice per
+    interval; bring it without guidance. Squared norms go over the whole clip, in float32.
     """
+    sigmas, midpoints, keys = path
     if len(sigmas) != len(midpoints) + 1:
         raise ValueError(
             f"{len(sigmas)} noise levels have {len(sigmas) - 1} intervals, which need as many "
-            "midpoints, "
-            f"got {len(midpoints)}"
+            f"midpoints, got {len(midpoints)}"
         )
     if solver not in ("euler", "cm"):
         raise ValueError(f"unknown solver {solver!r}, expected 'euler' or 'cm'")
@@ -81,11 +85,10 @@ def semigroup_defect(
     def interval(x_s, levels):
         sigma_s, sigma_m, sigma_e = levels
         per_example = lambda sigma: jnp.full(len(x_s), sigma, jnp.float32)
-        at_s = denoiser(params, x_s, per_example(sigma_s), text)
-        x_m = euler(
-            x_s, at_s.velocity.astype(jnp.float32), per_example(sigma_s), per_example(sigma_m)
-        )
-        v_m = denoiser(params, x_m, per_example(sigma_m), text).velocity
+        at_s = denoiser.denoise(params, x_s, per_example(sigma_s), cond)
+        v_s = at_s.velocity.astype(jnp.float32)
+        x_m = euler(x_s, v_s, per_example(sigma_s), per_example(sigma_m))
+        v_m = denoiser.denoise(params, x_m, per_example(sigma_m), cond).velocity
         x_e = advance(x_s, at_s, per_example(sigma_s), sigma_e, solver, keys, frames)
         return x_e, defect_and_curvature(at_s.velocity, v_m, *levels)
 
@@ -98,13 +101,11 @@ def semigroup_defect(
 
 @partial(jax.jit, static_argnames=("network", "solver", "shape", "policy"))
 def causal_defect(
-    network: Network,
+    network: WanDenoiser,
     params: Params,
-    text: TextEmb,
-    sigmas: Float[Array | np.ndarray, " k"],
-    midpoints: Float[Array | np.ndarray, " n"],
+    cond: Conditioning,
+    path: Path,
     solver: Solver,
-    keys: Key[Array, " b"],
     shape: tuple[int, ...],
     policy: CachePolicy,
 ) -> Defect:
@@ -112,16 +113,18 @@ def causal_defect(
     the cache of a video whose chunks all stopped there. Both velocities read that cache. Arguments
     as in `semigroup_defect`.
     """
-    sigmas, midpoints = jnp.asarray(sigmas, jnp.float32), jnp.asarray(midpoints, jnp.float32)
+    sigmas = jnp.asarray(path.sigmas, jnp.float32)
+    midpoints = jnp.asarray(path.midpoints, jnp.float32)
 
     def interval(_, given):
         i, levels = given[0], given[1:]
-        trajectory = rollout(network, params, text, sigmas, i, solver, keys, shape, policy)
-        sight, everywhere = sight_of(trajectory, policy), jnp.ones_like(trajectory.sigma)
-        v_s = network.denoise(params, trajectory.x, trajectory.sigma, text, sight).velocity
-        sigma_m = levels[1] * everywhere
-        x_m = euler(trajectory.x, v_s, trajectory.sigma, sigma_m)
-        v_m = network.denoise(params, x_m, sigma_m, text, sight).velocity
+        steps = Steps(sigmas, i, solver)
+        made = rollout(network, params, Origin(cond), steps, path.keys, shape, policy)
+        plan = plan_replay(made, policy)
+        v_s = network.denoise(params, made.x, made.sigma, cond, plan).velocity
+        sigma_m = levels[1] * jnp.ones_like(made.sigma)
+        x_m = euler(made.x, v_s, made.sigma, sigma_m)
+        v_m = network.denoise(params, x_m, sigma_m, cond, plan).velocity
         return None, defect_and_curvature(v_s, v_m, *levels)
 
     given = (jnp.arange(len(midpoints)), sigmas[:-1], midpoints, sigmas[1:])

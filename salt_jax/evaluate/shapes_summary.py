@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from salt_jax.evaluate.report import Plot, Report, Table, VideoRow, bars, curves
-from salt_jax.evaluate.shapes_suite import DEFECT_UPDATES, Task
+from salt_jax.evaluate.shapes_suite import DEFECT_STEPS, Task
 from salt_jax.moving_shapes import shapes
 
 SHOWN = (
@@ -21,7 +21,7 @@ SHOWN = (
     "flicker",
     "motion",
 )
-INTERVALS = [f"interval {i + 1}" for i in range(DEFECT_UPDATES)]
+INTERVALS = [f"interval {i + 1}" for i in range(DEFECT_STEPS)]
 
 
 def score_table(numbers: Mapping[str, Any]) -> Table:
@@ -37,7 +37,7 @@ def score_table(numbers: Mapping[str, Any]) -> Table:
         "better."
     )
     body = [[*map(str, head), *(f"{score[name]:.3f}" for name in SHOWN)] for *head, score in rows]
-    return Table("Shapes score", ["network", "num_steps", "solver", *SHOWN], body, explanation)
+    return Table("Shapes score", ["network", "steps", "solver", *SHOWN], body, explanation)
 
 
 def student_tables(student: Mapping[str, Any]) -> list[Table]:
@@ -69,17 +69,17 @@ def student_tables(student: Mapping[str, Any]) -> list[Table]:
 
 
 LOOKS = ("saturation", "contrast", "brightness")
-STRETCH = ("all", "shape", "colour", "direction", "clean", "sharpness", "motion")
+SEGMENT = ("all", "shape", "colour", "direction", "clean", "sharpness", "motion")
 
 
 def long_tables(long: Mapping[str, Any]) -> list[Table]:
-    """How long videos hold, by memory and stretch of one training clip, and how their looks drift
+    """How long videos hold, by memory and segment of one training clip, and how their looks drift
     over the chunks.
     """
-    stretches = [
-        [memory, f"{i + 1}", *(f"{score[name]:.3f}" for name in STRETCH)]
+    segments = [
+        [memory, f"{i + 1}", *(f"{score[name]:.3f}" for name in SEGMENT)]
         for memory, result in long.items()
-        for i, score in enumerate(result["stretches"])
+        for i, score in enumerate(result["segments"])
     ]
     ends = lambda result, name: [result["looks"][i][name] for i in (0, -1)]
     drifts = [
@@ -89,9 +89,9 @@ def long_tables(long: Mapping[str, Any]) -> list[Table]:
     return [
         Table(
             "Long videos",
-            ["memory", "stretch", *STRETCH],
-            stretches,
-            "Longer than in training, in stretches of a training clip. Memory is "
+            ["memory", "segment", *SEGMENT],
+            segments,
+            "Longer than in training, in segments of a training clip. Memory is "
             "WINDOW:SINK:POSITIONS in latent "
             "frames; window 0 forgets nothing.",
         ),

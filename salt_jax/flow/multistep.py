@@ -15,7 +15,7 @@ and all guess it linearly:
     UniPC, order 2, B2(h)   predicts as (2); when x0_e is known, steps again from x_s         (3)
                             through x0_e too
 
-So a run is a table of numbers, one row per network evaluation; `rollout.parallel.multistep_update`
+So a run is a table of numbers, one row per network evaluation; `rollout.parallel.multistep_step`
 reads it.
 Sources: DPM-Solver++ (arXiv 2211.01095, midpoint), UniPC (arXiv 2302.04867, the 2x2 system of its
 corrector).
@@ -34,7 +34,7 @@ TRAIN_TIMESTEPS = 1000  # Wan's time is 1000 sigma; its official sampler hands o
 UNIPC_HIGHEST = float(np.float32(0.999))
 
 
-class Steps(NamedTuple):
+class SolverStep(NamedTuple):
     """One row per network evaluation.
 
     An evaluation gives the clean estimate `now`; `last` and `before` are those of the two rows
@@ -71,7 +71,7 @@ def _shifted(highest: float, num_steps: int, shift_amount: float) -> tuple[np.nd
     return sigmas, (sigmas[:-1] * TRAIN_TIMESTEPS).astype(np.int64)
 
 
-def steps(solver: TeacherSolver, num_steps: int, shift_amount: float) -> Steps:
+def solver_steps(solver: TeacherSolver, num_steps: int, shift_amount: float) -> SolverStep:
     """The run of a solver. Euler's network sees sigma itself, as `rollout.parallel.sample` has it.
 
     Raises:
@@ -83,7 +83,7 @@ def steps(solver: TeacherSolver, num_steps: int, shift_amount: float) -> Steps:
     )
 
 
-def tabulate(solver: TeacherSolver, sigmas: np.ndarray, seen: np.ndarray) -> Steps:
+def tabulate(solver: TeacherSolver, sigmas: np.ndarray, seen: np.ndarray) -> SolverStep:
     """A solver on any falling levels [N + 1], in float64.
 
     UniPC's must be below 1, where lambda is infinite.
@@ -98,7 +98,7 @@ def tabulate(solver: TeacherSolver, sigmas: np.ndarray, seen: np.ndarray) -> Ste
     else:  # the corrected state is the predicted one: the row above predicts it again
         state, last, now = np.vstack([[1.0, 0.0, 0.0], predict[:-1]]).T
         correct = np.stack([state, last, now, np.zeros(len(seen))], -1)
-    return Steps(sigmas[:-1], seen, correct, predict)
+    return SolverStep(sigmas[:-1], seen, correct, predict)
 
 
 def _predictor(

@@ -32,7 +32,7 @@ CODES: dict[str, np.dtype] = {
 }  # fmt: skip
 
 
-class Stored(NamedTuple):
+class TensorRef(NamedTuple):
     """An array in a file: where its first number is, in bytes, and how far apart numbers are, in
     numbers.
     """
@@ -44,7 +44,7 @@ class Stored(NamedTuple):
     strides: tuple[int, ...]
 
 
-class Outgoing(NamedTuple):
+class TensorWriter(NamedTuple):
     """An array to be written: `parts()` makes it piece by piece, in the order of memory."""
 
     dtype: np.dtype
@@ -56,7 +56,7 @@ class Outgoing(NamedTuple):
         return self.dtype.itemsize * math.prod(self.shape)
 
 
-def view(stored: Stored) -> np.ndarray:
+def view(stored: TensorRef) -> np.ndarray:
     """The array without reading it: pages of the file come into memory when they are looked at."""
     if 0 in stored.shape:
         return np.empty(stored.shape, stored.dtype)
@@ -71,7 +71,7 @@ def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
-def list_tensors(path: str | Path) -> tuple[dict[str, Stored], dict[str, str]]:
+def list_tensors(path: str | Path) -> tuple[dict[str, TensorRef], dict[str, str]]:
     """What a safetensors file holds, by name, and its metadata.
 
     Raises:
@@ -88,7 +88,9 @@ def list_tensors(path: str | Path) -> tuple[dict[str, Stored], dict[str, str]]:
             if entry["dtype"] not in CODES:
                 raise SafetensorError(f"{name} is {entry['dtype']}, which cannot be read here")
             shape, start = tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
-            found[name] = Stored(Path(path), start, CODES[entry["dtype"]], shape, contiguous(shape))
+            found[name] = TensorRef(
+                Path(path), start, CODES[entry["dtype"]], shape, contiguous(shape)
+            )
     return found, metadata
 
 
@@ -107,7 +109,7 @@ def digest(path: Path, report: Callable[[int], Any] = lambda nbytes: None) -> st
 
 def write_tensors(
     path: str | Path,
-    tensors: Mapping[str, Outgoing],
+    tensors: Mapping[str, TensorWriter],
     metadata: Mapping[str, str],
     report: Callable[[int], Any] = lambda nbytes: None,
 ) -> None:
@@ -202,7 +204,7 @@ def save_weights(path: str | Path, params: Params, dtype: str, metadata: dict[st
     part = lambda leaf: lambda: [np.asarray(jax.device_get(leaf))]
     write_tensors(
         path,
-        {k: Outgoing(np.dtype(dtype), np.shape(v), part(v)) for k, v in flat.items()},
+        {k: TensorWriter(np.dtype(dtype), np.shape(v), part(v)) for k, v in flat.items()},
         metadata,
     )
 

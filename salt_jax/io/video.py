@@ -156,6 +156,12 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
         raise
 
 
+def write_video(path: str | os.PathLike, frames: np.ndarray, fps: int = 16, scale: int = 1) -> None:
+    """Writes a clip, uint8 [F, H, W, 3], as MP4, or as GIF where the name says so."""
+    gif = Path(path).suffix.lower() == ".gif"
+    write_bytes(path, (encode_gif if gif else encode_mp4)(frames, fps, scale))
+
+
 def write_mp4(path: str | os.PathLike, frames: np.ndarray, scale: int, fps: int = 16) -> None:
     """Writes a clip as MP4, see `encode_mp4`."""
     write_bytes(path, encode_mp4(frames, fps, scale))

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from salt_jax.models.attention import attention
-from salt_jax.models.kv_cache import View
 from salt_jax.models.presets import Compute, WanConfig
 from salt_jax.models.rope import rotate
+from salt_jax.models.visibility import QueryGroup
 from salt_jax.types import Params
 
 
@@ -52,7 +52,7 @@ class Context(NamedTuple):
     image: Any = None
 
 
-class TextKV(NamedTuple):
+class CrossKV(NamedTuple):
     """What cross attention reads, [layers, B, T, A, d] each: the same for all calls under one
     prompt.
     """
@@ -94,16 +94,16 @@ class Attention(nn.Module):
             self._rows(self.v, context)
         )
 
-    def read(self, context: Context) -> TextKV:
+    def read(self, context: Context) -> CrossKV:
         if not self.image:
-            return TextKV(*self.keys_values(context.text))
+            return CrossKV(*self.keys_values(context.text))
         k, v = (
             self.norm_k_img(self._rows(self.k_img, context.image)),
             self._rows(self.v_img, context.image),
         )
-        return TextKV(*self.keys_values(context.text), self._heads(k), self._heads(v))
+        return CrossKV(*self.keys_values(context.text), self._heads(k), self._heads(v))
 
-    def cross(self, x, seen: TextKV):
+    def cross(self, x, seen: CrossKV):
         """Two softmaxes, summed before the one projection out."""
         q, c = self.queries(x), self.compute
         z = look(q, seen.k, seen.v, None, c)
@@ -127,22 +127,24 @@ def look(q, k, v, length, compute: Compute):
     return jnp.moveaxis(by_frame[:, :, 0], 0, 1)
 
 
-def look_around(q, k, v, memory, views: tuple[tuple[View, Any, Any], ...], compute: Compute):
+def chunked_attention(
+    q, k, v, memory, groups: tuple[tuple[QueryGroup, Any, Any], ...], compute: Compute
+):
     """Self attention of new frames, [B, F, S, A, d] each, with `memory` (keys, values)
     [B, M, S, A, d] or None.
 
-    One dense call for each view, given with the angles of its queries and of its keys.
+    One dense call for each group, given with the angles of its queries and of its keys.
     """
     outputs = []
-    for view, here, there in views:
-        seen = lambda new, old, view=view: jnp.concatenate(
-            [new[:, s] for s in view.own] + [old[:, s] for s in view.past], axis=1
+    for group, here, there in groups:
+        seen = lambda new, old, group=group: jnp.concatenate(
+            [new[:, s] for s in group.own] + [old[:, s] for s in group.past], axis=1
         )
         keys, values = (
             seen(new, old) for new, old in zip((k, v), memory or (None, None), strict=True)
         )
-        mine, keys = rotate(q[:, view.queries], here), rotate(keys, there)
-        length = None if view.length is None else view.length * q.shape[2]
+        mine, keys = rotate(q[:, group.queries], here), rotate(keys, there)
+        length = None if group.length is None else group.length * q.shape[2]
         outputs.append(look(mine, keys, values, length, compute))
     return jnp.concatenate(outputs, axis=1)
 
@@ -158,7 +160,7 @@ class Block(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x, e0, text, views, memory=None):
+    def __call__(self, x, e0, text, groups, memory=None):
         c, compute = self.config, self.compute
         modulation = self.param("modulation", nn.initializers.normal(c.dim**-0.5), (6, c.dim))
         # six of [B, 1 or F, 1, 1, D]
@@ -173,11 +175,11 @@ class Block(nn.Module):
         h = modulated(x, scale_sa, shift_sa)
         to_self = Attention(c, compute, name="self_attn")
         q, (k, v) = to_self.queries(h), to_self.keys_values(h)
-        x = x + gate_sa * wide(to_self.output(look_around(q, k, v, memory, views, compute)))
+        x = x + gate_sa * wide(to_self.output(chunked_attention(q, k, v, memory, groups, compute)))
 
         h = nn.LayerNorm(epsilon=c.eps, use_fast_variance=False, name="norm_cross")(x)
         to_text = Attention(c, compute, bool(c.image_dim), name="cross_attn")
-        x = x + wide(to_text.cross(h, text if isinstance(text, TextKV) else to_text.read(text)))
+        x = x + wide(to_text.cross(h, text if isinstance(text, CrossKV) else to_text.read(text)))
 
         h = modulated(x, scale_ff, shift_ff)
         h = nn.gelu(rows(dense(c.ffn_dim, compute.dtype, "ffn_in"), h, compute), approximate=True)

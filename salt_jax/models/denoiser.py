@@ -1,195 +1,216 @@
-"""Networks as denoisers: the only place that turns sigma into Wan's timestep."""
+"""Networks as denoisers: the only place that turns sigma into Wan's timestep.
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, NamedTuple
+A denoiser is a frozen value without parameters, so jit keys on what it is: two equal ones share
+their programs.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from salt_jax.flow.prediction import from_velocity, guide
 from salt_jax.models import wan
-from salt_jax.models.blocks import TextKV
-from salt_jax.models.kv_cache import KVCache, Sight
+from salt_jax.models.blocks import CrossKV
+from salt_jax.models.kv_cache import KVCache
 from salt_jax.models.layout import lay_cache
+from salt_jax.models.position_channels import POSITION_CHANNELS, PositionChannels
 from salt_jax.models.presets import Compute, WanConfig
-from salt_jax.types import Denoiser, ImageText, Latent, Params, Prediction, Sigma, TextEmb, Told
-
-WAVES = (4, 2, 2)  # cosines along frames, rows and columns
-PRODUCTS = 2  # of the frames' cosines, multiplied with each of a place
-POSITION_CHANNELS = sum(WAVES) + PRODUCTS * (WAVES[1] + WAVES[2])
+from salt_jax.models.visibility import AttentionPlan, KeysValues
+from salt_jax.types import Conditioning, Denoiser, Latent, Params, Prediction, Sigma, TextEmb
 
 
-def position_channels(frames: int, height: int, width: int) -> np.ndarray:
-    """Where an element is in its clip: the lowest cosines, float32 [F, H, W, POSITION_CHANNELS].
+class GuidedParams(NamedTuple):
+    """Parameters of `Guided`."""
 
-    Rotary positions tell a token how far another one is, not where it is itself. Large models find
-    that out from content; over noise alone, a small one does not. So small presets read these
-    channels behind the latent's own, as Wan's image-to-video models read their conditioning. A
-    motion is a product of place and time: without the products training did not tell left from
-    right (docs/decisions.md, 13b).
-    """
-    grid = np.meshgrid(*((np.arange(n) + 0.5) / n for n in (frames, height, width)), indexing="ij")
-    time, *place = (
-        [np.cos(np.pi * k * axis) for k in range(1, n + 1)]
-        for axis, n in zip(grid, WAVES, strict=True)
-    )
-    place = [wave for axis in place for wave in axis]
-    return np.stack([*time, *place, *(t * p for t in time[:PRODUCTS] for p in place)], -1).astype(
-        np.float32
-    )
-
-
-class Network(NamedTuple):
-    """Wan as functions of values.
-
-    `denoise` is a `Denoiser` that may also be told a sight; only it needs a sigma.
-    """
-
-    denoise: Callable[..., Prediction]  # (params, x, sigma, text, sight=None)
-    keys_values: Callable[..., tuple[Any, Any]]  # (params, x0, text, sight), of clean frames
-    read_text: Callable[[Params, Told], TextKV]  # what `text` may be replaced with under one prompt
-    features: Callable[..., Any]  # (params, x, sigma, text, layers) -> [B, F, S, D]
-    empty_cache: Callable[[Latent, int], KVCache]  # (latents of any number of frames, slots)
-
-
-def wan_network(config: WanConfig, compute: Compute, clip_frames: int, chunk: int) -> Network:
-    """Wan with its input and output in float32 whatever `compute.dtype` is.
-
-    An image-to-video network gets `ImageText.condition` behind the latent, and works whole clips.
-    Another one that reads more channels than it writes gets `position_channels` of a clip of
-    `clip_frames` there. Frames past the clip stand where its last `chunk` frames do.
-
-    Raises:
-      ValueError: the number of additional input channels is that of neither.
-    """
-    more = config.in_channels - config.out_channels
-    if more not in ((config.condition_channels,) if config.image_dim else (0, POSITION_CHANNELS)):
-        raise ValueError(
-            f"{more} additional input channels; a condition has {config.condition_channels}, "
-            f"position channels are {POSITION_CHANNELS}"
-        )
-    timestep = lambda sigma: 1000.0 * sigma
-
-    def inputs(x: Latent, frames: Any, told: Any) -> Any:
-        if isinstance(told, ImageText):
-            return jnp.concatenate([x, told.condition], axis=-1)
-        if not more or config.image_dim:
-            return x
-        past = clip_frames - chunk + (frames - clip_frames) % chunk
-        table = jnp.asarray(position_channels(clip_frames, *x.shape[2:4]))
-        position = table[jnp.where(frames < clip_frames, frames, past)]
-        return jnp.concatenate([x, jnp.broadcast_to(position, (*x.shape[:4], more))], axis=-1)
-
-    def denoise(
-        params: Params, x: Latent, sigma: Sigma, text: Told | TextKV, sight: Sight | None = None
-    ) -> Prediction:
-        given = inputs(x, sight.frames if sight else np.arange(x.shape[1]), text)
-        return from_velocity(
-            x, wan.apply_wan(params, given, timestep(sigma), text, config, compute, sight), sigma
-        )
-
-    def keys_values(
-        params: Params, x0: Latent, text: Told | TextKV, sight: Sight
-    ) -> tuple[Any, Any]:
-        clean = jnp.zeros(x0.shape[:1])
-        return wan.keys_values(
-            params, inputs(x0, sight.frames, text), timestep(clean), text, config, compute, sight
-        )
-
-    def features(params: Params, x: Latent, sigma: Sigma, text: Told, layers: int):
-        given = inputs(x, np.arange(x.shape[1]), text)
-        return wan.features(params, given, timestep(sigma), text, config, compute, layers)
-
-    def empty_cache(like: Latent, slots: int) -> KVCache:
-        b, _, h, w, channels = like.shape
-        tokens = (h // config.patch_size[1]) * (w // config.patch_size[2])
-        heads = (config.num_heads, config.head_width)
-        zeros = lay_cache(
-            jnp.zeros((config.num_layers, b, slots, tokens, *heads), compute.dtype), compute.mesh
-        )
-        x0 = jnp.zeros((b, slots, h, w, channels))
-        none = jnp.zeros((), jnp.int32)
-        return KVCache(zeros, zeros, x0, jnp.zeros(slots, jnp.int32), none, none)
-
-    read_text = lambda params, text: wan.text_keys_values(params, text, config, compute)
-    return Network(denoise, keys_values, read_text, features, empty_cache)
+    network: Params
+    null_text: TextEmb  # [1, T, D], what guidance leads away from
 
 
 class Branches(NamedTuple):
-    """What a guided network is told: the prompt, and what guidance leads away from."""
+    """The conditioning of `Guided` once it is read: the prompt's, and the null text's."""
 
-    text: Any
-    null: Any
+    prompt: CrossKV
+    null: CrossKV
 
 
-def guided(denoiser: Denoiser, null_text: TextEmb, guidance: float) -> Denoiser:
-    """The same denoiser under classifier-free guidance; `null_text` is [1, T, D], guidance 1 is
-    none.
+Cond = Conditioning | CrossKV | Branches
+"""What a network is told: as it comes, or as `WanDenoiser.read` or `Guided.read` gave it."""
 
-    A picture stays what it is; the text alone is nulled. A memory that is seen holds both branches,
-    see `guided_network`. Two evaluations a call, as the peers do: their memory then peaks at one
-    batch, not at two.
+
+@dataclass(frozen=True)
+class WanDenoiser:
+    """Wan with its input and output in float32 whatever `compute.dtype` is.
+
+    An image-to-video network gets `Conditioning.channels` behind the latent, and works whole clips.
+
+    Raises:
+      ValueError: the network reads more channels than a latent has and is told of no others.
     """
-    if guidance == 1.0:
-        return denoiser
-    call: Any = denoiser  # a network's may be told a sight too
+
+    config: WanConfig
+    compute: Compute
+    position: PositionChannels | None = None  # behind the latent of the small presets
+
+    def __post_init__(self):
+        more = self.config.in_channels - self.config.out_channels
+        given = POSITION_CHANNELS if self.position else self.config.condition_channels
+        if more != given:
+            raise ValueError(
+                f"{more} additional input channels; a condition has "
+                f"{self.config.condition_channels}, position channels are {POSITION_CHANNELS}"
+            )
 
     def denoise(
-        params: Params, x: Latent, sigma: Sigma, text: Told | Branches, *sight: Any
+        self,
+        params: Params,
+        x: Latent,
+        sigma: Sigma,
+        cond: Cond,
+        plan: AttentionPlan | None = None,
     ) -> Prediction:
-        sights = zip(*map(_halves, sight), strict=True) if sight else ((), ())
-        told = _both(text, null_text)
-        given, null = (call(params, x, sigma, t, *s) for t, s in zip(told, sights, strict=True))
-        return guide(given, null, guidance)
-
-    return denoise
-
-
-def guided_network(network: Network, null_text: TextEmb, guidance: float) -> Network:
-    """The same network under classifier-free guidance, each branch with a history of its own.
-
-    Its caches hold the keys and values of the prompt's branch and then those of the null text's on
-    the batch axis: a chunk's conditional velocity sees earlier chunks as read under the prompt, its
-    unconditional one as read under the null text. Arguments as in `guided`.
-    """
-    if guidance == 1.0:
-        return network
+        """The prediction at x [B, F, H, W, C]; `plan` None: every frame sees every frame."""
+        seen = self._inputs(x, 1000.0 * sigma, cond, plan)
+        velocity = wan.apply_wan(params, seen, self.config, self.compute)
+        return from_velocity(x, velocity, sigma)
 
     def keys_values(
-        params: Params, x0: Latent, text: Told | Branches, sight: Sight
-    ) -> tuple[Any, Any]:
-        told = _both(text, null_text)
-        parts = (
-            network.keys_values(params, x0, t, s) for t, s in zip(told, _halves(sight), strict=True)
+        self, params: Params, x0: Latent, cond: Cond, plan: AttentionPlan
+    ) -> KeysValues:
+        """Of clean frames: what a cache stores."""
+        clean = jnp.zeros(x0.shape[:1])
+        return wan.keys_values(
+            params, self._inputs(x0, clean, cond, plan), self.config, self.compute
         )
-        k, v = (jnp.concatenate(pair, axis=1) for pair in zip(*parts, strict=True))
-        return k, v
 
-    def read_text(params: Params, text: Told) -> Any:
-        return Branches(*(network.read_text(params, t) for t in _both(text, null_text)))
+    def features(
+        self, params: Params, x: Latent, sigma: Sigma, cond: Conditioning, layers: int
+    ) -> Float[Array, "b f s d"]:
+        """The tokens behind the first `layers` blocks."""
+        seen = self._inputs(x, 1000.0 * sigma, cond, None)
+        return wan.features(params, seen, self.config, self.compute, layers)
 
-    def empty_cache(like: Latent, slots: int) -> KVCache:
-        cache = network.empty_cache(like, slots)
+    def read(self, params: Params, cond: Conditioning) -> CrossKV:
+        """What `cond` may be replaced with in all calls under one prompt."""
+        return wan.cross_keys_values(params, cond, self.config, self.compute)
+
+    def empty_cache(self, clips: int, slots: int, picture: tuple[int, ...]) -> KVCache:
+        """Of `clips` videos; `picture` is (H, W, C) of a latent frame."""
+        c, (height, width, _) = self.config, picture
+        tokens = (height // c.patch_size[1]) * (width // c.patch_size[2])
+        shape = (c.num_layers, clips, slots, tokens, c.num_heads, c.head_width)
+        zeros = lay_cache(jnp.zeros(shape, self.compute.dtype), self.compute.mesh)
+        x0 = jnp.zeros((clips, slots, *picture))
+        none = jnp.zeros((), jnp.int32)
+        return KVCache(zeros, zeros, x0, jnp.zeros(slots, jnp.int32), none, none)
+
+    def _inputs(
+        self, x: Latent, timestep: Sigma, cond: Cond, plan: AttentionPlan | None
+    ) -> wan.Inputs:
+        assert not isinstance(cond, Branches), "conditioning of a guided network"
+        if self.position:
+            numbers = plan.frames if plan else np.arange(x.shape[1])
+            channels = self.position.of(numbers, *x.shape[2:4])
+            shape = (*x.shape[:4], channels.shape[-1])
+            x = jnp.concatenate([x, jnp.broadcast_to(channels, shape)], axis=-1)
+        elif isinstance(cond, Conditioning) and cond.channels is not None:
+            x = jnp.concatenate([x, cond.channels], axis=-1)
+        return wan.Inputs(x, timestep, cond, plan)
+
+
+def wan_denoiser(config: WanConfig, compute: Compute, frames: int, chunk: int) -> WanDenoiser:
+    """With position channels for clips of `frames` where the network reads them."""
+    reads = config.in_channels > config.out_channels and not config.image_dim
+    return WanDenoiser(config, compute, PositionChannels(frames, chunk) if reads else None)
+
+
+@dataclass(frozen=True)
+class Guided:
+    """A denoiser under classifier-free guidance, u + w (c - u).
+
+    A picture stays what it is; the text alone is nulled. Two evaluations a call, as the peers do:
+    their memory then peaks at one batch, not at two. Each branch has a history of its own: caches
+    hold the keys and values of the prompt's branch and then those of the null text's on the batch
+    axis, so a chunk's conditional velocity sees earlier chunks as read under the prompt, its
+    unconditional one as read under the null text.
+    """
+
+    network: Denoiser  # a WanDenoiser where it is asked for more than `denoise`
+    guidance: float
+
+    def denoise(
+        self,
+        params: GuidedParams,
+        x: Latent,
+        sigma: Sigma,
+        cond: Cond,
+        plan: AttentionPlan | None = None,
+    ) -> Prediction:
+        if plan is None:
+            given, null = (
+                self.network.denoise(params.network, x, sigma, c) for c in _both(params, cond)
+            )
+        else:
+            given, null = (
+                self._wan.denoise(params.network, x, sigma, c, p)
+                for c, p in zip(_both(params, cond), _halves(plan), strict=True)
+            )
+        return guide(given, null, self.guidance)
+
+    def keys_values(
+        self,
+        params: GuidedParams,
+        x0: Latent,
+        cond: Cond,
+        plan: AttentionPlan,
+    ) -> KeysValues:
+        parts = [
+            self._wan.keys_values(params.network, x0, c, p)
+            for c, p in zip(_both(params, cond), _halves(plan), strict=True)
+        ]
+        return KeysValues(*(jnp.concatenate(pair, axis=1) for pair in zip(*parts, strict=True)))
+
+    def read(self, params: GuidedParams, cond: Conditioning) -> Branches:
+        return Branches(*(self._wan.read(params.network, c) for c in _both(params, cond)))
+
+    def empty_cache(self, clips: int, slots: int, picture: tuple[int, ...]) -> KVCache:
+        cache = self._wan.empty_cache(clips, slots, picture)
         return replace(cache, k=cache.k.repeat(2, axis=1), v=cache.v.repeat(2, axis=1))
 
-    denoise = guided(network.denoise, null_text, guidance)
-    return Network(denoise, keys_values, read_text, network.features, empty_cache)
+    @property
+    def _wan(self) -> WanDenoiser:
+        assert isinstance(self.network, WanDenoiser), "a formula has no cache"
+        return self.network
 
 
-def _both(text: Any, null_text: TextEmb) -> Branches:
+CausalDenoiser = WanDenoiser | Guided
+"""What works chunk by chunk."""
+
+
+def _both(params: GuidedParams, cond: Cond) -> tuple:
     """What the two branches are told."""
-    if isinstance(text, Branches):
-        return text
-    told = text.text if isinstance(text, ImageText) else text
-    null = null_text.repeat(len(told), axis=0)
-    return Branches(text, text._replace(text=null) if isinstance(text, ImageText) else null)
+    if isinstance(cond, Branches):
+        return cond
+    assert isinstance(cond, Conditioning), "conditioning of a network without guidance"
+    null = params.null_text.repeat(len(cond.text), axis=0)
+    return cond, cond._replace(text=null)
 
 
-def _halves(sight: Sight | None) -> tuple[Sight | None, Sight | None]:
-    """A sight of both branches' memory as one for each."""
-    if sight is None or sight.memory is None:
-        return sight, sight
-    halves = zip(*(jnp.split(part, 2, axis=1) for part in sight.memory), strict=True)
-    first, second = (sight._replace(memory=half) for half in halves)
+def _halves(plan: AttentionPlan) -> tuple[AttentionPlan, AttentionPlan]:
+    """A plan over both branches' memory as one for each."""
+    if plan.memory is None:
+        return plan, plan
+    halves = zip(*(jnp.split(part, 2, axis=1) for part in plan.memory), strict=True)
+    first, second = (plan._replace(memory=KeysValues(*half)) for half in halves)
     return first, second
+
+
+def guided(
+    network: Denoiser, params: Params, null_text: TextEmb, guidance: float
+) -> tuple[Denoiser, Params]:
+    """A denoiser and its parameters under classifier-free guidance; guidance 1 is none."""
+    if guidance == 1.0:
+        return network, params
+    return Guided(network, guidance), GuidedParams(params, null_text)

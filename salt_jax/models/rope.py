@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from salt_jax.models.memory import MAX_FRAMES
+from salt_jax.models.cache_policy import MAX_FRAMES
 
 THETA = 10_000.0
 

@@ -15,13 +15,13 @@ stream stay in float32, as in the official code. Text padding is zeros before th
 attended to, unmasked. Image to video models also attend to features of the image, and read its
 latent as channels behind the noisy one.
 
-The same network works chunk by chunk: a `Sight` (models.kv_cache) says which frames see which,
-where they are in time, and brings the keys and values of frames that were finished before.
-`apply_wan` reads; `keys_values` makes what a cache keeps; `text_keys_values` does the text's part
-once for all calls under one prompt.
+The same network works chunk by chunk: an `AttentionPlan` (models.visibility) says which frames
+see which, where they are in time, and brings the keys and values of finished frames. `apply_wan`
+reads; `keys_values` makes what a cache stores; `cross_keys_values` does the text's part once for
+all calls under one prompt.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,20 +32,20 @@ from salt_jax.models.blocks import (
     Attention,
     Block,
     Context,
+    CrossKV,
     Head,
     ImageMLP,
-    TextKV,
     TextMLP,
     TimeMLP,
     apply,
     dense,
 )
-from salt_jax.models.kv_cache import Sight, whole_clip
 from salt_jax.models.layout import BATCH, TOKENS, lay, lay_cache
 from salt_jax.models.presets import Compute, WanConfig
 from salt_jax.models.remat import recomputed
 from salt_jax.models.rope import rope_angles
-from salt_jax.types import ImageText, Latent, Params, PRNGKey, Sigma, Told
+from salt_jax.models.visibility import AttentionPlan, KeysValues, plan_whole_clip
+from salt_jax.types import Conditioning, Latent, Params, PRNGKey, Sigma
 
 
 def init_wan(key: PRNGKey, config: WanConfig) -> Params:
@@ -58,8 +58,8 @@ def init_wan(key: PRNGKey, config: WanConfig) -> Params:
     pt, ph, pw = c.patch_size
     x, row = jnp.zeros((1, 1, 1, c.dim)), jnp.zeros((1, 1, c.dim))
     context = Context(row, row if c.image_dim else None)
-    e0, views = jnp.zeros((1, 1, 6, c.dim)), _with_angles(whole_clip(1), 1, 1, c)
-    block = lambda key: Block(c, Compute()).init(key, x, e0, context, views)["params"]
+    e0, groups = jnp.zeros((1, 1, 6, c.dim)), _with_angles(plan_whole_clip(1), 1, 1, c)
+    block = lambda key: Block(c, Compute()).init(key, x, e0, context, groups)["params"]
     patch = jnp.zeros((1, pt * ph * pw * c.in_channels))
     image = ImageMLP(c, f32).init(k_image, jnp.zeros((1, 1, c.image_dim))) if c.image_dim else None
     return ({"image_embedding": image["params"]} if image else {}) | {
@@ -71,117 +71,109 @@ def init_wan(key: PRNGKey, config: WanConfig) -> Params:
     }
 
 
+class Inputs(NamedTuple):
+    """What one evaluation sees."""
+
+    # [B, F, H, W, in_channels], noisy latents, and behind them position channels or the condition
+    # of image to video; F, H, W are multiples of the patch size
+    x: Latent
+    timestep: Sigma  # 1000 sigma, [B] for the whole clip or [B, F] for each (patched) frame
+    # text of at most `text_length` rows, shorter text is padded with zero rows; or from
+    # `cross_keys_values`
+    cond: Conditioning | CrossKV
+    plan: AttentionPlan | None = None  # None: every frame of `x` sees every frame of `x`
+
+
 def apply_wan(
-    params: Params,
-    x: Latent,
-    timestep: Sigma,
-    text: Told | TextKV,
-    config: WanConfig,
-    compute: Compute,
-    sight: Sight | None = None,
+    params: Params, inputs: Inputs, config: WanConfig, compute: Compute
 ) -> Float[Array, "b f h w out"]:
-    """The velocity at `x`, float32 [B, F, H, W, out_channels].
+    """The velocity at `inputs.x`, float32 [B, F, H, W, out_channels].
 
     Args:
       params: from `init_wan`.
-      x: noisy latents, and behind them the condition of image to video; F, H, W are multiples of
-        the patch size.
-      timestep: 1000 sigma, [B] for the whole clip or [B, F] for each (patched) frame.
-      text: at most `text_length` rows, shorter text is padded with zero rows; or from
-        `text_keys_values`.
       config, compute: static.
-      sight: who sees whom; None: every frame of `x` sees every frame of `x`.
 
     Raises:
       ValueError: the latent does not split into patches, or the text is too long.
     """
-    tokens, e, _ = _run_blocks(params, x, timestep, text, config, compute, sight, config.num_layers)
-    (pt, ph, pw), (h, w) = config.patch_size, x.shape[2:4]
-    out = apply(Head(config), params["head"], tokens, e)
-    return rearrange(
-        out,
-        "b f (h w) (pt ph pw c) -> b (f pt) (h ph) (w pw) c",
-        h=h // ph,
-        w=w // pw,
-        pt=pt,
-        ph=ph,
-        pw=pw,
-    )
+    made = _run_blocks(params, inputs, config, compute, config.num_layers)
+    (pt, ph, pw), (h, w) = config.patch_size, inputs.x.shape[2:4]
+    out = apply(Head(config), params["head"], made.tokens, made.e)
+    form = "b f (h w) (pt ph pw c) -> b (f pt) (h ph) (w pw) c"
+    return rearrange(out, form, h=h // ph, w=w // pw, pt=pt, ph=ph, pw=pw)
 
 
-def keys_values(
-    params: Params,
-    x: Latent,
-    timestep: Sigma,
-    text: Told | TextKV,
-    config: WanConfig,
-    compute: Compute,
-    sight: Sight,
-) -> tuple[Float[Array, "n b f s heads each"], Float[Array, "n b f s heads each"]]:
-    """The raw keys and values of the frames of `x` in every layer. Arguments as in `apply_wan`."""
-    k, v = _run_blocks(
-        params, x, timestep, text, config, compute, sight, config.num_layers, keep=True
-    )[2]
-    return lay_cache(k, compute.mesh), lay_cache(v, compute.mesh)
+def keys_values(params: Params, inputs: Inputs, config: WanConfig, compute: Compute) -> KeysValues:
+    """The raw keys and values of the frames of `inputs.x` in every layer, [n, B, F, S, A, d]."""
+    made = _run_blocks(params, inputs, config, compute, config.num_layers, keep=True)
+    return KeysValues(*(lay_cache(x, compute.mesh) for x in made.keys_values))
 
 
 def features(
-    params: Params,
-    x: Latent,
-    timestep: Sigma,
-    text: Told,
-    config: WanConfig,
-    compute: Compute,
-    layers: int,
+    params: Params, inputs: Inputs, config: WanConfig, compute: Compute, layers: int
 ) -> Float[Array, "b f s width"]:
-    """The tokens after the first `layers` blocks, float32. Arguments as in `apply_wan`."""
-    return _run_blocks(params, x, timestep, text, config, compute, None, layers)[0]
+    """The tokens after the first `layers` blocks, float32."""
+    return _run_blocks(params, inputs, config, compute, layers).tokens
 
 
-def text_keys_values(params: Params, text: Told, config: WanConfig, compute: Compute) -> TextKV:
+def cross_keys_values(
+    params: Params, cond: Conditioning, config: WanConfig, compute: Compute
+) -> CrossKV:
     """The keys and values, in every layer, of what the network is told."""
-    context = _context(params, text, config, compute)
+    context = _context(params, cond, config, compute)
     to_text = Attention(config, compute, bool(config.image_dim))
     layer = lambda block: to_text.apply({"params": block["cross_attn"]}, context, method="read")
     return jax.lax.map(layer, params["blocks"])
 
 
-def _context(params, told, config, compute):
-    if isinstance(told, ImageText) != bool(config.image_dim):
+def _context(params: Params, cond: Conditioning, config: WanConfig, compute: Compute) -> Context:
+    text, image = cond.text, cond.image
+    if (image is not None) != bool(config.image_dim):
         raise ValueError(
-            f"a network with image_dim={config.image_dim} was told {type(told).__name__}"
+            f"a network with image_dim={config.image_dim} was told of "
+            f"{'no picture' if image is None else 'a picture'}"
         )
-    text, image = (told.text, told.image) if isinstance(told, ImageText) else (told, None)
     if text.shape[1] > config.text_length:
         raise ValueError(
             f"text has {text.shape[1]} rows, the model reads at most "
             f"text_length={config.text_length}"
         )
     text = jnp.pad(text, ((0, 0), (0, config.text_length - text.shape[1]), (0, 0)))
-    text = lay(
-        apply(TextMLP(config, compute.dtype), params["text_embedding"], text), compute.mesh, BATCH
-    )
+    text = apply(TextMLP(config, compute.dtype), params["text_embedding"], text)
+    text = lay(text, compute.mesh, BATCH)
     if image is not None:
         image = apply(ImageMLP(config, compute.dtype), params["image_embedding"], image)
         image = lay(image, compute.mesh, BATCH)
     return Context(text, image)
 
 
-def _with_angles(sight: Sight, height: int, width: int, config: WanConfig):
+def _with_angles(plan: AttentionPlan, height: int, width: int, config: WanConfig):
     angles = lambda positions: rope_angles(positions, height, width, config.head_width)
     return tuple(
-        (view, angles(view.query_positions), angles(view.key_positions)) for view in sight.views
+        (group, angles(group.query_positions), angles(group.key_positions)) for group in plan.groups
     )
 
 
+class _Made(NamedTuple):
+    """What the blocks make."""
+
+    tokens: Any  # float32 [B, F, S, D]
+    e: Any  # of the time MLP
+    keys_values: Any  # a pair, of every layer, or Nones
+
+
 def _run_blocks(
-    params, x, timestep, text, config, compute, sight, layers, keep=False
-) -> tuple[Any, Any, Any]:
-    """Tokens [B, F, S, D] after the first `layers` blocks, e of the time MLP, and all keys and
-    values if `keep`.
-    """
-    c, dtype, cached = config, compute.dtype, isinstance(text, TextKV)
-    context = None if cached else _context(params, text, c, compute)
+    params: Params,
+    inputs: Inputs,
+    config: WanConfig,
+    compute: Compute,
+    layers: int,
+    keep: bool = False,
+) -> _Made:
+    """The first `layers` blocks; keys and values are returned if `keep`."""
+    c, dtype, (x, timestep, cond, plan) = config, compute.dtype, inputs
+    cross = cond if isinstance(cond, CrossKV) else None
+    context = _context(params, cond, c, compute) if isinstance(cond, Conditioning) else None
     pt, ph, pw = c.patch_size
     b, f, h, w = x.shape[0], x.shape[1] // pt, x.shape[2] // ph, x.shape[3] // pw
     if x.shape[1:] != (f * pt, h * ph, w * pw, c.in_channels):
@@ -196,19 +188,19 @@ def _run_blocks(
     e, e0 = apply(TimeMLP(c), params["time_embedding"], timestep.reshape(b, -1).astype(jnp.float32))
     # or it is cut as the kernel that it comes from
     e, e0 = (lay(z, compute.mesh, BATCH) for z in (e, e0))
-    sight = sight or whole_clip(f)
-    views = _with_angles(sight, h, w, c)
+    plan = plan or plan_whole_clip(f)
+    groups = _with_angles(plan, h, w, c)
 
     def layer(tokens, each):
-        block, text_kv, memory = each
-        seen = context if text_kv is None else text_kv
+        block, cross, memory = each
+        seen = context if cross is None else cross
         tokens = lay(tokens.astype(jnp.float32), compute.mesh, *TOKENS)
-        tokens, kv = apply(Block(c, compute), block, tokens, e0, seen, views, memory)
+        tokens, kv = apply(Block(c, compute), block, tokens, e0, seen, groups, memory)
         return lay(tokens, compute.mesh, *TOKENS).astype(compute.residual), kv if keep else None
 
     layer = recomputed(layer, compute.remat)
-    each = (params["blocks"], text if cached else None, sight.memory)
+    each = (params["blocks"], cross, plan.memory)
     if layers < c.num_layers:
         each = jax.tree.map(lambda leaf: leaf[:layers], each)
     tokens, kv = jax.lax.scan(layer, tokens.astype(compute.residual), each)
-    return tokens.astype(jnp.float32), e, kv
+    return _Made(tokens.astype(jnp.float32), e, kv)

@@ -10,16 +10,18 @@ a trained one. The clips of other captions are masked out: the caption is read o
 embedding.
 """
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from salt_jax.flow.prediction import from_x0
-from salt_jax.types import ImageText, Latent, Params, Prediction, Sigma, TextEmb, Told
+from salt_jax.types import Conditioning, Latent, Params, Prediction, Sigma, TextEmb
 
 
 def closed_form_params(clips: np.ndarray, captions: np.ndarray) -> Params:
-    """Packs the set for `closed_form_denoiser`.
+    """Packs the set for `ClosedForm`.
 
     Args:
       clips: float32 [K, M, F, H, W, C], M clips for each of K captions.
@@ -44,19 +46,22 @@ def log_posterior(params: Params, x: Latent, sigma: Sigma, text: TextEmb) -> jax
     return jax.nn.log_softmax(jnp.where(allowed, logits, -jnp.inf), axis=-1)
 
 
-def closed_form_denoiser(params: Params, x: Latent, sigma: Sigma, text: Told) -> Prediction:
-    """A `Denoiser` without a network. One sigma per example, [B], in (0, 1]."""
-    assert not isinstance(text, ImageText), "this world has no pictures"
-    posterior = jnp.exp(log_posterior(params, x, sigma, text))
-    x0 = jnp.einsum(
-        "bn,nd->bd", posterior, params["clips"].reshape(-1, x[0].size), precision="highest"
-    )
-    return from_x0(x, x0.reshape(x.shape), sigma)
+@dataclass(frozen=True)
+class ClosedForm:
+    """A `Denoiser` without a network."""
+
+    def denoise(self, params: Params, x: Latent, sigma: Sigma, cond: Conditioning) -> Prediction:
+        """One sigma per example, [B], in (0, 1]; `params` are from `closed_form_params`."""
+        assert cond.image is None, "this world has no pictures"
+        posterior = jnp.exp(log_posterior(params, x, sigma, cond.text))
+        clips = params["clips"].reshape(-1, x[0].size)
+        x0 = jnp.einsum("bn,nd->bd", posterior, clips, precision="highest")
+        return from_x0(x, x0.reshape(x.shape), sigma)
 
 
 def expected_error(
-    params: Params, prediction: Prediction, x: Latent, sigma: Sigma, text: TextEmb
+    params: Params, prediction: Prediction, x: Latent, sigma: Sigma, cond: Conditioning
 ) -> jax.Array:
     """Mean squared velocity error of a prediction against the optimum, float32 [B]."""
-    best = closed_form_denoiser(params, x, sigma, text)
+    best = ClosedForm().denoise(params, x, sigma, cond)
     return ((prediction.velocity - best.velocity) ** 2).mean((1, 2, 3, 4))

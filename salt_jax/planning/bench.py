@@ -14,35 +14,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from salt_jax import sharding
 from salt_jax.config.schema import Recipe
-from salt_jax.flow.schedule import grid
 from salt_jax.models.latent_size import SPACE, TIME
 from salt_jax.models.layout import platform_of
 from salt_jax.models.text_encoder import encode_text, init_text_encoder
 from salt_jax.models.vae import VAEConfig, decode_video, encode_video, init_vae
+from salt_jax.models.visibility import chunk_pairs
 from salt_jax.models.wan import init_wan
-from salt_jax.planning.flops import (
-    chunk_pairs,
-    critic_flops,
-    image_tokens,
-    mix_of,
-    student_flops,
-    sweep,
-    traced_flops,
-)
+from salt_jax.planning.flops import image_tokens, sweep, traced_flops, update_flops
 from salt_jax.planning.memory import fresh_state
-from salt_jax.rollout.draws import Choice
-from salt_jax.sample import Cue, Sampler, clip_keys, stream_chunks, stream_pixels
-from salt_jax.train.loop import decide
-from salt_jax.train.setup import make_network, make_networks, runs_flash
-from salt_jax.train.step import Networks, compile_step, critic_step, student_step
-from salt_jax.types import ImageText, Params, Told
-
-STEPS = {"student": student_step, "critic": critic_step}
-CALLS = 300  # of a run, among which the draws are found that are timed
+from salt_jax.planning.updates import programs, update_name
+from salt_jax.rollout.pixels import stream_pixels
+from salt_jax.rollout.sampler import Cue, Sampler, clip_keys, generate
+from salt_jax.stages.networks import denoiser_of, runs_flash
+from salt_jax.stages.stage import Batch, Stage
+from salt_jax.train.step import Call, compile_step
+from salt_jax.types import Conditioning, Params
 
 
 class Result(NamedTuple):
@@ -129,84 +119,79 @@ def shapes_of(init: Callable, config: Any) -> Params:
     return jax.eval_shape(lambda: init(jax.random.key(0), config))
 
 
-def random_told(recipe: Recipe, clips: int) -> Told:
+def random_cond(recipe: Recipe, clips: int) -> Conditioning:
     """What a network is told of each clip."""
     c, (frames, height, width, _) = recipe.wan, recipe.clip_shape
     noise = lambda *shape: jax.random.normal(jax.random.key(recipe.seed), (clips, *shape))
     text = noise(c.text_length, c.text_dim)
     if not c.image_dim:
-        return text
-    condition = noise(frames, height, width, c.condition_channels)
-    return ImageText(text, noise(image_tokens(c), c.image_dim), condition)
+        return Conditioning(text)
+    channels = noise(frames, height, width, c.condition_channels)
+    return Conditioning(text, noise(image_tokens(c), c.image_dim), channels)
 
 
-def teacher_forward(recipe: Recipe, dtype: Any, runs: int) -> Result:
-    """One evaluation of the teacher's network on one clip, without guidance.
+def random_batch(stage: Stage) -> Batch:
+    """Of what the stage reads."""
+    recipe, clips = stage.recipe, stage.recipe.batch_size
+    videos = jax.random.normal(jax.random.key(recipe.seed), (clips, *recipe.clip_shape))
+    steps = recipe.schedule.train_levels + 1
+    every = {
+        "cond": lambda: random_cond(recipe, clips),
+        "tokens": lambda: jnp.zeros((clips, recipe.wan.text_length), jnp.int32),
+        "video": lambda: videos,
+        "states": lambda: jnp.zeros((clips, steps, *recipe.clip_shape)),
+    }
+    return Batch(**{name: every[name]() for name in stage.needs})
 
-    `dtype`: of the weights.
+
+def teacher_forward(recipe: Recipe, dtype: DTypeLike, runs: int) -> Result:
+    """One evaluation of the teacher's network on one clip, without guidance. `dtype`: of the
+    weights.
     """
     c, frames = recipe.teacher_wan, recipe.clip_shape[0]
-    network = make_network(recipe, None, c)
+    network = denoiser_of(recipe, None, c)
     params = random_params(shapes_of(init_wan, c), dtype, recipe.seed)
     x = jnp.ones((1, *recipe.clip_shape))
-    forward = jax.jit(lambda p, x, sigma, told: network.denoise(p, x, sigma, told).velocity)
+    forward = jax.jit(lambda p, x, sigma, cond: network.denoise(p, x, sigma, cond).velocity)
     flops = sweep(c, recipe.clip_shape[1:3], [(frames, frames)]).total
-    args = (params, x, jnp.full(1, 0.5), random_told(recipe, 1))
+    args = (params, x, jnp.full(1, 0.5), random_cond(recipe, 1))
     return measure("teacher forward", forward, args, flops, runs)
 
 
-def updates(recipe: Recipe, who: str, mesh: Mesh, runs: int) -> Iterator[Result]:
-    """The student's or the critic's update, one result for each program of it, on the first draw
-    that asks for it.
-    """
-    shapes, shardings = forms(recipe, mesh)
+def updates(stage: Stage, learner: str, runs: int) -> Iterator[Result]:
+    """A learner's update, one result for each program of it, on the first draw that asks for it."""
+    recipe, mesh = stage.recipe, stage.mesh
+    assert mesh is not None
+    shapes, shardings = forms(stage)
     over_batch, everywhere = shardings[2:]
     frozen = random_params(shapes[1], None, recipe.seed, shardings[1])
-    clips = jax.random.normal(jax.random.key(recipe.seed), (recipe.batch_size, *recipe.clip_shape))
-    batch = {"video": clips, "text": random_told(recipe, recipe.batch_size)}
-    batch = jax.device_put(batch, over_batch)
-    nets, flash = networks(recipe, mesh), runs_flash(recipe, platform_of(mesh))
-    step, count = STEPS[who], {"student": student_flops, "critic": critic_flops}[who]
-    for choice, draw in programs(recipe, who).items():
-        jitted = compile_step(step, nets, recipe, shardings, choice=choice)
-        rest = jax.device_put((jax.random.key(recipe.seed), np.int32(0), draw), everywhere)
+    batch = jax.device_put(random_batch(stage), over_batch)
+    flash = runs_flash(recipe, platform_of(mesh))
+    for update, draw in programs(stage).items():
+        if update.moves != learner:
+            continue
+        jitted = compile_step(stage, update, shardings)
+        call = Call(jax.random.key(recipe.seed), np.int32(0), draw)
+        call = jax.device_put(call, everywhere)
         # the one before is donated
         state = random_params(shapes[0], None, recipe.seed, shardings[0])
-        mix = mix_of(recipe, choice, draw)
-        flops = sum(count(recipe, mix, flash).values())
-        more = {"clips": recipe.batch_size, "evaluations_per_chunk": mix.rest}
-        yield measure(
-            step_name(who, choice), jitted, (state, frozen, batch, *rest), flops, runs, **more
-        )
+        flops = sum(update_flops(recipe, stage.passes(update, draw), flash).values())
+        evaluations = 0.0 if draw is None else int(draw.exit_step) + 2.0
+        more = {"clips": recipe.batch_size, "evaluations_per_chunk": evaluations}
+        args = (state, frozen, batch, call)
+        yield measure(update_name(stage, update), jitted, args, flops, runs, **more)
 
 
-def forms(recipe: Recipe, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+def forms(stage: Stage) -> tuple[tuple[Any, Any], tuple[Any, ...]]:
     """Shapes of (state, frozen), and where (state, frozen, batch, everything else) lie: what
     `compile_step` takes.
     """
-    shapes = jax.eval_shape(lambda: fresh_state(recipe))
-    trees = (sharding.state_shardings(mesh, tree, recipe.host_state) for tree in shapes)
-    return shapes, (*trees, sharding.batch_sharding(mesh), sharding.replicated(mesh))
-
-
-def networks(recipe: Recipe, mesh: Mesh) -> Networks:
-    """Of a distillation, with zeros for the null text."""
-    return make_networks(recipe, jnp.zeros((1, recipe.wan.text_length, recipe.wan.text_dim)), mesh)
-
-
-def programs(recipe: Recipe, who: str) -> dict[Choice, Any]:
-    """Each program of a run, with the first draw that asks for it."""
-    found: dict[Choice, Any] = {}
-    for call in range(CALLS):
-        choice, draw = decide(recipe, recipe.iterations, call)
-        found.setdefault(choice if who == "student" else Choice(sequence=choice.sequence), draw)
-    return found
-
-
-def step_name(who: str, choice: Choice) -> str:
-    """What a program of `programs` is called."""
-    terms = [name for name in ("self_consistency", "alignment") if getattr(choice, name)]
-    return " + ".join([f"{who} step", *terms, *[choice.sequence] * (choice.sequence != "new")])
+    mesh = stage.mesh
+    assert mesh is not None
+    shapes = jax.eval_shape(lambda: fresh_state(stage))
+    host = stage.recipe.host_state
+    state, frozen = (sharding.state_shardings(mesh, tree, host) for tree in shapes)
+    return shapes, (state, frozen, sharding.batch_sharding(mesh), sharding.replicated(mesh))
 
 
 def text_encoder(recipe: Recipe, dtype: Any, runs: int) -> tuple[Result, jax.Array]:
@@ -231,17 +216,18 @@ def streaming(
     `vae` is None latents are the end.
     """
     text, embedding = text_encoder(recipe, recipe.compute.dtype, runs)
-    c, policy, network = recipe.wan, recipe.memory, make_network(recipe, None)
+    c, policy, network = recipe.wan, recipe.memory, denoiser_of(recipe, None)
     params = random_params(shapes_of(init_wan, c), dtype, recipe.seed)
     decoder = vae and random_params(shapes_of(init_vae, vae), dtype, recipe.seed)
-    keys, cues = clip_keys(recipe.seed, 1), {0: Cue(np.asarray(embedding, np.float32))}
-    sampler = Sampler(grid(num_steps, recipe.schedule.shift), recipe.sample.solver, policy)
+    keys = clip_keys(recipe.seed, 1)
+    cues = {0: Cue(Conditioning(np.asarray(embedding, np.float32)))}
+    sampler = Sampler(num_steps, recipe.schedule.shift, recipe.sample.solver, policy)
 
     def once() -> tuple[list[float], list[float], list[int]]:
         latents: list[float] = []
         every, frames, last = [], [], time.perf_counter()
         chunks = _clocked(
-            stream_chunks(network, params, cues, keys, sampler, recipe.clip_shape), latents
+            generate(sampler, network, params, cues, keys, recipe.clip_shape), latents
         )
         for made in stream_pixels(decoder, vae, chunks, recipe.compute.dtype) if vae else chunks:
             every.append(time.perf_counter() - last)

@@ -22,11 +22,9 @@ import numpy as np
 from jax.extend.core import jaxprs_in_params
 
 from salt_jax.config.schema import Recipe
-from salt_jax.flow.schedule import triples
 from salt_jax.models.image_encoder import PRESETS as IMAGE_PRESETS
-from salt_jax.models.kv_cache import CachePolicy
 from salt_jax.models.presets import Remat, WanConfig
-from salt_jax.rollout.draws import Choice, Draw, as_reference
+from salt_jax.stages.stage import Pass
 
 Pairs = Sequence[tuple[int, int]]
 """For each chunk how many frames look, and how many they see."""
@@ -98,67 +96,6 @@ def sweep(c: WanConfig, picture: tuple[int, int], pairs: Pairs) -> Work:
     )
 
 
-def chunk_pairs(policy: CachePolicy, frames: int, before: int = 0) -> Pairs:
-    """The next `frames` of a video that has `before` frames, chunk by chunk."""
-    stops = before + np.cumsum(policy.sizes(frames, before))
-    sizes = zip(policy.sizes(frames, before), stops.tolist(), strict=True)
-    past = lambda start, stop: sum(s.stop - s.start for s in policy.visible(start, stop))
-    return [(n, n + past(stop - n, stop)) for n, stop in sizes]
-
-
-class Mix(NamedTuple):
-    """How much of everything an update has: of one draw, or the mean over a run's."""
-
-    first: float  # evaluations of a rollout's first chunk, the commit among them
-    rest: float  # of each other chunk
-    reference_first: float  # the same of the reference that cache alignment looks up to
-    reference_rest: float
-    self_consistency: float  # 1 or 0, or the share of the updates that have it
-    alignment: float
-    on: float  # going on with a video under way
-    switch: float  # reading its cache again under another prompt
-
-
-def mix_of(recipe: Recipe, choice: Choice, draw: Draw | None) -> Mix:
-    """Of one update."""
-    on, switch, passes = choice.sequence != "new", False, (0.0,) * 4
-    if draw is not None:
-        switch = on and bool(draw.switch)
-        reference = as_reference(draw, recipe.rollout.first_steps)
-        made = [int(e) + 2.0 for d in (draw, reference) for e in (d.first_exit, d.exit_step)]
-        passes = (*made[:2], *(choice.alignment * n for n in made[2:]))
-    return Mix(*passes, *map(float, (choice.self_consistency, choice.alignment, on, switch)))
-
-
-def mean_mix(recipe: Recipe) -> Mix:
-    """The mean over a run's draws, once cache alignment has begun: see
-    `rollout.draws.draw_rollout`.
-    """
-    on = float(recipe.loss.self_consistency > 0)
-    if recipe.stage != "distil" or recipe.video != "rollout":
-        return Mix(0.0, 0.0, 0.0, 0.0, on, 0.0, 0.0, 0.0)
-    r, s, m, longest = recipe.rollout, recipe.schedule, recipe.stream, max(recipe.rollout.num_steps)
-    coin = recipe.align.probability if recipe.align.weight else 0.0
-    drawn = list(zip(r.num_steps, r.probabilities, strict=True))
-    rest = sum(p * (k + 1) / 2 for k, p in drawn) + 1
-    first = (r.first_steps + 1) / 2 + 1 if r.first_steps else rest
-    aligned = [(min(2 * k, longest), p * coin) for k, p in drawn if k < longest]
-    exists = (triples(longest, s.anchor_levels).probability.sum(1) > 0).mean()
-    at_longest = sum(p for k, p in drawn if k == longest)
-    new = recipe.clip_shape[0] - m.overlap
-    calls = 1 + (m.max_frames - recipe.clip_shape[0]) // new if m.max_frames else 1
-    return Mix(
-        first=first,
-        rest=rest,
-        reference_first=sum((p * ((r.first_steps or k) + 1) for k, p in aligned), 0.0),
-        reference_rest=sum((p * (k + 1) for k, p in aligned), 0.0),
-        self_consistency=float(on * at_longest * exists),
-        alignment=sum((p for _, p in aligned), 0.0),
-        on=1 - 1 / calls,
-        switch=m.switch / calls if calls > 1 else 0.0,
-    )
-
-
 def gradient_flops(work: Work, flash: bool, weights: bool = True) -> float:
     """The backward pass of a forward; `weights`: whether the weights get a gradient, besides the
     tokens.
@@ -178,112 +115,37 @@ def remade(how: Remat, work: Work, flash: bool) -> float:
     return work.total - (work.attention if how == "save_attention" and flash else 0.0)
 
 
-def student_flops(recipe: Recipe, mix: Mix, flash: bool) -> dict[str, float]:
-    """FLOPs of one student update over the whole batch, as "network: part"."""
-    if recipe.stage != "distil":
-        return stage_flops(recipe, flash)
-    (frames, *_), wan, picture = recipe.clip_shape, recipe.wan, recipe.clip_shape[1:3]
-    video = _video(recipe, mix)
-    whole = lambda config: sweep(config, picture, [(frames, frames)]).total
-    teachers = 0 if recipe.teacher.kind == "closed_form" else 1 + (recipe.teacher.guidance != 1.0)
-    looked = sweep(
-        dataclasses.replace(wan, num_layers=recipe.align.layers), picture, [(frames, frames)]
-    )
-    learnt = 1 + mix.self_consistency
-    parts = {
-        "student: rollout": _rollout(recipe, mix, mix.first, mix.rest),
-        "student: replay, forward": video.total,
-        "student: replay, backward": gradient_flops(video, flash),
-        "student: self-consistency, forward": mix.self_consistency * video.total,
-        "student: self-consistency, backward": mix.self_consistency * gradient_flops(video, flash),
-        "student: reference rollout": _rollout(
-            recipe, mix, mix.reference_first, mix.reference_rest
-        ),
-        "student: recompute": learnt * remade(recipe.model.remat, video, flash),
-        "critic: score": whole(wan),
-        "teacher: score": teachers * whole(recipe.teacher_wan),
-        "features: forward": 2 * mix.alignment * looked.total,
-        "features: backward": mix.alignment * gradient_flops(looked, flash, weights=False),
-        "features: recompute": mix.alignment * remade(recipe.model.remat, looked, flash),
-    }
-    return {name: recipe.batch_size * flops for name, flops in parts.items() if flops}
+def update_flops(recipe: Recipe, passes: Sequence[Pass], flash: bool) -> dict[str, float]:
+    """FLOPs of an update over the whole batch, as "network: part".
 
-
-def critic_flops(recipe: Recipe, mix: Mix, flash: bool) -> dict[str, float]:
-    """FLOPs of one critic update over the whole batch; nothing in a stage without a critic."""
-    if recipe.stage != "distil":
-        return {}
-    frames = recipe.clip_shape[0]
-    work = sweep(recipe.wan, recipe.clip_shape[1:3], [(frames, frames)])
-    rollout = recipe.video == "rollout"
-    parts = {
-        "student: rollout": _rollout(recipe, mix, mix.first, mix.rest),
-        "student: one update": 0 if rollout else _video(recipe, mix).total,
-        "critic: forward": work.total,
-        "critic: backward": gradient_flops(work, flash),
-        "critic: recompute": remade(recipe.model.remat, work, flash),
-    }
-    return {name: recipe.batch_size * flops for name, flops in parts.items() if flops}
-
-
-def stage_flops(recipe: Recipe, flash: bool) -> dict[str, float]:
-    """FLOPs of one update of the stages in `train.stages`."""
-    (frames, *_), picture, policy = recipe.clip_shape, recipe.clip_shape[1:3], recipe.memory
-    if recipe.stage == "denoising":
-        work = sweep(recipe.wan, picture, [(frames, frames)])
-    else:  # a clean pass for the cache, and the noisy one that sees it
-        work = Work(*(2 * part for part in sweep(recipe.wan, picture, chunk_pairs(policy, frames))))
-    consistency = recipe.stage == "consistency"
-    parts = {
-        "student: forward": work.total,
-        "student: backward": gradient_flops(work, flash),
-        "student: recompute": remade(recipe.model.remat, work, flash),
-        "ema: forward": consistency * work.total,
-        "teacher: forward": consistency * 2 * work.total,
-    }
-    return {name: recipe.batch_size * flops for name, flops in parts.items() if flops}
-
-
-def _video(recipe: Recipe, mix: Mix) -> Work:
-    """The student's forward that the update is about: all chunks at their exit step, or the whole
-    clip.
+    Args:
+      passes: of `Stage.passes` or `Stage.mean_passes`.
+      flash: whether attention makes its scores again for a gradient.
     """
-    frames, picture, policy = recipe.clip_shape[0], recipe.clip_shape[1:3], recipe.memory
-    if recipe.video == "noised":
-        return sweep(recipe.wan, picture, [(frames, frames)])
-    new = sweep(recipe.wan, picture, chunk_pairs(policy, frames))
-    if not mix.on:
-        return new
-    going = sweep(recipe.wan, picture, going_on(recipe))
-    return Work(*((1 - mix.on) * a + mix.on * b for a, b in zip(new, going, strict=True)))
+    parts: dict[str, float] = {}
+
+    def add(name: str, flops: float) -> None:
+        parts[name] = parts.get(name, 0.0) + recipe.batch_size * flops
+
+    for p in passes:
+        work = work_of(p, recipe.clip_shape[1:3])
+        network, _, part = p.name.partition(": ")
+        if p.gradient == "none":
+            add(p.name, work.total)
+            continue
+        joint = ", " if part else ": "
+        add(f"{p.name}{joint}forward", work.total)
+        add(f"{p.name}{joint}backward", gradient_flops(work, flash, p.gradient == "weights"))
+        add(f"{network}: recompute", remade(recipe.model.remat, work, flash))
+    return {name: flops for name, flops in parts.items() if flops}
 
 
-def going_on(recipe: Recipe) -> Pairs:
-    policy = recipe.memory
-    return chunk_pairs(policy, recipe.clip_shape[0] - recipe.stream.overlap, policy.capacity(0))
-
-
-def _rollout(recipe: Recipe, mix: Mix, first: float, rest: float) -> float:
-    """A clip's chunks, each `rest` times, or `first` times the first one of a video, under one
-    reading of the text.
-    """
-    if recipe.video != "rollout" or not first + rest:
-        return 0.0
-    wan, picture, policy = recipe.wan, recipe.clip_shape[1:3], recipe.memory
-    start, *others = chunk_pairs(policy, recipe.clip_shape[0])
-    bare = lambda pairs: sum(sweep(wan, picture, pairs)[:2])
-    made = (1 - mix.on) * (first * bare([start]) + rest * bare(others))
-    made += mix.on * rest * bare(going_on(recipe)) if mix.on else 0.0
-    slots = policy.capacity(0)
-    everything = dataclasses.replace(policy, window=0, sink=0, first=policy.chunk)
-    again = (
-        sweep(wan, picture, chunk_pairs(everything, slots - slots % policy.chunk))
-        if mix.switch
-        else None
-    )
-    return (
-        made + sweep(wan, picture, [start]).context + (mix.switch * again.total if again else 0.0)
-    )
+def work_of(p: Pass, picture: tuple[int, int]) -> Work:
+    """Of one clip; `picture` is (H, W) of the latent."""
+    layers = p.network.num_layers if p.layers is None else p.layers
+    once = sweep(dataclasses.replace(p.network, num_layers=layers), picture, p.pairs)
+    reads = p.times if p.reads is None else p.reads
+    return Work(p.times * once.linear, p.times * once.attention, reads * once.context)
 
 
 def traced_flops(function: Callable, *args: Any, loops: int = 1) -> float:

@@ -1,7 +1,7 @@
 """What a run keeps in memory, in all and on each device, before anything is allocated.
 
 Parameters, moments and what is frozen are counted exactly, by the shapes that a run has and the
-shardings of `sharding`. What comes and goes during an update is a model of it, told at `passing`
+shardings of `sharding`. Activation memory is estimated, as told at `transient`
 and at `block_bytes`; XLA's own account of compiled updates is held against both in
 tests/planning/test_memory.py.
 """
@@ -15,27 +15,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from salt_jax.config.schema import Recipe
 from salt_jax.config.validate import refuse_uneven
 from salt_jax.models.attention import is_flash
 from salt_jax.models.attention_blocks import MOST_SCORES
 from salt_jax.models.layout import head_axes
-from salt_jax.models.lora import init_lora
 from salt_jax.models.presets import Compute, Kernel, WanConfig
-from salt_jax.models.text_encoder import init_text_encoder
-from salt_jax.models.wan import init_wan
-from salt_jax.moving_shapes import shapes
-from salt_jax.planning.flops import Pairs, chunk_pairs, going_on, image_tokens
+from salt_jax.planning.flops import Pairs, image_tokens
+from salt_jax.planning.updates import programs
 from salt_jax.sharding import WAITING, partition_spec
-from salt_jax.state import TrainState, init_learner, init_state
-from salt_jax.train.optimizer import make_optimizer
-from salt_jax.train.setup import empty_stream, make_network
-from salt_jax.train.start import in_dtype
+from salt_jax.stages import weights
+from salt_jax.stages.stage import Frozen, Pass, Stage
+from salt_jax.state import TrainState
 
 F32 = 4  # bytes
 
 
-class Held(NamedTuple):
+class MemoryRow(NamedTuple):
     """One kind of thing in memory."""
 
     name: str
@@ -44,48 +39,13 @@ class Held(NamedTuple):
     device: int  # bytes on each device
 
 
-def fresh_state(recipe: Recipe) -> tuple[TrainState, dict[str, Any]]:
-    """The state and what is frozen, from random weights: in form what `train.setup.setup` reads and
-    makes.
-
-    A teacher of its own weights that stays as it is stored is taken to be float32.
-    """
-    k_base, k_other = jax.random.split(jax.random.key(recipe.seed))
-    null_text = jnp.zeros((1, recipe.wan.text_length, recipe.wan.text_dim))
-    student_tx = make_optimizer(recipe.student_optimizer, recipe.iterations)
-    critic_tx = make_optimizer(recipe.critic_optimizer, recipe.iterations * recipe.critic_ratio)
-    base, t = init_wan(k_base, recipe.wan), recipe.teacher
-    if recipe.stage == "denoising":
-        weights = {"wan": base, "text_encoder": init_text_encoder(k_other, recipe.text)}
-        frozen = {} if t.kind == "data" else {"teacher": _closed_form(recipe, 1)}
-        return init_state(init_learner(weights, student_tx), None), frozen
-    if recipe.stage != "distil":
-        state = init_state(init_learner(base, student_tx), None)
-        return state, {"teacher": in_dtype(base, t.dtype), "null_text": null_text}
-    if t.kind == "closed_form":
-        teacher = _closed_form(recipe, recipe.wan.text_dim)
-    elif t.weights or recipe.teacher_wan != recipe.wan:
-        teacher = in_dtype(init_wan(k_other, recipe.teacher_wan), t.dtype)
-    else:
-        teacher = in_dtype(base, t.dtype)
-    frozen = {"teacher": teacher}
-    if (recipe.align.weight and recipe.align.network == "base") or recipe.lora.rank:
-        frozen["base"] = base
-    trained = init_lora(k_other, base, recipe.lora.rank) if recipe.lora.rank else base
-    frozen |= {"student": base} if recipe.lora.rank else {}
-    student, critic = (init_learner(trained, tx) for tx in (student_tx, critic_tx))
-    return init_state(
-        student, critic, empty_stream(recipe, make_network(recipe, None), null_text)
-    ), frozen
+def fresh_state(stage: Stage) -> tuple[TrainState, Frozen]:
+    """The state and what is frozen, from random weights: in form what a run reads and makes."""
+    loaded = weights.fresh(stage)
+    return stage.first_state(loaded), stage.frozen(loaded)
 
 
-def _closed_form(recipe: Recipe, text_dim: int) -> dict[str, Any]:
-    scenes, modes = shapes.scenes(recipe.world), shapes.modes(recipe.world)
-    captions = jnp.zeros((len(scenes), recipe.wan.text_length, text_dim))
-    return {"clips": jnp.zeros((len(scenes), len(modes), *recipe.clip_shape)), "captions": captions}
-
-
-def tree_bytes(tree: Any, mesh: Mapping[str, int]) -> dict[str, Held]:
+def tree_bytes(tree: Any, mesh: Mapping[str, int]) -> dict[str, MemoryRow]:
     """Every array of a tree of shapes, by its path: its sharding decides what a device holds
     of it.
     """
@@ -94,7 +54,9 @@ def tree_bytes(tree: Any, mesh: Mapping[str, int]) -> dict[str, Held]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         axes = [axis for entry in partition_spec(name, leaf.shape, mesh) for axis in _axes(entry)]
         whole = leaf.size * leaf.dtype.itemsize
-        held[name] = Held(name, leaf.size, whole, whole // math.prod(mesh[axis] for axis in axes))
+        held[name] = MemoryRow(
+            name, leaf.size, whole, whole // math.prod(mesh[axis] for axis in axes)
+        )
     return held
 
 
@@ -102,38 +64,34 @@ def _axes(entry: Any) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-KINDS = (
-    ("student", "student/params"),
-    ("student optimizer", "student/opt_state"),
-    ("average of the student", "ema"),
-    ("critic", "critic/params"),
-    ("critic optimizer", "critic/opt_state"),
-    ("videos under way", "stream"),
-)
-FROZEN = (
-    ("teacher", "teacher"),
-    ("base", "base"),
-    ("student's base", "student"),
-    ("null text", "null_text"),
-)
+FROZEN = {"student": "student's base", "null_text": "null text"}
 
 
-def kept(recipe: Recipe, mesh: Mapping[str, int]) -> list[Held]:
-    """What stays in memory for the whole run.
+def kinds(stage: Stage) -> tuple[dict[str, str], dict[str, str]]:
+    """What is in the state and what is frozen: the beginning of its path -> its name."""
+    state = {}
+    for name in stage.learners:
+        state[f"learners/{name}/params"] = name
+        state[f"learners/{name}/opt_state"] = f"{name} optimizer"
+    state |= {"ema": "average of the student", "stream": "videos under way"}
+    return state, {name: FROZEN.get(name, name) for name in ("teacher", "base", *FROZEN)}
 
-    Of what waits with the host a device has none. Counters are left out.
+
+def persistent(stage: Stage, mesh: Mapping[str, int]) -> list[MemoryRow]:
+    """What stays in memory for the whole run. Of what waits with the host a device has none.
+    Counters are left out.
     """
     rows = []
-    for tree, kinds in zip(
-        jax.eval_shape(lambda: fresh_state(recipe)), (KINDS, FROZEN), strict=True
-    ):
+    trees = jax.eval_shape(lambda: fresh_state(stage))
+    for tree, names in zip(trees, kinds(stage), strict=True):
         leaves = tree_bytes(tree, mesh)
-        for name, prefix in kinds:
+        for prefix, name in names.items():
             mine = [leaf for path, leaf in leaves.items() if f"{path}/".startswith(f"{prefix}/")]
             if mine:
-                held = Held(name, *(sum(column) for column in list(zip(*mine, strict=True))[1:]))
-                waits = recipe.host_state and re.search(WAITING, f"{prefix}/")
-                rows.append(held._replace(device=0) if waits else held)
+                columns = list(zip(*mine, strict=True))[1:]
+                row = MemoryRow(name, *(sum(column) for column in columns))
+                waits = stage.recipe.host_state and re.search(WAITING, f"{prefix}/")
+                rows.append(row._replace(device=0) if waits else row)
     return rows
 
 
@@ -209,19 +167,19 @@ def kept_bytes(
     return start + more.get(how, 0) // tensor
 
 
-def needed(recipe: Recipe, mesh: Mapping[str, int], kernel: Kernel) -> list[Held]:
-    """All that a run holds at its peak. Arguments and errors as in `passing`."""
-    rows = kept(recipe, mesh)
-    return rows + passing(recipe, mesh, kernel, rows)
+def needed(stage: Stage, mesh: Mapping[str, int], kernel: Kernel) -> list[MemoryRow]:
+    """All that a run has in memory at its peak. Arguments and errors as in `transient`."""
+    rows = persistent(stage, mesh)
+    return rows + transient(stage, mesh, kernel, rows)
 
 
-def passing(
-    recipe: Recipe, mesh: Mapping[str, int], kernel: Kernel, kept: Sequence[Held]
-) -> list[Held]:
-    """What comes and goes during an update: a model of its peak, given what is kept.
+def transient(
+    stage: Stage, mesh: Mapping[str, int], kernel: Kernel, stays: Sequence[MemoryRow]
+) -> list[MemoryRow]:
+    """What comes and goes during an update: an estimate of its peak, given what stays.
 
-    The peak is in the student's update: caches, what blocks keep (their inputs, and what
-    `model.remat` says), what heads keep (tokens and their norm, 4 D in float32) and gradients live
+    The peak is in the student's update: caches, what blocks store (their inputs, and what
+    `model.remat` says), what heads store (tokens and their norm, 4 D in float32) and gradients live
     while one block of some network is at work, for the clips of one micro-batch. Clips are spread
     over data x fsdp; `tensor` cuts heads and the width of the feed-forward, `context` tokens, and
     heads in a cache.
@@ -229,99 +187,71 @@ def passing(
     Raises:
       UserError: the batch does not spread over the mesh.
     """
-    ways, tensor, context = mesh["data"] * mesh["fsdp"], mesh["tensor"], mesh["context"]
-    refuse_uneven(recipe, ways)
-    wan, size, frames = recipe.wan, jnp.dtype(recipe.model.dtype).itemsize, recipe.clip_shape[0]
-    per_frame = math.prod(recipe.clip_shape[1:3]) // math.prod(wan.patch_size[1:])
-    block = lambda c, pairs, gradient: block_bytes(
-        c, pairs, per_frame, size, kernel, gradient, tensor
-    )
-    student, whole = _student_pairs(recipe), [(frames, frames)]
-    judged = whole if recipe.stage in ("distil", "denoising") else student
-    work = max(
-        block(wan, student, True), block(wan, judged, True), block(recipe.teacher_wan, whole, False)
-    )
-    inputs = wan.num_layers * kept_bytes(
-        wan, student, per_frame, size, kernel, recipe.compute, tensor
-    )
-    cache = cache_bytes(wan, _slots(recipe), recipe.clip_shape[1:3], size)
-    caches, passes = max(_programs(recipe), key=lambda p: p[0] * cache + p[1] * inputs)
-    at_once, batch = (
-        recipe.batch_size // recipe.accumulate,
-        recipe.batch_size * _batch_bytes(recipe),
-    )
-    heads = math.prod(mesh[axis] for axis in head_axes(mesh, wan.num_heads) or ())
-    rows = (
-        ("batch", batch, 1),
-        ("caches", at_once * caches * cache, heads),
-        ("inputs of blocks", int(at_once * passes * inputs), context),
-        (
-            "heads of networks",
-            int(at_once * passes * 4 * frames * per_frame * wan.dim * F32),
-            context,
-        ),
-        ("one block at work", at_once * work, context),
-    )
-    spread = [Held(name, 0, n, n // (ways * cut)) for name, n, cut in rows if n]
-    networks = {row.name: row for row in kept}
-    held = [networks["student"]._replace(name="gradients"), *spread]
+    recipe = stage.recipe
+    refuse_uneven(recipe, mesh["data"] * mesh["fsdp"])
+    spread = _spread(stage, mesh, kernel)
+    networks = {row.name: row for row in stays}
+    rows = [networks["student"]._replace(name="gradients"), *spread]
     if recipe.accumulate > 1:  # beside those of the micro-batch at work
-        held.append(networks["student"]._replace(name="gradients summed"))
+        rows.append(networks["student"]._replace(name="gradients summed"))
     if recipe.host_state:  # fetched when activations are gone, in whose place they are
         fetched = 2 * networks["student"].device - sum(row.device for row in spread)
-        held.append(Held("moments fetched", 0, max(0, fetched), max(0, fetched)))
+        rows.append(MemoryRow("moments fetched", 0, max(0, fetched), max(0, fetched)))
     # student and critic with their adapters merged, and the gradient of one of them
     if recipe.lora.rank:
         base = networks["base"]
-        held.append(Held("merged networks", 3 * base.count, 3 * base.whole, 3 * base.device))
+        rows.append(MemoryRow("merged networks", 3 * base.count, 3 * base.whole, 3 * base.device))
     # a block's weights, in the compute type, while it works, and those of the next one
     if mesh["fsdp"] > 1:
-        largest = max((wan, recipe.teacher_wan), key=lambda c: c.dim * c.ffn_dim)
-        gathered = 2 * size * (8 * largest.dim**2 + 2 * largest.dim * largest.ffn_dim) // tensor
-        held.append(Held("gathered blocks", 0, gathered, gathered))
-    return held
+        size = jnp.dtype(recipe.model.dtype).itemsize
+        largest = max((p.network for p in _passes(stage)), key=lambda c: c.dim * c.ffn_dim)
+        weights = 8 * largest.dim**2 + 2 * largest.dim * largest.ffn_dim
+        gathered = 2 * size * weights // mesh["tensor"]
+        rows.append(MemoryRow("gathered blocks", 0, gathered, gathered))
+    return rows
 
 
-def _student_pairs(recipe: Recipe) -> Pairs:
-    """How the frames of the update's differentiated forward look around."""
-    frames = recipe.clip_shape[0]
-    if not recipe.causal:
-        return [(frames, frames)]
-    new = chunk_pairs(recipe.memory, frames)
-    return (
-        max(new, going_on(recipe), key=lambda pairs: sum(k for _, k in pairs))
-        if recipe.stream.max_frames
-        else new
+def _spread(stage: Stage, mesh: Mapping[str, int], kernel: Kernel) -> list[MemoryRow]:
+    """What is of clips, and so cut with the batch."""
+    recipe, tensor = stage.recipe, mesh["tensor"]
+    wan, size = recipe.wan, jnp.dtype(recipe.model.dtype).itemsize
+    frames, *picture, _ = recipe.clip_shape
+    per_frame = math.prod(picture) // math.prod(wan.patch_size[1:])
+    work = max(
+        block_bytes(p.network, p.pairs, per_frame, size, kernel, p.gradient != "none", tensor)
+        for p in _passes(stage)
     )
+    learns = [p.pairs for p in stage.mean_passes("student") if p.gradient == "weights"]
+    pairs = max(learns, key=lambda pairs: sum(k for _, k in pairs))
+    stored = kept_bytes(wan, pairs, per_frame, size, kernel, recipe.compute, tensor)
+    peaks = [stage.memory(update) for update in programs(stage) if update.moves == "student"]
+    cache = cache_bytes(wan, peaks[0].slots, (picture[0], picture[1]), size)
+    inputs = wan.num_layers * stored
+    peak = max(peaks, key=lambda m: m.caches * cache + m.forwards * inputs)
+    at_once = recipe.batch_size // recipe.accumulate
+    ways, context = mesh["data"] * mesh["fsdp"], mesh["context"]
+    heads = math.prod(mesh[axis] for axis in head_axes(mesh, wan.num_heads) or ())
+    head = 4 * frames * per_frame * wan.dim * F32
+    rows = (
+        ("batch", recipe.batch_size * _batch_bytes(stage), 1),
+        ("caches", at_once * peak.caches * cache, heads),
+        ("inputs of blocks", int(at_once * peak.forwards * inputs), context),
+        ("heads of networks", int(at_once * peak.forwards * head), context),
+        ("one block at work", at_once * work, context),
+    )
+    return [MemoryRow(name, 0, n, n // (ways * cut)) for name, n, cut in rows if n]
 
 
-def _programs(recipe: Recipe) -> list[tuple[int, float]]:
-    """Of each program of the student's update: caches that live at once, and forwards of it with
-    gradient.
-
-    A stage before distillation has a clean pass and a noisy one, and its gradient runs through the
-    cache. Cache alignment has features with gradient, and a reference, whose rolling window writes
-    a new cache at each commit.
-    """
-    if recipe.stage != "distil":
-        return [(2, 2.0) if recipe.causal else (0, 1.0)]
-    caches = int(recipe.video == "rollout")
-    programs = [(caches, 2.0 if recipe.loss.self_consistency else 1.0)]
-    # never with self-consistency: that is at the longest K, alignment at others
-    if recipe.align.weight:
-        more = caches * (recipe.memory.window > 0)
-        programs.append((caches + more, 1 + recipe.align.layers / recipe.wan.num_layers))
-    return programs
+def _passes(stage: Stage) -> list[Pass]:
+    return [p for learner in stage.learners for p in stage.mean_passes(learner)]
 
 
-def _slots(recipe: Recipe) -> int:
-    going = recipe.memory.capacity(0) - recipe.stream.overlap if recipe.stream.max_frames else 0
-    return recipe.clip_shape[0] + max(going, 0)
-
-
-def _batch_bytes(recipe: Recipe) -> int:
+def _batch_bytes(stage: Stage) -> int:
+    recipe = stage.recipe
     wan, clip = recipe.wan, math.prod(recipe.clip_shape)
-    states = recipe.schedule.train_levels + 1 if recipe.stage == "ode_regression" else 0
-    text = recipe.wan.text_length * (recipe.wan.text_dim if recipe.stage != "denoising" else 1)
+    videos = ("video" in stage.needs) + (
+        recipe.schedule.train_levels + 1 if "states" in stage.needs else 0
+    )
+    text = wan.text_length * (1 if "tokens" in stage.needs else wan.text_dim)
     image = image_tokens(wan) * wan.image_dim + clip // wan.out_channels * wan.condition_channels
-    return F32 * (clip * (1 + states) + text + bool(wan.image_dim) * image)
+    return F32 * (clip * videos + text + bool(wan.image_dim) * image)

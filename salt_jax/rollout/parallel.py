@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from salt_jax.choices import Solver
-from salt_jax.flow.multistep import Steps
+from salt_jax.flow.multistep import SolverStep
 from salt_jax.flow.transition import euler, renoise
-from salt_jax.types import Denoiser, Latent, Params, Prediction, Sigma, Told
+from salt_jax.types import Conditioning, Denoiser, Latent, Params, Prediction, Sigma
 
 
 def noise_at(
@@ -60,7 +60,7 @@ def advance(
 def sample(
     denoiser: Denoiser,
     params: Params,
-    text: Told,
+    cond: Conditioning,
     sigmas: Float[Array | np.ndarray, "k"],
     solver: Solver,
     keys: Key[Array, "b"],
@@ -70,7 +70,7 @@ def sample(
 
     Args:
       denoiser, params: student, or a (guided) teacher.
-      text: one text per clip.
+      cond: one per clip.
       sigmas: K + 1 levels, falling from 1 to 0 (`flow.schedule.grid(K, shift)`). K is static.
       solver: static.
       keys: one per clip; all its noise comes from it.
@@ -80,7 +80,7 @@ def sample(
     def update(x, levels):
         sigma, sigma_next = jnp.full(x.shape[0], levels[0]), levels[1]
         return advance(
-            x, denoiser(params, x, sigma, text), sigma, sigma_next, solver, keys, frames
+            x, denoiser.denoise(params, x, sigma, cond), sigma, sigma_next, solver, keys, frames
         ), None
 
     sigmas, frames = jnp.asarray(sigmas), np.arange(shape[0])
@@ -102,8 +102,8 @@ def multistep_start(noise: Latent) -> History:
     return History(noise, noise, jnp.zeros_like(noise), jnp.zeros_like(noise))
 
 
-def multistep_update(
-    denoiser: Denoiser, params: Params, text: Told, history: History, step: Steps
+def multistep_step(
+    denoiser: Denoiser, params: Params, cond: Conditioning, history: History, step: SolverStep
 ) -> History:
     """One row of a solver's table (`flow.multistep`), with one call of the denoiser.
 
@@ -113,7 +113,7 @@ def multistep_update(
     x, state, before, last = history
     mix: Any = lambda weights, *latents: sum(w * z for w, z in zip(weights, latents, strict=True))
     seen = jnp.full(x.shape[0], step.seen)
-    now = x - step.sigma * denoiser(params, x, seen, text).velocity
+    now = x - step.sigma * denoiser.denoise(params, x, seen, cond).velocity
     state = mix(step.correct, state, before, last, now)
     return History(mix(step.predict, state, last, now), state, last, now)
 

@@ -9,59 +9,54 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 from tensorboardX import SummaryWriter
 from tensorboardX.proto import summary_pb2
 
-from salt_jax.config.schema import Recipe
 from salt_jax.io.video import encode_gif, looks, visible_scale
 from salt_jax.models.lora import merge
 from salt_jax.models.text_encoder import encode_text
 from salt_jax.moving_shapes import shapes
-from salt_jax.rollout.causal import rollout
+from salt_jax.rollout.causal import Origin, Steps, rollout
 from salt_jax.rollout.parallel import sample
+from salt_jax.sharding import replicated
 from salt_jax.state import fetched
 from salt_jax.train.setup import Setup
-from salt_jax.types import Params
+from salt_jax.types import Conditioning, Params
 
 CLIPS = 6  # side by side, spread over the captions
 
 
-def make_preview(
-    recipe: Recipe, parts: Setup, everywhere: NamedSharding
-) -> Callable[[Params], np.ndarray] | None:
-    """EMA -> uint8 [CLIPS, F, H, W, 3]. Always the same captions and noise; the middle number of
-    num_steps.
+def make_preview(parts: Setup) -> Callable[[Params], np.ndarray] | None:
+    """EMA -> uint8 [CLIPS, F, H, W, 3]. Always the same captions and noise; the middle one of
+    `config.sample.num_steps`.
 
     None of kind latents: a look at these takes the VAE and minutes; launch.sample does it beside
-    the run.
-
-    `everywhere` is the replicated sharding: every process computes the clips, so that one may write
-    them.
+    the run. One program that every process runs, replicated, so that one of them may write the
+    clips.
     """
+    stage, recipe = parts.stage, parts.stage.recipe
     if recipe.data.kind == "latents":
         return None
+    assert stage.mesh is not None
     scenes = shapes.scenes(recipe.world)
     captions = [shapes.caption(scenes[i]) for i in shapes.spread(recipe.world, CLIPS)]
     given = jnp.asarray(np.stack([parts.encode_caption(caption) for caption in captions]))
     keys = jax.random.split(jax.random.key(recipe.seed), CLIPS)
     num_steps = sorted(recipe.sample.num_steps)[len(recipe.sample.num_steps) // 2]
-    sigmas = recipe.levels(num_steps)
-    network, solver, shape = parts.networks.student, recipe.sample.solver, recipe.clip_shape
+    levels, solver, shape = recipe.levels(num_steps), recipe.sample.solver, recipe.clip_shape
 
-    @functools.partial(jax.jit, out_shardings=everywhere)
+    @functools.partial(jax.jit, out_shardings=replicated(stage.mesh))
     def clips(ema, base):
-        ema = fetched(ema, recipe.host_state)
-        if recipe.stage == "denoising":
-            text = encode_text(ema["text_encoder"], given, recipe.text)
-            return sample(network.denoise, ema["wan"], text, sigmas, solver, keys, shape)
-        params = merge(base, ema, recipe.lora)
+        params, text = fetched(ema, recipe.host_state), given
+        if "tokens" in stage.needs:
+            text = encode_text(params["text_encoder"], given, recipe.text)
+            params = params["wan"]
+        params, cond = merge(base, params, recipe.lora), Conditioning(text)
         if not recipe.causal:
-            return sample(network.denoise, params, given, sigmas, solver, keys, shape)
-        levels, policy = jnp.asarray(sigmas), recipe.memory
-        return rollout(
-            network, params, given, levels, num_steps - 1, solver, keys, shape, policy
-        ).x0
+            return sample(stage.student, params, cond, levels, solver, keys, shape)
+        steps = Steps(jnp.asarray(levels), num_steps - 1, solver)
+        args = (Origin(cond), steps, keys, shape, recipe.memory)
+        return rollout(stage.student, params, *args).x0
 
     base = parts.frozen.get("student")
     return lambda ema: shapes.to_pixels(jax.device_get(clips(ema, base)))
@@ -77,7 +72,7 @@ def show(writer: SummaryWriter, clips: np.ndarray, sizes: tuple[int, ...], step:
     scale = visible_scale(frames.shape[1], 96)
     gif = encode_gif(frames, shapes.FPS, scale)
     height, width = (scale * n for n in frames.shape[1:3])
-    # its classes are made when it is imported, out of a type checker's sight
+    # its classes are made when it is imported, out of a type checker's plan
     proto: Any = summary_pb2
     picture = proto.Summary.Image(
         height=height, width=width, colorspace=3, encoded_image_string=gif

@@ -12,9 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 from configs import longlive, ode_regression, sc_dmd, teacher
 from salt_jax.compile.measure import bytes_given, compile_program, memory_row, refusal
-from salt_jax.compile.programs import Program, programs
+from salt_jax.compile.programs import Program, parts
 from salt_jax.config.reading import read_recipe
 from salt_jax.sharding import make_mesh
+from salt_jax.stages import make_stage
 
 PARTS = ("student", "critic", "teacher", "stream", "vae", "text")
 
@@ -97,13 +98,13 @@ def test_what_a_tpu_refuses_is_one_sentence(told, tmp_path):
 
 
 def names(config, part):
-    return set(programs(read_recipe(config), part))
+    return set(parts(make_stage(read_recipe(config)), part))
 
 
 def test_a_recipe_has_the_programs_that_its_run_needs():
     ode = ode_regression.get_config("wan")
     assert [names(ode, part) for part in PARTS[:3]] == [
-        {"ode_regression step"},
+        {"student step"},
         set(),
         {"trajectories"},
     ]
@@ -129,11 +130,11 @@ def test_a_recipe_has_the_programs_that_its_run_needs():
 
 @pytest.mark.parametrize("config", [teacher, sc_dmd], ids=lambda module: module.__name__)
 def test_programs_of_small_runs_lower(config):
-    recipe = read_recipe(config.get_config())
     mesh = make_mesh(dict(data=2, fsdp=4, context=1, tensor=1))
+    stage = make_stage(read_recipe(config.get_config()), mesh)
     for part in PARTS:
-        for make in programs(recipe, part).values():
-            program = make(mesh)
+        for make in parts(stage, part).values():
+            program = make()
             assert program.jitted.lower(*program.args).as_text()
 
 

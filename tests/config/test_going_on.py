@@ -6,6 +6,7 @@ ones.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -21,33 +22,36 @@ from salt_jax.config.reading import read_recipe, read_workdir, to_json
 from salt_jax.errors import UserError
 from salt_jax.flow.prediction import from_velocity
 from salt_jax.io.tensor_files import save_weights
-from salt_jax.models.denoiser import Network
-from salt_jax.sharding import make_mesh
-from salt_jax.state import init_learner, init_state
+from salt_jax.rollout.draws import draw_rollout
+from salt_jax.stages import make_stage
+from salt_jax.stages.stage import Batch, Weights
+from salt_jax.stages.start import draw_start, noised_clip
 from salt_jax.train import loop
-from salt_jax.train.begin import begin, draw_noise
-from salt_jax.train.optimizer import make_optimizer
 from salt_jax.train.setup import Setup, first_state
-from salt_jax.train.step import Networks
+from salt_jax.types import Conditioning
+from tests.helpers import mesh_of, with_networks
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
-def net(params, x, sigma, text, sight=None):
-    return from_velocity(x, x @ params["head"]["kernel"], sigma)
+@dataclass(frozen=True)
+class Matrix:
+    """A denoiser of one matrix."""
+
+    def denoise(self, params, x, sigma, cond, plan=None):
+        return from_velocity(x, x @ params["head"]["kernel"], sigma)
 
 
-def setup(recipe, mesh):
+def setup(stage):
     params = lambda seed: {
         "head": {"kernel": 0.1 * jax.random.normal(jax.random.key(seed), (3, 3))}
     }
-    learner = lambda p, o: init_learner(p, make_optimizer(o, recipe.iterations))
-    make = lambda p, q: init_state(
-        learner(p, recipe.student_optimizer), learner(q, recipe.critic_optimizer)
-    )
-    first = first_state(make, (params(0), params(1)), {}, mesh)
-    nets = Networks(Network(net, None, None, None, None), net, net)
-    return Setup(*first, {"teacher": params(2)}, nets, lambda caption: np.zeros((2, 3), np.float32))
+    stage = with_networks(stage, student=Matrix(), critic=Matrix(), teacher=Matrix())
+    weights = Weights(params(1), None, params(0), params(2), jnp.zeros((1, 2, 3)))
+    frozen = stage.frozen(weights)
+    form, fresh = first_state(stage, weights, frozen)
+    encode_caption = lambda caption: np.zeros((2, 3), np.float32)
+    return Setup(stage, form, fresh, frozen, encode_caption, None)
 
 
 @pytest.fixture(scope="module")
@@ -83,14 +87,13 @@ def recipe(data, tmp_path, monkeypatch):
 
 def states(workdir, recipe, *steps):
     """The whole states of these steps."""
-    one = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])
-    wanted, found = setup(recipe, one).state, []
+    wanted, found = setup(make_stage(recipe, mesh_of())).state, []
     for step in steps:
         with open_checkpoints(workdir, 99) as manager:
             for later in [s for s in manager.all_steps() if s > step]:
                 manager.delete(later)
             found.append(jax.device_get(restore(manager, wanted)[0]))
-        assert int(found[-1].step) == step
+        assert int(found[-1].iteration) == step
     return found
 
 
@@ -114,7 +117,7 @@ def test_another_rate_acts_from_the_first_update_on_and_nothing_else_changes(
     told = capsys.readouterr().out
     after, before = states(run, now, 3, 2)
     for who, rate, decay in (("student", 1e-5, 0.01), ("critic", 3e-2, 0.5)):
-        was, new = getattr(before, who), getattr(after, who)
+        was, new = before.learners[who], after.learners[who]
         gradient = new.opt_state[1][0].mu
         adamw = optax.adamw(rate, 1e-30, 0.999, 1e-8, weight_decay=decay)
         step = jax.jit(
@@ -248,13 +251,12 @@ def test_listed_levels_are_what_a_run_is_trained_at(recipe):
     listed |= {"sample.num_steps": (3,), "rollout.num_steps": (3,), "rollout.probabilities": (1.0,)}
     levels = np.float32([1, 0.757, 0.522, 0])
     for call in range(4):
-        _, draw = loop.decide(recipe(video="rollout", **listed), 0, call)
+        _, draw = draw_rollout(recipe(video="rollout", **listed), 0, call)
         np.testing.assert_array_equal(draw.levels, levels)
         assert float(draw.sigma_m) in levels.tolist() and float(draw.sigma_e) in levels.tolist()
-    network = Network(net, None, None, None, None)
-    batch = {"video": jnp.zeros((64, 9, 12, 12, 3)), "text": jnp.zeros((64, 2, 3))}
-    noise = draw_noise(jax.random.key(0), batch, recipe(**listed))
-    start = begin(network, {}, batch, noise, None, None, recipe(**listed))
+    batch = Batch(Conditioning(jnp.zeros((64, 2, 3))), video=jnp.zeros((64, 9, 12, 12, 3)))
+    noise = draw_start(jax.random.key(0), batch, recipe(**listed))
+    start = noised_clip(batch, noise, recipe(**listed))
     assert set(np.asarray(start.sigma).ravel().tolist()) == set(levels[:3].tolist())
 
 

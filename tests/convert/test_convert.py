@@ -24,11 +24,11 @@ from salt_jax.errors import UserError
 from salt_jax.io.tensor_files import load_weights, write_tensors
 from salt_jax.models import image_encoder, text_encoder, vae
 from salt_jax.models.presets import PRESETS, Compute
-from salt_jax.models.wan import apply_wan, init_wan
-from salt_jax.types import ImageText
+from salt_jax.models.wan import Inputs, apply_wan, init_wan
+from salt_jax.types import Conditioning
 from tests.convert.test_torch_files import archive, ordered, storage, table, tensor
+from tests.helpers import randomised, to_diffusers, wan_inputs, wan_of_diffusers
 from tests.models import test_image_encoder, test_text_encoder, test_vae
-from tests.models.test_wan import inputs, oracle, randomised, to_diffusers
 
 T2V, I2V = PRESETS["wan2.1-t2v-tiny"], PRESETS["wan2.1-i2v-tiny"]
 
@@ -99,7 +99,7 @@ def save_torch(path, tree):
 
 
 def write(found, path, dtype=None):
-    write_tensors(path, reading.outgoing(found, dtype), {"config": json.dumps(vars(found.config))})
+    write_tensors(path, reading.writers(found, dtype), {"config": json.dumps(vars(found.config))})
     return path
 
 
@@ -171,7 +171,7 @@ def test_our_file_goes_out_as_arrays_on_devices_do(release, tmp_path):
     found = find_network(files)
     write_tensors(
         tmp_path / "wan.safetensors",
-        reading.outgoing(found, None),
+        reading.writers(found, None),
         {"config": json.dumps(found.config.__dict__)},
     )
     config, stored = open_wan(tmp_path)
@@ -368,11 +368,11 @@ def test_published_sizes_have_the_published_arrays(preset, count, numbers):
     """Counts of the released files, and some of their names and shapes."""
     config = PRESETS[preset]
     for layout in ("official", "diffusers"):
-        arrays = writing.outgoing(shapes_of(config), config, layout, jnp.bfloat16)
+        arrays = writing.writers(shapes_of(config), config, layout, jnp.bfloat16)
         assert (
             len(arrays) == count and sum(array.nbytes for array in arrays.values()) == 2 * numbers
         )
-    arrays = writing.outgoing(shapes_of(config), config, "official", None)
+    arrays = writing.writers(shapes_of(config), config, "official", None)
     last, dim, ffn = config.num_layers - 1, config.dim, config.ffn_dim
     known = {
         "patch_embedding.weight": (dim, config.in_channels, 1, 2, 2), "head.head.weight": (64, dim),
@@ -494,7 +494,7 @@ def module():
     """A network of diffusers with every weight random, and the same weights as our tree."""
 
     def make(config):
-        theirs, params = oracle(config), randomised(shapes_of(config), 5)
+        theirs, params = wan_of_diffusers(config), randomised(shapes_of(config), 5)
         theirs.load_state_dict(to_diffusers(params, config), strict=True)
         return theirs, params
 
@@ -513,7 +513,7 @@ def test_what_diffusers_saves_computes_the_same_here(tmp_path, module, config):
     found, tree = come_in(files[0], tmp_path)
     assert (found.layout, found.config) == ("diffusers", config)
     same_bits(tree, params)
-    x, timestep, text = inputs(2, config, rows=512)
+    x, timestep, text = wan_inputs(2, config, rows=512)
     image = (
         np.random.default_rng(3).standard_normal((2, 5, config.image_dim or 1)).astype(np.float32)
     )
@@ -525,13 +525,9 @@ def test_what_diffusers_saves_computes_the_same_here(tmp_path, module, config):
             torch.tensor(text),
             *told,
         ).sample
-    text = jnp.asarray(text)
-    told = (
-        ImageText(text, jnp.asarray(image), jnp.zeros((2, 3, 8, 6, 0)))
-        if config.image_dim
-        else text
-    )
-    got = apply_wan(tree, jnp.asarray(x), jnp.asarray(timestep), told, config, Compute())
+    cond = Conditioning(jnp.asarray(text), jnp.asarray(image) if config.image_dim else None)
+    seen = Inputs(jnp.asarray(x), jnp.asarray(timestep), cond)
+    got = apply_wan(tree, seen, config, Compute())
     np.testing.assert_allclose(got, want.numpy().transpose(0, 2, 3, 4, 1), atol=2e-5, rtol=1e-5)
 
 

@@ -47,7 +47,7 @@ from tests.convert.test_torch_files import (
     tensor,
     text,
 )
-from tests.models.test_wan import randomised
+from tests.helpers import randomised
 
 PARAMS = {config: randomised(shapes_of(config), 1) for config in (T2V, I2V)}
 ones = lambda *shape: np.ones(shape, np.float32)
@@ -390,7 +390,7 @@ def test_key_chooses_another_network_of_the_file(tmp_path):
 def official_of(found):
     arrays = {
         key: np.stack(list(out.parts())) if key.startswith("blocks/") else next(iter(out.parts()))
-        for key, out in reading.outgoing(found, None).items()
+        for key, out in reading.writers(found, None).items()
     }
     return official(unflatten_dict(arrays, sep="/"), T2V)
 
@@ -592,7 +592,7 @@ def test_a_message_stays_short_at_40_layers(tmp_path):
     config = PRESETS["wan2.1-t2v-tiny"].__class__(**{**vars(T2V), "num_layers": 40})
     tensors = {
         key: ones(*out.shape)
-        for key, out in writing.outgoing(shapes_of(config), config, "official", None).items()
+        for key, out in writing.writers(shapes_of(config), config, "official", None).items()
     }
     extra = {f"blocks.{i}.x{j}.weight": ones(1) for i in range(40) for j in range(20)}
     refused(r"800 unexpected .* and 790 more", save(tmp_path, tensors | extra))

@@ -19,14 +19,14 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from salt_jax.convert import reading
-from salt_jax.convert.lora import find_lora, lora_alpha, lora_outgoing, merge_lora
+from salt_jax.convert.lora import find_lora, lora_alpha, lora_writers, merge_lora
 from salt_jax.convert.reading import find_network
 from salt_jax.convert.writing_lora import open_lora, write_lora
 from salt_jax.errors import UserError
 from salt_jax.io.tensor_files import write_tensors
 from salt_jax.models.lora import init_lora, merge
 from tests.convert.test_convert import I2V, T2V, lora_file, official, save_torch, shapes_of
-from tests.models.test_wan import oracle, randomised, to_diffusers
+from tests.helpers import randomised, to_diffusers, wan_of_diffusers
 
 
 class Network:
@@ -46,7 +46,7 @@ class Network:
         for lora, strength in zip(loras, strengths, strict=True):
             found = merge_lora(found, lora, strength)
         arrays = {}
-        for name, out in reading.outgoing(found, None).items():
+        for name, out in reading.writers(found, None).items():
             parts = [np.asarray(part) for part in out.parts()]
             arrays[name] = (
                 np.concatenate([p[None] for p in parts]) if name.startswith("blocks/") else parts[0]
@@ -523,7 +523,7 @@ def test_a_kept_lora_has_the_scale_it_came_with(t2v, tmp_path):
     rank, alpha = lora_alpha(lora)
     assert (rank, alpha) == (4, 8)
     told = {"config": json.dumps({"rank": rank, "alpha": alpha})}
-    write_tensors(tmp_path / "kept.safetensors", lora_outgoing(lora, 2, None), told)
+    write_tensors(tmp_path / "kept.safetensors", lora_writers(lora, 2, None), told)
     tree, rank, alpha = open_lora(tmp_path / "kept.safetensors")
     assert (rank, alpha) == (4, 8)
     tree = unflatten_dict(load_file(tmp_path / "kept.safetensors"), sep="/")
@@ -553,7 +553,7 @@ def test_a_lora_that_our_file_cannot_tell_is_not_kept(t2v, tmp_path, tensors, to
     lora = t2v.find(tmp_path / "lora.safetensors", tensors(t2v))
     with pytest.raises(UserError, match=f"{told}.*leave out --keep_lora to merge it"):
         lora_alpha(lora)
-        lora_outgoing(lora, 2, None)
+        lora_writers(lora, 2, None)
 
 
 def our_lora(rank=3):
@@ -604,7 +604,7 @@ def same_as_theirs(got, module, config):
 @pytest.fixture
 def theirs(t2v):
     pytest.importorskip("torch")
-    module = oracle(T2V)
+    module = wan_of_diffusers(T2V)
     module.load_state_dict(to_diffusers(t2v.params, T2V), strict=True)
     return module
 
@@ -660,7 +660,9 @@ def test_what_diffusers_saves_is_merged_as_diffusers_does(t2v, theirs, tmp_path,
         | {"target_modules": sorted(config.target_modules), "peft_type": "LORA"},
     )
     file = tmp_path / "pytorch_lora_weights.safetensors"
-    same_as_theirs(t2v.merged(find_lora(file, t2v.found)), fused(oracle(T2V), t2v, file), T2V)
+    same_as_theirs(
+        t2v.merged(find_lora(file, t2v.found)), fused(wan_of_diffusers(T2V), t2v, file), T2V
+    )
 
 
 def fused(module, network, file, **more):
@@ -695,7 +697,9 @@ def test_other_spellings_are_merged_as_diffusers_does(t2v, tmp_path, kind):
         if kind == "comfyui":
             tensors[f"{name(a, b)}.diff_b"] = np.full(len(up), 0.1 * k, np.float32)
     lora = t2v.find(tmp_path / "lora.safetensors", tensors)
-    same_as_theirs(t2v.merged(lora), fused(oracle(T2V), t2v, tmp_path / "lora.safetensors"), T2V)
+    same_as_theirs(
+        t2v.merged(lora), fused(wan_of_diffusers(T2V), t2v, tmp_path / "lora.safetensors"), T2V
+    )
 
 
 @pytest.mark.parity
@@ -705,9 +709,11 @@ def test_diffusers_fuses_our_lora_with_our_alpha(t2v, tmp_path, layout):
     params = our_lora()
     file = write_lora(params, 3, 6.0, tmp_path / "out", layout)
     whole = official(merge(t2v.params, params, SimpleNamespace(rank=3, alpha=6.0)), T2V)
-    same_as_theirs({k: np.asarray(v) for k, v in whole.items()}, fused(oracle(T2V), t2v, file), T2V)
+    same_as_theirs(
+        {k: np.asarray(v) for k, v in whole.items()}, fused(wan_of_diffusers(T2V), t2v, file), T2V
+    )
     if layout == "diffusers":
-        module = oracle(T2V)
+        module = wan_of_diffusers(T2V)
         module.load_state_dict(to_diffusers(t2v.params, T2V), strict=True)
         module.load_lora_adapter(str(file.parent), weight_name=file.name)
         module.fuse_lora()

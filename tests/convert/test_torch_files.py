@@ -18,7 +18,7 @@ import pytest
 from salt_jax.convert import torch_pickle
 from salt_jax.convert.torch_files import read_torch
 from salt_jax.errors import UserError
-from salt_jax.io.tensor_files import Stored, view
+from salt_jax.io.tensor_files import TensorRef, view
 
 # A pickle by hand, opcode by opcode: these tests need no torch, and write what torch never would.
 text = lambda s: b"X" + struct.pack("<I", len(s.encode())) + s.encode()
@@ -422,7 +422,7 @@ def test_other_files_are_told_apart(file, tmp_path):
 
 def test_nothing_but_what_is_looked_at_is_read(file):
     """A tensor is a place in the file: opening a file costs its description, not its numbers."""
-    assert isinstance(read_torch(one(file))["w"], Stored)
+    assert isinstance(read_torch(one(file))["w"], TensorRef)
     start = read_torch(file)["w"].offset
     data = bytearray(file.read_bytes())
     data[start : start + 4] = np.float32(99).tobytes()
@@ -439,7 +439,7 @@ def test_damaged_bytes_give_one_line_or_tensors_inside_the_file(file):
         bad[rng.integers(len(bad), size=rng.integers(1, 6))] = rng.integers(256)
         file.write_bytes(bad.tobytes())
         try:
-            tensors = [t for t in read_torch(file).values() if isinstance(t, Stored)]
+            tensors = [t for t in read_torch(file).values() if isinstance(t, TensorRef)]
         except UserError:
             continue
         assert all(np.asarray(view(tensor)).nbytes <= len(good) for tensor in tensors)

@@ -5,37 +5,43 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from salt_jax.evaluate.defect import defect_grid, semigroup_defect
+from salt_jax.evaluate.defect import Path, defect_grid, semigroup_defect
 from salt_jax.flow.prediction import expand, from_velocity
 from salt_jax.rollout.parallel import noise_at, sample
+from salt_jax.types import Conditioning
+from tests.helpers import Formula
 
 SIGMAS, MIDPOINTS = defect_grid(4, 5.0)
-TEXT = jnp.linspace(-1.0, 1.0, 3 * 2 * 4).reshape(3, 2, 4)
+COND = Conditioning(jnp.linspace(-1.0, 1.0, 3 * 2 * 4).reshape(3, 2, 4))
 SHAPE = (2, 4, 4, 3)
 
 
 def recorder(seen: list):
     """`curved`, writing down every state and noise level at which it is asked."""
 
-    def recorded(params, x, sigma, text):
+    @Formula
+    def recorded(params, x, sigma, cond):
         note = lambda x, sigma: seen.append((np.array(x, float), float(sigma[0])))
         jax.debug.callback(note, x, sigma, ordered=True)
-        return curved(params, x, sigma, text)
+        return curved.denoise(params, x, sigma, cond)
 
     return recorded
 
 
-def constant(params, x, sigma, text):
+@Formula
+def constant(params, x, sigma, cond):
     return from_velocity(x, jnp.full_like(x, 0.7), sigma)
 
 
-def linear(params, x, sigma, text):
+@Formula
+def linear(params, x, sigma, cond):
     return from_velocity(x, params * x, sigma)
 
 
-def curved(params, x, sigma, text):
+@Formula
+def curved(params, x, sigma, cond):
     """Depends on everything a denoiser sees and mixes neighbours."""
-    prompt = text.mean((1, 2)).reshape(-1, 1, 1, 1, 1)
+    prompt = cond.text.mean((1, 2)).reshape(-1, 1, 1, 1, 1)
     velocity = jnp.sin(params * x + prompt) + expand(sigma, x) * jnp.roll(x, 1, axis=3)
     return from_velocity(x, velocity, sigma)
 
@@ -70,16 +76,8 @@ def test_grid_splits_every_interval_of_the_inference_grid(shift, prefactors):
 
 @pytest.mark.parametrize("solver", ["euler", "cm"])
 def test_straight_lines_have_no_defect(solver):
-    defect = semigroup_defect(
-        constant,
-        None,
-        TEXT,
-        SIGMAS,
-        MIDPOINTS,
-        solver,
-        jax.random.split(jax.random.key(1), 3),
-        SHAPE,
-    )
+    path = Path(SIGMAS, MIDPOINTS, jax.random.split(jax.random.key(1), 3))
+    defect = semigroup_defect(constant, None, COND, path, solver, SHAPE)
     assert defect.per_interval.shape == defect.curvature.shape == (4,)
     assert not np.any(defect.per_interval)
     assert not np.any(defect.curvature)
@@ -95,9 +93,8 @@ def test_linear_field_has_the_defect_derived_by_hand(solver):
     s, m, e = SIGMAS[:-1].astype(float), MIDPOINTS.astype(float), SIGMAS[1:].astype(float)
     curvature = ((s - m) * a) ** 2
     per_interval = ((m - e) / (s - e)) ** 2 * curvature
-    got = semigroup_defect(
-        linear, a, TEXT, SIGMAS, MIDPOINTS, solver, jax.random.split(jax.random.key(1), 3), SHAPE
-    )
+    path = Path(SIGMAS, MIDPOINTS, jax.random.split(jax.random.key(1), 3))
+    got = semigroup_defect(linear, a, COND, path, solver, SHAPE)
     np.testing.assert_allclose(got.curvature, curvature, rtol=1e-4)
     np.testing.assert_allclose(got.per_interval, per_interval, rtol=1e-4)
     np.testing.assert_allclose(got.mean, per_interval.mean(), rtol=1e-4)
@@ -112,13 +109,14 @@ def test_agrees_with_a_slow_loop_on_the_path_that_the_solver_takes(solver):
     keys = jax.random.split(
         jax.random.key(3, impl="rbg"), 3
     )  # programs with callbacks are not cached, and this one compiles fast
-    got = semigroup_defect(recorder(seen), scale, TEXT, SIGMAS, MIDPOINTS, solver, keys, SHAPE)
+    given = Path(SIGMAS, MIDPOINTS, keys)
+    got = semigroup_defect(recorder(seen), scale, COND, given, solver, SHAPE)
     jax.effects_barrier()
     assert [sigma for _, sigma in seen] == [
         float(s) for pair in zip(SIGMAS, MIDPOINTS, strict=False) for s in pair
     ]
 
-    text, path = np.array(TEXT, float), [x for x, _ in seen[::2]]
+    text, path = np.array(COND.text, float), [x for x, _ in seen[::2]]
     np.testing.assert_array_equal(
         path[0], noise_at(keys, jnp.float32(1.0), np.arange(SHAPE[0]), SHAPE[1:])
     )
@@ -133,7 +131,7 @@ def test_agrees_with_a_slow_loop_on_the_path_that_the_solver_takes(solver):
     np.testing.assert_allclose(got.mean, pairs[..., 0].mean(), rtol=1e-4)
 
     sampled = []
-    sample(recorder(sampled), scale, TEXT, jnp.asarray(SIGMAS), solver, keys, SHAPE)
+    sample(recorder(sampled), scale, COND, jnp.asarray(SIGMAS), solver, keys, SHAPE)
     jax.effects_barrier()
     for (expected, _), x in zip(sampled, path, strict=True):
         np.testing.assert_allclose(x, expected, atol=1e-5)
@@ -141,8 +139,9 @@ def test_agrees_with_a_slow_loop_on_the_path_that_the_solver_takes(solver):
 
 def test_all_noise_is_a_function_of_the_clips_key():
     keys = jax.random.split(jax.random.key(0), 6)
+    path = lambda some: Path(SIGMAS, MIDPOINTS, some)
     run = lambda solver, some: (
-        semigroup_defect(curved, 0.9, TEXT, SIGMAS, MIDPOINTS, solver, some, SHAPE).per_interval
+        semigroup_defect(curved, 0.9, COND, path(some), solver, SHAPE).per_interval
     )
     for solver in ("euler", "cm"):
         np.testing.assert_array_equal(run(solver, keys[:3]), run(solver, keys[:3]))
@@ -150,6 +149,6 @@ def test_all_noise_is_a_function_of_the_clips_key():
 
 
 def test_midpoints_must_fit_the_grid():
-    keys = jax.random.split(jax.random.key(0), 3)
+    path = Path(SIGMAS, MIDPOINTS[:3], jax.random.split(jax.random.key(0), 3))
     with pytest.raises(ValueError, match=r"5 noise levels have 4 intervals.*got 3"):
-        semigroup_defect(constant, None, TEXT, SIGMAS, MIDPOINTS[:3], "euler", keys, SHAPE)
+        semigroup_defect(constant, None, COND, path, "euler", SHAPE)

@@ -5,7 +5,7 @@ grids, diffusers.
 import numpy as np
 import pytest
 
-from salt_jax.flow.multistep import dpmpp_grid, steps, tabulate, unipc_grid
+from salt_jax.flow.multistep import dpmpp_grid, solver_steps, tabulate, unipc_grid
 from salt_jax.flow.schedule import grid
 
 SOLVERS = ("euler", "dpmpp", "unipc")
@@ -59,7 +59,7 @@ def test_second_order_is_far_better_on_the_grids_themselves():
     state, velocity = gaussian(0.3, 0.7)
     error = {}
     for solver in SOLVERS:
-        table = steps(solver, 50, 5.0)
+        table = solver_steps(solver, 50, 5.0)
         inputs, _, _ = run(table._replace(seen=table.sigma), velocity, state(table.sigma[0]))
         error[solver] = np.abs(inputs[-1] - state(0.0)).max()
     assert max(error["unipc"], error["dpmpp"]) < error["euler"] / 5
@@ -71,7 +71,7 @@ def test_a_constant_clean_estimate_is_reached_along_a_line(solver, num_steps):
     """Then x = x0 + sigma (noise - x0) at every level: exact for each solver, whatever the network
     is told.
     """
-    table, x0 = steps(solver, num_steps, 5.0), NOISE[::-1] ** 2
+    table, x0 = solver_steps(solver, num_steps, 5.0), NOISE[::-1] ** 2
     levels = iter(table.sigma)
     start = x0 + table.sigma[0] * (NOISE - x0)
     inputs, states, _ = run(table, lambda x, seen: (x - x0) / next(levels), start)
@@ -84,19 +84,21 @@ def test_a_constant_clean_estimate_is_reached_along_a_line(solver, num_steps):
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 9])
 def test_the_result_is_the_last_clean_estimate(solver, num_steps):
     inputs, _, estimates = run(
-        steps(solver, num_steps, 3.0), lambda x, seen: np.sin(3 * x + seen), NOISE
+        solver_steps(solver, num_steps, 3.0), lambda x, seen: np.sin(3 * x + seen), NOISE
     )
     np.testing.assert_array_equal(inputs[-1], estimates[-1])
 
 
 @pytest.mark.parametrize("solver", ["euler", "dpmpp"])
 def test_without_a_corrector_states_are_what_the_network_saw(solver):
-    inputs, states, _ = run(steps(solver, 6, 5.0), lambda x, seen: np.sin(3 * x + seen), NOISE)
+    inputs, states, _ = run(
+        solver_steps(solver, 6, 5.0), lambda x, seen: np.sin(3 * x + seen), NOISE
+    )
     np.testing.assert_allclose(states, inputs[:-1], atol=1e-14)
 
 
 def test_euler_moves_along_the_velocity():
-    table, velocity = steps("euler", 5, 5.0), lambda x, seen: np.sin(3 * x + seen)
+    table, velocity = solver_steps("euler", 5, 5.0), lambda x, seen: np.sin(3 * x + seen)
     np.testing.assert_array_equal(table.seen, table.sigma)
     inputs, _, _ = run(table, velocity, NOISE)
     for x, after, s, e in zip(
@@ -129,7 +131,7 @@ def test_unipc_starts_from_a_number_stored_in_float32():
 @each_solver
 def test_no_update_is_refused(solver):
     with pytest.raises(ValueError, match="num_steps=0"):
-        steps(solver, 0, 5.0)
+        solver_steps(solver, 0, 5.0)
 
 
 def scheduler_of(solver, sigmas, timesteps):
@@ -163,7 +165,7 @@ def test_every_step_is_that_of_diffusers(solver, atol, num_steps):
         velocity = lambda x, seen, m=matrix, p=phase: (
             np.tanh(x @ m + np.sin(6 * seen) * p) + 0.5 * x
         )
-        table = steps(solver, num_steps, shift)
+        table = solver_steps(solver, num_steps, shift)
         sigmas, timesteps = (unipc_grid if solver == "unipc" else dpmpp_grid)(num_steps, shift)
         np.testing.assert_array_equal(table.seen, timesteps / 1000)
         inputs, _, _ = run(table, velocity, rng.normal(size=(3, 8)))

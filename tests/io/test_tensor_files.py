@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from salt_jax.errors import UserError
 from salt_jax.io import tensor_files
 from salt_jax.io.tensor_files import (
-    Outgoing,
+    TensorWriter,
     all_or_nothing,
     list_tensors,
     load_weights,
@@ -155,7 +155,9 @@ def test_written_arrays_of_many_kinds_are_read_by_the_library_of_the_format(tmp_
         "f16": rng.standard_normal((2, 3)).astype("f2"),
     }  # fmt: skip
     pieces = lambda a: np.array_split(a, 2) if a.ndim else [np.asarray(a)]
-    out = {name: Outgoing(a.dtype, a.shape, lambda a=a: pieces(a)) for name, a in arrays.items()}
+    out = {
+        name: TensorWriter(a.dtype, a.shape, lambda a=a: pieces(a)) for name, a in arrays.items()
+    }
     told = []
     write_tensors(path, out, {"by": "a test", "umlaut": "ä"}, told.append)
     found = load_file(path)
@@ -181,9 +183,11 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_tensors(path, {"a": Outgoing(np.dtype("f4"), (4,), parts)}, {})
+        write_tensors(path, {"a": TensorWriter(np.dtype("f4"), (4,), parts)}, {})
     with pytest.raises(ValueError, match="the parts of a and its shape differ by 8 bytes"):
-        write_tensors(path, {"a": Outgoing(np.dtype("f4"), (4,), lambda: [np.zeros(2, "f4")])}, {})
+        write_tensors(
+            path, {"a": TensorWriter(np.dtype("f4"), (4,), lambda: [np.zeros(2, "f4")])}, {}
+        )
     assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.read_text() == "old"
     with pytest.raises(
         UserError, match=r"cannot write .*absent/x\.safetensors .*choose another place"

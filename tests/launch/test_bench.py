@@ -11,11 +11,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import self_forcing
+from configs import longlive, self_forcing
 from salt_jax.config.reading import read_recipe
 from salt_jax.models import vae
 from salt_jax.planning import bench, flops
-from salt_jax.train.setup import runs_flash
+from salt_jax.planning.updates import programs, update_name
+from salt_jax.rollout.draws import Terms
+from salt_jax.stages import make_stage
+from salt_jax.stages.networks import runs_flash
 from tests.launch.test_programs import program
 
 ROOT = Path(__file__).parents[2]
@@ -70,10 +73,13 @@ def test_all_parts_are_measured_and_told(tmp_path):
     assert "--frames=3" in told["command"] and told["versions"]["jax"] == jax.__version__
 
     r = tiny()
-    draw = next(iter(bench.programs(r, "student").items()))
-    mix = flops.mix_of(r, *draw)
-    for name, count in (("student step", flops.student_flops), ("critic step", flops.critic_flops)):
-        assert parts[name]["flops"] == sum(count(r, mix, runs_flash(r, "cpu")).values())
+    stage = make_stage(r)
+    steps = {update_name(stage, update): (update, draw) for update, draw in programs(stage).items()}
+    assert list(steps) == ["student step", "critic step"]
+    for name, (update, draw) in steps.items():
+        counted = flops.update_flops(r, stage.passes(update, draw), runs_flash(r, "cpu"))
+        assert parts[name]["flops"] == sum(counted.values())
+        assert parts[name]["more"]["evaluations_per_chunk"] == draw.exit_step + 2
     config, params = (
         vae.PRESETS["tiny"],
         jax.eval_shape(lambda: vae.init_vae(jax.random.key(0), vae.PRESETS["tiny"])),
@@ -87,6 +93,16 @@ def test_all_parts_are_measured_and_told(tmp_path):
     # the median of two runs is their mean
     assert both == pytest.approx(parts["streaming"]["seconds"])
     assert stream["first_chunk_seconds"] == pytest.approx(both + parts["text encoder"]["seconds"])
+
+
+@pytest.mark.slow
+def test_a_stage_without_a_critic_has_a_step_of_the_student_alone(tmp_path):
+    args = (*SIZE, "--config=configs/consistency.py:wan", "--what=student_step,critic_step")
+    done = run(*args, "--runs=1", f"--json={tmp_path / 'bench.json'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads((tmp_path / "bench.json").read_text())["results"]
+    assert [row["part"] for row in rows] == ["matmul", "student step"]
+    assert rows[1]["flops"] > 0 and rows[1]["xla_bytes"] > 0
 
 
 @pytest.mark.slow
@@ -141,11 +157,21 @@ def test_random_weights_have_the_form_that_is_asked():
 
 
 def test_every_program_of_a_run_is_found():
-    config = self_forcing.get_config("wan,salt")
-    found = bench.programs(read_recipe(config), "student")
-    assert {(c.self_consistency, c.alignment) for c in found} == {
-        (False, False),
-        (True, False),
-        (False, True),
+    found = programs(make_stage(read_recipe(self_forcing.get_config("wan,salt"))))
+    of = lambda learner: {update.terms for update in found if update.moves == learner}
+    assert of("student") == {Terms(), Terms(self_consistency=True), Terms(alignment=True)}
+    assert of("critic") == {Terms()}
+    assert all(draw is not None for draw in found.values())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_so_are_those_that_few_calls_ask_for(seed):
+    """Self-consistency at the start of a video is asked for in one of 37 updates of the student."""
+    config = longlive.get_config("wan,salt")
+    config.seed = seed
+    stage = make_stage(read_recipe(config))
+    found = {update_name(stage, update) for update in programs(stage)}
+    terms, ways = ("", " + self_consistency", " + alignment"), ("", " + on")
+    assert found == {f"student step{term}{way}" for term in terms for way in ways} | {
+        f"critic step{way}" for way in ways
     }
-    assert len(bench.programs(read_recipe(config), "critic")) == 1

@@ -22,11 +22,11 @@ from safetensors.numpy import load_file, save_file
 from configs import base
 from salt_jax.checkpoint import open_checkpoints, save
 from salt_jax.config.reading import read_recipe, to_json
-from salt_jax.convert.writing import outgoing
+from salt_jax.convert.writing import writers
 from salt_jax.io import model_folder
 from salt_jax.io.header import read_metadata
 from salt_jax.io.model_folder import open_part
-from salt_jax.io.tensor_files import Outgoing, write_tensors
+from salt_jax.io.tensor_files import TensorWriter, write_tensors
 from salt_jax.models import image_encoder, text_encoder, vae
 from salt_jax.models.lora import init_lora
 from salt_jax.models.presets import PRESETS
@@ -43,7 +43,7 @@ from tests.convert.test_convert import (
 )
 from tests.convert.test_torch_files import Shell
 from tests.launch.test_programs import program as run_program
-from tests.models.test_wan import randomised
+from tests.helpers import randomised
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = {
@@ -436,9 +436,9 @@ def test_memory_does_not_grow_with_the_model(tmp_path, direction):
     for name, config in (("tiny", T2V), ("large", large)):
         src = tmp_path / name
         src.mkdir()
-        zeros = outgoing(shapes_of(config), config, "official", None)
+        zeros = writers(shapes_of(config), config, "official", None)
         zeros = {
-            k: Outgoing(a.dtype, a.shape, lambda a=a: [np.zeros(a.shape, a.dtype)])
+            k: TensorWriter(a.dtype, a.shape, lambda a=a: [np.zeros(a.shape, a.dtype)])
             for k, a in zeros.items()
         }
         write_tensors(src / "diffusion_pytorch_model.safetensors", zeros, {})

@@ -7,6 +7,7 @@ Programs run in this process. Where weights do not matter a network of one matri
 import logging
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -19,12 +20,19 @@ from launch import cli
 from launch import train as launch_train
 from salt_jax.flow.prediction import from_velocity
 from salt_jax.io.tensor_files import save_weights
-from salt_jax.models.denoiser import Network
-from salt_jax.state import init_learner, init_state
+from salt_jax.stages.stage import Weights
 from salt_jax.train import loop
-from salt_jax.train.optimizer import make_optimizer
 from salt_jax.train.setup import Setup, first_state
-from salt_jax.train.step import Networks
+from tests.helpers import with_networks
+
+
+@dataclass(frozen=True)
+class OneMatrix:
+    gain: float
+
+    def denoise(self, params, x, sigma, cond, plan=None):
+        return from_velocity(x, self.gain * x @ params["head"]["kernel"], sigma)
+
 
 ROOT = Path(__file__).parents[2]
 CONFIG = f"--config={ROOT}/configs/sc_dmd.py"
@@ -64,22 +72,17 @@ def small(monkeypatch, tmp_path_factory, request):
     """
     gain = getattr(request, "param", 1.0)
 
-    def net(params, x, sigma, text, sight=None):
-        return from_velocity(x, gain * x @ params["head"]["kernel"], sigma)
-
-    def setup(recipe, mesh):
-        params = lambda seed: {
+    def setup(stage):
+        network = OneMatrix(gain)
+        stage = with_networks(stage, student=network, critic=network, teacher=network)
+        one = lambda seed: {
             "head": {"kernel": 0.1 * jax.random.normal(jax.random.key(seed), (3, 3))}
         }
-        learner = lambda p, o: init_learner(p, make_optimizer(o, 100))
-        make = lambda p, q: init_state(
-            learner(p, recipe.student_optimizer), learner(q, recipe.critic_optimizer)
-        )
-        first = first_state(make, (params(0), params(1)), {}, mesh)
-        nets = Networks(Network(net, None, None, None, None), net, net)
-        return Setup(
-            *first, {"teacher": params(2)}, nets, lambda caption: np.zeros((2, 3), np.float32)
-        )
+        null_text = jnp.zeros((1, 2, 3))
+        weights = Weights(one(0), {}, one(1), one(2), null_text)
+        frozen = stage.frozen(weights)
+        text = lambda caption: np.zeros((2, 3), np.float32)
+        return Setup(stage, *first_state(stage, weights, frozen), frozen, text, None)
 
     monkeypatch.setattr(loop, "setup", setup)
     data = tmp_path_factory.getbasetemp() / "shapes"

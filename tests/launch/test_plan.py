@@ -34,7 +34,7 @@ def test_everything_is_told_in_numbers_that_add_up(numbers):
         "tensor": 1,
     }
     rows = {row["name"]: row for row in told["memory"]}
-    networks = {"student", "critic", "teacher", "average of the student", "base"}
+    networks = {"student", "critic", "teacher", "average of the student", "base", "null text"}
     moments = {"student optimizer", "critic optimizer"}
     fleeting = {
         "gradients",
@@ -76,6 +76,17 @@ def test_what_is_told_decides_whether_it_fits(numbers, tmp_path):
         fits = gigabytes * 1e9 > told["bytes_per_device"]
         assert json.loads((tmp_path / "plan.json").read_text())["fits"] == fits
         assert ("fits: " in done.stdout) == fits
+
+
+def test_a_stage_without_a_critic_has_no_update_of_one(tmp_path):
+    file = tmp_path / "plan.json"
+    done = plan("--config=configs/consistency.py:wan", "--mesh=fsdp:8", f"--json={file}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(file.read_text())
+    assert list(told["updates"]) == list(told["seconds"]) == ["student"]
+    assert told["seconds_per_iteration"] == pytest.approx(told["seconds"]["student"])
+    assert not any("critic" in row["name"] for row in told["memory"])
+    assert "student update, FLOPs" in done.stdout and "critic update, FLOPs" not in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,8 @@ for args in json.load(sys.stdin):
         prefix = None if asked.prefix is None else len(asked.prefix)
         told.append({
             "mode": asked.mode, "shape": asked.shape, "prefix": prefix, "jobs": len(asked.jobs),
-            "levels": {k: v.tolist() for k, v in asked.levels.items()}, "solver": asked.solver,
+            "levels": {k: v.tolist() for k, v in asked.grids().items()},
+            "solver": asked.sampler.solver,
             "memory": asked.memory and list(vars(asked.memory).values()),
             "guidance": asked.guidance,
             "switches": {k: v.prompt for k, v in asked.switches.items()},

@@ -12,7 +12,6 @@ import tokenizers
 from PIL import Image
 from safetensors.numpy import save_file
 
-from launch.common import all_devices
 from salt_jax.checkpoint import restore_params
 from salt_jax.data.clips import read_ending
 from salt_jax.io.model_folder import VAE, WAN, Source, open_part
@@ -20,10 +19,11 @@ from salt_jax.io.video import write_mp4
 from salt_jax.models import image_encoder, text_encoder, vae
 from salt_jax.models.presets import PRESETS
 from salt_jax.models.wan import init_wan
-from salt_jax.sample import to_bytes
+from salt_jax.rollout.pixels import to_bytes
+from salt_jax.sharding import all_devices
 from tests.convert.test_convert import from_table, official, same_bits, save_torch, shapes_of
 from tests.launch.test_programs import frames, program, succeed
-from tests.models.test_wan import randomised, to_diffusers
+from tests.helpers import randomised, to_diffusers
 
 SMALL = ["--size=32x32", "--frames=9"]
 TINY = ["--preset_size=tiny", "--model=wan2.1-t2v-1.3b", *SMALL]

@@ -13,27 +13,25 @@ import numpy as np
 import pytest
 
 from salt_jax.models.attention import attention
-from salt_jax.models.denoiser import wan_network
-from salt_jax.models.kv_cache import (
-    KVCache,
-    Sight,
-    View,
-    append,
-    chunk_views,
-    flush,
-    forget,
-    look_back,
-    more_room,
-)
-from salt_jax.models.memory import MAX_FRAMES, CachePolicy, refuse_overflow
+from salt_jax.models.cache_policy import MAX_FRAMES, CachePolicy, refuse_overflow
+from salt_jax.models.denoiser import wan_denoiser
+from salt_jax.models.kv_cache import KVCache, append, flush, grow, plan_next_chunk, trim
 from salt_jax.models.presets import Compute, WanConfig
 from salt_jax.models.rope import rope_angles
+from salt_jax.models.visibility import AttentionPlan, KeysValues, QueryGroup, chunk_groups
 from salt_jax.models.wan import init_wan
-from salt_jax.rollout.causal import Trajectory, commit, diffusion_forcing, replay, teacher_forcing
-from tests.models.test_wan import randomised, to_diffusers
+from salt_jax.rollout.causal import (
+    Trajectory,
+    commit,
+    plan_diffusion_forcing,
+    plan_teacher_forcing,
+    replay,
+)
+from salt_jax.types import Conditioning
+from tests.helpers import randomised, to_diffusers
 
 SMALL = WanConfig(48, 2, 2, 64, 4, 4, (1, 2, 2), 16, 4, 32, 0, 1e-6)
-NETWORK = wan_network(SMALL, Compute(), 9, 3)
+NETWORK = wan_denoiser(SMALL, Compute(), 9, 3)
 PARAMS = randomised(init_wan(jax.random.key(0), SMALL), 1)
 PLACE = (4, 6, 4)  # rows, columns, channels of a frame
 TOKENS = 6  # of a frame
@@ -135,11 +133,10 @@ def blank(slots, garbage=-7.0):
 
 
 def content(frames):
-    """(keys, values), x0 that tell which frame they are of."""
+    """Keys and values, and x0, that tell which frame they are of."""
     n = jnp.asarray(frames, jnp.float32)
-    return ((n + 0.25).reshape(1, 1, -1, 1, 1, 1), (n + 0.5).reshape(1, 1, -1, 1, 1, 1)), (
-        n + 0.75
-    ).reshape(1, -1, 1, 1, 1)
+    k, v = ((n + more).reshape(1, 1, -1, 1, 1, 1) for more in (0.25, 0.5))
+    return KeysValues(k, v), (n + 0.75).reshape(1, -1, 1, 1, 1)
 
 
 remember = jax.jit(append, static_argnames="policy")
@@ -199,22 +196,22 @@ def test_looking_back_gives_the_frames_of_the_rule(more_slots):
         policy = CachePolicy(*values, positions)
         cache, start = blank(policy.capacity(0) + more_slots), 0
         for size in policy.sizes(policy.first + 5 * policy.chunk):
-            sight = look_back(cache, policy, size)
-            (view,) = sight.views
+            plan = plan_next_chunk(cache, policy, size)
+            (group,) = plan.groups
             seen = [f for f in range(start) if sees(policy, f, start + size)]
-            counted = int(view.length) - size
+            counted = int(group.length) - size
             assert counted == len(seen)
             np.testing.assert_array_equal(
-                sight.memory[0].ravel()[:counted], content(seen)[0][0].ravel()
+                plan.memory.k.ravel()[:counted], content(seen)[0].k.ravel()
             )
             np.testing.assert_array_equal(
-                sight.memory[1].ravel()[:counted], content(seen)[0][1].ravel()
+                plan.memory.v.ravel()[:counted], content(seen)[0].v.ravel()
             )
-            np.testing.assert_array_equal(sight.frames, np.arange(start, start + size))
+            np.testing.assert_array_equal(plan.frames, np.arange(start, start + size))
             here = np.arange(size) + (start if positions == "absolute" else counted)
             there = seen if positions == "absolute" else np.arange(counted)
-            np.testing.assert_array_equal(view.query_positions, here)
-            np.testing.assert_array_equal(view.key_positions[: int(view.length)], [*here, *there])
+            np.testing.assert_array_equal(group.query_positions, here)
+            np.testing.assert_array_equal(group.key_positions[: int(group.length)], [*here, *there])
             cache = remember(cache, *content(range(start, start + size)), policy=policy)
             start += size
 
@@ -231,7 +228,7 @@ def full_cache(policy, frames):
 )
 def test_forgetting_keeps_the_sink_and_the_end(window, sink, frames):
     policy = CachePolicy(3, 3, window, sink, "absolute")
-    cut = forget(full_cache(policy, frames), policy)
+    cut = trim(full_cache(policy, frames), policy)
     assert cut.slots == policy.capacity(frames)
     assert_holds(cut, listed([], range(frames), cut.slots, sink), frames)
 
@@ -242,7 +239,7 @@ def test_forgetting_keeps_the_sink_and_the_end(window, sink, frames):
 def test_forgetting_leaves_a_short_cache_as_it_is(window, sink, frames):
     """One with no more frames than the next chunk may see."""
     policy = CachePolicy(3, 3, window, sink, "absolute")
-    assert_holds(forget(full_cache(policy, frames), policy), range(frames), frames)
+    assert_holds(trim(full_cache(policy, frames), policy), range(frames), frames)
 
 
 @pytest.mark.parametrize("sink", [0, 1])
@@ -273,7 +270,7 @@ def test_flushing_a_cache_with_little_in_it_keeps_that(sink, frames):
 
 def test_more_room_is_behind():
     policy = CachePolicy(3, 3, 0, 0, "absolute")
-    cache = more_room(full_cache(policy, 6), blank(9))
+    cache = grow(full_cache(policy, 6), blank(9))
     assert cache.slots == 9
     assert_holds(cache, range(6), 6)
     assert_holds(remember(cache, *content(range(6, 9)), policy=policy), range(9), 9)
@@ -285,12 +282,12 @@ def test_views_of_a_clip_that_goes_on_are_those_of_the_long_clip():
     """
     for positions in ("absolute", "relative"):
         policy = CachePolicy(3, 3, 7, 1, positions)
-        long = chunk_views(policy, policy.sizes(15), np.arange(15), 0, clean="memory")[3:]
+        long = chunk_groups(policy, policy.sizes(15), np.arange(15), 0, clean="memory")[3:]
         slots = np.array([0, 6, 7, 8, *range(9, 15)])
         for ours, theirs in zip(
-            chunk_views(policy, (3, 3), slots, 4, clean="memory"), long, strict=True
+            chunk_groups(policy, (3, 3), slots, 4, clean="memory"), long, strict=True
         ):
-            seen = lambda view, numbers: np.concatenate([numbers[part] for part in view.past])
+            seen = lambda group, numbers: np.concatenate([numbers[part] for part in group.past])
             np.testing.assert_array_equal(seen(ours, slots), seen(theirs, np.arange(15)))
             np.testing.assert_array_equal(ours.key_positions, theirs.key_positions)
             np.testing.assert_array_equal(ours.query_positions, theirs.query_positions)
@@ -326,14 +323,14 @@ def test_angles_of_traced_frames_are_those_of_static_ones():
 
 
 def empty(slots, network=NETWORK):
-    return network.empty_cache(jnp.zeros((2, 0, *PLACE)), slots)
+    return network.empty_cache(2, slots, PLACE)
 
 
 def clip(frames, seed=3):
     return normal(2, frames, *PLACE, seed=seed)
 
 
-TEXT, SIGMA = normal(2, 4, 16, seed=2), jnp.array([0.9, 0.3])
+COND, SIGMA = Conditioning(normal(2, 4, 16, seed=2)), jnp.array([0.9, 0.3])
 # of the memory that programs read, whatever the policy keeps: one program then serves all
 # policies
 SLOTS = 12
@@ -341,37 +338,39 @@ SLOTS = 12
 
 @partial(jax.jit, static_argnames=("size", "policy"))
 def seen(cache, size, policy, jump):
-    """What `look_back` gives, as arrays, with more empty slots behind."""
-    sight = look_back(cache, policy, size, jump)
-    (view,), more = sight.views, SLOTS - sight.memory[0].shape[2]
+    """What `plan_next_chunk` gives, as arrays, with more empty slots behind."""
+    plan = plan_next_chunk(cache, policy, size, jump)
+    (group,), more = plan.groups, SLOTS - plan.memory.k.shape[2]
     room = lambda z: jnp.pad(z, [(0, more if axis == 2 else 0) for axis in range(z.ndim)])
-    positions = (view.query_positions, jnp.pad(view.key_positions, (0, more)))
-    return jax.tree.map(room, sight.memory), positions, view.length, sight.frames
+    positions = (group.query_positions, jnp.pad(group.key_positions, (0, more)))
+    return jax.tree.map(room, plan.memory), positions, group.length, plan.frames
 
 
-def to_sight(memory, positions, length, frames):
+def to_plan(memory, positions, length, frames):
     own = slice(0, len(frames))
-    return Sight((View(own, (own,), (slice(0, SLOTS),), *positions, length),), memory, frames)
+    return AttentionPlan(
+        (QueryGroup(own, (own,), (slice(0, SLOTS),), *positions, length),), memory, frames
+    )
 
 
 @jax.jit
-def predicted(params, x, sigma, text, given):
-    return NETWORK.denoise(params, x, sigma, text, to_sight(*given))
+def predicted(params, x, sigma, cond, given):
+    return NETWORK.denoise(params, x, sigma, cond, to_plan(*given))
 
 
 @jax.jit
-def read(params, x0, text, given):
-    return NETWORK.keys_values(params, x0, text, to_sight(*given))
+def read(params, x0, cond, given):
+    return NETWORK.keys_values(params, x0, cond, to_plan(*given))
 
 
-def denoise(x, sigma, text, cache, policy, jump=0):
+def denoise(x, sigma, cond, cache, policy, jump=0):
     """What the network says of the next chunk."""
-    return predicted(PARAMS, x, sigma, text, seen(cache, x.shape[1], policy, jump))
+    return predicted(PARAMS, x, sigma, cond, seen(cache, x.shape[1], policy, jump))
 
 
-def committed(cache, x0, text, policy):
+def committed(cache, x0, cond, policy):
     return remember(
-        cache, read(PARAMS, x0, text, seen(cache, x0.shape[1], policy, 0)), x0, policy=policy
+        cache, read(PARAMS, x0, cond, seen(cache, x0.shape[1], policy, 0)), x0, policy=policy
     )
 
 
@@ -379,18 +378,18 @@ def fill(policy, x0, slots):
     """A cache made chunk by chunk."""
     cache, start = empty(slots), 0
     for size in policy.sizes(x0.shape[1]):
-        cache, start = committed(cache, x0[:, start : start + size], TEXT, policy), start + size
+        cache, start = committed(cache, x0[:, start : start + size], COND, policy), start + size
     return cache
 
 
 def test_commit_is_reading_and_appending():
     policy = CachePolicy(3, 3, 7, 1, "relative")
     cache, x0 = fill(policy, clip(6), 4), clip(3, seed=4)
-    whole = jax.jit(lambda params, cache: commit(NETWORK, params, cache, x0, TEXT, policy))(
+    whole = jax.jit(lambda params, cache: commit(NETWORK, params, cache, x0, COND, policy))(
         PARAMS, cache
     )
     jax.tree.map(
-        partial(np.testing.assert_allclose, atol=1e-5), whole, committed(cache, x0, TEXT, policy)
+        partial(np.testing.assert_allclose, atol=1e-5), whole, committed(cache, x0, COND, policy)
     )
 
 
@@ -410,11 +409,11 @@ def test_what_stands_in_empty_slots_never_matters():
             frames=put(cache.frames, 0, number),
         )
 
-    said, after = denoise(x, SIGMA, TEXT, cache, policy).x0, committed(cache, x, TEXT, policy)
+    said, after = denoise(x, SIGMA, COND, cache, policy).x0, committed(cache, x, COND, policy)
     for garbage, number in ((1e4, 5), (-3.0, 999)):
         other = spoilt(garbage, number)
-        np.testing.assert_array_equal(denoise(x, SIGMA, TEXT, other, policy).x0, said)
-        other = committed(other, x, TEXT, policy)
+        np.testing.assert_array_equal(denoise(x, SIGMA, COND, other, policy).x0, said)
+        other = committed(other, x, COND, policy)
         np.testing.assert_array_equal(other.k[:, :, :6], after.k[:, :, :6])
         np.testing.assert_array_equal(other.v[:, :, :6], after.v[:, :, :6])
 
@@ -427,9 +426,9 @@ def test_only_distances_in_time_matter(positions):
     policy, x = CachePolicy(3, 3, 7, 1, positions), clip(3, seed=4)
     cache = fill(policy, clip(9), 4)
     moved = replace(cache, frames=cache.frames + 100, end=cache.end + 100)
-    plain, other = (denoise(x, SIGMA, TEXT, z, policy).x0 for z in (cache, moved))
+    plain, other = (denoise(x, SIGMA, COND, z, policy).x0 for z in (cache, moved))
     np.testing.assert_allclose(other, plain, atol=1e-4 if positions == "absolute" else 0, rtol=0)
-    apart = denoise(x, SIGMA, TEXT, replace(cache, end=cache.end + 100), policy).x0
+    apart = denoise(x, SIGMA, COND, replace(cache, end=cache.end + 100), policy).x0
     assert (np.abs(apart - plain).max() > 1e-3) == (positions == "absolute")
 
 
@@ -437,42 +436,42 @@ def test_only_distances_in_time_matter(positions):
 def test_a_jump_moves_the_chunk_away_from_what_it_sees(positions):
     policy, x = CachePolicy(3, 3, 7, 1, positions), clip(3, seed=4)
     cache = fill(policy, clip(9), 4)
-    plain, cut = (denoise(x, SIGMA, TEXT, cache, policy, jump).x0 for jump in (0, 39))
+    plain, cut = (denoise(x, SIGMA, COND, cache, policy, jump).x0 for jump in (0, 39))
     assert np.abs(cut - plain).max() > 1e-3
     if positions == "absolute":
-        later = denoise(x, SIGMA, TEXT, replace(cache, end=cache.end + 39), policy).x0
+        later = denoise(x, SIGMA, COND, replace(cache, end=cache.end + 39), policy).x0
         np.testing.assert_array_equal(cut, later)
-    alone = [denoise(x, SIGMA, TEXT, empty(4), policy, jump).x0 for jump in (0, 39)]
+    alone = [denoise(x, SIGMA, COND, empty(4), policy, jump).x0 for jump in (0, 39)]
     np.testing.assert_allclose(*alone, atol=1e-4)  # nothing to be away from
 
 
 def test_a_cached_text_gives_what_the_text_gives():
     policy, x = CachePolicy(3, 3, 7, 1, "absolute"), clip(3, seed=4)
     cache = fill(policy, clip(3), 4)
-    told = jax.jit(NETWORK.read_text)(PARAMS, TEXT)
+    told = jax.jit(NETWORK.read)(PARAMS, COND)
     for ours, theirs in zip(
-        *(denoise(x, SIGMA, z, cache, policy) for z in (told, TEXT)), strict=True
+        *(denoise(x, SIGMA, z, cache, policy) for z in (told, COND)), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
-    ours, theirs = (committed(cache, x, z, policy) for z in (told, TEXT))
+    ours, theirs = (committed(cache, x, z, policy) for z in (told, COND))
     np.testing.assert_allclose(ours.k, theirs.k, atol=1e-5)
 
 
 def test_a_bfloat16_cache_gives_nearly_what_a_float32_one_gives():
     policy, x = CachePolicy(3, 3, 7, 1, "relative"), clip(3, seed=4)
-    network = wan_network(SMALL, Compute(jnp.bfloat16), 9, 3)
+    network = wan_denoiser(SMALL, Compute(jnp.bfloat16), 9, 3)
 
     @jax.jit
     def half(params):
         cache, x0 = empty(4, network), clip(9)
         for start in (0, 3, 6):
-            cache = commit(network, params, cache, x0[:, start : start + 3], TEXT, policy)
-        return cache, network.denoise(params, x, SIGMA, TEXT, look_back(cache, policy, 3))
+            cache = commit(network, params, cache, x0[:, start : start + 3], COND, policy)
+        return cache, network.denoise(params, x, SIGMA, COND, plan_next_chunk(cache, policy, 3))
 
     cache, prediction = half(PARAMS)
     assert cache.k.dtype == cache.v.dtype == jnp.bfloat16 and cache.x0.dtype == jnp.float32
     assert prediction.velocity.dtype == prediction.x0.dtype == jnp.float32
-    expected = denoise(x, SIGMA, TEXT, fill(policy, clip(9), 4), policy).velocity
+    expected = denoise(x, SIGMA, COND, fill(policy, clip(9), 4), policy).velocity
     assert 1e-5 < np.abs(prediction.velocity - expected).mean() / np.abs(expected).mean() < 0.03
 
 
@@ -624,17 +623,17 @@ def test_chunks_on_a_cache_equal_the_dense_mask(case, room):
     for i, size in enumerate(sizes):
         for seed, level in ((20, 1.0), (21, 0.625)):
             noisy, sigma = clip(size, seed=seed + 10 * i), jnp.array([level, 0.4 * level])
-            got = denoise(noisy, sigma, TEXT, cache, policy)
+            got = denoise(noisy, sigma, COND, cache, policy)
             levels = np.zeros((2, start + size))
             levels[:, start:] = sigma[:, None]
             sequence = to_torch(jnp.concatenate([x0[:, :start], noisy], 1))
             with torch.no_grad():
-                expected = masked_oracle(sequence, levels, TEXT, looks(policy, sizes[: i + 1]))[
-                    :, start:
-                ]
+                expected = masked_oracle(
+                    sequence, levels, COND.text, looks(policy, sizes[: i + 1])
+                )[:, start:]
             np.testing.assert_allclose(got.velocity, expected, atol=2e-5)
         assert np.std(got.velocity) > 0.05
-        cache = committed(cache, x0[:, start : start + size], TEXT, policy)
+        cache = committed(cache, x0[:, start : start + size], COND, policy)
         start += size
 
 
@@ -666,7 +665,7 @@ def test_replay_has_the_gradients_of_the_dense_mask(case):
     def slopes(params, noisy, cache):
         def loss(params, noisy):
             made = Trajectory(noisy, jnp.asarray(levels), x0, cache)
-            velocity = replay(NETWORK, params, made, TEXT, policy).velocity
+            velocity = replay(NETWORK, params, made, COND, policy).velocity
             return (weights * velocity).sum(), velocity
 
         return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, noisy)
@@ -691,7 +690,7 @@ def backward(policy, x0, noisy, levels, weights, constant):
     out = masked_oracle(
         torch.cat([to_torch(x0), noisy], 1),
         both,
-        TEXT,
+        COND.text,
         looks(policy, policy.sizes(frames), halves=True),
         constant,
     )[:, frames:]
@@ -711,8 +710,8 @@ def test_teacher_forcing_equals_the_dense_mask(case):
     @jax.jit
     def slopes(params):
         def loss(params):
-            sight = teacher_forcing(NETWORK, params, x0, TEXT, policy)
-            velocity = NETWORK.denoise(params, noisy, jnp.asarray(levels), TEXT, sight).velocity
+            plan = plan_teacher_forcing(NETWORK, params, x0, COND, policy)
+            velocity = NETWORK.denoise(params, noisy, jnp.asarray(levels), COND, plan).velocity
             return (weights * velocity).sum(), velocity
 
         return jax.grad(loss, has_aux=True)(params)
@@ -738,15 +737,15 @@ def test_diffusion_forcing_equals_skyreels(chunk):
     model.load_state_dict(to_diffusers(PARAMS, SMALL), strict=True)
     policy, x = CachePolicy(chunk, chunk, 0, 0, "absolute"), clip(6)
     levels = np.linspace(1.0, 0.2, 12).reshape(2, 6).astype(np.float32)
-    sight = diffusion_forcing(6, policy)
+    plan = plan_diffusion_forcing(6, policy)
     got = jax.jit(
-        lambda params: NETWORK.denoise(params, x, jnp.asarray(levels), TEXT, sight).velocity
+        lambda params: NETWORK.denoise(params, x, jnp.asarray(levels), COND, plan).velocity
     )(PARAMS)
     with torch.no_grad():
         expected = model(
             to_torch(x).permute(0, 4, 1, 2, 3),
             torch.tensor(1000 * levels),
-            to_torch(TEXT),
+            to_torch(COND.text),
             enable_diffusion_forcing=True,
         ).sample.permute(0, 2, 3, 4, 1)
     np.testing.assert_allclose(got, expected, atol=2e-5)
@@ -762,10 +761,12 @@ def test_diffusion_forcing_equals_the_dense_mask(case):
         clip(frames),
         np.linspace(1.0, 0.2, 2 * frames).reshape(2, frames).astype(np.float32),
     )
-    sight = diffusion_forcing(frames, policy)
+    plan = plan_diffusion_forcing(frames, policy)
     got = jax.jit(
-        lambda params: NETWORK.denoise(params, x, jnp.asarray(levels), TEXT, sight).velocity
+        lambda params: NETWORK.denoise(params, x, jnp.asarray(levels), COND, plan).velocity
     )(PARAMS)
     with torch.no_grad():
-        expected = masked_oracle(to_torch(x), levels, TEXT, looks(policy, policy.sizes(frames)))
+        expected = masked_oracle(
+            to_torch(x), levels, COND.text, looks(policy, policy.sizes(frames))
+        )
     np.testing.assert_allclose(got, expected, atol=2e-5)

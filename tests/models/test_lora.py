@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from salt_jax.models.lora import init_lora, merge
 from salt_jax.models.presets import PRESETS, WanConfig
 from salt_jax.models.wan import init_wan
-from tests.models.test_wan import randomised
+from tests.helpers import randomised
 
 SMALL = WanConfig(48, 2, 2, 64, 3, 3, (1, 2, 2), 8, 4, 32, 0, 1e-6)
 BASE = randomised(jax.eval_shape(lambda: init_wan(jax.random.key(0), SMALL)), 1)

@@ -9,12 +9,12 @@ import pytest
 from salt_jax.flow.prediction import add_noise, from_x0
 from salt_jax.losses.flow_matching import flow_matching_loss
 from salt_jax.moving_shapes.exact import (
-    closed_form_denoiser,
+    ClosedForm,
     closed_form_params,
     expected_error,
     log_posterior,
 )
-from salt_jax.types import Prediction
+from salt_jax.types import Conditioning, Prediction
 
 SHAPE = (2, 3, 3, 2)
 RNG = np.random.default_rng(0)
@@ -24,6 +24,8 @@ NULL = np.zeros((2, 5), np.float32)
 PARAMS = closed_form_params(CLIPS, CAPTIONS)
 CHOICES = [0, 2, None, 1]  # captions of a batch; None is the null text
 TEXT = jnp.asarray(np.stack([NULL if c is None else CAPTIONS[c] for c in CHOICES]))
+COND = Conditioning(TEXT)
+BEST = ClosedForm()
 
 
 def noised(sigma, seed=1):
@@ -54,7 +56,7 @@ def test_posterior_and_mean_are_bayes(sigma):
     expected = np.stack([slow_posterior(x[b], sigma, choice) for b, choice in enumerate(CHOICES)])
     np.testing.assert_allclose(got, expected, atol=1e-4)
     mean = np.tensordot(expected, CLIPS.reshape(12, *SHAPE), 1)
-    prediction = closed_form_denoiser(PARAMS, x, level, TEXT)
+    prediction = BEST.denoise(PARAMS, x, level, COND)
     np.testing.assert_allclose(prediction.x0, mean, atol=2e-4)
     np.testing.assert_allclose(prediction.velocity, (x - mean) / sigma, atol=3e-4 / sigma)
 
@@ -78,18 +80,15 @@ def test_clips_of_other_captions_are_impossible_and_the_null_text_allows_all(sig
 def test_each_example_has_its_own_level():
     _, low, sigma_low = noised(0.3)
     _, high, sigma_high = noised(0.9)
-    mixed = closed_form_denoiser(
+    mixed = BEST.denoise(
         PARAMS,
         jnp.concatenate([low[:1], high[1:]]),
         jnp.concatenate([sigma_low[:1], sigma_high[1:]]),
-        TEXT,
+        COND,
     )
-    np.testing.assert_allclose(
-        mixed.x0[:1], closed_form_denoiser(PARAMS, low, sigma_low, TEXT).x0[:1], atol=1e-6
-    )
-    np.testing.assert_allclose(
-        mixed.x0[1:], closed_form_denoiser(PARAMS, high, sigma_high, TEXT).x0[1:], atol=1e-6
-    )
+    alone = [BEST.denoise(PARAMS, *z, COND).x0 for z in ((low, sigma_low), (high, sigma_high))]
+    np.testing.assert_allclose(mixed.x0[:1], alone[0][:1], atol=1e-6)
+    np.testing.assert_allclose(mixed.x0[1:], alone[1][1:], atol=1e-6)
 
 
 @pytest.mark.parametrize("sigma", [1.0, 0.8, 0.4, 0.001])
@@ -97,7 +96,7 @@ def test_the_estimate_is_a_weighted_average_of_clips(sigma):
     _, x, level = noised(sigma)
     weights = np.exp(log_posterior(PARAMS, x, level, TEXT))
     np.testing.assert_allclose(weights.sum(1), np.ones(4), rtol=1e-5)
-    x0 = np.asarray(closed_form_denoiser(PARAMS, x, level, TEXT).x0)
+    x0 = np.asarray(BEST.denoise(PARAMS, x, level, COND).x0)
     for b, choice in enumerate(CHOICES):
         clips = CLIPS.reshape(12, *SHAPE) if choice is None else CLIPS[choice]
         assert np.all(x0[b] <= clips.max(0) + 1e-5) and np.all(x0[b] >= clips.min(0) - 1e-5)
@@ -106,7 +105,7 @@ def test_the_estimate_is_a_weighted_average_of_clips(sigma):
 def test_pure_noise_says_nothing():
     """At sigma = 1 the estimate is the mean of the caption's clips, whatever x."""
     _, x, level = noised(1.0)
-    prediction = closed_form_denoiser(PARAMS, 10 * x, level, TEXT)
+    prediction = BEST.denoise(PARAMS, 10 * x, level, COND)
     expected = [CLIPS.mean((0, 1)) if c is None else CLIPS[c].mean(0) for c in CHOICES]
     np.testing.assert_allclose(prediction.x0, np.stack(expected), atol=1e-6)
 
@@ -114,7 +113,7 @@ def test_pure_noise_says_nothing():
 @pytest.mark.parametrize("sigma", [0.05, 0.001])
 def test_hardly_any_noise_gives_the_nearest_clip(sigma):
     x0, x, level = noised(sigma)
-    prediction = closed_form_denoiser(PARAMS, x, level, TEXT)
+    prediction = BEST.denoise(PARAMS, x, level, COND)
     np.testing.assert_allclose(prediction.x0, x0, atol=1e-5)
     assert np.isfinite(prediction.velocity).all()
 
@@ -123,29 +122,29 @@ def test_hardly_any_noise_gives_the_nearest_clip(sigma):
 def test_finite_far_from_all_clips(sigma):
     """Where a student may well bring it: no clip is near, and the likelihoods underflow."""
     x = jnp.full((4, *SHAPE), 50.0)
-    prediction = closed_form_denoiser(PARAMS, x, jnp.full(4, sigma), TEXT)
+    prediction = BEST.denoise(PARAMS, x, jnp.full(4, sigma), COND)
     assert np.isfinite(prediction.x0).all() and np.isfinite(prediction.velocity).all()
 
 
 def test_expected_error_is_the_distance_to_the_optimum():
     _, x, sigma = noised(0.6)
-    best = closed_form_denoiser(PARAMS, x, sigma, TEXT)
-    assert not np.any(expected_error(PARAMS, best, x, sigma, TEXT))
+    best = BEST.denoise(PARAMS, x, sigma, COND)
+    assert not np.any(expected_error(PARAMS, best, x, sigma, COND))
     off = jnp.arange(1.0, 5.0).reshape(4, 1, 1, 1, 1)
     worse = Prediction(best.velocity + off, best.x0)
     np.testing.assert_allclose(
-        expected_error(PARAMS, worse, x, sigma, TEXT), [1, 4, 9, 16], rtol=1e-4
+        expected_error(PARAMS, worse, x, sigma, COND), [1, 4, 9, 16], rtol=1e-4
     )
 
 
 WORSE = {
-    "too bold": lambda best, x, s, text: best.velocity * 1.2,
-    "shifted": lambda best, x, s, text: best.velocity + 0.2,
-    "wrong level": lambda best, x, s, text: (
-        from_x0(x, closed_form_denoiser(PARAMS, x, 0.7 * s, text).x0, s).velocity
+    "too bold": lambda best, x, s, cond: best.velocity * 1.2,
+    "shifted": lambda best, x, s, cond: best.velocity + 0.2,
+    "wrong level": lambda best, x, s, cond: (
+        from_x0(x, BEST.denoise(PARAMS, x, 0.7 * s, cond).x0, s).velocity
     ),
-    "deaf": lambda best, x, s, text: (
-        closed_form_denoiser(PARAMS, x, s, jnp.zeros_like(text)).velocity
+    "deaf": lambda best, x, s, cond: (
+        BEST.denoise(PARAMS, x, s, Conditioning(jnp.zeros_like(cond.text))).velocity
     ),
 }
 
@@ -160,13 +159,13 @@ def test_nothing_has_a_lower_flow_matching_loss(worse):
     x0 = jnp.asarray(CLIPS[caption, mode])
     noise = jnp.asarray(rng.normal(size=x0.shape), jnp.float32)
     sigma = jnp.asarray(rng.uniform(0.4, 1, count), jnp.float32)
-    x, text = add_noise(x0, noise, sigma), jnp.asarray(CAPTIONS[caption])
-    best = closed_form_denoiser(PARAMS, x, sigma, text)
-    velocity = worse(best, x, sigma, text)
+    x, cond = add_noise(x0, noise, sigma), Conditioning(jnp.asarray(CAPTIONS[caption]))
+    best = BEST.denoise(PARAMS, x, sigma, cond)
+    velocity = worse(best, x, sigma, cond)
     excess = np.asarray(
         flow_matching_loss(velocity, x0, noise) - flow_matching_loss(best.velocity, x0, noise)
     )
-    error = expected_error(PARAMS, Prediction(velocity, best.x0), x, sigma, text)
+    error = expected_error(PARAMS, Prediction(velocity, best.x0), x, sigma, cond)
     uncertainty = excess.std() / np.sqrt(count)
     assert excess.mean() > 4 * uncertainty
     assert abs(excess.mean() - error.mean()) < 4 * uncertainty

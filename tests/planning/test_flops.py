@@ -15,30 +15,29 @@ from configs import longlive, sc_dmd, self_forcing
 from salt_jax.config.reading import read_recipe
 from salt_jax.models import vae
 from salt_jax.models.attention import choose_kernel, is_flash
-from salt_jax.models.kv_cache import CachePolicy
+from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.presets import PRESETS, Compute, Remat
-from salt_jax.models.wan import apply_wan, init_wan
+from salt_jax.models.visibility import chunk_pairs
+from salt_jax.models.wan import Inputs, apply_wan, init_wan
+from salt_jax.planning.bench import random_batch
 from salt_jax.planning.flops import (
-    chunk_pairs,
-    critic_flops,
     forward_flops,
     gradient_flops,
     image_tokens,
-    mean_mix,
-    mix_of,
     params_count,
     remade,
-    student_flops,
     sweep,
     traced_flops,
+    update_flops,
 )
 from salt_jax.planning.memory import fresh_state
-from salt_jax.rollout.draws import Choice
-from salt_jax.train.loop import decide
-from salt_jax.train.setup import make_network, make_networks
-from salt_jax.train.stages import stage_step
-from salt_jax.train.step import Networks, critic_step, student_step
-from salt_jax.types import ImageText
+from salt_jax.planning.updates import programs
+from salt_jax.rollout.draws import Terms, draw_rollout
+from salt_jax.stages import make_stage
+from salt_jax.stages.distil_passes import mean_mix, mix_of
+from salt_jax.stages.stage import Update
+from salt_jax.train.step import Call, train_step
+from salt_jax.types import Conditioning
 
 S = jax.ShapeDtypeStruct
 SMALL, LARGE, IMAGE = (PRESETS[f"wan2.1-{name}"] for name in ("t2v-1.3b", "t2v-14b", "i2v-14b"))
@@ -54,6 +53,11 @@ def recipe(config, variant, **changes):
         {"batch_size": 1} | {k.replace("__", "."): v for k, v in changes.items()}
     )
     return read_recipe(made)
+
+
+def mean_flops(r, learner, flash=True):
+    """Of an update in the mean of a run."""
+    return update_flops(r, make_stage(r).mean_passes(learner), flash)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -105,16 +109,19 @@ def test_windows_and_videos_under_way_bound_what_chunks_see():
 
 
 def network_shapes(c, frames, height, width):
-    text = S((1, c.text_length, c.text_dim), jnp.float32)
-    told = text
+    cond = Conditioning(S((1, c.text_length, c.text_dim), jnp.float32))
     if c.image_dim:
         image = S((1, image_tokens(c), c.image_dim), jnp.float32)
-        told = ImageText(
-            text, image, S((1, frames, height, width, c.condition_channels), jnp.float32)
-        )
+        channels = S((1, frames, height, width, c.condition_channels), jnp.float32)
+        cond = cond._replace(image=image, channels=channels)
     params = jax.eval_shape(lambda: init_wan(jax.random.key(0), c))
     x = S((1, frames, height, width, c.in_channels), jnp.float32)
-    return params, x, S((1,), jnp.float32), told
+    return params, x, S((1,), jnp.float32), cond
+
+
+def velocity(c, compute):
+    """The network as a function of its arrays."""
+    return lambda p, x, t, cond: apply_wan(p, Inputs(x, t, cond), c, compute)
 
 
 @pytest.mark.slow
@@ -123,8 +130,7 @@ def network_shapes(c, frames, height, width):
 )
 def test_a_forward_costs_what_its_trace_multiplies(c):
     """All that the closed form leaves out is the time MLP."""
-    size = (21, 60, 104)
-    run = lambda p, x, t, told: apply_wan(p, x, t, told, c, Compute(jnp.bfloat16, kernel="plain"))
+    size, run = (21, 60, 104), velocity(c, Compute(jnp.bfloat16, kernel="plain"))
     time = 2 * (c.freq_dim * c.dim + 7 * c.dim**2)
     found = traced_flops(run, *network_shapes(c, *size)) - time
     assert found == pytest.approx(sweep(c, size[1:], [(21, 21)]).total, rel=1e-9)
@@ -140,8 +146,7 @@ def test_xla_counts_the_same_products_in_one_block():
     c = dataclasses.replace(
         SMALL, dim=256, num_heads=4, ffn_dim=1024, num_layers=1, text_length=32, text_dim=64
     )
-    run = lambda p, x, t, told: apply_wan(p, x, t, told, c, Compute())
-    compiled = jax.jit(run).lower(*network_shapes(c, 4, 16, 16)).compile()
+    compiled = jax.jit(velocity(c, Compute())).lower(*network_shapes(c, 4, 16, 16)).compile()
     work = sweep(c, (16, 16), [(4, 4)])
     assert 1 < compiled.cost_analysis()["flops"] / work.total < 1.1
 
@@ -150,9 +155,8 @@ def test_xla_counts_the_same_products_in_one_block():
 @pytest.mark.parametrize("kernel", ["plain", "blocks"])
 @pytest.mark.parametrize("remat", get_args(Remat))
 def test_a_gradient_costs_what_its_trace_multiplies(remat, kernel):
-    run = lambda p, *args: apply_wan(
-        p, *args, SMALL, Compute(jnp.bfloat16, remat, kernel=kernel)
-    ).sum()
+    network = velocity(SMALL, Compute(jnp.bfloat16, remat, kernel=kernel))
+    run = lambda *args: network(*args).sum()
     work = sweep(SMALL, (60, 104), [(21, 21)])
     found = traced_flops(jax.grad(run), *network_shapes(SMALL, 21, 60, 104))
     again = remade(remat, work, kernel != "plain")
@@ -196,7 +200,7 @@ def tera(parts):
 
 def test_self_forcing_costs_what_was_derived_by_hand():
     r = recipe(self_forcing, "wan")
-    student, critic = (tera(f(r, mean_mix(r), True)) for f in (student_flops, critic_flops))
+    student, critic = (tera(mean_flops(r, who)) for who in ("student", "critic"))
     near = lambda value: pytest.approx(value, rel=5e-3)
     assert student["student: rollout"] == critic["student: rollout"] == near(693)
     assert student["student: replay, backward"] + student["student: recompute"] == near(651)
@@ -212,7 +216,7 @@ def test_self_forcing_costs_what_was_derived_by_hand():
 def test_salt_costs_what_was_derived_by_hand():
     plain, r = (recipe(self_forcing, v, align__probability=1.0) for v in ("wan", "wan,salt"))
     mix = mean_mix(r)
-    parts, less = (tera(student_flops(x, mean_mix(x), True)) for x in (r, plain))
+    parts, less = (tera(mean_flops(x, "student")) for x in (r, plain))
     assert parts["student: rollout"] - less["student: rollout"] == pytest.approx(119, rel=0.01)
     assert parts["student: reference rollout"] == pytest.approx(911, rel=0.01)
     # K = 8 in 2 of 5 updates, and 7 of its 8 levels begin a triple.
@@ -232,11 +236,11 @@ def test_salt_costs_what_was_derived_by_hand():
 def test_without_rollouts_an_update_costs_what_was_derived_by_hand():
     """Student 1,230 and scores 849: three evaluations of 1.3B without guidance of the critic."""
     r = recipe(sc_dmd, "wan,dmd8")
-    parts = tera(student_flops(r, mean_mix(r), True))
+    parts = tera(mean_flops(r, "student"))
     scores = {name: parts.pop(name) for name in ("critic: score", "teacher: score")}
     assert sum(parts.values()) == pytest.approx(1230, rel=5e-3)
     assert sum(scores.values()) == pytest.approx(849, rel=5e-3)
-    assert sum(critic_flops(r, mean_mix(r), True).values()) / 1e12 == pytest.approx(1513, rel=5e-3)
+    assert sum(mean_flops(r, "critic").values()) / 1e12 == pytest.approx(1513, rel=5e-3)
 
 
 @pytest.mark.slow
@@ -245,8 +249,13 @@ def test_without_rollouts_an_update_costs_what_was_derived_by_hand():
     [(self_forcing, "wan,salt"), (longlive, "wan,salt"), (sc_dmd, "wan")],
 )
 def test_the_mean_is_that_of_many_draws(config, variant):
+    """Every call counts as the student's: all of them draw alike."""
     r = recipe(config, variant)
-    drawn = [mix_of(r, *decide(r, r.iterations, call)) for call in range(4000)]
+    if r.video == "rollout":
+        calls = (draw_rollout(r, r.iterations, call) for call in range(4000))
+        drawn = [mix_of(r, Update("student", terms), draw) for terms, draw in calls]
+    else:
+        drawn = [mix_of(r, *make_stage(r).updates(r.iterations)[0])]
     found = np.mean(drawn, axis=0)
     np.testing.assert_allclose(found, np.array(mean_mix(r)), rtol=0.08, atol=1e-6)
 
@@ -268,22 +277,13 @@ def short(config, variant="plain", **changes):
     return recipe(config, variant, **(sizes | changes))
 
 
-def trace(r, step, choice, draw, loops):
-    state, frozen = jax.eval_shape(lambda: fresh_state(r))
-    null = jnp.zeros((1, r.wan.text_length, r.wan.text_dim))
-    network = make_network(r, None)
-    nets = (
-        make_networks(r, null, None)
-        if r.stage == "distil"
-        else Networks(network, network.denoise, network.denoise)
-    )
-    clip = lambda *front: S((r.batch_size, *front, *r.clip_shape), jnp.float32)
-    batch = {"video": clip(), "text": S((r.batch_size, *null.shape[1:]), jnp.float32)}
-    batch["states"] = clip(r.schedule.train_levels + 1)
-    static = {"choice": choice} if r.stage == "distil" else {}
-    run = lambda s, f, b, k, d: step(s, f, b, k, d, nets, r, **static)
+def trace(stage, update, draw, loops):
+    state, frozen = jax.eval_shape(lambda: fresh_state(stage))
+    batch = jax.eval_shape(lambda: random_batch(stage))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return traced_flops(run, state, frozen, batch, key, draw, loops=loops)
+    run = lambda *args: train_step(stage, update, *args)
+    call = Call(key, S((), jnp.int32), draw)
+    return traced_flops(run, state, frozen, batch, call, loops=loops)
 
 
 def dense(r, evaluations):
@@ -305,39 +305,43 @@ def dense(r, evaluations):
 )
 def test_updates_with_rollouts_cost_what_their_traces_multiply(who, kind):
     r = short(self_forcing, "wan,salt")
-    step, count = {"student": (student_step, student_flops), "critic": (critic_step, critic_flops)}[
-        who
-    ]
-    kinds = {"plain": Choice(), "self_consistency": Choice(True), "alignment": Choice(False, True)}
-    choice = kinds[kind]
-    draws = (decide(r, r.iterations, call) for call in range(300))
-    draw = next(d for c, d in draws if c == choice)
-    mix = mix_of(r, choice, draw)
-    parts = count(r, mix, FLASH)
+    stage = make_stage(r)
+    kinds = {"plain": Terms(), "self_consistency": Terms(True), "alignment": Terms(False, True)}
+    update = Update(who, kinds[kind])
+    draw = programs(stage)[update]
+    evaluations = int(draw.exit_step) + 2
+    parts = update_flops(r, stage.passes(update, draw), FLASH)
     rollouts = sum(f for name, f in parts.items() if name.endswith("rollout"))
     # One number stands for all loops of a trace: here both rollouts go round as often as the first
     # one.
-    expected = sum(parts.values()) - rollouts + (1 + choice.alignment) * dense(r, mix.rest)
+    times = 1 + update.terms.alignment
+    expected = sum(parts.values()) - rollouts + times * dense(r, evaluations)
     # Of features, whose weights get no gradient, a block's last product need not be made again.
-    near = 1e-2 if choice.alignment else NEAR
+    near = 1e-2 if update.terms.alignment else NEAR
     # The rest: the time MLP, heads of features, and that text has neither a gradient nor its MLP
     # made again.
-    assert trace(r, step, choice, draw, int(mix.rest) - 1) == pytest.approx(expected, rel=near)
+    assert trace(stage, update, draw, evaluations - 1) == pytest.approx(expected, rel=near)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["teacher_forcing", "ode_regression", "consistency"])
-def test_stages_cost_what_their_traces_multiply(stage):
-    r = short(self_forcing, "wan", stage=stage)
-    expected = sum(student_flops(r, mean_mix(r), FLASH).values())
-    assert critic_flops(r, mean_mix(r), FLASH) == {}
-    assert trace(r, stage_step, None, None, 1) == pytest.approx(expected, rel=NEAR)
+@pytest.mark.parametrize("name", ["teacher_forcing", "ode_regression", "consistency"])
+def test_stages_cost_what_their_traces_multiply(name):
+    r = short(self_forcing, "wan", stage=name)
+    stage, update = make_stage(r), Update("student")
+    assert stage.learners == ("student",) and programs(stage) == {update: None}
+    expected = sum(update_flops(r, stage.passes(update, None), FLASH).values())
+    assert expected == sum(mean_flops(r, "student", FLASH).values())
+    assert trace(stage, update, None, 1) == pytest.approx(expected, rel=NEAR)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["wan", "wan,dmd8"])
 def test_updates_on_noised_clips_cost_what_their_traces_multiply(variant):
-    r, choice = short(sc_dmd, variant), Choice(variant == "wan")
-    for step, count in ((student_step, student_flops), (critic_step, critic_flops)):
-        expected = sum(count(r, mean_mix(r), FLASH).values())
-        assert trace(r, step, choice, None, 1) == pytest.approx(expected, rel=NEAR)
+    r = short(sc_dmd, variant)
+    stage = make_stage(r)
+    updates = programs(stage)
+    assert set(updates) == {Update("student", Terms(variant == "wan")), Update("critic")}
+    for update, draw in updates.items():
+        expected = sum(update_flops(r, stage.passes(update, draw), FLASH).values())
+        assert expected == sum(mean_flops(r, update.moves, FLASH).values())
+        assert trace(stage, update, draw, 1) == pytest.approx(expected, rel=NEAR)

@@ -10,27 +10,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base, causal_forcing, longlive, sc_dmd, self_forcing
+from configs import base, causal_forcing, longlive, ode_regression, sc_dmd, self_forcing, teacher
 from salt_jax import sharding
 from salt_jax.config.reading import read_recipe
 from salt_jax.errors import UserError
-from salt_jax.models.denoiser import wan_network
+from salt_jax.models.denoiser import wan_denoiser
 from salt_jax.models.presets import PRESETS, Compute, Remat, WanConfig
-from salt_jax.models.wan import apply_wan, init_wan
+from salt_jax.models.wan import Inputs, apply_wan, init_wan
+from salt_jax.planning.bench import forms, random_batch
 from salt_jax.planning.memory import (
     block_bytes,
     cache_bytes,
     fresh_state,
-    kept,
     kept_bytes,
     needed,
-    passing,
+    persistent,
+    transient,
     tree_bytes,
 )
-from salt_jax.rollout.draws import Choice
-from salt_jax.train.loop import decide
-from salt_jax.train.setup import make_networks, setup
-from salt_jax.train.step import compile_step, critic_step, student_step
+from salt_jax.stages import make_stage
+from salt_jax.stages.stage import Update
+from salt_jax.train.setup import setup
+from salt_jax.train.step import Call, compile_step
+from salt_jax.types import Conditioning
+from tests.helpers import form
 from tests.placing import place
 
 S = jax.ShapeDtypeStruct
@@ -44,7 +47,7 @@ def recipe(config, *variant, **changes):
 
 
 def rows(r, mesh, kernel="cudnn"):
-    return {row.name: row for row in needed(r, mesh, kernel)}
+    return {row.name: row for row in needed(make_stage(r), mesh, kernel)}
 
 
 STARTS = {
@@ -64,10 +67,9 @@ STARTS = {
 def test_what_is_counted_is_what_a_run_starts_from(start):
     c = base.get_config()
     c.update_from_flattened_dict(STARTS[start])
-    r = read_recipe(c)
-    parts = setup(r, sharding.make_mesh(ONE, jax.devices()[:1]))
-    form = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-    state, frozen = jax.eval_shape(lambda: fresh_state(r))
+    stage = make_stage(read_recipe(c), sharding.make_mesh(ONE, jax.devices()[:1]))
+    parts = setup(stage)
+    state, frozen = jax.eval_shape(lambda: fresh_state(stage))
     assert form(state) == form(parts.fresh()) == form(parts.state)
     assert form(frozen) == form(parts.frozen)
 
@@ -75,7 +77,7 @@ def test_what_is_counted_is_what_a_run_starts_from(start):
 @pytest.mark.parametrize("sizes", [(2, 4, 1, 1), (1, 2, 2, 2)])
 def test_a_device_holds_what_it_is_given(sizes):
     r = recipe(self_forcing, weights="", batch_size=8)
-    state, _ = jax.eval_shape(lambda: fresh_state(r))
+    state, _ = jax.eval_shape(lambda: fresh_state(make_stage(r)))
     mesh = sharding.make_mesh(
         dict(zip(sharding.AXES, sizes, strict=True)), jax.devices()[: math.prod(sizes)]
     )
@@ -95,8 +97,8 @@ def test_the_cache_of_a_clip_is_what_was_derived_and_what_is_made():
         c = PRESETS[name]
         counted = cache_bytes(c, 21, (60, 104), 2)
         assert counted / 1e9 == pytest.approx(gigabytes, rel=2e-3)
-        network = wan_network(c, Compute(jnp.bfloat16), 21, 3)
-        cache = jax.eval_shape(lambda n=network: n.empty_cache(jnp.zeros((1, 0, 60, 104, 16)), 21))
+        network = wan_denoiser(c, Compute(jnp.bfloat16), 21, 3)
+        cache = jax.eval_shape(lambda n=network: n.empty_cache(1, 21, (60, 104, 16)))
         assert counted == 2 * cache.k.size * 2
 
 
@@ -150,6 +152,23 @@ def test_what_a_recipe_has_shows():
     assert 0 < one["blocks"] - one["cudnn"] <= 3 * 2**26 * 4  # a block of them, three times
 
 
+@pytest.mark.parametrize(
+    ("config", "variant"),
+    [
+        (self_forcing, ["wan"]),
+        (sc_dmd, ["wan"]),
+        (sc_dmd, ["wan,i2v"]),
+        (ode_regression, ["wan"]),
+        (teacher, []),
+    ],
+)
+def test_of_a_batch_what_the_stage_reads_is_counted(config, variant):
+    r = recipe(config, *variant)
+    batch = jax.eval_shape(lambda: random_batch(make_stage(r)))
+    there = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(batch))
+    assert rows(r, ONE)["batch"].whole == there > 0
+
+
 def test_a_batch_that_does_not_spread_is_refused():
     with pytest.raises(UserError, match=r"config\.batch_size=64 .* 3"):
         rows(recipe(self_forcing, "wan"), ONE | {"data": 3})
@@ -189,11 +208,12 @@ def test_what_a_policy_keeps_is_what_jax_keeps(remat, kernel):
     c = WanConfig(256, 4, 6, 1024, 16, 16, (1, 2, 2), 32, 4, 64, 0, 1e-6)
     compute = Compute(jnp.bfloat16, remat, kernel=kernel)
     params = jax.eval_shape(lambda: init_wan(jax.random.key(0), c))
-    told = S((1, 2, 64, 64, 16), jnp.float32), S((1,), jnp.float32), S((1, 4, 32), jnp.float32)
-    back = lambda p, *args: jax.vjp(lambda p: apply_wan(p, *args, c, compute), p)[1]
+    text = Conditioning(S((1, 4, 32), jnp.float32))
+    seen = Inputs(S((1, 2, 64, 64, 16), jnp.float32), S((1,), jnp.float32), text)
+    back = lambda p, seen: jax.vjp(lambda p: apply_wan(p, seen, c, compute), p)[1]
     weights = {x.shape for x in jax.tree.leaves(params)}
     left = [
-        x for x in jax.tree.leaves(jax.eval_shape(back, params, *told)) if x.shape not in weights
+        x for x in jax.tree.leaves(jax.eval_shape(back, params, seen)) if x.shape not in weights
     ]
     found = sum(
         x.size * x.dtype.itemsize for x in left if x.shape[:1] == (6,) and x.size >= 6 * 2048 * 4
@@ -211,63 +231,58 @@ def small_run(mesh_sizes, **changes):
     """A run of 4 layers on 36 tokens each of 24 clips, and what its steps are lowered with."""
     r = recipe(self_forcing, weights="", teacher__kind="network", **changes)
     mesh = sharding.make_mesh(mesh_sizes, jax.devices()[: math.prod(mesh_sizes.values())])
-    state, frozen = jax.eval_shape(lambda: fresh_state(r))
-    trees = (sharding.state_shardings(mesh, tree) for tree in (state, frozen))
-    shardings = (*trees, sharding.batch_sharding(mesh), sharding.replicated(mesh))
-    null = jnp.zeros((1, r.wan.text_length, r.wan.text_dim))
-    clip = S((r.batch_size, *r.clip_shape), jnp.float32)
-    batch = {"video": clip, "text": S((r.batch_size, *null.shape[1:]), jnp.float32)}
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    args = (state, frozen, batch, key, S((), jnp.int32), decide(r, 0, 0)[1])
-    return r, make_networks(r, null, mesh), shardings, args
+    stage = make_stage(r, mesh)
+    (state, frozen), shardings = forms(stage)
+    batch = jax.eval_shape(lambda: random_batch(stage))
+    key, draw = jax.eval_shape(lambda: jax.random.key(0)), stage.updates(0)[0][1]
+    return stage, shardings, (state, frozen, batch, Call(key, S((), jnp.int32), draw))
 
 
 @pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.parametrize(
-    ("step", "sizes", "count"),
+    ("learner", "sizes", "count"),
     [
-        (student_step, ONE, 1),
-        (critic_step, ONE, 1),
-        (student_step, ONE | {"fsdp": 8}, 1),
-        (student_step, ONE, 4),
+        ("student", ONE, 1),
+        ("critic", ONE, 1),
+        ("student", ONE | {"fsdp": 8}, 1),
+        ("student", ONE, 4),
     ],
     ids=["student", "critic", "student-on-eight", "student-in-portions"],
 )
-def test_a_compiled_update_takes_the_bytes_that_were_counted(step, sizes, count):
+def test_a_compiled_update_takes_the_bytes_that_were_counted(learner, sizes, count):
     """Arguments exactly, but for the text and a few scalars; temporaries within a factor of two.
 
     On a mesh too: a device works on its share of the batch alone.
 
     `pytest tests/planning/test_memory.py -m slow -s` prints both.
     """
-    r, nets, shardings, args = small_run(sizes, accumulate=count)
-    compiled = compile_step(step, nets, r, shardings, choice=Choice()).lower(*args).compile()
-    memory, there = compiled.memory_analysis(), kept(r, sizes)
-    # The video of the batch is not looked at; nor is the teacher by the critic's update, and its
-    # jit drops it.
-    used = sum(row.device for row in there if step is student_step or row.name != "teacher")
-    text = math.prod(args[2]["text"].shape) * 4 // sizes["fsdp"]
+    stage, shardings, args = small_run(sizes, accumulate=count)
+    compiled = compile_step(stage, Update(learner), shardings).lower(*args).compile()
+    memory, there = compiled.memory_analysis(), persistent(stage, sizes)
+    # The teacher and its null text are not looked at by the critic's update, and its jit drops
+    # them.
+    idle = () if learner == "student" else ("teacher", "null text")
+    used = sum(row.device for row in there if row.name not in idle)
+    text = math.prod(args[2].cond.text.shape) * 4 // sizes["fsdp"]
     assert 0 <= memory.argument_size_in_bytes - used - text < 256
-    passing_bytes = {row.name: row.device for row in passing(r, sizes, "blocks", there)}
-    print(
-        f"\n{step.__name__}: temporaries {memory.temp_size_in_bytes / 1e6:.1f} MB, counted "
-        f"{passing_bytes}"
-    )
-    if step is student_step:
-        assert 0.5 < memory.temp_size_in_bytes / sum(passing_bytes.values()) < 2
+    goes = {row.name: row.device for row in transient(stage, sizes, "blocks", there)}
+    assert goes["batch"] == text
+    print(f"\n{learner}: temporaries {memory.temp_size_in_bytes / 1e6:.1f} MB, counted {goes}")
+    if learner == "student":
+        assert 0.5 < memory.temp_size_in_bytes / sum(goes.values()) < 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
 def test_a_device_of_a_mesh_takes_the_bytes_that_were_counted(sizes):
     """By XLA's account of a program that reads the whole state."""
-    r, _, shardings, (state, frozen, *_) = small_run(ONE | sizes)
+    stage, shardings, (state, frozen, *_) = small_run(ONE | sizes)
     look = jax.jit(
         lambda *trees: sum(x.sum() for x in jax.tree.leaves(trees)), in_shardings=shardings[:2]
     )
     found = look.lower(state, frozen).compile().memory_analysis().argument_size_in_bytes
-    counted = sum(row.device for row in kept(r, ONE | sizes))
+    counted = sum(row.device for row in persistent(stage, ONE | sizes))
     assert 0 <= found - counted < 64  # counters
 
 

@@ -6,12 +6,14 @@ import jax
 import numpy as np
 import pytest
 
+from salt_jax.config.schema import Recipe
+from salt_jax.config.sections import Align, Data, Loss, Rollout, Schedule, Stream
 from salt_jax.flow.schedule import explicit, grid, triples
 from salt_jax.rollout.draws import (
     as_reference,
-    draw_chunk_plan,
-    draw_plan,
+    draw_chunk_triples,
     draw_rollout,
+    draw_triples,
     place_in_sequence,
 )
 
@@ -19,41 +21,45 @@ BATCH = 20_000
 
 
 def drawn(seed, anchors=4):
-    return jax.tree.map(np.asarray, draw_plan(jax.random.key(seed), BATCH, grid(8, 5.0), anchors))
+    return jax.tree.map(
+        np.asarray, draw_triples(jax.random.key(seed), BATCH, grid(8, 5.0), anchors)
+    )
 
 
 @pytest.mark.parametrize("anchors", [2, 4, 8])
 def test_levels_fall_and_lie_on_their_grids(anchors):
-    plan = drawn(0, anchors)
-    assert set(plan.sigma_s.tolist()) == set(grid(8, 5.0)[:-1].tolist())
-    some = plan.exists
-    assert np.all((plan.sigma_s > plan.sigma_m)[some]) and np.all(
-        (plan.sigma_m > plan.sigma_e)[some]
+    triple = drawn(0, anchors)
+    assert set(triple.sigma_s.tolist()) == set(grid(8, 5.0)[:-1].tolist())
+    some = triple.exists
+    assert np.all((triple.sigma_s > triple.sigma_m)[some]) and np.all(
+        (triple.sigma_m > triple.sigma_e)[some]
     )
-    assert set(plan.sigma_m[some].tolist()) <= set(grid(8, 5.0).tolist())
+    assert set(triple.sigma_m[some].tolist()) <= set(grid(8, 5.0).tolist())
     room = grid(8, 5.0)[1]  # a middle above the end needs a level between it and pure noise
-    assert set(plan.sigma_e[some].tolist()) == {e for e in grid(anchors, 5.0).tolist() if e < room}
+    assert set(triple.sigma_e[some].tolist()) == {
+        e for e in grid(anchors, 5.0).tolist() if e < room
+    }
 
 
 def test_the_smallest_level_has_no_triple_and_three_equal_levels():
-    plan = drawn(1)
-    none = ~plan.exists
-    np.testing.assert_array_equal(none, plan.sigma_s == grid(8, 5.0)[7])
-    np.testing.assert_array_equal(plan.sigma_m[none], plan.sigma_s[none])
-    np.testing.assert_array_equal(plan.sigma_e[none], plan.sigma_s[none])
+    triple = drawn(1)
+    none = ~triple.exists
+    np.testing.assert_array_equal(none, triple.sigma_s == grid(8, 5.0)[7])
+    np.testing.assert_array_equal(triple.sigma_m[none], triple.sigma_s[none])
+    np.testing.assert_array_equal(triple.sigma_e[none], triple.sigma_s[none])
 
 
 def test_starts_are_uniform_and_the_rest_is_eq_9_given_the_start():
-    plan, table, levels = drawn(2), triples(8, 4), grid(8, 5.0)
+    triple, table, levels = drawn(2), triples(8, 4), grid(8, 5.0)
     for start in range(8):
-        here = plan.sigma_s == levels[start]
+        here = triple.sigma_s == levels[start]
         assert here.mean() == pytest.approx(1 / 8, abs=0.01)
         for m, e, p in zip(
             table.middle[start], table.end[start], table.probability[start], strict=True
         ):
             if p:
                 share = np.mean(
-                    (plan.sigma_m[here] == levels[m]) & (plan.sigma_e[here] == levels[e])
+                    (triple.sigma_m[here] == levels[m]) & (triple.sigma_e[here] == levels[e])
                 )
                 assert share == pytest.approx(p, abs=5 * np.sqrt(p * (1 - p) / here.sum()) + 1e-6)
 
@@ -66,14 +72,14 @@ def test_the_key_decides_everything():
 
 
 def test_the_same_inside_a_compiled_step():
-    compiled = jax.jit(lambda key: draw_plan(key, 64, grid(8, 5.0), 4))(jax.random.key(5))
-    for a, b in zip(compiled, draw_plan(jax.random.key(5), 64, grid(8, 5.0), 4), strict=True):
+    compiled = jax.jit(lambda key: draw_triples(key, 64, grid(8, 5.0), 4))(jax.random.key(5))
+    for a, b in zip(compiled, draw_triples(jax.random.key(5), 64, grid(8, 5.0), 4), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_no_key_is_used_twice():
     with jax.debug_key_reuse(True):
-        draw_plan(jax.random.key(6), 4, grid(8, 5.0), 4)
+        draw_triples(jax.random.key(6), 4, grid(8, 5.0), 4)
 
 
 def test_listed_levels_take_the_place_of_the_grid():
@@ -81,15 +87,19 @@ def test_listed_levels_take_the_place_of_the_grid():
     (1, 2, 3).
     """
     levels = explicit((1000, 757, 522))
-    plan = jax.tree.map(np.asarray, draw_plan(jax.random.key(0), 2000, levels, 3))
-    assert set(plan.sigma_s.tolist()) == set(levels[:3].tolist())
+    triple = jax.tree.map(np.asarray, draw_triples(jax.random.key(0), 2000, levels, 3))
+    assert set(triple.sigma_s.tolist()) == set(levels[:3].tolist())
     found = {
         tuple(levels.tolist().index(x) for x in row[:3])
-        for row in zip(*plan, strict=True)
+        for row in zip(*triple, strict=True)
         if row[3]
     }
     assert found == {(0, 1, 2), (0, 1, 3), (0, 2, 3), (1, 2, 3)}
-    _, draw = draw_rollout(0, 3, (3,), (1.0,), 0, 3, lambda k: {3: levels}[k], True, 0.0)
+    recipe = Recipe(
+        rollout=Rollout((3,), (1.0,)),
+        schedule=Schedule(3, 3, 5.0, levels=(1000.0, 757.0, 522.0)),
+    )
+    _, draw = draw_rollout(recipe, iteration=0, call=3)
     np.testing.assert_array_equal(draw.levels, levels)
 
 
@@ -101,42 +111,44 @@ SIZES = (1, 3, 3)
 @functools.cache
 def drawn_chunks(seed, batch=4000):
     """Levels of one frame of each chunk, [batch, 3]."""
-    draw = jax.jit(lambda key: draw_chunk_plan(key, batch, SIZES, grid(8, 5.0), 4))
-    plan = jax.tree.map(np.asarray, draw(jax.random.key(seed)))
-    for value in plan:
+    draw = jax.jit(lambda key: draw_chunk_triples(key, batch, SIZES, grid(8, 5.0), 4))
+    triple = jax.tree.map(np.asarray, draw(jax.random.key(seed)))
+    for value in triple:
         assert value.shape == (batch, 7)
         np.testing.assert_array_equal(value[:, 1:4], value[:, [1, 1, 1]])
         np.testing.assert_array_equal(value[:, 4:], value[:, [4, 4, 4]])
-    return plan._replace(**{name: value[:, [0, 1, 4]] for name, value in plan._asdict().items()})
+    return triple._replace(
+        **{name: value[:, [0, 1, 4]] for name, value in triple._asdict().items()}
+    )
 
 
 def test_chunks_have_levels_of_their_own_and_each_may_be_clean():
     """A chunk is clean as often as it is at any of the levels; chunks know nothing of each
     other.
     """
-    plan, levels = drawn_chunks(0), grid(8, 5.0)
+    triple, levels = drawn_chunks(0), grid(8, 5.0)
     for chunk in range(3):
         for level in levels:
-            assert np.mean(plan.sigma_s[:, chunk] == level) == pytest.approx(1 / 9, abs=0.025)
+            assert np.mean(triple.sigma_s[:, chunk] == level) == pytest.approx(1 / 9, abs=0.025)
     for one, other in ((0, 1), (0, 2), (1, 2)):
-        same = np.mean(plan.sigma_s[:, one] == plan.sigma_s[:, other])
+        same = np.mean(triple.sigma_s[:, one] == triple.sigma_s[:, other])
         assert same == pytest.approx(1 / 9, abs=0.025)
 
 
 def test_chunks_have_triples_of_eq_9_or_three_equal_levels():
-    plan, table, levels = drawn_chunks(1), triples(8, 4), grid(8, 5.0)
-    clean, last = plan.sigma_s == 0, plan.sigma_s == levels[7]
-    np.testing.assert_array_equal(plan.exists, ~(clean | last))
-    np.testing.assert_array_equal(plan.sigma_m[~plan.exists], plan.sigma_s[~plan.exists])
-    np.testing.assert_array_equal(plan.sigma_e[~plan.exists], plan.sigma_s[~plan.exists])
+    triple, table, levels = drawn_chunks(1), triples(8, 4), grid(8, 5.0)
+    clean, last = triple.sigma_s == 0, triple.sigma_s == levels[7]
+    np.testing.assert_array_equal(triple.exists, ~(clean | last))
+    np.testing.assert_array_equal(triple.sigma_m[~triple.exists], triple.sigma_s[~triple.exists])
+    np.testing.assert_array_equal(triple.sigma_e[~triple.exists], triple.sigma_s[~triple.exists])
     for start in range(7):
-        here = plan.sigma_s == levels[start]
+        here = triple.sigma_s == levels[start]
         for m, e, p in zip(
             table.middle[start], table.end[start], table.probability[start], strict=True
         ):
             if p:
                 share = np.mean(
-                    (plan.sigma_m[here] == levels[m]) & (plan.sigma_e[here] == levels[e])
+                    (triple.sigma_m[here] == levels[m]) & (triple.sigma_e[here] == levels[e])
                 )
                 assert share == pytest.approx(p, abs=5 * np.sqrt(p * (1 - p) / here.sum()) + 1e-6)
 
@@ -147,10 +159,18 @@ UPDATES, PROBABILITIES, CALLS = (2, 4, 8), (0.2, 0.3, 0.5), 2000
 
 
 @functools.cache
-def rollouts(seed=0, first_steps=0, self_consistency=True, alignment=0.5, calls=CALLS):
-    levels = functools.partial(grid, shift_amount=5.0)
-    args = (UPDATES, PROBABILITIES, first_steps, 4, levels, self_consistency, alignment)
-    return [draw_rollout(seed, call, *args) for call in range(calls)]
+def rollouts(
+    seed=0, first_steps=0, self_consistency=1.0, alignment=1.0, start=0, coin=0.5, calls=CALLS
+):
+    """Of a run with these weights of the terms, call by call."""
+    recipe = Recipe(
+        seed=seed,
+        rollout=Rollout(UPDATES, PROBABILITIES, first_steps),
+        schedule=Schedule(8, 4, 5.0),
+        loss=Loss(self_consistency),
+        align=Align(alignment, start, coin),
+    )
+    return [draw_rollout(recipe, iteration=call, call=call) for call in range(calls)]
 
 
 def number(levels):
@@ -160,8 +180,8 @@ def number(levels):
 
 def by_updates(pairs):
     found = {k: [] for k in UPDATES}
-    for choice, draw in pairs:
-        found[number(draw.levels)].append((choice, draw))
+    for terms, draw in pairs:
+        found[number(draw.levels)].append((terms, draw))
     return found
 
 
@@ -197,10 +217,10 @@ def test_levels_of_a_rollout_are_those_of_its_grid():
 def test_triples_start_where_the_longest_rollout_exits_and_are_those_of_eq_9():
     levels, table, found = grid(8, 5.0), triples(8, 4), by_updates(rollouts())
     pairs = {start: [] for start in range(8)}
-    for choice, draw in found[8]:
+    for terms, draw in found[8]:
         start = int(draw.exit_step)
-        assert choice.self_consistency == (start != 7), "only the smallest level has no triple"
-        if choice.self_consistency:
+        assert terms.self_consistency == (start != 7), "only the smallest level has no triple"
+        if terms.self_consistency:
             assert draw.levels[start] > draw.sigma_m > draw.sigma_e
         else:
             assert draw.sigma_m == draw.sigma_e == draw.levels[start]
@@ -217,17 +237,23 @@ def test_triples_start_where_the_longest_rollout_exits_and_are_those_of_eq_9():
 
 def test_shorter_rollouts_have_no_triple_and_three_equal_levels():
     for k in (2, 4):
-        for choice, draw in by_updates(rollouts())[k]:
-            assert not choice.self_consistency
+        for terms, draw in by_updates(rollouts())[k]:
+            assert not terms.self_consistency
             assert draw.sigma_m == draw.sigma_e == draw.levels[draw.exit_step]
 
 
 def test_alignment_is_a_coin_at_shorter_rollouts_only():
-    for alignment in (0.0, 0.25, 1.0):
-        found = by_updates(rollouts(alignment=alignment, calls=600))
-        assert not any(choice.alignment for choice, _ in found[8])
+    for coin in (0.0, 0.25, 1.0):
+        found = by_updates(rollouts(coin=coin, calls=600))
+        assert not any(terms.alignment for terms, _ in found[8])
         for k in (2, 4):
-            near_share(sum(choice.alignment for choice, _ in found[k]), len(found[k]), alignment)
+            near_share(sum(terms.alignment for terms, _ in found[k]), len(found[k]), coin)
+
+
+def test_alignment_begins_at_its_iteration():
+    pairs = rollouts(start=300, coin=1.0, calls=600)
+    assert not any(terms.alignment for terms, _ in pairs[:300])
+    assert all(terms.alignment == (number(draw.levels) < 8) for terms, draw in pairs[300:])
 
 
 def test_the_reference_takes_twice_as_many_updates_and_all_of_them():
@@ -268,17 +294,12 @@ def test_a_rollout_is_a_function_of_the_seed_and_the_call():
 
 
 def test_a_term_that_is_off_changes_no_draw():
-    for kwargs in ({"self_consistency": False}, {"alignment": 0.0}):
-        for (choice, draw), (without, other) in zip(
-            rollouts(), rollouts(calls=500, **kwargs), strict=False
+    for off in ("self_consistency", "alignment"):
+        for (terms, draw), (without, other) in zip(
+            rollouts(), rollouts(calls=500, **{off: 0.0}), strict=False
         ):
             assert same(draw, other)
-            off = (
-                {"self_consistency": False}
-                if "self_consistency" in kwargs
-                else {"alignment": False}
-            )
-            assert without == choice._replace(**off)
+            assert without == terms._replace(**{off: False})
 
 
 def test_the_first_chunk_may_have_updates_of_its_own_and_exits_anywhere_in_them():
@@ -309,9 +330,10 @@ def test_all_draws_have_one_form_so_that_one_program_serves_them():
 
 def sequences(calls, seed=0, first=9, more=6, most=40, switch=0.5):
     """Places of consecutive calls, cut before each new video."""
-    found = []
+    found, data = [], Data("latents", clip=(first, 4, 4))
+    recipe = Recipe(seed=seed, data=data, stream=Stream(most, first - more, switch))
     for call in range(calls):
-        place = place_in_sequence(seed, call, first, more, most, switch)
+        place = place_in_sequence(recipe, call)
         found += [[]] if place == "new" else []
         found[-1].append(place)
     return found[:-1]  # the last one may not be over

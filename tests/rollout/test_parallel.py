@@ -9,18 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from salt_jax.flow.multistep import dpmpp_grid, steps, unipc_grid
+from salt_jax.flow.multistep import dpmpp_grid, solver_steps, unipc_grid
 from salt_jax.flow.prediction import expand, from_velocity, from_x0
 from salt_jax.flow.schedule import grid
-from salt_jax.moving_shapes.exact import closed_form_denoiser, closed_form_params
+from salt_jax.moving_shapes.exact import ClosedForm, closed_form_params
 from salt_jax.rollout.parallel import (
     advance,
     midpoint,
     multistep_start,
-    multistep_update,
+    multistep_step,
     noise_at,
     sample,
 )
+from salt_jax.types import Conditioning
+from tests.helpers import Formula
 
 SHAPE = (2, 2, 3, 1)
 FRAMES = np.arange(SHAPE[0])
@@ -46,10 +48,15 @@ def texts(count):
     return jnp.asarray(np.random.default_rng(7).normal(size=(count, 3, 2)), jnp.float32)
 
 
-def gaussian(params, x, sigma, text):
+def prompts(count):
+    return Conditioning(texts(count))
+
+
+@Formula
+def gaussian(params, x, sigma, cond):
     """E[x0 | x] for N(mean, std^2); the text shifts the mean, so that it must reach its clip."""
     mean, std = params
-    mean = mean + text[:, 0, 0].reshape(-1, 1, 1, 1, 1)
+    mean = mean + cond.text[:, 0, 0].reshape(-1, 1, 1, 1, 1)
     s = expand(sigma, x)
     gain = (1 - s) * std**2 / (((1 - s) * std) ** 2 + s**2)
     return from_x0(x, mean + gain * (x - (1 - s) * mean), sigma)
@@ -64,9 +71,10 @@ def slow_gaussian(params, x, s, text):
 def watched(denoiser, seen):
     """A denoiser that writes down what it is asked while the compiled program runs."""
 
-    def watcher(params, x, sigma, text):
+    @Formula
+    def watcher(params, x, sigma, cond):
         jax.debug.callback(lambda *a: seen.append([np.array(b) for b in a]), x, sigma, ordered=True)
-        return denoiser(params, x, sigma, text)
+        return denoiser.denoise(params, x, sigma, cond)
 
     return watcher
 
@@ -75,7 +83,7 @@ def watched(denoiser, seen):
 @pytest.mark.parametrize("num_steps", [1, 2, 8])
 def test_samples_are_those_of_a_slow_loop(solver, num_steps):
     params, sigmas, text = (0.7, 0.4), grid(num_steps, 5.0), texts(2)
-    got = sample(gaussian, params, text, jnp.asarray(sigmas), solver, keys(2), SHAPE)
+    got = sample(gaussian, params, Conditioning(text), jnp.asarray(sigmas), solver, keys(2), SHAPE)
     noise = {s: np.asarray(clip_noise(keys(2), s), float) for s in sigmas}
     for b in range(2):
         x = noise[sigmas[0]][b]
@@ -95,15 +103,8 @@ def test_samples_are_those_of_a_slow_loop(solver, num_steps):
 def test_one_network_evaluation_per_update(solver, num_steps):
     """Counted while it runs, not while it is traced; every clip is at the level of the schedule."""
     seen, sigmas = [], grid(num_steps, 5.0)
-    sample(
-        watched(gaussian, seen),
-        (0.0, 1.0),
-        texts(2),
-        jnp.asarray(sigmas),
-        solver,
-        quick_keys(2),
-        SHAPE,
-    )
+    given = (0.0, 1.0), prompts(2), jnp.asarray(sigmas), solver, quick_keys(2), SHAPE
+    sample(watched(gaussian, seen), *given)
     jax.effects_barrier()
     np.testing.assert_array_equal(
         [sigma for _, sigma in seen], np.repeat(sigmas[:-1, None], 2, axis=1)
@@ -113,17 +114,16 @@ def test_one_network_evaluation_per_update(solver, num_steps):
 @pytest.mark.parametrize("num_steps", [1, 3, 4])
 def test_euler_is_exact_on_a_straight_path(num_steps):
     velocity = jnp.asarray(np.random.default_rng(1).normal(size=(2, *SHAPE)), jnp.float32)
-    denoiser = lambda params, x, sigma, text: from_velocity(x, params, sigma)
-    got = sample(
-        denoiser, velocity, texts(2), jnp.asarray(grid(num_steps, 5.0)), "euler", keys(2), SHAPE
-    )
+    denoiser = Formula(lambda params, x, sigma, cond: from_velocity(x, params, sigma))
+    sigmas = jnp.asarray(grid(num_steps, 5.0))
+    got = sample(denoiser, velocity, prompts(2), sigmas, "euler", keys(2), SHAPE)
     np.testing.assert_allclose(got, clip_noise(keys(2), 1.0) - velocity, atol=2e-6)
 
 
 def test_the_start_is_gaussian_noise_at_level_one():
     # stay where you are
-    denoiser = lambda params, x, sigma, text: from_velocity(x, jnp.zeros_like(x), sigma)
-    got = sample(denoiser, None, texts(2), jnp.asarray(grid(2, 5.0)), "euler", keys(2), SHAPE)
+    denoiser = Formula(lambda params, x, sigma, cond: from_velocity(x, jnp.zeros_like(x), sigma))
+    got = sample(denoiser, None, prompts(2), jnp.asarray(grid(2, 5.0)), "euler", keys(2), SHAPE)
     np.testing.assert_array_equal(got, clip_noise(keys(2), 1.0))
 
 
@@ -162,7 +162,7 @@ def test_cm_re_noises_every_frame_with_its_own_number():
     x = clip_noise(keys(2), 1.0, shape)
     move = lambda x, frames: advance(
         x,
-        gaussian((0.7, 0.4), x, jnp.ones(2), texts(2)),
+        gaussian.denoise((0.7, 0.4), x, jnp.ones(2), prompts(2)),
         jnp.ones(2),
         jnp.float32(0.8),
         "cm",
@@ -178,9 +178,8 @@ def test_cm_forgets_its_state_and_draws_around_the_clean_estimate():
     level.
     """
     seen, sigmas, shape, params = [], grid(4, 5.0), (4, 16, 16, 4), (0.7, 0.4)
-    sample(
-        watched(gaussian, seen), params, texts(1), jnp.asarray(sigmas), "cm", quick_keys(1), shape
-    )
+    given = params, prompts(1), jnp.asarray(sigmas), "cm", quick_keys(1), shape
+    sample(watched(gaussian, seen), *given)
     jax.effects_barrier()
     noises = [seen[0][0]]
     for (x, sigma), (after, level) in pairwise(seen):
@@ -194,7 +193,8 @@ def test_cm_forgets_its_state_and_draws_around_the_clean_estimate():
 def test_euler_draws_once_and_cm_at_every_level():
     """Two sets of keys whose first noise is made equal differ only by what is drawn later."""
     state = clip_noise(keys(2), 1.0)
-    prediction, sigma = gaussian((0.7, 0.4), state, jnp.ones(2), texts(2)), jnp.ones(2)
+    sigma = jnp.ones(2)
+    prediction = gaussian.denoise((0.7, 0.4), state, sigma, prompts(2))
     run = lambda solver, seed: advance(
         state, prediction, sigma, jnp.float32(0.8), solver, keys(2, seed), FRAMES
     )
@@ -208,7 +208,7 @@ def test_a_clip_does_not_depend_on_its_batch(solver):
     run = lambda part: sample(
         gaussian,
         (0.7, 0.4),
-        texts(3)[part],
+        Conditioning(texts(3)[part]),
         jnp.asarray(grid(4, 5.0)),
         solver,
         keys(3)[part],
@@ -224,8 +224,8 @@ def test_a_world_of_one_clip_per_caption_is_sampled_exactly(solver, num_steps):
     captions = np.asarray(texts(3))
     clips = np.random.default_rng(2).uniform(-1, 1, (3, 1, *SHAPE)).astype(np.float32)
     params, order = closed_form_params(clips, captions), [2, 0, 1, 1]
-    sigmas, text = jnp.asarray(grid(num_steps, 5.0)), jnp.asarray(captions[order])
-    got = sample(closed_form_denoiser, params, text, sigmas, solver, keys(4), SHAPE)
+    sigmas, cond = jnp.asarray(grid(num_steps, 5.0)), Conditioning(jnp.asarray(captions[order]))
+    got = sample(ClosedForm(), params, cond, sigmas, solver, keys(4), SHAPE)
     np.testing.assert_allclose(got, clips[order, 0], atol=1e-6)
 
 
@@ -238,17 +238,9 @@ def test_many_updates_land_on_the_clips_equally_often(solver):
     clips = np.random.default_rng(3).choice([-1.0, 1.0], (1, num, 1, 2, 4, 1)).astype(np.float32)
     assert len(np.unique(clips.reshape(num, -1), axis=0)) == num
     params = closed_form_params(clips, np.zeros((1, 1, 1), np.float32))
-    text = jnp.zeros((count, 1, 1))
+    cond, sigmas = Conditioning(jnp.zeros((count, 1, 1))), jnp.asarray(grid(64, 1.0))
     sample_all = jax.jit(
-        lambda keys: sample(
-            closed_form_denoiser,
-            params,
-            text,
-            jnp.asarray(grid(64, 1.0)),
-            solver,
-            keys,
-            (1, 2, 4, 1),
-        )
+        lambda keys: sample(ClosedForm(), params, cond, sigmas, solver, keys, (1, 2, 4, 1))
     )
     got = np.asarray(sample_all(keys(count)))
     distance = np.abs(got[:, None] - clips).max((2, 3, 4, 5))
@@ -276,18 +268,19 @@ def test_midpoint_is_an_euler_update_and_may_stop_the_gradient():
 each_teacher_solver = pytest.mark.parametrize("solver", ["unipc", "dpmpp", "euler"])
 
 
-def told_otherwise(params, x, sigma, text):
+@Formula
+def told_otherwise(params, x, sigma, cond):
     """A velocity bent in x, in the level it is told and in the text."""
     s = expand(sigma, x)
     velocity = (
-        jnp.tanh(x * params + jnp.sin(6 * s)) + 0.5 * x + text[:, 0, 0].reshape(-1, 1, 1, 1, 1)
+        jnp.tanh(x * params + jnp.sin(6 * s)) + 0.5 * x + cond.text[:, 0, 0].reshape(-1, 1, 1, 1, 1)
     )
     return from_velocity(x, velocity, sigma)
 
 
-def sample_multistep(denoiser, params, text, noise, table):
+def sample_multistep(denoiser, params, cond, noise, table):
     """All updates of a solver's table in one program."""
-    update = lambda history, step: (multistep_update(denoiser, params, text, history, step), None)
+    update = lambda history, step: (multistep_step(denoiser, params, cond, history, step), None)
     return jax.lax.scan(update, multistep_start(noise), jax.tree.map(jnp.asarray, table))[0].x
 
 
@@ -295,11 +288,11 @@ def sample_multistep(denoiser, params, text, noise, table):
 @pytest.mark.parametrize("num_steps", [1, 5])
 def test_teachers_are_told_truncated_levels_once_per_update(solver, num_steps):
     """And reach a known clip exactly: x0 comes from the true level."""
-    seen, table = [], steps(solver, num_steps, 5.0)
+    seen, table = [], solver_steps(solver, num_steps, 5.0)
     velocity = jnp.asarray(np.random.default_rng(1).normal(size=(2, *SHAPE)), jnp.float32)
-    straight = watched(lambda params, x, sigma, text: from_velocity(x, params, sigma), seen)
+    straight = Formula(lambda params, x, sigma, cond: from_velocity(x, params, sigma))
     noise = clip_noise(keys(2), 1.0)
-    got = sample_multistep(straight, velocity, texts(2), noise, table)
+    got = sample_multistep(watched(straight, seen), velocity, prompts(2), noise, table)
     jax.effects_barrier()
     whole = table.seen * 1000
     assert solver == "euler" or np.all(whole == np.round(whole))
@@ -314,22 +307,22 @@ def test_teachers_are_told_truncated_levels_once_per_update(solver, num_steps):
 
 @pytest.mark.parametrize("num_steps", [1, 4])
 def test_a_teachers_euler_is_the_students(num_steps):
-    teacher = sample_multistep(
-        told_otherwise, 0.7, texts(2), clip_noise(keys(2), 1.0), steps("euler", num_steps, 5.0)
-    )
-    student = sample(
-        told_otherwise, 0.7, texts(2), jnp.asarray(grid(num_steps, 5.0)), "euler", keys(2), SHAPE
-    )
+    noise, table = clip_noise(keys(2), 1.0), solver_steps("euler", num_steps, 5.0)
+    teacher = sample_multistep(told_otherwise, 0.7, prompts(2), noise, table)
+    sigmas = jnp.asarray(grid(num_steps, 5.0))
+    student = sample(told_otherwise, 0.7, prompts(2), sigmas, "euler", keys(2), SHAPE)
     np.testing.assert_allclose(teacher, student, atol=1e-6)
 
 
 def test_one_program_serves_all_solvers_and_shifts_of_a_number_of_updates():
     run = jax.jit(sample_multistep, static_argnums=0)
     tables = [
-        steps(solver, 5, shift) for solver in ("unipc", "dpmpp", "euler") for shift in (3.0, 5.0)
+        solver_steps(solver, 5, shift)
+        for solver in ("unipc", "dpmpp", "euler")
+        for shift in (3.0, 5.0)
     ]
     got = np.stack(
-        [run(told_otherwise, 0.7, texts(2), clip_noise(keys(2), 1.0), table) for table in tables]
+        [run(told_otherwise, 0.7, prompts(2), clip_noise(keys(2), 1.0), table) for table in tables]
     )
     assert run._cache_size() == 1
     distance = np.abs(got[:, None] - got).max((2, 3, 4, 5, 6))
@@ -358,12 +351,11 @@ def test_teachers_visit_the_states_of_diffusers(solver, num_steps, shift):
     scheduler.set_begin_index(0)
 
     seen, noise = [], clip_noise(quick_keys(2), 1.0)
-    got = sample_multistep(
-        watched(told_otherwise, seen), 0.7, texts(2), noise, steps(solver, num_steps, shift)
-    )
+    table = solver_steps(solver, num_steps, shift)
+    got = sample_multistep(watched(told_otherwise, seen), 0.7, prompts(2), noise, table)
     jax.effects_barrier()
     x = torch.tensor(np.array(noise))
-    velocity = jax.jit(lambda x, s: told_otherwise(0.7, x, s, texts(2)).velocity)
+    velocity = jax.jit(lambda x, s: told_otherwise.denoise(0.7, x, s, prompts(2)).velocity)
     for (visited, _), t in zip(seen, timesteps, strict=True):
         np.testing.assert_allclose(visited, x, rtol=1e-6, atol=1e-6)
         v = velocity(jnp.asarray(x.numpy()), jnp.full(2, t / 1000, jnp.float32))

@@ -4,32 +4,33 @@ Under the same prompt that changes nothing, whatever the memory.
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from salt_jax.flow.schedule import grid
-from salt_jax.models.denoiser import wan_network
-from salt_jax.models.memory import CachePolicy
+from salt_jax.models.cache_policy import CachePolicy
+from salt_jax.models.denoiser import wan_denoiser
 from salt_jax.models.presets import Compute, WanConfig
 from salt_jax.models.wan import init_wan
 from salt_jax.rollout.causal import commit, recache
-from salt_jax.sample import Cue, Sampler, clip_keys, stream_chunks
-from tests.models.test_wan import randomised
+from salt_jax.rollout.sampler import Cue, Sampler, clip_keys, generate
+from salt_jax.types import Conditioning
+from tests.helpers import randomised
 
 CONFIG = WanConfig(24, 2, 2, 32, 4, 4, (1, 2, 2), 8, 4, 16, 0, 1e-6)
-NETWORK = wan_network(CONFIG, Compute(), 9, 3)
+NETWORK = wan_denoiser(CONFIG, Compute(), 9, 3)
 PARAMS = randomised(init_wan(jax.random.key(0), CONFIG), 1)
 PLACE = (2, 4, 4)
-TEXT, OTHER = (np.random.default_rng(i).normal(size=(1, 4, 8)).astype(np.float32) for i in (2, 3))
+COND, OTHER = (
+    Conditioning(np.random.default_rng(i).normal(size=(1, 4, 8)).astype(np.float32)) for i in (2, 3)
+)
 commit_chunk = jax.jit(
-    lambda cache, x0, text, policy: commit(NETWORK, PARAMS, cache, x0, text, policy),
+    lambda cache, x0, cond, policy: commit(NETWORK, PARAMS, cache, x0, cond, policy),
     static_argnames="policy",
 )
 read_again = jax.jit(
-    lambda cache, text, policy: recache(NETWORK, PARAMS, cache, text, policy),
+    lambda cache, cond, policy: recache(NETWORK, PARAMS, cache, cond, policy),
     static_argnames="policy",
 )
 
@@ -38,10 +39,10 @@ def frames_of(count):
     return np.random.default_rng(4).normal(size=(1, count, *PLACE)).astype(np.float32)
 
 
-def filled(policy, sizes, slots, text):
-    cache, at, x0 = NETWORK.empty_cache(jnp.zeros((1, 0, *PLACE)), slots), 0, frames_of(sum(sizes))
+def filled(policy, sizes, slots, cond):
+    cache, at, x0 = NETWORK.empty_cache(1, slots, PLACE), 0, frames_of(sum(sizes))
     for size in sizes:
-        cache = commit_chunk(cache, x0[:, at : at + size], text, policy)
+        cache = commit_chunk(cache, x0[:, at : at + size], cond, policy)
         at += size
     return cache
 
@@ -79,22 +80,22 @@ def test_reading_again_equals_committing_where_nothing_was_forgotten(memory):
     policy, chunks = memory
     sizes = (policy.first, *(policy.chunk,) * 9)[:chunks]
     slots = policy.capacity(max(sum(sizes), 1))
-    cache = filled(policy, sizes, slots, TEXT)
+    cache = filled(policy, sizes, slots, COND)
     assert int(cache.filled) == sum(sizes)
-    agree(read_again(cache, TEXT, policy), cache, sum(sizes))
+    agree(read_again(cache, COND, policy), cache, sum(sizes))
     agree(read_again(cache, OTHER, policy), filled(policy, sizes, slots, OTHER), sum(sizes))
 
 
 def test_an_empty_slot_keeps_nothing_that_would_spread():
     """A slot without a frame is masked, which multiplies it by zero: it must hold numbers."""
     policy = CachePolicy(3, 3, 12, 3, "relative")
-    again = read_again(filled(policy, (), 9, TEXT), TEXT, policy)
+    again = read_again(filled(policy, (), 9, COND), COND, policy)
     assert np.isfinite(again.k).all() and np.isfinite(again.v).all()
 
 
 def video(policy, frames, cues):
-    sampler = Sampler(grid(2, 5.0), "cm", policy)
-    chunks = stream_chunks(NETWORK, PARAMS, cues, clip_keys(0, 1), sampler, (frames, *PLACE))
+    sampler = Sampler(2, 5.0, "cm", policy)
+    chunks = generate(sampler, NETWORK, PARAMS, cues, clip_keys(0, 1), (frames, *PLACE))
     return np.concatenate(list(chunks), axis=1)
 
 
@@ -112,16 +113,16 @@ def test_a_switch_to_the_same_prompt_changes_nothing(window, sink, first, at):
     """
     policy = CachePolicy(3, first, window, sink, "absolute")
     frames = 12 + first % 3
-    plain = video(policy, frames, {0: Cue(TEXT)})
-    switched = video(policy, frames, {0: Cue(TEXT), at: Cue(TEXT)})
+    plain = video(policy, frames, {0: Cue(COND)})
+    switched = video(policy, frames, {0: Cue(COND), at: Cue(COND)})
     np.testing.assert_allclose(switched, plain, atol=1e-5 * np.abs(plain).max())
-    other = video(policy, frames, {0: Cue(TEXT), at: Cue(OTHER)})
+    other = video(policy, frames, {0: Cue(COND), at: Cue(OTHER)})
     np.testing.assert_array_equal(other[:, :at], plain[:, :at])
     assert np.abs(other[:, at:] - plain[:, at:]).max() > 1e-3
 
 
 def test_a_flush_of_the_smallest_memory_has_nothing_to_forget():
     policy = CachePolicy(3, 3, 3, 0, "relative")
-    plain = video(policy, 9, {0: Cue(TEXT)})
-    flushed = video(policy, 9, {0: Cue(TEXT), 6: Cue(TEXT, flush=True)})
+    plain = video(policy, 9, {0: Cue(COND)})
+    flushed = video(policy, 9, {0: Cue(COND), 6: Cue(COND, flush=True)})
     np.testing.assert_allclose(flushed, plain, atol=1e-5 * np.abs(plain).max())

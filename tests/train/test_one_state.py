@@ -13,6 +13,7 @@ from configs import base
 from salt_jax.checkpoint import open_checkpoints, save
 from salt_jax.config.reading import read_recipe, to_json
 from salt_jax.sharding import make_mesh
+from salt_jax.stages import make_stage
 from salt_jax.train import loop
 from salt_jax.train.setup import setup
 
@@ -63,13 +64,14 @@ def test_there_is_one_state(tmp_path, monkeypatch, teacher, resumed):
     config.update_from_flattened_dict(TEACHERS[teacher] | {"data.dir": str(tmp_path / "data")})
     recipe = read_recipe(config)
     if resumed:
-        parts = setup(recipe, make_mesh({"data": 1, "fsdp": -1, "context": 1, "tensor": 1}))
+        mesh = make_mesh({"data": 1, "fsdp": -1, "context": 1, "tensor": 1})
+        parts = setup(make_stage(recipe, mesh))
         with open_checkpoints(tmp_path, 1) as manager:
             save(manager, parts.fresh(), {"config": to_json(recipe)})
         del parts
     found = {}
 
-    def make_run(recipe, parts, mesh, start, *rest, **more):
+    def make_run(parts, start, workdir, files_may_move):
         (state,) = (f.f_locals["state"] for f in [sys._getframe(1)])
         sizes = [sum(held(tree).values()) for tree in (state, parts.frozen)]
         found.update(state=sizes[0], both=sum(sizes), live=live() - before)

@@ -22,9 +22,9 @@ from configs import base
 from salt_jax.checkpoint import open_checkpoints, save
 from salt_jax.config.reading import read_recipe, to_json
 from salt_jax.errors import UserError
+from salt_jax.optimizer import make_optimizer
 from salt_jax.state import init_learner, init_state
 from salt_jax.train.loop import resume
-from salt_jax.train.optimizer import make_optimizer
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"weights": "", "batch_size": 4, "log_every": 1, "ema.start": 2}
@@ -214,7 +214,7 @@ def test_a_run_whose_learning_rate_decays_keeps_its_length(tmp_path):
     recipe = read_recipe(base.get_config())
     recipe = replace(recipe, critic_optimizer=replace(recipe.critic_optimizer, decay=True))
     learner = init_learner({"w": jnp.arange(3.0)}, make_optimizer(recipe.student_optimizer, 10))
-    state = init_state(learner, learner)
+    state = init_state({"student": learner, "critic": learner})
     with open_checkpoints(tmp_path, 2) as manager:
         save(manager, state, {"config": to_json(recipe), "mesh": {}})
         manager.wait_until_finished()
@@ -226,15 +226,15 @@ def test_a_run_whose_learning_rate_decays_keeps_its_length(tmp_path):
 def test_a_workdir_goes_on_with_the_same_config_only_but_may_be_longer_or_elsewhere(tmp_path):
     recipe = read_recipe(base.get_config())
     learner = init_learner({"w": jnp.arange(3.0)}, make_optimizer(recipe.student_optimizer, 10))
-    state = replace(init_state(learner, learner), step=jnp.int32(7))
+    state = replace(init_state({"student": learner, "critic": learner}), iteration=jnp.int32(7))
     with open_checkpoints(tmp_path, 2) as manager:
         save(manager, state, {"config": to_json(recipe), "mesh": {}})
         manager.wait_until_finished()
-        fresh = replace(state, step=jnp.int32(0))
+        fresh = replace(state, iteration=jnp.int32(0))
         same = replace(
             recipe, iterations=200, log_every=3, data=replace(recipe.data, dir="elsewhere")
         )
-        assert int(resume(manager, fresh, same).step) == 7
+        assert int(resume(manager, fresh, same).iteration) == 7
         for changed in (
             replace(recipe, batch_size=16),
             replace(recipe, data=replace(recipe.data, seed=1)),

@@ -21,13 +21,16 @@ from salt_jax.io.shipped import located
 from salt_jax.io.tensor_files import save_weights
 from salt_jax.models.presets import PRESETS
 from salt_jax.models.text_encoder import init_text_encoder
-from salt_jax.sharding import make_mesh, state_shardings
+from salt_jax.sharding import state_shardings
+from salt_jax.stages import make_stage
+from salt_jax.stages.stage import Weights
+from salt_jax.stages.weights import student_start
 from salt_jax.state import init_learner, init_state
 from salt_jax.train.setup import first_state, setup
-from salt_jax.train.start import student_start
+from tests.helpers import form, mesh_of
 from tests.placing import place
 
-MESH = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])
+MESH = mesh_of()
 BASE = {"head": {"kernel": jnp.zeros((4, 3))}}  # stands for a network's parameters
 EMA = {"head": {"kernel": jnp.arange(12.0).reshape(4, 3)}}
 
@@ -43,8 +46,8 @@ CAUSAL = {"stage": "teacher_forcing"}
 
 def workdir(path, made, average=EMA):
     """A workdir of a stage with this average."""
-    state = init_state(init_learner(average, optax.sgd(0.1)), None)
-    state = replace(state, step=jnp.int32(1), ema=jax.tree.map(jnp.copy, average))
+    state = init_state({"student": init_learner(average, optax.sgd(0.1))})
+    state = replace(state, iteration=jnp.int32(1), ema=jax.tree.map(jnp.copy, average))
     with open_checkpoints(path, 1) as manager:
         save(manager, state, {"config": to_json(made)})
     (path / "config.json").write_text(to_json(made))
@@ -188,32 +191,34 @@ class Started(NamedTuple):
     records: Any
 
 
+def parts_of(**changes):
+    return setup(make_stage(recipe(**changes), MESH))
+
+
 def started(**changes):
-    parts = setup(recipe(**changes), MESH)
+    parts = parts_of(**changes)
     state = parts.fresh()
     assert form(state) == form(parts.state)
     return Started(state, parts.frozen, parts.encode_caption, parts.records)
 
 
-def form(tree):
-    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-
-
 @pytest.mark.parametrize("stage", ["teacher_forcing", "ode_regression", "consistency"])
 def test_a_stage_has_its_student_as_causal_teacher_and_no_critic(stage):
     parts = started(stage=stage)
-    assert parts.state.critic is None and parts.state.stream is None
-    same(parts.frozen["teacher"], parts.state.student.params)
-    same(parts.state.ema, parts.state.student.params)
+    assert set(parts.state.learners) == {"student"} and parts.state.stream is None
+    same(parts.frozen["teacher"], parts.state.learners["student"].params)
+    same(parts.state.ema, parts.state.learners["student"].params)
     assert parts.frozen["null_text"].shape == (1, *parts.encode_caption("").shape)
     same(parts.frozen["null_text"][0], parts.encode_caption(""))
 
 
 def test_distillation_starts_three_networks_at_the_weights():
     parts = started(video="rollout")
-    assert set(parts.frozen) == {"teacher"}
-    for tree in (parts.state.student.params, parts.state.critic.params, parts.state.ema):
+    assert set(parts.frozen) == {"teacher", "null_text"}
+    assert set(parts.state.learners) == {"student", "critic"}
+    for tree in (*(learner.params for learner in parts.state.learners.values()), parts.state.ema):
         same(tree, parts.frozen["teacher"])
+    same(parts.frozen["null_text"][0], parts.encode_caption(""))
 
 
 @pytest.mark.parametrize(
@@ -222,7 +227,7 @@ def test_distillation_starts_three_networks_at_the_weights():
 def test_a_teacher_is_kept_in_the_type_that_the_config_names(changes):
     """It is cast; what learns, and what the student's features are compared in, stays float32."""
     parts = started(**{"teacher.dtype": "bfloat16"} | changes)
-    learnt = parts.state.student.params
+    learnt = parts.state.learners["student"].params
     assert {x.dtype for x in jax.tree.leaves(parts.frozen["teacher"])} == {np.dtype(jnp.bfloat16)}
     same(parts.frozen["teacher"], jax.tree.map(lambda x: x.astype(jnp.bfloat16), learnt))
     assert {x.dtype for x in jax.tree.leaves((learnt, parts.frozen.get("base", {})))} == {
@@ -239,12 +244,11 @@ def test_an_alignment_that_looks_with_the_weights_keeps_a_copy_of_them():
 
 def test_adapters_stand_for_student_and_critic_on_frozen_networks():
     parts = started(**{"video": "rollout", "lora.rank": 4, "lora.alpha": 4.0})
-    for learner in (parts.state.student, parts.state.critic):
+    learners = parts.state.learners.values()
+    for learner in learners:
         assert {path[-1] for path in flatten_dict(learner.params)} == {"lora_a", "lora_b"}
     same(parts.frozen["student"], parts.frozen["base"])
-    a, b = (
-        jax.tree.leaves(learner.params)[0] for learner in (parts.state.student, parts.state.critic)
-    )
+    a, b = (jax.tree.leaves(learner.params)[0] for learner in learners)
     assert not np.array_equal(a, b), "they start with noise of their own"
 
 
@@ -262,13 +266,13 @@ def test_a_stream_starts_empty_in_the_form_that_it_keeps():
 @pytest.mark.parametrize("devices", [1, 8])
 def test_what_is_frozen_outlives_the_state_and_what_is_not_is_given_up_to_it(devices):
     """Also where what a student starts from is frozen too."""
-    mesh = make_mesh(
-        {"data": 1, "fsdp": devices, "context": 1, "tensor": 1}, jax.devices()[:devices]
-    )
+    mesh = mesh_of(fsdp=devices)
     starts = [place(EMA, state_shardings(mesh, EMA)) for _ in range(2)]
-    learner = lambda p: init_learner(p, optax.adam(0.1))
-    make = lambda p, q: init_state(learner(p), learner(q))
-    form, fresh = first_state(make, tuple(starts), {"teacher": starts[0]}, mesh)
+    stage, null_text = make_stage(recipe(), mesh), jnp.zeros((1, 32, 64))
+    weights = Weights(starts[1], None, starts[0], starts[0], null_text)
+    frozen = stage.frozen(weights)
+    assert frozen.keys() == {"teacher", "null_text"} and frozen["teacher"] is starts[0]
+    form, fresh = first_state(stage, weights, frozen)
     state = fresh()
     assert starts[1]["head"]["kernel"].is_deleted()
     for x, like in zip(jax.tree.leaves(state), jax.tree.leaves(form), strict=True):
@@ -276,6 +280,18 @@ def test_what_is_frozen_outlives_the_state_and_what_is_not_is_given_up_to_it(dev
     jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)(state)
     assert state.ema["head"]["kernel"].is_deleted()
     same(starts[0], EMA)
+    same(null_text, np.zeros((1, 32, 64)))
+
+
+def test_what_student_and_critic_start_from_together_is_given_up_once():
+    start = place(EMA, state_shardings(MESH, EMA))
+    stage = make_stage(recipe(**{"teacher.kind": "closed_form"}), MESH)
+    weights = Weights(start, None, start, {"clips": jnp.zeros(3)}, jnp.zeros((1, 32, 64)))
+    _, fresh = first_state(stage, weights, stage.frozen(weights))
+    state = fresh()
+    assert start["head"]["kernel"].is_deleted()
+    for learner in state.learners.values():
+        same(learner.params, EMA)
 
 
 # Encoded data at Wan's shapes, with the small presets and random weights.
@@ -306,33 +322,30 @@ def test_a_student_of_wan_starts_at_its_weights_and_has_the_teacher_that_is_name
     wan = {"model.preset": "wan2.1-t2v-tiny", "data.dir": encoded(tmp_path / "data", "latent")}
     same = started(**ENCODED, **wan)
     same_tree = lambda a, b: all(map(np.array_equal, *map(jax.tree.leaves, (a, b))))
-    assert same_tree(same.frozen["teacher"], same.state.student.params)
+    assert same_tree(same.frozen["teacher"], same.state.learners["student"].params)
     assert len(same.records) == 2 and same.records[1]["caption"] == "clip 1"
     file = tmp_path / "wan.safetensors"
     told = {"config": json.dumps(dataclasses.asdict(PRESETS["wan2.1-t2v-tiny"]))}
     save_weights(file, jax.tree.map(lambda w: w + 1, same.frozen["teacher"]), "bfloat16", told)
     other = started(**ENCODED, **wan, **{"teacher.weights": str(tmp_path)})
-    assert same_tree(other.state.student.params, same.state.student.params)
+    assert same_tree(other.state.learners["student"].params, same.state.learners["student"].params)
     assert {w.dtype for w in jax.tree.leaves(other.frozen["teacher"])} == {np.dtype(jnp.bfloat16)}
-    wide = setup(
-        recipe(**ENCODED, **wan, **{"teacher.weights": str(tmp_path), "teacher.dtype": "float32"}),
-        MESH,
+    wide = parts_of(
+        **ENCODED, **wan, **{"teacher.weights": str(tmp_path), "teacher.dtype": "float32"}
     )
     assert same_tree(wide.frozen["teacher"], other.frozen["teacher"])
     assert {w.dtype for w in jax.tree.leaves(wide.frozen["teacher"])} == {np.dtype(np.float32)}
     again = started(**ENCODED | {"weights": str(tmp_path)}, **wan)
-    assert same_tree(again.state.student.params, other.frozen["teacher"])
-    assert {w.dtype for w in jax.tree.leaves(again.state.student.params)} == {np.dtype(np.float32)}
+    assert same_tree(again.state.learners["student"].params, other.frozen["teacher"])
+    learnt = jax.tree.leaves(again.state.learners["student"].params)
+    assert {w.dtype for w in learnt} == {np.dtype(np.float32)}
     causal = {"teacher.weights": "", "init_from": str(tmp_path), "stage": "teacher_forcing"}
     begun = started(**ENCODED, **wan | causal)
-    assert same_tree(begun.state.student.params, other.frozen["teacher"])
+    assert same_tree(begun.state.learners["student"].params, other.frozen["teacher"])
     with pytest.raises(
         UserError, match=r"the weights in .* are WanConfig.*presets and weights of config\.model"
     ):
-        setup(
-            recipe(**ENCODED | wan | {"model.preset": "wan2.1-i2v-tiny", "weights": str(tmp_path)}),
-            MESH,
-        )
+        parts_of(**ENCODED | wan | {"model.preset": "wan2.1-i2v-tiny", "weights": str(tmp_path)})
 
 
 @pytest.mark.parametrize(
@@ -351,7 +364,7 @@ def test_a_student_of_wan_starts_at_its_weights_and_has_the_teacher_that_is_name
 def test_encoded_data_that_do_not_fit_are_refused(tmp_path, preset, names, changes, told):
     changes = {"model.preset": preset, "data.dir": encoded(tmp_path, *names)} | changes
     with pytest.raises(UserError, match=told):
-        setup(recipe(**ENCODED | changes), MESH)
+        parts_of(**ENCODED | changes)
 
 
 def test_prompts_are_enough_for_rollouts(tmp_path):

@@ -4,12 +4,13 @@ stage before.
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from salt_jax.checkpoint import newest_step, restore_params
@@ -23,10 +24,14 @@ from salt_jax.io.tensor_files import load_weights
 from salt_jax.models.lora import merge
 from salt_jax.models.text_encoder import init_text_encoder
 from salt_jax.models.wan import init_wan
+from salt_jax.moving_shapes import shapes
+from salt_jax.moving_shapes.exact import closed_form_params
 from salt_jax.moving_shapes.shapes import World
 from salt_jax.sharding import state_shardings
-from salt_jax.train.record import read_record, same_file
-from salt_jax.train.roles import refuse_another_base
+from salt_jax.stages.record import read_record, same_file
+from salt_jax.stages.roles import refuse_another_base
+from salt_jax.stages.stage import CLOSED_FORM, NO_TEACHER, Stage, Weights
+from salt_jax.stages.texts import Texts, read_texts
 from salt_jax.types import Params
 
 CHUNKS = ("memory.chunk", "memory.first")
@@ -158,3 +163,71 @@ def _refuse_difference(
                 f"{key} was made with {name}={before.get(name)}, this run has {here[name]}; "
                 "make them equal or start from another stage"
             )
+
+
+def load(stage: Stage, mesh: Mesh) -> tuple[Weights, Texts]:
+    """Everything that a run begins with, and its texts as the networks read them.
+
+    Raises:
+      UserError: weights, data or the stage before do not fit, or the closed form has too many
+        clips.
+    """
+    recipe = stage.recipe
+    loaded = initial_weights(recipe, mesh)
+    base, text_encoder = loaded["wan"], loaded.get("text_encoder")
+    texts = read_texts(stage, text_encoder)
+    start = base if "tokens" in stage.needs else student_start(recipe, base, mesh)
+    null_text: Any = texts.null_text  # of a stage that trains the text encoder None
+    source = dict(stage.parts()).get("teacher", NO_TEACHER)
+    if source == CLOSED_FORM:
+        teacher = closed_form(recipe, texts.encode_caption)
+    else:
+        teacher = None if source == NO_TEACHER else teacher_weights(recipe, base, mesh)
+    return Weights(base, text_encoder, start, teacher, null_text), texts
+
+
+def fresh(stage: Stage) -> Weights:
+    """The same from random weights: in form what `load` reads, for planners (`jax.eval_shape`).
+
+    A teacher of its own weights that stays as it is stored is taken to be float32.
+    """
+    recipe, t = stage.recipe, stage.recipe.teacher
+    k_base, k_other = jax.random.split(jax.random.key(recipe.seed))
+    base = init_wan(k_base, recipe.wan)
+    tokens = "tokens" in stage.needs
+    null_text = jnp.zeros((1, recipe.wan.text_length, 1 if tokens else recipe.wan.text_dim))
+    source = dict(stage.parts()).get("teacher", NO_TEACHER)
+    if source == CLOSED_FORM:
+        scenes, modes = shapes.scenes(recipe.world), shapes.modes(recipe.world)
+        captions = jnp.zeros((len(scenes), *null_text.shape[1:]))
+        clips = jnp.zeros((len(scenes), len(modes), *recipe.clip_shape))
+        teacher = {"clips": clips, "captions": captions}
+    elif source == NO_TEACHER:
+        teacher = None
+    elif t.weights or recipe.teacher_wan != recipe.wan:
+        teacher = in_dtype(init_wan(k_other, recipe.teacher_wan), t.dtype)
+    else:
+        teacher = in_dtype(base, t.dtype)
+    return Weights(base, init_text_encoder(k_other, recipe.text), base, teacher, null_text)
+
+
+def closed_form(recipe: Recipe, encode: Callable[[str], np.ndarray]) -> Params:
+    """All clips of the world by caption, for the closed-form denoiser.
+
+    Raises:
+      UserError: the pair world, whose clips are too many.
+    """
+    world = recipe.world
+    if world.pair:
+        raise UserError(
+            "config.world.pair has too many clips for the closed form; set "
+            "config.teacher.kind=network"
+        )
+    clips = [
+        [shapes.to_latent(shapes.render(scene, mode, world)) for mode in shapes.modes(world)]
+        for scene in shapes.scenes(world)
+    ]
+    captions = [encode(shapes.caption(scene)) for scene in shapes.scenes(world)]
+    # tokens stand for the caption as one number a row
+    rows = [row[:, None].astype(np.float32) if row.ndim == 1 else row for row in captions]
+    return closed_form_params(np.array(clips), np.stack(rows))

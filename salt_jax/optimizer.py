@@ -6,7 +6,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from salt_jax.config.schema import Recipe
 from salt_jax.config.sections import Optimizer
+
+
+def optimizer_of(recipe: Recipe, learner: str) -> optax.GradientTransformation:
+    """That of "student" or "critic" over a whole run."""
+    if learner == "student":
+        return make_optimizer(recipe.student_optimizer, recipe.iterations)
+    return make_optimizer(recipe.critic_optimizer, recipe.iterations * recipe.critic_ratio)
 
 
 def make_optimizer(o: Optimizer, updates: int) -> optax.GradientTransformation:

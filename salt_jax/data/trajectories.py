@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from safetensors import safe_open
@@ -21,19 +20,17 @@ from tqdm import tqdm
 from salt_jax.config.migrate import refuse_another_run
 from salt_jax.config.reading import to_json
 from salt_jax.config.schema import Recipe
-from salt_jax.data.pipeline import collate
 from salt_jax.errors import UserError
 from salt_jax.io.header import read_metadata
-from salt_jax.models.denoiser import Network
-from salt_jax.train.stages import trajectory
-from salt_jax.types import Params
+
+Make = Callable[[list[dict[str, Any]], int], dict[str, np.ndarray]]
 
 
 class Trajectories(Sequence):
     """Records `video` [F, H, W, C], `states` [n + 1, F, H, W, C], and the words of their clips'
     records.
 
-    See `train.stages.trajectory`.
+    See `stages.ode_regression.OdeRegression.trajectory`.
     """
 
     def __init__(self, parts: list[Path], per_part: int, words: Callable[[int], dict[str, Any]]):
@@ -49,26 +46,23 @@ class Trajectories(Sequence):
         return record | self._words(int(index))
 
 
-def make_trajectories(
-    directory: Path,
-    recipe: Recipe,
-    network: Network,
-    params: Params,
-    null_text: np.ndarray,
-    encode_caption: Callable[[str], np.ndarray],
-    source: Sequence,
-    files_may_move: bool = False,
+def open_trajectories(
+    directory: Path, recipe: Recipe, make: Make, source: Sequence, files_may_move: bool = False
 ) -> Trajectories:
     """Makes what is missing in `directory`: `config.ode.trajectories`, rounded up to whole batches.
+
+    Args:
+      make: (records of a batch, its number) -> its arrays `video` and `states`.
+      source: the clips, used again from the start where they are too few.
 
     Raises:
       UserError: a part that is there was made with another config, or does not say with which.
     """
     size = recipe.batch_size
     directory.mkdir(parents=True, exist_ok=True)
-    parts = [directory / f"{i:05d}.safetensors" for i in range(-(-recipe.ode.trajectories // size))]
+    count = -(-recipe.ode.trajectories // size)
+    parts = [directory / f"{i:05d}.safetensors" for i in range(count)]
     record = lambda index: source[index % len(source)]
-    make = jax.jit(lambda p, batch, null, key: trajectory(network, p, batch, null, key, recipe))
     mine = parts[jax.process_index() :: jax.process_count()]
     missing = [path for path in mine if not path.exists()]
     for path in sorted(set(mine) - set(missing)):
@@ -78,16 +72,10 @@ def make_trajectories(
         refuse_another_run(told, recipe, files_may_move)
     for path in tqdm(missing, desc="trajectories", unit="batch", disable=not missing):
         number = int(path.stem)
-        clips = collate([record(number * size + i) for i in range(size)], encode_caption)
-        batch = {name: jnp.asarray(clips[name]) for name in ("video", "text")}
-        key = jax.random.fold_in(jax.random.key(recipe.seed), number)
-        states = np.asarray(make(params, batch, jnp.asarray(null_text), key))
-        save_file(
-            {"video": clips["video"], "states": states},
-            path.with_suffix(".partial"),
-            {"config": to_json(recipe)},
-        )
-        path.with_suffix(".partial").replace(path)
+        arrays = make([record(number * size + i) for i in range(size)], number)
+        partial = path.with_suffix(".partial")
+        save_file(arrays, partial, {"config": to_json(recipe)})
+        partial.replace(path)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("trajectories")
     words = lambda index: {k: v for k, v in record(index).items() if k in ("caption", "text")}

@@ -7,17 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from salt_jax import sample
 from salt_jax.flow.schedule import grid
-from salt_jax.models.denoiser import POSITION_CHANNELS, wan_network
-from salt_jax.models.memory import CachePolicy
+from salt_jax.models.cache_policy import CachePolicy
+from salt_jax.models.denoiser import wan_denoiser
+from salt_jax.models.position_channels import POSITION_CHANNELS
 from salt_jax.models.presets import Compute, WanConfig
 from salt_jax.models.wan import init_wan
-from salt_jax.rollout.causal import rollout
-from salt_jax.sample import Cue, Sampler, clip_keys, stream_chunks
+from salt_jax.rollout.causal import Origin, Steps, rollout
+from salt_jax.rollout.sampler import Cue, Sampler, clip_keys, generate, make_chunk
+from salt_jax.types import Conditioning
 
 CONFIG = WanConfig(24, 2, 2, 48, 3 + POSITION_CHANNELS, 3, (1, 2, 2), 8, 6, 16, 0, 1e-6)
-NETWORK = wan_network(CONFIG, Compute(), 9, 3)
+NETWORK = wan_denoiser(CONFIG, Compute(), 9, 3)
 PICTURE, SHIFT, UPDATES = (4, 4, 3), 5.0, 2
 WINDOW = CachePolicy(3, 3, 6, 1, "relative")
 SINK = CachePolicy(3, 3, 9, 3, "absolute")
@@ -33,14 +34,15 @@ def params():
     )
 
 
-def text(seed, clips=2):
-    return np.random.default_rng(seed).normal(size=(clips, 4, 8)).astype(np.float32)
+def prompts(seed, clips=2):
+    drawn = np.random.default_rng(seed).normal(size=(clips, 4, 8))
+    return Conditioning(drawn.astype(np.float32))
 
 
-def video(params, frames, policy, cues=None, given=None, updates=UPDATES, first=None):
-    sampler = Sampler(grid(updates, SHIFT), "cm", policy, first and grid(first, SHIFT))
-    told = (cues or {0: Cue(text(0))}, clip_keys(0, 2), sampler, (frames, *PICTURE), given)
-    return np.concatenate(list(stream_chunks(NETWORK, params, *told)), axis=1)
+def video(params, frames, policy, cues=None, given=None, updates=UPDATES, first=0):
+    sampler = Sampler(updates, SHIFT, "cm", policy, first)
+    told = (cues or {0: Cue(prompts(0))}, clip_keys(0, 2), (frames, *PICTURE), given)
+    return np.concatenate(list(generate(sampler, NETWORK, params, *told)), axis=1)
 
 
 @pytest.mark.parametrize(
@@ -54,9 +56,10 @@ def video(params, frames, policy, cues=None, given=None, updates=UPDATES, first=
 )
 def test_chunk_by_chunk_is_the_rollout_of_training(params, policy):
     frames = 12 + policy.first % 3
-    levels, keys, shape = jnp.asarray(grid(UPDATES, SHIFT)), clip_keys(0, 2), (frames, *PICTURE)
-    make = lambda p, t: rollout(NETWORK, p, t, levels, UPDATES - 1, "cm", keys, shape, policy).x0
-    whole = jax.jit(make)(params, text(0))
+    steps = Steps(jnp.asarray(grid(UPDATES, SHIFT)), UPDATES - 1, "cm")
+    keys, shape = clip_keys(0, 2), (frames, *PICTURE)
+    make = lambda p, cond: rollout(NETWORK, p, Origin(cond), steps, keys, shape, policy).x0
+    whole = jax.jit(make)(params, prompts(0))
     np.testing.assert_allclose(video(params, frames, policy), whole, atol=1e-5)
 
 
@@ -66,9 +69,9 @@ def test_a_long_video_runs_one_program_on_a_cache_of_fixed_size(params, policy):
     than for 12.
     """
     before = video(params, 12, policy)
-    programs = sample._next_chunk._cache_size()
+    programs = make_chunk._cache_size()
     longer = video(params, 120, policy)
-    assert sample._next_chunk._cache_size() == programs
+    assert make_chunk._cache_size() == programs
     assert longer.shape == (2, 120, *PICTURE) and np.isfinite(longer).all()
     np.testing.assert_array_equal(longer[:, :12], before)
     assert policy.capacity(120) == policy.capacity(12) == policy.window - policy.chunk
@@ -76,7 +79,7 @@ def test_a_long_video_runs_one_program_on_a_cache_of_fixed_size(params, policy):
 
 @pytest.mark.parametrize("flush", [False, True])
 def test_a_prompt_switch_changes_what_follows_and_nothing_before(params, flush):
-    first, second = text(0), text(1)
+    first, second = prompts(0), prompts(1)
     plain = video(params, 18, SINK)
     switched = video(params, 18, SINK, {0: Cue(first), 9: Cue(second, flush=flush)})
     np.testing.assert_array_equal(switched[:, :9], plain[:, :9])
@@ -91,8 +94,8 @@ def test_a_cut_moves_one_chunk_only(params):
     stand anyway.
     """
     plain = video(params, 12, WINDOW)
-    cut = video(params, 12, WINDOW, {0: Cue(text(0)), 6: Cue(text(0), flush=True, cut=True)})
-    flushed = video(params, 12, WINDOW, {0: Cue(text(0)), 6: Cue(text(0), flush=True)})
+    cut = video(params, 12, WINDOW, {0: Cue(prompts(0)), 6: Cue(prompts(0), flush=True, cut=True)})
+    flushed = video(params, 12, WINDOW, {0: Cue(prompts(0)), 6: Cue(prompts(0), flush=True)})
     np.testing.assert_array_equal(cut[:, :6], plain[:, :6])
     assert np.abs(cut[:, 6:9] - flushed[:, 6:9]).max() > 1e-4
 
@@ -125,7 +128,7 @@ def test_a_given_clip_is_continued(params):
     """
     made = video(params, 15, SINK)
     np.testing.assert_allclose(video(params, 15, SINK, given=made[:, :12]), made, atol=1e-5)
-    switched = {0: Cue(text(0)), 12: Cue(text(1))}
+    switched = {0: Cue(prompts(0)), 12: Cue(prompts(1))}
     other = video(params, 15, SINK, switched, given=made[:, :12])
     np.testing.assert_allclose(other, video(params, 15, SINK, switched), atol=1e-5)
     for frames in (4, 15):
@@ -137,9 +140,9 @@ def test_a_given_clip_is_continued(params):
     ("frames", "policy", "cues", "told"),
     [
         (10, SINK, None, "do not split into a chunk of 3 and chunks of 3"),
-        (12, SINK, {0: Cue(text(0)), 4: Cue(text(1))}, "must be starts of chunks"),
-        (12, SINK, {3: Cue(text(0))}, "must be starts of chunks"),
-        (12, SINK, {0: Cue(text(0)), 6: Cue(text(1), cut=True)}, "set positions to relative"),
+        (12, SINK, {0: Cue(prompts(0)), 4: Cue(prompts(1))}, "must be starts of chunks"),
+        (12, SINK, {3: Cue(prompts(0))}, "must be starts of chunks"),
+        (12, SINK, {0: Cue(prompts(0)), 6: Cue(prompts(1), cut=True)}, "set positions to relative"),
         (1026, SINK, None, "set positions to relative"),
     ],
 )

@@ -13,7 +13,8 @@ from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
 from salt_jax.io.model_folder import TEXT, WAN, part_file
 from salt_jax.io.tensor_files import digest
-from salt_jax.train.record import is_workdir, read_record, starts
+from salt_jax.stages.record import is_workdir, read_record, starts
+from salt_jax.stages.stage import CLOSED_FORM, NO_TEACHER, Stage
 
 Report = Callable[[int], Any]  # is told the bytes that were read
 
@@ -32,8 +33,9 @@ class Role(NamedTuple):
 Part = Callable[[str, str], Role]  # a part's name and what it is read from
 
 
-def refuse_roles(recipe: Recipe) -> None:
+def refuse_roles(stage: Stage) -> None:
     """Raises UserError where a network cannot have the part that a recipe gives it."""
+    recipe = stage.recipe
     list(starts(recipe.init_from))
     t = recipe.teacher
     named = {"weights": recipe.weights, "teacher.weights": t.weights}
@@ -45,7 +47,8 @@ def refuse_roles(recipe: Recipe) -> None:
                 "launch.convert_wan --to) and name that"
             )
     key = "teacher.weights" if t.weights else "weights"
-    if recipe.stage != "distil" or t.kind != "network" or t.accept_student or not named[key]:
+    taught = dict(stage.parts()).get("teacher") not in (None, CLOSED_FORM, NO_TEACHER)
+    if not taught or t.accept_student or not named[key]:
         return
     record = read_record(named[key])
     if record.student:
@@ -57,19 +60,21 @@ def refuse_roles(recipe: Recipe) -> None:
         )
 
 
-def roles(recipe: Recipe, report: Report = lambda nbytes: None) -> list[Role]:
+def roles(stage: Stage, report: Report = lambda nbytes: None) -> list[Role]:
     """The parts of a run as it begins. Every file that is named is read for its digest.
 
     Raises:
       UserError: a file cannot be read, or a workdir has no checkpoint.
     """
-    part = _reader(recipe, report)
+    recipe, part = stage.recipe, _reader(stage.recipe, report)
     found = _student(recipe, part)
-    if recipe.stage == "distil":
-        found += _learner("critic", recipe.weights, recipe, part)
-    found += _teacher(recipe, part)
-    if recipe.align.weight and recipe.align.network == "base":
-        found.append(part("alignment", recipe.weights))
+    for name, where in stage.parts():
+        if where in (CLOSED_FORM, NO_TEACHER):
+            found.append(Role(name, where, None, "", "-", "-"))
+        elif name in stage.learners:
+            found += _learner(name, where, recipe, part)
+        else:
+            found.append(part(name, where))
     return [*found, _text_encoder(recipe, part)]
 
 
@@ -117,20 +122,6 @@ def _network(where: str, seed: int, report: Report) -> Role:
             f"cannot read {where} ({error.strerror}); mend it, or name another"
         ) from error
     return Role("", where, record.step, sha, record.sees, record.made)
-
-
-def _teacher(recipe: Recipe, part: Part) -> list[Role]:
-    t, own = recipe.teacher, recipe.teacher_wan == recipe.wan
-    if recipe.stage in ("ode_regression", "consistency"):
-        return [part("causal teacher", recipe.init_from or recipe.weights)]
-    if recipe.stage == "teacher_forcing":
-        return []
-    if t.kind == "network":
-        return [part("teacher", t.weights or (recipe.weights if own else ""))]
-    source = {"closed_form": "closed form of the world", "data": "none: the clips themselves"}[
-        t.kind
-    ]
-    return [Role("teacher", source, None, "", "-", "-")]
 
 
 def _text_encoder(recipe: Recipe, part: Part) -> Role:

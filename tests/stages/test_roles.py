@@ -17,9 +17,9 @@ from salt_jax.errors import UserError
 from salt_jax.io.shipped import located
 from salt_jax.io.tensor_files import save_weights
 from salt_jax.models.presets import PRESETS
-from salt_jax.state import init_learner, init_state
-from salt_jax.train.record import read_record
-from salt_jax.train.roles import (
+from salt_jax.stages import make_stage
+from salt_jax.stages.record import read_record
+from salt_jax.stages.roles import (
     Role,
     going_on,
     read_roles,
@@ -30,6 +30,7 @@ from salt_jax.train.roles import (
     table,
     write_roles,
 )
+from salt_jax.state import init_learner, init_state
 
 TEACHER, CAUSAL = "shapes_teacher", "shapes_causal"
 LORA = {"video": "rollout", "lora.rank": 4, "lora.alpha": 4.0}
@@ -41,6 +42,10 @@ def recipe(**changes):
     config = base.get_config()
     config.update_from_flattened_dict(changes)
     return read_recipe(config)
+
+
+def stage(**changes):
+    return make_stage(recipe(**changes))
 
 
 def file(path, **metadata):
@@ -55,8 +60,9 @@ def exported(path, **changes):
 
 def workdir(path, step=3, **changes):
     learner = init_learner({"w": jnp.arange(3.0)}, optax.sgd(0.1))
+    state = init_state({"student": learner, "critic": learner})
     with open_checkpoints(path, 1) as manager:
-        save(manager, replace(init_state(learner, learner), step=jnp.int32(step)), {})
+        save(manager, replace(state, iteration=jnp.int32(step)), {})
     (path / "config.json").write_text(to_json(recipe(**changes)))
     return str(path)
 
@@ -71,7 +77,7 @@ def by_name(found):
 
 
 def test_the_parts_of_a_distillation_and_what_their_files_say():
-    found = by_name(roles(recipe(video="rollout", init_from=CAUSAL)))
+    found = by_name(roles(stage(video="rollout", init_from=CAUSAL)))
     assert set(found) == {"student", "critic", "teacher", "text encoder"}
     student, teacher = found["student"], found["teacher"]
     assert student[1:5] == (CAUSAL, None, sha(CAUSAL), "causal")
@@ -94,42 +100,42 @@ def test_the_parts_of_a_distillation_and_what_their_files_say():
 
 
 def test_the_parts_of_other_runs():
-    found = by_name(roles(recipe(**LORA, **{"align.weight": 0.5})))
+    found = by_name(roles(stage(**LORA, **{"align.weight": 0.5})))
     assert (
         found["student"].source == "fresh adapter of rank 4 (seed 0)"
         and not found["student"].digest
     )
     for name in ("student's base", "critic's base", "alignment", "teacher"):
         assert found[name].digest == sha(TEACHER)
-    found = by_name(roles(recipe(stage="consistency", init_from=CAUSAL)))
+    found = by_name(roles(stage(stage="consistency", init_from=CAUSAL)))
     assert set(found) == {"student", "causal teacher", "text encoder"}
     assert found["causal teacher"].source == CAUSAL and found["text encoder"].source == TEACHER
-    found = by_name(roles(recipe(weights="", seed=7, **{"teacher.kind": "closed_form"})))
+    found = by_name(roles(stage(weights="", seed=7, **{"teacher.kind": "closed_form"})))
     assert found["student"].source == "fresh (seed 7)" and found["student"].sees == "-"
     assert found["teacher"].source == "closed form of the world"
-    found = by_name(roles(recipe(stage="denoising", weights="", **{"teacher.kind": "data"})))
+    found = by_name(roles(stage(stage="denoising", weights="", **{"teacher.kind": "data"})))
     assert set(found) == {"student", "teacher", "text encoder"}
-    found = by_name(roles(recipe(**{"teacher.preset": "small", "teacher.weights": CAUSAL})))
+    found = by_name(roles(stage(**{"teacher.preset": "small", "teacher.weights": CAUSAL})))
     assert found["teacher"].digest == sha(CAUSAL) != found["critic"].digest
 
 
 def test_the_texts_of_encoded_data_know_their_encoder(tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps({"text_encoder.safetensors": "abc"}))
-    found = by_name(roles(recipe(**WAN, **{"data.dir": str(tmp_path)})))
+    found = by_name(roles(stage(**WAN, **{"data.dir": str(tmp_path)})))
     assert found["text encoder"][1:4] == (str(tmp_path), None, "abc")
 
 
 def test_a_workdir_has_a_step_and_a_lora_what_is_below_it(tmp_path):
     one = workdir(tmp_path / "one", step=5, **LORA, init_from=CAUSAL)
     two = workdir(tmp_path / "two", step=6, **LORA, init_from=one)
-    found = by_name(roles(recipe(video="rollout", init_from=two)))
+    found = by_name(roles(stage(video="rollout", init_from=two)))
     assert found["student"][1:5] == (two, 6, checkpoint_digest(two, 6, "ema"), "causal")
     assert "LoRA of rank 4" in found["student"].trained
     assert found["base of the start"][1:3] == (one, 5)
     assert found["base of base of the start"][1:4] == (CAUSAL, None, sha(CAUSAL))
     (tmp_path / "one" / "config.json").write_text(to_json(recipe(**LORA, init_from=two)))
     with pytest.raises(UserError, match=r"config\.init_from=\S+two leads back to \S+two"):
-        refuse_roles(recipe(video="rollout", init_from=two))
+        refuse_roles(stage(video="rollout", init_from=two))
 
 
 STUDENT = {"video": "rollout", "schedule.shift": 5.0}
@@ -185,25 +191,25 @@ def test_a_file_that_says_it_is_a_student_does_not_teach_unless_told(tmp_path, m
     with pytest.raises(
         UserError, match=rf"config\.{key}=\S+student\.safetensors would be the teacher"
     ) as error:
-        refuse_roles(recipe(**{key: where}))
+        refuse_roles(stage(**{key: where}))
     assert "\n" not in str(error.value) and "config.teacher.accept_student=True" in str(error.value)
-    refuse_roles(recipe(**{key: where, "teacher.accept_student": True}))
+    refuse_roles(stage(**{key: where, "teacher.accept_student": True}))
     if key == "weights":  # it does not teach
-        refuse_roles(recipe(weights=where, **{"teacher.kind": "closed_form"}))
-        refuse_roles(recipe(weights=where, stage="teacher_forcing"))
-        refuse_roles(recipe(weights=where, **{"teacher.weights": TEACHER}))
+        refuse_roles(stage(weights=where, **{"teacher.kind": "closed_form"}))
+        refuse_roles(stage(weights=where, stage="teacher_forcing"))
+        refuse_roles(stage(weights=where, **{"teacher.weights": TEACHER}))
 
 
 def test_a_converted_student_in_a_folder_does_not_teach(tmp_path):
     file(tmp_path / "sf" / "wan.safetensors", **STUDENTS["converted"])
     with pytest.raises(UserError, match=r"config\.teacher\.weights=\S+sf would be the teacher"):
-        refuse_roles(recipe(**WAN, **{"teacher.weights": str(tmp_path / "sf")}))
+        refuse_roles(stage(**WAN, **{"teacher.weights": str(tmp_path / "sf")}))
 
 
 @pytest.mark.parametrize("metadata", TEACHERS.values(), ids=TEACHERS)
 def test_a_teacher_or_a_file_that_does_not_tell_may_teach(tmp_path, metadata):
-    refuse_roles(recipe(weights=file(tmp_path / "t.safetensors", **metadata)))
-    refuse_roles(recipe(weights=str(tmp_path / "absent")))  # its reader says so
+    refuse_roles(stage(weights=file(tmp_path / "t.safetensors", **metadata)))
+    refuse_roles(stage(weights=str(tmp_path / "absent")))  # its reader says so
 
 
 def test_records_tell_the_step_and_how_a_file_was_taken_in(tmp_path):
@@ -230,7 +236,7 @@ def test_records_tell_the_step_and_how_a_file_was_taken_in(tmp_path):
 def test_a_workdir_is_no_file_of_weights(tmp_path, key):
     where = workdir(tmp_path / "run")
     with pytest.raises(UserError, match=rf"config\.{key}=\S+run is a workdir; .*launch\.export"):
-        refuse_roles(recipe(**{key: where}))
+        refuse_roles(stage(**{key: where}))
 
 
 def test_the_table_is_aligned_and_cuts_digests():
@@ -247,7 +253,7 @@ def test_the_table_is_aligned_and_cuts_digests():
 
 def test_what_is_under_training_goes_on_from_its_own_checkpoint(tmp_path):
     where = workdir(tmp_path / "run", step=3)
-    found = by_name(going_on(roles(recipe(**LORA)), recipe(**LORA), where, 3))
+    found = by_name(going_on(roles(stage(**LORA)), recipe(**LORA), where, 3))
     assert found["student"][1:4] == (where, 3, checkpoint_digest(where, 3, "student"))
     assert found["critic"].digest == checkpoint_digest(where, 3, "critic")
     assert found["student"].sees == "causal" and found["critic"].sees == "bidirectional"
@@ -257,11 +263,11 @@ def test_what_is_under_training_goes_on_from_its_own_checkpoint(tmp_path):
 
 def test_parts_are_kept_and_compared_by_what_is_in_their_files(tmp_path):
     first = file(tmp_path / "a.safetensors")
-    write_roles(tmp_path, roles(recipe(weights=first)))
+    write_roles(tmp_path, roles(stage(weights=first)))
     was = read_roles(tmp_path)
-    assert was == roles(recipe(weights=first)) and read_roles(tmp_path / "nowhere") == []
+    assert was == roles(stage(weights=first)) and read_roles(tmp_path / "nowhere") == []
     moved = Path(first).rename(tmp_path / "b.safetensors")
-    refuse_changed(was, roles(recipe(weights=str(moved))))
+    refuse_changed(was, roles(stage(weights=str(moved))))
     save_weights(moved, {"w": np.zeros(3)}, "float32", {})
     for changed in (
         {"weights": str(moved)},
@@ -271,7 +277,7 @@ def test_parts_are_kept_and_compared_by_what_is_in_their_files(tmp_path):
         with pytest.raises(
             UserError, match=r"the student of this run is .* and was \S+a\.safetensors .*--workdir"
         ):
-            refuse_changed(was, roles(recipe(**changed)))
+            refuse_changed(was, roles(stage(**changed)))
     (tmp_path / "roles.json").write_text("[{}]")
     with pytest.raises(UserError, match=r"roles\.json is damaged"):
         read_roles(tmp_path)
@@ -283,7 +289,7 @@ def test_a_lora_whose_base_was_replaced_is_refused(tmp_path):
     adapted = recipe(**LORA, weights=weights)
     where = workdir(tmp_path / "run", **LORA, weights=weights)
     refuse_another_base(where, adapted)  # of an earlier version, which did not keep it
-    write_roles(where, roles(adapted))
+    write_roles(where, roles(make_stage(adapted)))
     refuse_another_base(where, adapted)
     save_weights(weights, {"w": np.zeros(3)}, "float32", {})
     with pytest.raises(

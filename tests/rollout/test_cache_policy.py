@@ -1,6 +1,6 @@
 """What replaying all exit steps at once saves, by XLA's own account of the compiled programs.
 
-`pytest tests/rollout/test_memory.py -m slow -s` prints the numbers of docs/results.md.
+`pytest tests/rollout/test_cache_policy.py -m slow -s` prints the numbers of docs/results.md.
 """
 
 import jax
@@ -8,49 +8,50 @@ import jax.numpy as jnp
 import pytest
 
 from salt_jax.flow.schedule import grid
-from salt_jax.models.denoiser import wan_network
-from salt_jax.models.kv_cache import CachePolicy, look_back
+from salt_jax.models.cache_policy import CachePolicy
+from salt_jax.models.denoiser import wan_denoiser
+from salt_jax.models.kv_cache import plan_next_chunk
 from salt_jax.models.presets import Compute, WanConfig
 from salt_jax.models.wan import init_wan
-from salt_jax.rollout.causal import commit, generate_chunk, replay, rollout
+from salt_jax.rollout.causal import Origin, Steps, commit, generate_chunk, replay, rollout
+from salt_jax.types import Conditioning
 
 CONFIG = WanConfig(192, 4, 6, 768, 16, 16, (1, 2, 2), 32, 16, 64, 0, 1e-6)
-NETWORK = wan_network(CONFIG, Compute(remat="all"), 21, 3)
+NETWORK = wan_denoiser(CONFIG, Compute(remat="all"), 21, 3)
 POLICY = CachePolicy(3, 3, 0, 0, "absolute")
 SHAPE, CLIPS = (21, 16, 16, 16), 2
 LEVELS = jnp.asarray(grid(4, 5.0))
 
 
-def at_once(params, text, keys, exit_step):
-    trajectory = rollout(NETWORK, params, text, LEVELS, exit_step, "cm", keys, SHAPE, POLICY)
-    return (replay(NETWORK, params, trajectory, text, POLICY).x0 ** 2).mean()
+def at_once(params, cond, keys, exit_step):
+    steps = Steps(LEVELS, exit_step, "cm")
+    trajectory = rollout(NETWORK, params, Origin(cond), steps, keys, SHAPE, POLICY)
+    return (replay(NETWORK, params, trajectory, cond, POLICY).x0 ** 2).mean()
 
 
-def one_after_the_other(params, text, keys, exit_step):
+def one_after_the_other(params, cond, keys, exit_step):
     """The same loss with the gradient taken where each chunk is made: its cache has to wait for the
     backward pass.
     """
-    stopped = jax.lax.stop_gradient(params)
-    cache, total = NETWORK.empty_cache(jnp.zeros((CLIPS, 0, *SHAPE[1:])), SHAPE[0]), 0.0
+    stopped, steps = jax.lax.stop_gradient(params), Steps(LEVELS, exit_step, "cm")
+    cache, total = NETWORK.empty_cache(CLIPS, SHAPE[0], SHAPE[1:]), 0.0
     for size in POLICY.sizes(SHAPE[0]):
-        x, x0 = generate_chunk(
-            NETWORK, stopped, cache, text, LEVELS, exit_step, "cm", keys, size, POLICY
-        )
-        sight = look_back(cache, POLICY, size)
+        plan = plan_next_chunk(cache, POLICY, size)
+        x, x0 = generate_chunk(NETWORK, stopped, plan, cond, steps, keys, SHAPE[1:])
         sigma = jnp.full(CLIPS, LEVELS[exit_step])
         total += (
-            NETWORK.denoise(params, jax.lax.stop_gradient(x), sigma, text, sight).x0 ** 2
+            NETWORK.denoise(params, jax.lax.stop_gradient(x), sigma, cond, plan).x0 ** 2
         ).mean()
-        cache = jax.lax.stop_gradient(commit(NETWORK, stopped, cache, x0, text, POLICY))
+        cache = jax.lax.stop_gradient(commit(NETWORK, stopped, cache, x0, cond, POLICY))
     return total / len(POLICY.sizes(SHAPE[0]))
 
 
 def temporary_bytes(loss):
     shapes = jax.eval_shape(lambda: init_wan(jax.random.key(0), CONFIG))
-    text = jax.ShapeDtypeStruct((CLIPS, 16, 32), jnp.float32)
+    cond = Conditioning(jax.ShapeDtypeStruct((CLIPS, 16, 32), jnp.float32))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), CLIPS))
     exit_step = jax.ShapeDtypeStruct((), jnp.int32)
-    compiled = jax.jit(jax.grad(loss)).lower(shapes, text, keys, exit_step).compile()
+    compiled = jax.jit(jax.grad(loss)).lower(shapes, cond, keys, exit_step).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 

@@ -4,7 +4,6 @@ as a data set.
 
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,11 +13,13 @@ from configs import base
 from salt_jax.config.reading import read_recipe
 from salt_jax.data.pipeline import batches
 from salt_jax.errors import UserError
-from salt_jax.flow.prediction import from_velocity
 from salt_jax.flow.schedule import grid
-from salt_jax.models.denoiser import Network
+from salt_jax.models.presets import PRESETS, Compute
 from salt_jax.moving_shapes.shapes import to_latent
-from salt_jax.train.trajectories import make_trajectories
+from salt_jax.stages import make_stage
+from salt_jax.stages.ode_regression import OdeRegression
+from salt_jax.stages.stage import RecordSource
+from tests.helpers import Straight, with_networks
 
 CLIP = (6, 4, 4, 3)
 RECIPE = read_recipe(base.get_config())
@@ -40,27 +41,23 @@ SOURCE = [
 ]
 
 
+NETWORK = Straight(PRESETS["wan2.1-t2v-tiny"], Compute())
+
+
 def encode(caption):
     """[1, 2], another for each clip."""
     return np.full((1, 2), float(caption.split()[1]), np.float32)
 
 
-def straight(params, x, sigma, text, sight=None):
-    return from_velocity(x, jnp.broadcast_to(params * text[:, :1, :1, None, None], x.shape), sigma)
+def make(workdir, recipe=RECIPE, source=SOURCE):
+    """The velocity is half the clip's number."""
+    stage = with_networks(make_stage(recipe), student=NETWORK)
+    frozen = {"teacher": jnp.float32(0.5), "null_text": np.zeros((1, 1, 2), np.float32)}
+    return stage.records(RecordSource(source, workdir, frozen, encode, False))
 
 
-def nothing_read(params, x0, text, sight):
-    return jnp.zeros((1, *x0.shape[:2], 1, 1, 1)), jnp.zeros((1, *x0.shape[:2], 1, 1, 1))
-
-
-def make(directory, recipe=RECIPE, source=SOURCE):
-    network = Network(straight, nothing_read, None, None, None)
-    null = np.zeros((1, 1, 2), np.float32)
-    return make_trajectories(directory, recipe, network, jnp.float32(0.5), null, encode, source)
-
-
-def contents(directory):
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
+def contents(workdir):
+    return {path.name: path.read_bytes() for path in (workdir / "trajectories").iterdir()}
 
 
 def test_records_are_clips_with_their_captions_and_trajectories(tmp_path):
@@ -94,18 +91,19 @@ def test_a_few_clips_at_a_time_they_are_the_same(tmp_path):
 def test_a_part_is_a_function_of_the_seed_and_its_number_and_what_is_there_is_kept(tmp_path):
     make(tmp_path / "whole")
     whole = contents(tmp_path / "whole")
-    part = tmp_path / "stopped"
-    make(part)
-    for number in (1, 2):  # stopped after the first part
-        (part / f"{number:05d}.safetensors").unlink()
-    (part / "00001.partial").write_bytes(b"half")  # in the middle of the second
-    kept = (part / "00000.safetensors").stat().st_mtime_ns
-    make(part)
-    assert contents(part) == whole
-    assert (part / "00000.safetensors").stat().st_mtime_ns == kept
-    (part / "00001.safetensors").unlink()
-    make(part)
-    assert contents(part) == whole
+    stopped = tmp_path / "stopped"
+    make(stopped)
+    first, *later = (stopped / "trajectories" / f"{i:05d}.safetensors" for i in range(3))
+    for part in later:  # stopped after the first part
+        part.unlink()
+    later[0].with_suffix(".partial").write_bytes(b"half")  # in the middle of the second
+    kept = first.stat().st_mtime_ns
+    make(stopped)
+    assert contents(stopped) == whole
+    assert first.stat().st_mtime_ns == kept
+    later[0].unlink()
+    make(stopped)
+    assert contents(stopped) == whole
     make(tmp_path / "other", replace(RECIPE, seed=4))
     assert all(contents(tmp_path / "other")[name] != whole[name] for name in whole)
 
@@ -126,10 +124,7 @@ def test_batches_of_trajectories_bring_their_states(tmp_path):
 
 def test_the_device_is_asked_for_what_is_missing_only(tmp_path, monkeypatch):
     make(tmp_path)
-    monkeypatch.setattr(
-        "salt_jax.train.trajectories.trajectory", lambda *_: pytest.fail("made again")
-    )
-    jax.clear_caches()
+    monkeypatch.setattr(OdeRegression, "trajectory", lambda *_: pytest.fail("made again"))
     assert len(make(tmp_path)) == 12
 
 
@@ -157,7 +152,7 @@ def test_a_longer_run_takes_the_parts_of_a_shorter_one(tmp_path):
 
 def test_a_part_that_does_not_say_what_made_it_is_refused(tmp_path):
     make(tmp_path)
-    part = tmp_path / "00001.safetensors"
+    part = tmp_path / "trajectories" / "00001.safetensors"
     save_file(load_file(part), part)
     with pytest.raises(UserError, match=r"00001\.safetensors has no config in it"):
         make(tmp_path)

@@ -8,7 +8,7 @@ import pytest
 
 from configs import base
 from salt_jax.config.sections import Optimizer
-from salt_jax.train.optimizer import make_optimizer
+from salt_jax.optimizer import make_optimizer
 
 HOW = dict(learning_rate=3e-2, eps=1e-8, weight_decay=0.1, clip=0.7)
 SCHEDULES = {"constant": (0, False), "warm-up": (5, False), "cosine": (5, True)}

@@ -1,0 +1,97 @@
+"""Which frames see which, and where in time everything stands: attention without a mask.
+
+New frames are cut into groups; each attends densely to a run of new frames and of the memory's.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from salt_jax.models.cache_policy import CachePolicy
+
+Positions = Int[Array | np.ndarray, "_"]
+
+
+class QueryGroup(NamedTuple):
+    """A run of new frames that see the same frames."""
+
+    queries: slice  # of the new frames: the ones that look
+    own: tuple[slice, ...]  # new frames that are seen
+    past: tuple[slice, ...]  # frames of the memory that are seen
+    query_positions: Positions  # [queries]
+    key_positions: Positions  # [own + past]
+    # of the seen frames only the first so many count, [] or [queries]; None: all
+    length: Int[Array, "..."] | None = None
+
+
+class KeysValues(NamedTuple):
+    """Of frames, in every layer: raw, keys not yet turned by rotary positions."""
+
+    k: Any  # [layers, B, F, S, A, d]
+    v: Any  # the same
+
+
+class AttentionPlan(NamedTuple):
+    """What the new frames of one evaluation see: groups that cover them in order, and memory."""
+
+    groups: tuple[QueryGroup, ...]
+    memory: KeysValues | None
+    frames: Positions  # [F], the new frames' numbers in the video
+
+
+def plan_whole_clip(frames: int) -> AttentionPlan:
+    """Everybody sees everybody: a bidirectional network."""
+    all_of_it, positions = slice(0, frames), np.arange(frames)
+    group = QueryGroup(all_of_it, (all_of_it,), (), positions, positions)
+    return AttentionPlan((group,), None, positions)
+
+
+def chunk_groups(
+    policy: CachePolicy,
+    sizes: Sequence[int],
+    frames: Any,
+    before: int,
+    clean: Literal["memory", "new"],
+) -> tuple[QueryGroup, ...]:
+    """All chunks of a clip at once: one group for each chunk.
+
+    Args:
+      policy: decides which earlier frames a chunk sees.
+      sizes: frames of each new chunk.
+      frames: int [before + new], the frames' numbers in the video, by slot.
+      before: slots that were filled before the first new chunk; they are in the memory.
+      clean: where chunks find the earlier ones: in the "memory", which holds the clean frames of
+        all slots, each chunk seeing itself as it is (replay, teacher forcing); or among the "new"
+        frames (the commit of many chunks).
+    """
+    groups, start = [], before
+    for size in sizes:
+        stop = start + size
+        earlier = policy.visible(start, stop)
+        queries = slice(start - before, stop - before)
+        if clean == "memory":
+            own, past = (queries,), earlier
+        else:
+            own = (*(slice(s.start - before, s.stop - before) for s in earlier), queries)
+            past = ()
+        slots = np.array([i for s in earlier for i in range(s.start, s.stop)], int)
+        if policy.positions == "relative":
+            there, here = np.arange(len(slots)), len(slots) + np.arange(size)
+        else:
+            there, here = frames[slots], frames[start:stop]
+        both = (here, there) if clean == "memory" else (there, here)
+        xp = np if all(isinstance(p, np.ndarray) for p in both) else jnp
+        groups.append(QueryGroup(queries, own, past, here, xp.concatenate(both)))
+        start = stop
+    return tuple(groups)
+
+
+def chunk_pairs(policy: CachePolicy, frames: int, before: int = 0) -> list[tuple[int, int]]:
+    """(new frames, seen frames) of each chunk of the next `frames` of a video with `before`."""
+    sizes = policy.sizes(frames, before)
+    stops = (before + np.cumsum(sizes)).tolist()
+    past = lambda start, stop: sum(s.stop - s.start for s in policy.visible(start, stop))
+    return [(n, n + past(stop - n, stop)) for n, stop in zip(sizes, stops, strict=True)]

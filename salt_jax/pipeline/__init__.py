@@ -1,0 +1,94 @@
+"""What makes videos, as one object: `load`, and `Model.generate` and `Model.stream`."""
+
+from pathlib import Path
+
+from salt_jax.config.sections import Teacher
+from salt_jax.errors import UserError
+from salt_jax.io.model_folder import WAN, Source, part_file, stored_config
+from salt_jax.io.shipped import located
+from salt_jax.models.latent_size import latent_frames
+from salt_jax.pipeline.model import Model
+from salt_jax.pipeline.remote import copied
+from salt_jax.pipeline.shapes import sampler_of, shapes_model
+from salt_jax.pipeline.wan import WanOptions, WanSource, wan_parts
+from salt_jax.rollout.settings import RELEASED, Sampler
+from salt_jax.stages.record import is_workdir, read_record
+from salt_jax.workdir import Trained, open_exported, open_workdir
+
+WAN_CLIP = (latent_frames(81), 60, 104)  # frames, rows and columns of latent: 832 x 480
+TEACHER_STEPS = {False: 50, True: 40}  # by whether the model reads pictures: Wan 2.1's own
+
+
+def load(
+    source: str | Path,
+    *,
+    folder: str = "",
+    released: str = "",
+    guidance: float | None = None,
+    step: int | None = None,
+) -> Model:
+    """Opens what makes videos.
+
+    Args:
+      source: a workdir of launch.train, a file of launch.export, a folder of launch.convert_wan (a
+        teacher of Wan 2.1), a converted few-step student, or the name of a shipped network. What is
+        behind an address (gs://) is copied to the cache first.
+      folder: of Wan 2.1: the converted weights that give text encoder and VAE to a student.
+      released: what a converted student was trained at, a name of `rollout.settings.RELEASED`.
+      guidance: scale of classifier-free guidance; None: 5 for teachers of Wan 2.1, that of its
+        config for a teacher of Moving Shapes, and none for students.
+      step: of a workdir's checkpoint; None: the newest.
+
+    Raises:
+      UserError: there is nothing of that kind, or its parts do not fit.
+    """
+    where = str(copied(str(source), step) if "://" in str(source) else source)
+    path = located(where)
+    if is_workdir(where):
+        return _of_run(open_workdir(where, step), str(source), folder, guidance)
+    if not part_file(WAN, path).is_file():
+        raise UserError(
+            f"{source} is no workdir, no file of a network and no shipped network; train one with "
+            "launch.train, or convert one with launch.convert_wan"
+        )
+    if (
+        path.is_file()
+        and read_record(str(path)).config.get("data", {}).get("kind") == "moving_shapes"
+    ):
+        return _of_run(open_exported(where), str(source), folder, guidance)
+    return _converted(where, folder, released, guidance)
+
+
+def _of_run(run: Trained, source: str, folder: str, guidance: float | None) -> Model:
+    recipe = run.recipe
+    if recipe.data.kind == "moving_shapes":
+        model = shapes_model(run, source)
+        if recipe.makes_teacher:
+            model.sampler = Sampler(32, recipe.schedule.shift, "euler")
+            model.guidance = Teacher().guidance
+        model.guidance = model.guidance if guidance is None else guidance
+        return model
+    clip = (recipe.clip_shape[0], recipe.memory.chunk if recipe.causal else recipe.clip_shape[0])
+    found = WanSource(source, Source(folder or recipe.weights), recipe.wan, run=run)
+    parts = wan_parts(found, clip, WanOptions())
+    return Model(parts, sampler_of(recipe), recipe.clip_shape, guidance or 1.0)
+
+
+def _converted(where: str, folder: str, released: str, guidance: float | None) -> Model:
+    config = stored_config(WAN, where)
+    shape = (*WAN_CLIP, config.out_channels)
+    student = bool(released or folder)
+    if released and released not in RELEASED:
+        raise UserError(f"released={released!r} is not one of {', '.join(RELEASED)}")
+    if released:
+        sampler = RELEASED[released]
+    elif student:
+        sampler = Sampler(4, 5.0)
+    else:
+        steps = TEACHER_STEPS[bool(config.image_dim)]
+        sampler = Sampler(steps, 5.0, "unipc", stepwise=True)
+    chunk = sampler.memory.chunk if sampler.memory else shape[0]
+    found = WanSource(where, Source(folder or where), config, student=where if folder else "")
+    parts = wan_parts(found, (shape[0], chunk), WanOptions())
+    usual = 1.0 if student else 5.0
+    return Model(parts, sampler, shape, usual if guidance is None else guidance)

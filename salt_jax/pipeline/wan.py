@@ -1,0 +1,154 @@
+"""What stands around a network of Wan 2.1: text encoder, VAE, and CLIP of image to video."""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from tqdm import tqdm
+
+from salt_jax.errors import UserError
+from salt_jax.io import model_folder
+from salt_jax.io.model_folder import IMAGE, TEXT, VAE, WAN, Source, part_file, stored_config
+from salt_jax.io.tensor_files import digest
+from salt_jax.models.attention import compute_here
+from salt_jax.models.denoiser import wan_denoiser
+from salt_jax.models.image_condition import (
+    condition_latents,
+    crop_for_clip,
+    image_clip,
+    squash_for_clip,
+)
+from salt_jax.models.image_encoder import encode_image
+from salt_jax.models.latent_size import FPS, SPACE, latent_frames, pixel_frames
+from salt_jax.models.presets import WanConfig
+from salt_jax.models.prompts import negative_prompt
+from salt_jax.models.vae import encode_video
+from salt_jax.pipeline.model import Given, Parts
+from salt_jax.rollout.pixels import stream_pixels
+from salt_jax.sharding import all_devices, state_shardings
+from salt_jax.types import Params
+from salt_jax.workdir import Trained
+
+_encode_video = jax.jit(encode_video, static_argnums=(2, 3))
+_encode_image = jax.jit(encode_image, static_argnums=(2, 3))
+
+
+class WanOptions(NamedTuple):
+    """How the parts of Wan 2.1 run."""
+
+    dtype: DTypeLike = "bfloat16"  # of all but the VAE, which is float32
+    tile: int = 0  # decode in tiles of so many latent rows, to save memory; 0: whole
+    image_fit: Literal["squash", "crop"] = "squash"  # how CLIP sees a picture: as Wan, or diffusers
+    negative: str | None = None  # what guidance leads away from; None: Wan's own
+
+
+class WanSource(NamedTuple):
+    """Where a network and its parts are."""
+
+    name: str  # as the user names the network
+    folder: Source  # of text encoder, VAE and CLIP; small and random ones where it names none
+    config: WanConfig
+    student: str = ""  # a converted student's file, in place of the folder's network
+    run: Trained | None = None  # a workdir's network, in place of both
+
+
+def wan_parts(source: WanSource, clip: tuple[int, int], options: WanOptions) -> Parts:
+    """The headers of all files that will be read have been looked at.
+
+    Args:
+      clip: latent frames of a clip, and of a chunk.
+
+    Raises:
+      UserError: something that will be read is absent, damaged, or of another network.
+    """
+    config, folder, dtype = source.config, source.folder, jnp.dtype(options.dtype)
+    weights = _checked(source)
+    made_with, read_params = _network(source)
+
+    def read_texts(prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        rows = model_folder.embed_prompts(folder, prompts, config.text_length, dtype)
+        return {prompt: row[None] for prompt, row in zip(prompts, rows, strict=True)}
+
+    @functools.cache
+    def vae() -> tuple[Any, Any]:
+        return model_folder.open_part(VAE, folder)
+
+    def decode(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        sizes, params = vae()
+        pixels = stream_pixels(params, sizes, chunks, jnp.float32, options.tile)
+        return (frames[0] for frames in pixels)
+
+    how = {"dtype": dtype.name, "tile": options.tile}
+    return Parts(
+        source=source.name,
+        made_with={"network": made_with, "weights": weights, **how},
+        network=wan_denoiser(config, compute_here(config, dtype), *clip),
+        read_params=read_params,
+        read_texts=read_texts,
+        read_given=functools.partial(read_given, folder, config, options),
+        decode=decode,
+        frames_of=latent_frames,
+        negative=negative_prompt(options.negative, bool(config.image_dim)),
+        fps=FPS,
+    )
+
+
+def _checked(source: WanSource) -> dict[str, str]:
+    """Digests of the files beside the network, whose headers have been looked at."""
+    config, folder, run = source.config, source.folder, source.run
+    if run and not folder.folder and config.text_dim != model_folder.TINY[TEXT].dim:
+        raise UserError("name the text encoder and the VAE: --weights=DIR of launch.convert_wan")
+    where = Source(source.student or folder.folder)
+    used = [TEXT, VAE] + [IMAGE] * bool(config.image_dim)
+    for part in used if folder.folder else ():
+        stored_config(part, folder.folder)
+    if not run and where.folder and (found := stored_config(WAN, where.folder)) != config:
+        raise UserError(
+            f"--student={source.student} is {found}, --weights is {config}; give those it came from"
+        )
+    files = {part.file: part_file(part, folder.folder) for part in used if folder.folder}
+    files |= {path.name: path for path in model_folder.tokenizer_files(folder)[:1]}
+    progress = tqdm(files.items(), desc="checksums of the weights", delay=2)
+    return {name: digest(path) for name, path in progress}
+
+
+def _network(source: WanSource) -> tuple[dict[str, Any], Callable[[], Params]]:
+    """What tells which network it is, and what reads its parameters."""
+    run, where = source.run, Source(source.student or source.folder.folder)
+    if run:
+        return run.made_with, lambda: run.params
+    place = functools.partial(state_shardings, all_devices())
+    sha256 = digest(part_file(WAN, where.folder)) if where.folder else "fresh"
+    read = lambda: model_folder.open_part(WAN, where, source.config, shardings=place)[1]
+    return {"sha256": sha256}, read
+
+
+def read_given(
+    folder: Source,
+    config: WanConfig,
+    options: WanOptions,
+    pixels: np.ndarray,
+    shape: tuple[int, ...],
+    chunks: bool,
+) -> Given:
+    """Features and condition for a network that reads pictures, or the latents of what a video goes
+    on from: a picture or a clip.
+    """
+    if pixels.ndim == 3:
+        frames = 1 if chunks else pixel_frames(shape[0])
+        clip = image_clip(pixels, frames, SPACE * shape[1], SPACE * shape[2])
+    else:
+        clip = pixels.astype(np.float32) / 127.5 - 1
+    sizes, vae = model_folder.open_part(VAE, folder)
+    latents = _encode_video(vae, jnp.asarray(clip)[None], sizes, jnp.float32)
+    if chunks or not config.image_dim:
+        return Given(latents=np.asarray(latents))
+    sizes, eye = model_folder.open_part(IMAGE, folder)
+    fit = {"squash": squash_for_clip, "crop": crop_for_clip}[options.image_fit]
+    picture = jnp.asarray(fit(pixels, sizes.image_size))[None]
+    features = _encode_image(eye, picture, sizes, jnp.dtype(options.dtype)).astype(jnp.float32)
+    return Given(image=(features, condition_latents(latents)))

@@ -1,0 +1,49 @@
+"""Latents to pixels, as they come."""
+
+from collections.abc import Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from salt_jax.models.vae import VAEConfig, decode_first, decode_next, decode_tiled
+from salt_jax.types import Params
+
+decode_first_frame = jax.jit(decode_first, static_argnums=(2, 3))
+decode_more = jax.jit(decode_next, static_argnums=(3, 4), donate_argnums=1)
+_decode_tiled = jax.jit(decode_tiled, static_argnums=(2, 3, 4, 5))
+
+
+def stream_pixels(
+    params: Params,
+    config: VAEConfig,
+    chunks: Iterable[np.ndarray],
+    dtype: DTypeLike,
+    tile: int = 0,
+) -> Iterator[np.ndarray]:
+    """Latent chunks of a video, [B, f, h, w, 16] each -> its frames, uint8 [B, t, H, W, 3], chunk
+    by chunk.
+
+    `tile` > 0 decodes the whole video at its end instead, in tiles of so many latent rows and
+    columns a quarter of which overlaps: less memory, and seams may be seen.
+    """
+    if tile:
+        whole = np.concatenate(list(chunks), axis=1)
+        yield to_bytes(_decode_tiled(params, whole, config, dtype, tile, tile // 4))
+        return
+    memory = None
+    for chunk in chunks:
+        chunk, frames = jnp.asarray(chunk), []
+        if memory is None:
+            first, memory = decode_first_frame(params, chunk[:, :1], config, dtype)
+            chunk, frames = chunk[:, 1:], [first]
+        if chunk.shape[1]:
+            more, memory = decode_more(params, memory, chunk, config, dtype)
+            frames.append(more)
+        yield to_bytes(np.concatenate(frames, axis=1))
+
+
+def to_bytes(pixels: jax.Array | np.ndarray) -> np.ndarray:
+    """[-1, 1] -> uint8, cut off and not rounded, as Wan 2.1 writes its videos."""
+    return (np.clip((np.asarray(pixels) + 1) / 2, 0, 1) * 255).astype(np.uint8)

@@ -1,0 +1,235 @@
+"""Parameters and prompts in, latent clips out, for students and teachers alike: few steps whole or
+chunk by chunk, as long as one likes in constant memory; or many steps.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Key
+
+from salt_jax.flow.multistep import solver_steps
+from salt_jax.models.blocks import CrossKV
+from salt_jax.models.cache_policy import CachePolicy, refuse_overflow
+from salt_jax.models.denoiser import Branches, CausalDenoiser
+from salt_jax.models.kv_cache import KVCache, flush, plan_next_chunk
+from salt_jax.rollout.causal import Steps, commit, generate_chunk, recache
+from salt_jax.rollout.parallel import multistep_start, multistep_step, noise_at, sample
+from salt_jax.rollout.settings import Sampler
+from salt_jax.types import Conditioning, Denoiser, Latent, Params
+
+_sample = jax.jit(sample, static_argnums=(0, 4, 6))
+_noise_at = jax.jit(noise_at, static_argnums=3)
+_multistep_step = jax.jit(multistep_step, static_argnums=0)
+read_prompt = jax.jit(lambda network, params, cond: network.read(params, cond), static_argnums=0)
+read_again = jax.jit(recache, static_argnums=(0, 4), donate_argnums=2)
+_commit = jax.jit(commit, static_argnums=(0, 5), donate_argnums=2)
+_flush = jax.jit(flush, static_argnums=(1, 2), donate_argnums=0)
+
+USUAL_STEPS = 16  # levels are padded to that many steps, so one program serves all usual numbers
+FLUSH_KEEPS = 2  # frames, and
+CUT_AHEAD = 42  # positions: as Infinity-RoPE has them (45 where 3 would follow)
+
+
+class Cue(NamedTuple):
+    """What changes at a frame of a video under way."""
+
+    cond: Conditioning  # the prompts from here on
+    # drop all but the sink and the last frames, instead of reading them again under the prompt
+    flush: bool = False
+    cut: bool = False  # a scene cut: the first chunk stands far ahead in time (relative positions)
+
+
+class Session(NamedTuple):
+    """A video under way, chunk by chunk."""
+
+    cache: KVCache
+    cond: CrossKV | Branches | None  # of the prompt it is under, once read
+    keys: Key[Array, "b"]
+    frames: int  # made so far
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _empty_cache(network, clips, slots, picture):
+    return network.empty_cache(clips, slots, picture)
+
+
+class ChunkSpec(NamedTuple):
+    """What is static in a chunk."""
+
+    size: int
+    policy: CachePolicy
+
+
+@partial(jax.jit, static_argnames=("network", "spec"), donate_argnames="cache")
+def make_chunk(network, params, cache, cond, steps, call, spec):
+    """The next chunk and the cache behind it; `call` is (keys, how far it jumps ahead in time)."""
+    keys, jump = call
+    plan = plan_next_chunk(cache, spec.policy, spec.size, jump)
+    picture = cache.x0.shape[2:]
+    _, x0 = generate_chunk(network, params, plan, cond, steps, keys, picture)
+    return x0, commit(network, params, cache, x0, cond, spec.policy)
+
+
+def clip_keys(seed: int, count: int) -> jax.Array:
+    """One key per clip, [count]: all noise of clip i comes from the i-th."""
+    return numbered_keys(seed, np.arange(count))
+
+
+def numbered_keys(seed: int, numbers: np.ndarray) -> jax.Array:
+    """The keys of the clips with these numbers."""
+    return jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.asarray(numbers))
+
+
+def generate(
+    sampler: Sampler,
+    network: Denoiser,
+    params: Params,
+    cues: dict[int, Cue],
+    keys: Key[Array, "b"],
+    shape: tuple[int, ...],
+    given: np.ndarray | None = None,
+) -> Iterator[np.ndarray]:
+    """Yields clips, float32 [B, f, H, W, C]: whole, or chunk by chunk as soon as a chunk is there.
+
+    The noise of a clip does not depend on its batch. Memory does not grow with the video's length,
+    unless the sampler's policy drops nothing.
+
+    Args:
+      cues: by frame. Frame 0 must be there, the others must begin a chunk.
+      keys: [B], from `clip_keys`.
+      shape: (F, H, W, C); chunk by chunk F of any length that splits into chunks.
+      given: float32 [B, f, H, W, C], the first chunks, which are not made but continued: a picture
+        where the first chunk is one frame, or a clip. They are yielded first.
+
+    Raises:
+      ValueError: F does not split into chunks or does not fit the cache, or a cue is not at the
+        start of a chunk, or a cut is asked of absolute positions, or `given` is no number of chunks
+        below F.
+    """
+    if sampler.memory is None:
+        yield whole_clips(sampler, network, params, cues[0].cond, keys, shape)
+        return
+    assert isinstance(network, CausalDenoiser), "a formula has no cache"
+    starts = _refuse(sampler.memory, cues, given, (len(keys), *shape))
+    session = start_session(sampler, network, keys, shape)
+    for at in starts:
+        size = sampler.memory.chunk if at else sampler.memory.first
+        part = None if given is None or at >= given.shape[1] else given[:, at : at + size]
+        x0, session = next_chunk(sampler, network, params, session, cues.get(at), part)
+        yield np.asarray(x0)
+
+
+def start_session(
+    sampler: Sampler, network: CausalDenoiser, keys: Key[Array, "b"], shape: tuple[int, ...]
+) -> Session:
+    """A video without frames; `shape` (F, H, W, C): F of the longest that its cache has to hold."""
+    policy = sampler.memory
+    assert policy, "the sampler makes whole clips"
+    cache = _empty_cache(network, len(keys), policy.capacity(shape[0]), tuple(shape[1:]))
+    return Session(cache, None, keys, 0)
+
+
+def next_chunk(
+    sampler: Sampler,
+    network: CausalDenoiser,
+    params: Params,
+    session: Session,
+    cue: Cue | None = None,
+    given: np.ndarray | None = None,
+) -> tuple[Latent, Session]:
+    """The next frames of a video, float32 [B, chunk, H, W, C], and the video with them.
+
+    The session's cache is given up. `given`: the frames themselves, which are not made.
+    """
+    policy, (cache, cond, keys, at) = sampler.memory, session
+    assert policy and (cue or cond is not None), "a video begins with a prompt"
+    size = policy.chunk if at else policy.first
+    if cue:
+        if at and cue.flush:
+            cache = _flush(cache, policy, min(FLUSH_KEEPS, cache.slots - policy.sink))
+        elif at:
+            cache = read_again(network, params, cache, _on_device(cue.cond), policy)
+        cond = read_prompt(network, params, _on_device(cue.cond))
+    if given is not None:
+        x0 = jnp.asarray(given)
+        cache = _commit(network, params, cache, x0, cond, policy)
+    else:
+        levels, solver = sampler.grid(first=not at), sampler.solver
+        assert solver in ("euler", "cm"), f"students have no {solver}"
+        longest = max(len(sampler.grid()), len(sampler.grid(first=True)), USUAL_STEPS + 1)
+        padded = jnp.asarray(np.pad(levels, (0, longest - len(levels))))
+        steps = Steps(padded, jnp.int32(len(levels) - 2), solver)
+        call = keys, jnp.int32(CUT_AHEAD if cue and cue.cut else 0)
+        spec = ChunkSpec(size, policy)
+        x0, cache = make_chunk(network, params, cache, cond, steps, call, spec)
+    return x0, Session(cache, cond, keys, at + size)
+
+
+def whole_clips(
+    sampler: Sampler,
+    network: Denoiser,
+    params: Params,
+    cond: Conditioning,
+    keys: Key[Array, "b"],
+    shape: tuple[int, ...],
+    report: Callable[[], object] = lambda: None,
+) -> np.ndarray:
+    """Clips of all frames at once, float32 [B, F, H, W, C]; arguments as in `generate`.
+
+    With one key every clip runs through the same program, so its bits depend on nothing but its key
+    and prompt. `report` is called after each step of a stepwise sampler.
+    """
+    cond, solver = _on_device(cond), sampler.solver
+    if not sampler.stepwise:
+        return np.asarray(_sample(network, params, cond, sampler.grid(), solver, keys, shape))
+    assert solver in ("unipc", "dpmpp", "euler"), f"teachers have no {solver}"
+    noise = _noise_at(keys, jnp.float32(1.0), np.arange(shape[0]), shape[1:])
+    # Beside the parameters from the start: the first step is then of the same program as the
+    # others.
+    there = jax.tree.leaves(params)[0].sharding
+    there = NamedSharding(there.mesh, P()) if isinstance(there, NamedSharding) else there
+    history = jax.device_put(multistep_start(noise), there)
+    rows = solver_steps(solver, sampler.num_steps, sampler.shift)
+    table = jax.tree.map(lambda column: np.asarray(column, np.float32), rows)
+    for i in range(sampler.num_steps):
+        row = jax.tree.map(lambda column, i=i: column[i], table)
+        history = _multistep_step(network, params, cond, history, row)
+        # so that a progress bar tells the truth; the next step waits for it anyway
+        history.x.block_until_ready()
+        report()
+    return np.asarray(history.x)
+
+
+def _on_device(cond: Conditioning) -> Conditioning:
+    return jax.tree.map(jnp.asarray, cond)
+
+
+def _refuse(
+    policy: CachePolicy, cues: dict[int, Cue], given: np.ndarray | None, shape: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The frames at which chunks begin. Raises ValueError for what `generate` cannot do, before
+    anything runs.
+    """
+    starts = (0, *np.cumsum(policy.sizes(shape[1]))[:-1].tolist())
+    if given is not None:
+        b, f, *place = given.shape
+        if (b, *place) != (shape[0], *shape[2:]) or f not in starts[1:]:
+            raise ValueError(
+                f"the given frames are {given.shape}, a video of {shape} goes on from whole "
+                f"chunks: {starts[1:]} frames"
+            )
+    if 0 not in cues or not set(cues) <= set(starts):
+        raise ValueError(
+            f"prompts begin at frames {sorted(cues)}; these must be starts of chunks, and 0 among "
+            "them"
+        )
+    if policy.positions == "absolute" and any(cue.cut for cue in cues.values()):
+        raise ValueError("a scene cut moves relative positions; set positions to relative")
+    refuse_overflow(policy, policy.capacity(shape[1]), shape[1])
+    return starts

@@ -1,0 +1,270 @@
+"""Distillation: the student learns from teacher and critic, the critic from the student's videos.
+
+Salt Eq. 13: minimise L_DMD + lambda_SC L_SC + lambda_align L_align over the student, while the
+critic follows the student's videos by flow matching. For whole clips that is Eq. 10.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from salt_jax.config.schema import Recipe
+from salt_jax.flow.prediction import add_noise
+from salt_jax.losses.cache_alignment import cache_alignment_loss
+from salt_jax.losses.dmd import dmd_loss
+from salt_jax.losses.flow_matching import flow_matching_loss
+from salt_jax.losses.self_consistency import self_consistency_loss
+from salt_jax.models.denoiser import WanDenoiser, guided
+from salt_jax.models.kv_cache import trim
+from salt_jax.models.lora import init_lora, merge
+from salt_jax.moving_shapes.exact import ClosedForm
+from salt_jax.rollout.causal import Origin, recache
+from salt_jax.rollout.draws import Draw, Terms, as_reference, draw_rollout
+from salt_jax.rollout.parallel import midpoint
+from salt_jax.stages import contradictions, distil_passes
+from salt_jax.stages.networks import denoiser_of
+from salt_jax.stages.stage import (
+    CLOSED_FORM,
+    Aux,
+    Batch,
+    Frozen,
+    Inputs,
+    Memory,
+    Metrics,
+    Parts,
+    Pass,
+    RecordSource,
+    Update,
+    Weights,
+)
+from salt_jax.stages.start import (
+    StartNoise,
+    StartState,
+    draw_start,
+    noised_clip,
+    self_rollout,
+)
+from salt_jax.state import Stream, TrainState, first_state
+from salt_jax.types import Denoiser, Latent, Params, PRNGKey
+
+Losses = dict[str, Float[Array, "b"]]
+
+
+@dataclass(frozen=True)
+class Distil:
+    """Student and critic under a teacher."""
+
+    recipe: Recipe
+    mesh: Mesh | None = None
+    learners = ("student", "critic")
+
+    @property
+    def student(self) -> WanDenoiser:
+        return denoiser_of(self.recipe, self.mesh)
+
+    critic = student
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("cond",) if self.recipe.video == "rollout" else ("cond", "video")
+
+    @property
+    def teacher(self) -> Denoiser:
+        """Without guidance."""
+        if self.recipe.teacher.kind == "closed_form":
+            return ClosedForm()
+        return denoiser_of(self.recipe, self.mesh, self.recipe.teacher_wan)
+
+    def contradictions(self) -> Iterator[str]:
+        r = self.recipe
+        if r.teacher.kind == "data":
+            yield (
+                "config.teacher.kind=data leaves no teacher to distil; "
+                "set it to network or closed_form"
+            )
+        if r.video == "rollout":
+            checks = contradictions.rollouts, contradictions.alignment, contradictions.streams
+        else:
+            checks = (contradictions.no_rollouts,)
+        for check in checks:
+            yield from check(r)
+
+    def parts(self) -> Parts:
+        r, t = self.recipe, self.recipe.teacher
+        own = t.weights or (r.weights if r.teacher_wan == r.wan else "")
+        parts = [("critic", r.weights)]
+        parts.append(("teacher", own if t.kind == "network" else CLOSED_FORM))
+        return parts + [("alignment", r.weights)] * self._looks_at_base
+
+    @property
+    def _looks_at_base(self) -> bool:
+        return bool(self.recipe.align.weight) and self.recipe.align.network == "base"
+
+    def frozen(self, weights: Weights) -> Frozen:
+        frozen = {"teacher": weights.teacher, "null_text": weights.null_text}
+        if self._looks_at_base or self.recipe.lora.rank:
+            frozen["base"] = weights.base
+        return frozen | ({"student": weights.start} if self.recipe.lora.rank else {})
+
+    def first_state(self, weights: Weights) -> TrainState:
+        r, starts = self.recipe, (weights.start, weights.base)
+        if r.lora.rank:
+            keys = jax.random.split(jax.random.key(r.seed))
+            starts = tuple(init_lora(k, p, r.lora.rank) for k, p in zip(keys, starts, strict=True))
+        stream = None
+        if r.stream.max_frames:
+            slots, picture = r.memory.capacity(0), r.clip_shape[1:]
+            cache = self.student.empty_cache(r.batch_size, slots, picture)
+            text = jnp.zeros((r.batch_size, *weights.null_text.shape[1:]))
+            stream = Stream(cache, text)
+        return first_state(r, dict(zip(self.learners, starts, strict=True)), stream)
+
+    def records(self, source: RecordSource) -> Sequence:
+        return source.clips
+
+    def updates(self, iteration: int) -> list[tuple[Update, Draw | None]]:
+        """One of the student, then `critic_ratio` of the critic, each with a draw of its own."""
+        r = self.recipe
+        calls = []
+        for i in range(1 + r.critic_ratio):
+            terms = Terms(self_consistency=r.loss.self_consistency > 0)
+            draw = None
+            if r.video == "rollout":
+                terms, draw = draw_rollout(r, iteration, iteration * (1 + r.critic_ratio) + i)
+            # the critic has one term, whatever the student has
+            update = Update("critic", Terms(sequence=terms.sequence)) if i else None
+            calls.append((update or Update("student", terms), draw))
+        return calls
+
+    def noise(self, key: PRNGKey, batch: Batch) -> StartNoise:
+        return draw_start(key, batch, self.recipe)
+
+    def loss(self, params: Params, inputs: Inputs, update: Update) -> tuple[Float[Array, ""], Aux]:
+        losses = {"student": student_losses, "critic": critic_losses}[update.moves]
+        by_example, metrics, stream = losses(self, params, inputs, update.terms)
+        r = self.recipe
+        weights = {"self_consistency": r.loss.self_consistency, "alignment": r.align.weight}
+        means = {name: loss.mean() for name, loss in by_example.items()}
+        total = jnp.stack([weights.get(name, 1.0) * mean for name, mean in means.items()]).sum()
+        return total, Aux(means | metrics, stream)
+
+    def whole(self, learner: str, params: Params, frozen: Frozen) -> Params:
+        """The parameters of a network, its adapter merged into what that adapts."""
+        base = {"student": "student", "critic": "base"}[learner]
+        return merge(frozen.get(base), params, self.recipe.lora)
+
+    def origin(self, params: Params, inputs: Inputs, terms: Terms) -> Origin:
+        """The prompts of an update and the cache it goes on from: those of the video under way,
+        unless a new one starts.
+
+        A switch takes the batch's prompts and reads the cached frames again under them, before
+        anything is made.
+        """
+        params = jax.lax.stop_gradient(params)
+        cond, stream, draw = inputs.batch.cond, inputs.state.stream, inputs.draw
+        if stream is None or terms.sequence == "new":
+            return Origin(cond)
+        assert draw is not None
+        if not self.recipe.stream.switch:
+            return Origin(cond._replace(text=stream.text), stream.cache)
+        # A branch, not a program of its own: that would be half as many programs again.
+        cond = cond._replace(text=jnp.where(draw.switch, cond.text, stream.text))
+        again = lambda cache: recache(self.student, params, cache, cond, self.recipe.memory)
+        return Origin(cond, jax.lax.cond(draw.switch, again, lambda c: c, stream.cache))
+
+    def start(
+        self, params: Params, origin: Origin, inputs: Inputs, draw: Draw | None
+    ) -> StartState:
+        """The student's state before the evaluation that gets gradient. Both learners see the same
+        mixture of states.
+        """
+        if draw is None:
+            return noised_clip(inputs.batch, inputs.noise, self.recipe)
+        params = jax.lax.stop_gradient(params)
+        return self_rollout(self.student, params, origin, inputs.noise, draw, self.recipe)
+
+    def next_stream(self, start: StartState, origin: Origin) -> Stream | None:
+        """What the next update goes on from."""
+        if start.trajectory is None or not self.recipe.stream.max_frames:
+            return None
+        return Stream(trim(start.trajectory.cache, self.recipe.memory), origin.cond.text)
+
+    def passes(self, update: Update, draw: Draw | None) -> list[Pass]:
+        mix = distil_passes.mix_of(self.recipe, update, draw)
+        return distil_passes.passes(self.recipe, update.moves, mix)
+
+    def mean_passes(self, learner: str) -> list[Pass]:
+        return distil_passes.passes(self.recipe, learner, distil_passes.mean_mix(self.recipe))
+
+    def memory(self, update: Update) -> Memory:
+        return distil_passes.memory(self.recipe, update)
+
+
+def student_losses(
+    stage: Distil, params: Params, inputs: Inputs, terms: Terms
+) -> tuple[Losses, Metrics, Stream | None]:
+    """Salt Eq. 13, of whole clips Eq. 10. `terms` is static: its ifs are gone after tracing."""
+    r, frozen, renoised = stage.recipe, inputs.frozen, inputs.noise.renoised
+    student = stage.whole("student", params, frozen)
+    critic = stage.whole("critic", inputs.state.learners["critic"].params, frozen)
+    denoise = stage.student.denoise
+    # 1. A video without gradient; its exit step again, of all chunks at once, with gradient.
+    origin = stage.origin(student, inputs, terms)
+    start = stage.start(student, origin, inputs, inputs.draw)
+    video = denoise(student, start.x, start.sigma, origin.cond, start.plan)
+    # 2. Teacher and critic judge one noised copy of it.
+    noised = add_noise(jax.lax.stop_gradient(start.with_overlap(video.x0)), *renoised)
+    judge = noised, renoised.sigma, origin.cond
+    teacher, weights = guided(
+        stage.teacher, frozen["teacher"], frozen["null_text"], r.teacher.guidance
+    )
+    x0_teacher = start.new(teacher.denoise(weights, *judge).x0)
+    x0_critic = start.new(stage.critic.denoise(critic, *judge).x0)
+    # 3. The equations.
+    losses = {"dmd": dmd_loss(video.x0, x0_critic, x0_teacher)}  # Eq. 4
+    metrics = {"dmd_gap": jnp.abs(x0_critic - x0_teacher).mean()}
+    if terms.self_consistency:  # Eq. 8
+        stop = r.loss.stop_gradient
+        x_m = midpoint(start.x, video.velocity, start.sigma, start.sigma_m, stop == "midpoint")
+        v_m = denoise(student, x_m, start.sigma_m, origin.cond, start.plan).velocity
+        triple = start.sigma, start.sigma_m, start.sigma_e
+        losses["self_consistency"] = self_consistency_loss(video.velocity, v_m, *triple, stop)
+    if terms.alignment:  # Eq. 12
+        assert inputs.draw is not None
+        longer = as_reference(inputs.draw, r.rollout.first_steps)
+        reference = stage.start(student, origin, inputs, longer)
+        judges = {"base": frozen.get("base"), "critic": critic, "student": student}
+        judge = jax.lax.stop_gradient(judges[r.align.network])
+
+        def features(x0: Latent) -> Float[Array, "b f s d"]:
+            x = add_noise(start.with_overlap(x0), *renoised)
+            layers = r.align.layers
+            return start.new(stage.student.features(judge, x, renoised.sigma, origin.cond, layers))
+
+        low, high = features(video.x0), features(reference.trajectory.x0)
+        losses["alignment"], active = cache_alignment_loss(low, high, r.align.margin)
+        metrics["alignment_active"] = active.mean()
+    return losses, metrics, stage.next_stream(start, origin)
+
+
+def critic_losses(
+    stage: Distil, params: Params, inputs: Inputs, terms: Terms
+) -> tuple[Losses, Metrics, Stream | None]:
+    """The critic learns to denoise the student's videos, so that Eq. 4 has the student's score."""
+    frozen, renoised = inputs.frozen, inputs.noise.renoised
+    student = stage.whole("student", inputs.state.learners["student"].params, frozen)
+    critic = stage.whole("critic", params, frozen)
+    origin = stage.origin(student, inputs, terms)
+    start = stage.start(student, origin, inputs, inputs.draw)
+    if start.trajectory:
+        x0 = start.trajectory.x0
+    else:
+        x0 = stage.student.denoise(student, start.x, start.sigma, origin.cond, start.plan).x0
+    noised = add_noise(jax.lax.stop_gradient(start.with_overlap(x0)), *renoised)
+    velocity = start.new(stage.critic.denoise(critic, noised, renoised.sigma, origin.cond).velocity)
+    loss = flow_matching_loss(velocity, x0, start.new(renoised.noise))
+    return {"critic": loss}, {}, stage.next_stream(start, origin)

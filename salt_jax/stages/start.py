@@ -1,0 +1,131 @@
+"""The input of the one student evaluation that gets gradient, in three ways (`config.video`).
+
+Everything random is drawn for the whole batch at once and then cut, so an example has the same
+noise however many micro-batches there are (`stages.accumulate`).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from salt_jax.config.schema import Recipe
+from salt_jax.config.sections import Renoise
+from salt_jax.flow.draws import draw_renoise_sigma
+from salt_jax.flow.prediction import add_noise
+from salt_jax.models.denoiser import WanDenoiser
+from salt_jax.models.visibility import AttentionPlan
+from salt_jax.rollout.causal import (
+    Origin,
+    Steps,
+    Trajectory,
+    plan_diffusion_forcing,
+    plan_replay,
+    rollout,
+)
+from salt_jax.rollout.draws import Draw, LevelTriple, draw_chunk_triples, draw_triples
+from salt_jax.stages.stage import ABSENT, Batch
+from salt_jax.types import Latent, Params, PRNGKey, Sigma
+
+
+class Renoised(NamedTuple):
+    """Noise and levels at which teacher and critic judge a video."""
+
+    noise: Latent
+    sigma: Sigma  # [B]
+
+
+class StartNoise(NamedTuple):
+    """What is drawn on the device for an update of student or critic; the rest is a `Draw`."""
+
+    renoised: Renoised
+    keys: Key[Array, "b"] = ABSENT  # of the rollouts
+    clip: Latent = ABSENT  # on real clips
+    triple: LevelTriple = ABSENT  # its levels
+
+
+class StartState(NamedTuple):
+    """Where the update begins that the student is trained on. Nothing in it carries a gradient."""
+
+    x: Latent
+    sigma: Sigma
+    sigma_m: Sigma  # the triple of Eq. 9; equal levels where there is none
+    sigma_e: Sigma
+    plan: AttentionPlan | None  # what the student sees; None: everything
+    # [B, F', H, W, C], frames of the same video before it that teacher and critic see too: in
+    # streaming long tuning, else F' is 0
+    overlap: Latent
+    trajectory: Trajectory = ABSENT  # of a rollout
+
+    def with_overlap(self, x0: Float[Array, "b g h w c"]) -> Float[Array, "b f h w c"]:
+        """The frames of one video that teacher and critic judge, of which `x0` are the new ones."""
+        return jnp.concatenate([self.overlap, x0], axis=1)
+
+    def new(self, x: Float[Array, "b f ..."]) -> Float[Array, "b g ..."]:
+        """Of the frames of `with_overlap` those that are new."""
+        return x[:, self.overlap.shape[1] :]
+
+
+def draw_start(key: PRNGKey, batch: Batch, recipe: Recipe) -> StartNoise:
+    """What is random in an update, of the whole batch."""
+    k_video, k_renoise = jax.random.split(key)
+    shape = (batch.size, *recipe.clip_shape)
+    renoised = draw_renoised(k_renoise, shape, recipe.renoise)
+    if recipe.video == "rollout":
+        return StartNoise(renoised, jax.random.split(k_video, batch.size))
+    k_triple, k_noise = jax.random.split(k_video)
+    anchors, levels = recipe.schedule.anchor_levels, recipe.levels(recipe.schedule.train_levels)
+    if recipe.video == "noised_chunks":
+        sizes = recipe.memory.sizes(shape[1])
+        triple = draw_chunk_triples(k_triple, batch.size, sizes, levels, anchors)
+    else:
+        triple = draw_triples(k_triple, batch.size, levels, anchors)
+    return StartNoise(renoised, clip=jax.random.normal(k_noise, shape), triple=triple)
+
+
+def draw_renoised(key: PRNGKey, shape: tuple[int, ...], r: Renoise) -> Renoised:
+    k_sigma, k_noise = jax.random.split(key)
+    sigma = draw_renoise_sigma(k_sigma, shape[0], r.shift, r.lowest, r.highest)
+    return Renoised(jax.random.normal(k_noise, shape), sigma)
+
+
+def noised_clip(batch: Batch, noise: StartNoise, recipe: Recipe) -> StartState:
+    """A noised real clip (backward simulation off, Salt App. B), whole or with a level for each
+    chunk.
+    """
+    x0, (sigma, sigma_m, sigma_e, _) = batch.video, noise.triple
+    x = add_noise(x0, noise.clip, sigma)
+    plan = plan_diffusion_forcing(x0.shape[1], recipe.memory) if recipe.causal else None
+    return StartState(x, sigma, sigma_m, sigma_e, plan, x0[:, :0])
+
+
+def self_rollout(
+    student: WanDenoiser,
+    params: Params,
+    origin: Origin,
+    noise: StartNoise,
+    draw: Draw,
+    recipe: Recipe,
+) -> StartState:
+    """The student's own rollout on its own, imperfect, cache."""
+    frames, *picture = recipe.clip_shape
+    overlap = 0 if origin.cache is None else recipe.stream.overlap
+    shape = (frames - overlap, *picture)
+    steps = as_steps(draw, recipe)
+    made = rollout(student, params, origin, steps, noise.keys, shape, recipe.memory)
+    before = made.x[:, :0]
+    if origin.cache is not None:
+        before = origin.cache.x0[:, origin.cache.slots - overlap :]
+    level = lambda value: jnp.full(made.x.shape[:2], value)
+    plan = plan_replay(made, recipe.memory)
+    triple = made.sigma, level(draw.sigma_m), level(draw.sigma_e)
+    return StartState(made.x, *triple, plan, before, made)
+
+
+def as_steps(draw: Draw, recipe: Recipe) -> Steps:
+    solver = recipe.rollout.solver
+    first = (
+        Steps(draw.first_levels, draw.first_exit, solver) if recipe.rollout.first_steps else None
+    )
+    return Steps(draw.levels, draw.exit_step, solver, first)

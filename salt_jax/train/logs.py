@@ -1,0 +1,53 @@
+"""What a run tells while it goes on, and when it stops by itself."""
+
+import logging
+from typing import Any
+
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from salt_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def summarize(recent: list[dict[str, Any]]) -> dict[str, float]:
+    """The mean of each term over the updates that had it; of counters the last value."""
+    names = {name for metrics in recent for name in metrics}
+    series = {name: [float(m[name]) for m in recent if name in m] for name in sorted(names)}
+    last = lambda name: name.endswith(("skipped", "in_a_row"))
+    return {
+        name: values[-1] if last(name) else float(np.mean(values))
+        for name, values in series.items()
+    }
+
+
+def report(values: dict[str, float], step: int, writer: SummaryWriter, bar: tqdm) -> None:
+    """Scalars to TensorBoard, the losses to the bar."""
+    for name, value in values.items():
+        writer.add_scalar(name, value, step)
+    writer.flush()
+    bar.set_postfix(
+        {k: f"{v:.4g}" for k, v in values.items() if not k.endswith(("skipped", "row", "norm"))}
+    )
+
+
+def stop_if_stuck(values: dict[str, float], limit: int, step: int) -> None:
+    """Raises UserError, naming the terms that are not finite, once `limit` updates in a row were
+    skipped.
+    """
+    for who in ("student", "critic"):
+        skipped, in_a_row = (
+            values.get(f"{who}_skipped", 0),
+            values.get(f"{who}_skipped_in_a_row", 0),
+        )
+        if in_a_row >= limit:
+            bad = [k for k, v in values.items() if not np.isfinite(v)] or ["the gradient"]
+            raise UserError(
+                f"{in_a_row:.0f} {who} updates in a row were not finite at update {step} "
+                f"({', '.join(bad)}); "
+                "lower the learning rate, or restart from an earlier checkpoint"
+            )
+        if skipped:
+            log.warning("%d %s updates skipped so far: not finite", skipped, who)

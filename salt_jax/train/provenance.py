@@ -1,0 +1,49 @@
+"""What a run keeps in its workdir beside checkpoints: its config, and who is who."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from salt_jax.config.migrate import record_changes
+from salt_jax.config.reading import to_json
+from salt_jax.config.schema import Recipe
+from salt_jax.stages.roles import (
+    Role,
+    going_on,
+    refuse_changed,
+    replace_text,
+    table,
+    write_roles,
+)
+
+
+def keep_roles(
+    was: list[Role], now: list[Role], recipe: Recipe, workdir: str | Path, step: int
+) -> None:
+    """Tells who is who, and keeps it for the next start; one that goes on must have the parts it
+    began with.
+
+    Raises:
+      UserError: a file that a run began with has changed.
+    """
+    begun = step or any((Path(workdir) / "trajectories").glob("*.safetensors"))
+    if begun:
+        refuse_changed(was, now)
+    if jax.process_index() == 0:
+        print(table(going_on(now, recipe, workdir, step) if step else now), flush=True)
+        if not (begun and was):
+            write_roles(workdir, now)
+
+
+def keep_config(
+    workdir: str | Path, recipe: Recipe, step: int, made_by: dict[str, Any] | None = None
+) -> None:
+    """Writes config.json; of a run that goes on what has changed is printed and added to
+    changes.jsonl.
+    """
+    path = Path(workdir) / "config.json"
+    if jax.process_index() == 0:
+        before = path.read_text(errors="replace") if step and path.is_file() else ""
+        record_changes(workdir, before, recipe, step)
+        replace_text(path, to_json(recipe, made_by))

@@ -1,0 +1,142 @@
+"""The library: what makes videos, opened by name, by workdir and by file."""
+
+import json
+
+import numpy as np
+import pytest
+
+import salt_jax
+from configs import base, salt
+from salt_jax.config.reading import read_recipe, to_json
+from salt_jax.errors import UserError
+from salt_jax.io.shipped import located
+from salt_jax.pipeline.model import Switch, Video
+from salt_jax.pipeline.remote import copied
+from salt_jax.pipeline.shapes import sampler_of
+from salt_jax.rollout.settings import RELEASED, Sampler
+from salt_jax.workdir import export, open_exported
+
+RED, BLUE = "A red circle moves left.", "A blue square moves up."
+
+
+@pytest.fixture(scope="module")
+def model():
+    return salt_jax.load("shapes_causal")
+
+
+def test_a_seed_makes_the_same_video_whole_and_as_it_comes(model):
+    video = model.generate(RED, num_steps=2, seed=3)
+    assert video.shape == (9, 12, 12, 3) and video.dtype == np.uint8
+    chunks = list(model.stream(RED, num_steps=2, seed=3))
+    assert [len(chunk) for chunk in chunks] == [3, 3, 3]
+    np.testing.assert_array_equal(np.concatenate(chunks), video)
+    assert np.any(model.generate(RED, num_steps=2, seed=4) != video)
+
+
+def test_a_prompt_holds_from_its_frame_on_and_the_video_goes_on_behind_it(model):
+    memory = salt_jax.CachePolicy(window=9, sink=3, chunk=3)
+    one = list(model.stream(RED, num_steps=2, memory=memory, frames=6))
+    both = list(model.stream({0: RED, 3: BLUE}, num_steps=2, memory=memory, frames=6))
+    np.testing.assert_array_equal(one[0], both[0])
+    assert np.any(one[1] != both[1])
+    assert sum(map(len, model.stream({0: RED, 9: BLUE}, num_steps=1, memory=memory))) == 18
+    with pytest.raises(ValueError, match="starts of chunks"):
+        list(model.stream({0: RED, 4: BLUE}, num_steps=2, memory=memory))
+
+
+def test_what_is_exported_is_what_is_loaded(model, tmp_path):
+    run = open_exported("shapes_causal")
+    export(run, tmp_path / "again.safetensors")
+    again = salt_jax.load(tmp_path / "again.safetensors")
+    args = dict(num_steps=1, frames=3)
+    np.testing.assert_array_equal(again.generate(RED, **args), model.generate(RED, **args))
+
+
+def test_a_teacher_makes_whole_clips_of_many_guided_steps():
+    teacher = salt_jax.load("shapes_teacher")
+    assert teacher.sampler == Sampler(32, 12.0, "euler") and teacher.guidance == 2.0
+    assert teacher.generate(RED, num_steps=2).shape == (9, 12, 12, 3)
+    with pytest.raises(UserError, match="makes whole clips; call generate"):
+        teacher.stream(RED)
+
+
+def test_nothing_is_read_before_it_is_needed(model, monkeypatch):
+    """The text encoder comes and goes before the network's parameters are read."""
+    order, parts = [], model.parts
+    monkeypatch.setattr(
+        model,
+        "parts",
+        parts._replace(
+            read_texts=lambda prompts: order.append("texts") or parts.read_texts(prompts),
+            read_params=lambda: order.append("params") or parts.read_params(),
+        ),
+    )
+    model.__dict__.pop("params", None)
+    frames = model.stream(RED, num_steps=1)
+    next(frames)
+    assert order == ["texts", "params"]
+
+
+def test_a_sampler_is_that_of_the_recipe():
+    assert sampler_of(read_recipe(base.get_config())) == Sampler(4, 12.0)
+    memory = salt_jax.CachePolicy(chunk=3)
+    assert sampler_of(read_recipe(salt.get_config())) == Sampler(4, 5.0, memory=memory)
+    assert RELEASED["causvid"].grid().tolist() == np.float32([1, 0.757, 0.522, 0]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("no_such_network", "no_such_network is no workdir, no file"),
+        ("gs://no-such-bucket-of-salt/run", "cannot read gs://|there is nothing at gs://"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_not_there_is_told_in_one_sentence(source, told):
+    if source.startswith("gs://"):
+        pytest.importorskip("gcsfs")
+    with pytest.raises(UserError, match=told) as error:
+        salt_jax.load(source)
+    assert "\n" not in str(error.value)
+
+
+def test_of_a_workdir_elsewhere_the_newest_checkpoint_is_copied_and_only_once(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run = tmp_path / "run"
+    for step in (5, 10):
+        (run / "checkpoints" / str(step) / "ema").mkdir(parents=True)
+        (run / "checkpoints" / str(step) / "ema" / "d").write_text(f"{step}")
+    (run / "config.json").write_text(to_json(read_recipe(base.get_config())))
+    (run / "events.out").write_text("not needed")
+    there = copied(str(run), None)
+    assert there.name == "run"
+    files = sorted(str(p.relative_to(there)) for p in there.rglob("*") if p.is_file())
+    assert files == ["checkpoints/10/ema/d", "config.json"]
+    assert json.loads((there / "config.json").read_text())["stage"] == "distil"
+    (run / "checkpoints" / "10" / "ema" / "d").write_text("changed")
+    assert (copied(str(run), None) / "checkpoints/10/ema/d").read_text() == "10"
+    assert (copied(str(run), 5) / "checkpoints/5/ema/d").read_text() == "5"
+    with pytest.raises(UserError, match=r"no checkpoint of step 7 in .*run"):
+        copied(str(run), 7)
+    with pytest.raises(UserError, match=r"nothing at .*absent"):
+        copied(str(tmp_path / "absent"), None)
+
+
+def test_a_shipped_network_is_found_by_its_name_alone():
+    assert located("shapes_teacher").is_file()
+    assert str(located("./shapes_teacher")) == "shapes_teacher" != str(located("shapes_teacher"))
+    assert str(located("runs/shapes_teacher")) == "runs/shapes_teacher"
+
+
+def test_a_video_is_a_value(model):
+    """What `launch.sample` makes, from parts that a caller may take apart."""
+    texts = model.read_texts([RED])
+    sampler = model.sampler._replace(num_steps=1)
+    video = Video({0: Switch(RED)}, sampler, model.shape, seed=1, number=2)
+    latents = list(model.latents(video, texts))
+    assert [x.shape for x in latents] == [(1, 3, 12, 12, 3)] * 3
+    again = np.concatenate(list(model.parts.decode(iter(latents))))
+    other = video._replace(number=0)
+    assert np.any(again != np.concatenate(list(model.parts.decode(model.latents(other, texts)))))
