@@ -34,7 +34,7 @@ def read_config(flag: flags.FlagHolder | flags.Flag) -> Any:
     this = flags.FLAGS[flag.name]
     name = config_flags.get_config_filename(this)
     try:
-        config = flag.value
+        config: Any = flag.value
         config.keys()
     except OSError as error:
         raise UserError(f"cannot load the config file {name}; check --{flag.name}") from error

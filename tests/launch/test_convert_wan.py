@@ -42,8 +42,8 @@ from tests.convert.test_convert import (
     shapes_of,
 )
 from tests.convert.test_torch_files import Shell
-from tests.launch.test_programs import program as run_program
 from tests.helpers import randomised
+from tests.launch.test_programs import program as run_program
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = {
