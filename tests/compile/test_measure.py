@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from configs import longlive, ode_regression, sc_dmd, teacher
+from configs import longlive, ode_regression, sc_dmd, self_forcing, teacher
 from salt_jax.compile.measure import bytes_given, compile_program, memory_row, refusal
 from salt_jax.compile.programs import Program, parts
 from salt_jax.config.reading import read_recipe
@@ -128,7 +128,11 @@ def test_a_recipe_has_the_programs_that_its_run_needs():
     assert not names(teacher.get_config(), "teacher")  # it is the one that is made
 
 
-@pytest.mark.parametrize("config", [teacher, sc_dmd], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "config",
+    [teacher, sc_dmd, self_forcing, ode_regression],
+    ids=lambda module: module.__name__,
+)
 def test_programs_of_small_runs_lower(config):
     mesh = make_mesh(dict(data=2, fsdp=4, context=1, tensor=1))
     stage = make_stage(read_recipe(config.get_config()), mesh)
