@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from launch import cli
-from launch import train as launch_train
+from salt_jax.cli import train as launch_train
 from salt_jax.flow.prediction import from_velocity
 from salt_jax.io.tensor_files import save_weights
 from salt_jax.stages.stage import Weights

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 from absl import flags
 
-from launch import sample_flags as f
-from launch.lengths import Switch, read_lengths, read_switches
-from launch.parsing import (
+from salt_jax import samples
+from salt_jax.choices import Solver, TeacherSolver
+from salt_jax.cli import sample_flags as f
+from salt_jax.cli.lengths import Switch, read_lengths, read_switches
+from salt_jax.cli.parsing import (
     read_levels,
     read_memory,
     read_num_steps,
@@ -20,8 +22,6 @@ from launch.parsing import (
     read_workdir,
     refuse_not_finite,
 )
-from salt_jax import samples
-from salt_jax.choices import Solver, TeacherSolver
 from salt_jax.config.schema import Recipe
 from salt_jax.data.pictures import read_picture
 from salt_jax.data.text_lists import read_prompts
