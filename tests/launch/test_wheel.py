@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("train", "sample", "evaluate", "export", "convert", "encode", "plan", "compile", "bench")
+COMMANDS = (
+    "train",
+    "sample",
+    "evaluate",
+    "export",
+    "convert",
+    "encode",
+    "plan",
+    "compile",
+    "bench",
+)
 SNIPPET = """
 import salt_jax
 assert "site" in salt_jax.__file__, salt_jax.__file__
