@@ -1,23 +1,6 @@
-"""python -m launch.encode --weights=DIR --videos=DIR [--captions=FILE] --dst=DIR [--image]
-python -m launch.encode --weights=DIR --prompts=FILE --dst=DIR [--teacher]
+"""python -m launch.encode: the program is in salt_jax/cli/encode.py."""
 
-Encodes a folder of videos with captions, or a list of prompts, for config.data.kind=latents; with
---teacher the model of --weights makes a clip of each prompt. What is no use is listed in
-DIR/rejected.jsonl. Started again, it goes on. It works on one device: for several start as many,
-with --process_index=0, 1, ... and --process_count.
-"""
-
-from launch.cli import run_main
-from launch.encode_flags import read_wanted
-
-
-def main(_):
-    wanted = read_wanted()
-    # jax comes here, after all that can be refused without it
-    from launch.encoding import encode_all
-
-    encode_all(wanted)
-
+from salt_jax.cli import encode
 
 if __name__ == "__main__":
-    run_main(main)
+    encode.run()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from launch.cli import run_main
+from salt_jax.cli.app import run_main
 from salt_jax.compile.target import GIB, GPU_SHARE, read_target
 from salt_jax.config.reading import read_recipe
 from salt_jax.config.schema import Recipe

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from launch.cli import run_main
+from salt_jax.cli.app import run_main
 from salt_jax.errors import UserError
 from salt_jax.evaluate.report import curves
 from salt_jax.io.video import write_bytes

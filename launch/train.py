@@ -1,28 +1,6 @@
-"""python -m launch.train --config=configs/X.py --workdir=DIR [--config.key=value]
+"""python -m launch.train: the program is in salt_jax/cli/train.py."""
 
-Trains, or goes on where DIR stopped. Everything it writes is in DIR.
-"""
-
-from absl import flags
-from ml_collections import config_flags
-
-from launch.cli import config_made_by, read_config, run_main
-from salt_jax.config.reading import read_recipe
-from salt_jax.train.loop import train
-
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "which run; see configs/", lock_config=True
-)
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "where checkpoints, scalars and the resolved config go", required=True
-)
-
-
-def main(_):
-    recipe = read_recipe(read_config(CONFIG))
-    train(recipe, WORKDIR.value, config_made_by(CONFIG))
-
+from salt_jax.cli import train
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    run_main(main)
+    train.run()

@@ -73,7 +73,7 @@ def test_script_refuses_an_old_python(script, tmp_path):
 
 @pytest.mark.parametrize("document", ["README.md", "docs/guide.md"])
 def test_documented_flags_exist(document):
-    programs = "".join(path.read_text() for path in (ROOT / "launch").glob("*.py"))
+    programs = "".join(path.read_text() for path in (ROOT / "salt_jax/cli").glob("*.py"))
     others = {"all", "logdir", "help"}  # of launch/test.sh, of TensorBoard, of all programs
     known = others | set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', programs))
     told = set(re.findall(r"(?<![\w-])--(\w+)", (ROOT / document).read_text()))

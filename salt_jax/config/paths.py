@@ -2,9 +2,9 @@
 
 A name of a shipped asset, an absolute path and an address (gs://) stay as they are. A relative path
 is made absolute when a config is read: on the command line it is of the current folder, as in any
-program; in a file `configs/X.py` of the folder that holds `configs/`. In a config.json, which
-versions before 0.2 wrote with relative paths, it is of the nearest folder at or above that file in
-which it is found.
+program; in a file `configs/X.py` of the folder that holds `configs/`, unless that is where packages
+are installed. In a config.json, which versions before 0.2 wrote with relative paths, it is of the
+nearest folder at or above that file in which it is found.
 """
 
 from collections.abc import Collection
@@ -27,6 +27,9 @@ def make_absolute(config: Any, file: Path, overridden: Collection[str]) -> None:
     """
     folder = file.resolve().parent
     home = folder.parent if folder.name == "configs" else folder
+    # a config that was installed names what a user has
+    if (home / "salt_jax").is_dir() and not (home / "pyproject.toml").is_file():
+        home = Path.cwd()
     for path in PATHS:
         *sections, key = path.split(".")
         place = config

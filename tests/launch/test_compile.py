@@ -8,7 +8,7 @@ import sys
 import jax
 import pytest
 
-from launch import compiling
+from salt_jax.cli import compiling
 from tests.test_configs import ROOT
 
 TINY = (

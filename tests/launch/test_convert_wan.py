@@ -413,8 +413,8 @@ def test_a_mistake_is_told_in_a_line_and_leaves_nothing(release, tmp_path):
 
 MEASURE = """
 import resource, sys
-from launch import convert_wan
-from launch.cli import run_main
+from salt_jax.cli import convert_wan
+from salt_jax.cli.app import run_main
 try:
     run_main(convert_wan.main)
 except SystemExit as end:

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from absl import flags
 
-from launch import cli
-from launch import train as launch_train
+from salt_jax.cli import app
+from salt_jax.cli import train as launch_train
 from salt_jax.flow.prediction import from_velocity
 from salt_jax.io.tensor_files import save_weights
 from salt_jax.stages.stage import Weights
@@ -49,7 +49,7 @@ def train(monkeypatch, capsys):
             delattr(flags.FLAGS, name)  # ml_collections defines them as it meets them
         flags.FLAGS["workdir"].value = None
         with pytest.raises(SystemExit) as exit:
-            cli.run_main(launch_train.main)
+            app.run_main(launch_train.main)
         return exit.value.code, capsys.readouterr().err
 
     return run

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import json, sys
 from absl import flags
-from launch import request
+from salt_jax.cli import request
 from salt_jax.errors import UserError
 told = []
 for args in json.load(sys.stdin):

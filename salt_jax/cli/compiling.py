@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from launch.cli import made_with
+from salt_jax.cli.app import made_with
 from salt_jax.compile.buffers import Buffer, dump_flags
 from salt_jax.compile.programs import parts
 from salt_jax.compile.surroundings import last_line
@@ -64,7 +64,7 @@ def compile_one(part: str, name: str, environment: Mapping[str, str], bar: tqdm)
         flags = " ".join([environment.get("XLA_FLAGS", ""), dump_flags(dump)]).strip()
         with log.open("w") as file:
             child = subprocess.Popen(
-                [sys.executable, "-m", "launch.compile_child", *sys.argv[1:], *options],
+                [sys.executable, "-m", "salt_jax.cli.compile_child", *sys.argv[1:], *options],
                 env={**environment, "XLA_FLAGS": flags},
                 stdout=file,
                 stderr=file,

@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from launch.cli import read_config, run_main
-from launch.compile_flags import CONFIG, read_flags
+from salt_jax.cli.app import read_config, run_main
+from salt_jax.cli.compile_flags import CONFIG, read_flags
 from salt_jax.compile.measure import compile_program, devices_of, memory_of
 from salt_jax.compile.programs import parts
 from salt_jax.config.reading import read_recipe

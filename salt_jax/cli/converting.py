@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from launch import convert_flags as f
-from launch.parsing import read_workdir
 from salt_jax.checkpoint import restore_params
+from salt_jax.cli import convert_flags as f
+from salt_jax.cli.parsing import read_workdir
 from salt_jax.convert.folder import find_networks, tokenizer_files
 from salt_jax.convert.lora import Lora, describe, find_lora, lora_alpha, lora_writers, merge_lora
 from salt_jax.convert.reading import Found, writers

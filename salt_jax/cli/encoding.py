@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from launch import encode_flags as f
+from salt_jax.cli import encode_flags as f
 from salt_jax.data.clips import READER, read_clip
 from salt_jax.data.latents import Report, in_groups, write_records
 from salt_jax.data.video_folder import Video

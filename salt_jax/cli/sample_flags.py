@@ -7,8 +7,8 @@ from typing import get_args
 
 from absl import flags
 
-from launch.cli import refuse_flags, refuse_pairs
 from salt_jax.choices import Solver, TeacherSolver
+from salt_jax.cli.app import refuse_flags, refuse_pairs
 from salt_jax.errors import UserError
 from salt_jax.rollout.settings import RELEASED
 

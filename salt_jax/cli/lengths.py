@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from launch import sample_flags as f
-from launch.parsing import refuse_frames
+from salt_jax.cli import sample_flags as f
+from salt_jax.cli.parsing import refuse_frames
 from salt_jax.data.clips import read_ending
 from salt_jax.errors import UserError
 from salt_jax.models.cache_policy import MAX_FRAMES, CachePolicy

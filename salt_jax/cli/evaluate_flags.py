@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, get_args
 
 from absl import flags
 
-from launch.cli import refuse_flags
-from launch.parsing import read_memory, read_workdir, refuse_not_finite
 from salt_jax.choices import Solver
+from salt_jax.cli.app import refuse_flags
+from salt_jax.cli.parsing import read_memory, read_workdir, refuse_not_finite
 from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
 from salt_jax.models.cache_policy import CachePolicy, refuse_overflow

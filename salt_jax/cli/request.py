@@ -3,16 +3,19 @@ weights are read.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
 from absl import flags
 
-from launch import sample_flags as f
-from launch.lengths import Switch, read_lengths, read_switches
-from launch.parsing import (
+from salt_jax import samples
+from salt_jax.choices import Solver, TeacherSolver
+from salt_jax.cli import sample_flags as f
+from salt_jax.cli.jobs import Job, read_jobs, read_out, refuse_own_input
+from salt_jax.cli.lengths import Switch, read_lengths, read_switches
+from salt_jax.cli.parsing import (
     read_levels,
     read_memory,
     read_num_steps,
@@ -20,32 +23,17 @@ from launch.parsing import (
     read_workdir,
     refuse_not_finite,
 )
-from salt_jax import samples
-from salt_jax.choices import Solver, TeacherSolver
 from salt_jax.config.schema import Recipe
 from salt_jax.data.pictures import read_picture
-from salt_jax.data.text_lists import read_prompts
 from salt_jax.errors import UserError
-from salt_jax.evaluate import vbench
 from salt_jax.flow.schedule import explicit
 from salt_jax.io.header import stored_sizes
 from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.latent_size import SPACE, fit_size
 from salt_jax.models.presets import PRESETS, WanConfig, tiny_preset
-from salt_jax.moving_shapes import shapes
 from salt_jax.rollout.settings import RELEASED, Sampler
 
 TEACHER_STEPS = {False: 50, True: 40}  # by whether the model reads pictures: Wan 2.1's own
-
-
-class Job(NamedTuple):
-    """One video: its noise is a function of `seed` and `number`."""
-
-    name: str  # of its file
-    prompt: str
-    seed: int
-    number: int
-    num_steps: int
 
 
 class Request(NamedTuple):
@@ -271,59 +259,3 @@ def read_solver(recipe: Recipe | None, student: bool) -> Any:
         whose = "students" if student else "teachers"
         raise UserError(f"--solver={solver} is not for {whose}; choose from {', '.join(solvers)}")
     return solver
-
-
-def read_out() -> Path:
-    """The folder for the videos. Raises UserError where none is named, or it is a file."""
-    if not (f.OUT.value or f.WORKDIR.value):
-        raise UserError("name a folder for the videos: --out=DIR")
-    out = Path(f.OUT.value or f"{f.WORKDIR.value}/samples")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; name a folder with --out=DIR")
-    return out
-
-
-def refuse_own_input(out: Path, jobs: Sequence[Job]) -> None:
-    """Raises UserError where what is read would be written over."""
-    names = {job.name for job in jobs}
-    for flag in (f.PREFIX, f.PICTURE):
-        file = Path(flag.value or "").resolve()
-        if flag.value and file.parent == out.resolve() and file.name in names:
-            raise UserError(f"--{flag.name}={flag.value} would be written over; name another --out")
-
-
-def read_jobs(recipe: Recipe | None, num_steps: Sequence[int]) -> Iterator[Job]:
-    """Every video to make.
-
-    Raises:
-      UserError: no prompt is given where the world has none of its own, or a list of them cannot be
-        read.
-    """
-    if f.VBENCH.value:
-        if len(num_steps) > 1:
-            raise UserError(
-                "--vbench makes one video under each name; give one number with --num_steps"
-            )
-        extended = Path(f.EXTENDED.value) if f.EXTENDED.value else None
-        for job in vbench.jobs(vbench.read_prompts(Path(f.VBENCH.value), extended), f.SEED.value):
-            yield Job(job.name, job.generate, job.seed, 0, num_steps[0])
-        return
-    if f.PROMPT.value is not None:
-        prompts = (f.PROMPT.value,) * f.COUNT.value
-    elif f.PROMPTS_FILE.value:
-        rows = read_prompts(f.PROMPTS_FILE.value)
-        if wrong := [row.problem for row in rows if row.problem]:
-            raise UserError(
-                f"--prompts_file={f.PROMPTS_FILE.value}: {wrong[0]}; mend it, or leave it out"
-            )
-        prompts = tuple(row.text for row in rows)
-    elif recipe and recipe.data.kind == "moving_shapes":
-        scenes = shapes.scenes(recipe.world)
-        prompts = tuple(
-            shapes.caption(scenes[i]) for i in shapes.spread(recipe.world, f.COUNT.value)
-        )
-    else:
-        raise UserError("give --prompt=... or --prompts_file=FILE")
-    for k in num_steps:
-        for i, prompt in enumerate(prompts):
-            yield Job(f"{k}_{i:03d}.mp4", prompt, f.SEED.value, i, k)

@@ -9,9 +9,9 @@ from typing import NamedTuple, get_args
 
 from absl import flags
 
-from launch.cli import refuse_flags
-from launch.parsing import read_size, refuse_frames
 from salt_jax.choices import TeacherSolver
+from salt_jax.cli.app import refuse_flags
+from salt_jax.cli.parsing import read_size, refuse_frames
 from salt_jax.data.text_lists import read_prompts
 from salt_jax.data.video_folder import Video, find_videos
 from salt_jax.errors import UserError

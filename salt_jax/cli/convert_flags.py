@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from absl import flags
 
-from launch.cli import refuse_flags, refuse_pairs
+from salt_jax.cli.app import refuse_flags, refuse_pairs
 from salt_jax.errors import UserError
 
 SRC = flags.DEFINE_string(

@@ -4,12 +4,14 @@ No jax in here: what is wrong with it is told at once.
 """
 
 import importlib.metadata
+import importlib.util
 import logging as std_logging
 import os
 import platform
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -125,12 +127,16 @@ def refuse_pairs(
                 raise UserError(f"--{name} and --{other} exclude each other; give one of them")
 
 
-def run_main(main: Callable[[list[str]], None]) -> None:
+def run_main(main: Callable[[list[str]], None], doc: str | None = None) -> None:
     """absl's app.run, with every error that is the user's to mend printed as one line and exit code
-    2.
+    2. `doc`: what --help says before the flags.
     """
 
     def parse(argv):
+        if {"-h", "--help"} & set(argv):
+            print(help_text(doc or sys.modules["__main__"].__doc__ or ""))
+            sys.exit(0)
+        argv = [find_config(argument) for argument in argv]
         try:
             rest = flags.FLAGS(argv)
         # from ml_collections, which names the key alone
@@ -160,6 +166,39 @@ def run_main(main: Callable[[list[str]], None]) -> None:
             fail(str(error))
 
     app.run(guarded, flags_parser=parse)
+
+
+def help_text(doc: str) -> str:
+    """What a program does, and its flags as they are grouped in its files."""
+    lines = [doc.strip()]
+    for module, found in flags.FLAGS.flags_by_module_dict().items():
+        if module.startswith(("salt_jax.", "launch.")) or module == "__main__":
+            lines.append("")
+            for flag in found:
+                default = "" if flag.default in (None, [], "") else f" (default: {flag.default})"
+                lines.append(
+                    textwrap.fill(
+                        f"--{flag.name}: {flag.help}{default}",
+                        100,
+                        initial_indent="  ",
+                        subsequent_indent="      ",
+                    )
+                )
+    return "\n".join(lines)
+
+
+def find_config(argument: str) -> str:
+    """--config=NAME[:OPTIONS] where there is no such file: that of the configs that come with the
+    package, "sc_dmd", "sc_dmd.py" or "configs/sc_dmd.py". Anything else as it is.
+    """
+    flag, equals, value = argument.partition("=")
+    name, colon, options = value.partition(":")
+    spec = importlib.util.find_spec("configs")
+    if flag != "--config" or not equals or Path(name).is_file() or not spec or not spec.origin:
+        return argument
+    stem = name.removeprefix("configs/").removesuffix(".py")
+    file = Path(spec.origin).with_name(f"{stem}.py")
+    return f"--config={file}{colon}{options}" if stem and file.is_file() else argument
 
 
 def resolved_config() -> str:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from launch import evaluate_flags as f
+from salt_jax.cli import evaluate_flags as f
 from salt_jax.evaluate import shapes_suite, shapes_summary
 from salt_jax.evaluate.report import write_report
 from salt_jax.io.video import write_bytes

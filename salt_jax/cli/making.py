@@ -13,9 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 import salt_jax
-from launch import sample_flags as f
-from launch.request import Job, Request
 from salt_jax import samples
+from salt_jax.cli import sample_flags as f
+from salt_jax.cli.request import Job, Request
 from salt_jax.io.model_folder import Source
 from salt_jax.io.video import (
     contact_sheet,

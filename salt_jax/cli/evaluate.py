@@ -1,0 +1,49 @@
+"""python -m launch.evaluate --workdir=DIR [--count=96] [--seed=0]
+python -m launch.evaluate --vbench_results=FILE_OR_DIR
+
+Measures the averaged student of a workdir beside its teacher and writes DIR/evaluation.json and
+DIR/report.html. On a teacher's workdir (stage denoising) it measures the teacher alone. The teacher
+makes its clips with 32 guided Euler steps; its velocity error is against the closed form. A
+student that works chunk by chunk also makes long videos, under each memory of --memory. All of that
+is of Moving Shapes; videos of Wan 2.1 are scored by VBench, of whose results the second form
+computes Quality, Semantic and Total.
+"""
+
+from pathlib import Path
+
+from salt_jax.cli import evaluate_flags as f
+from salt_jax.cli.app import refuse_flags, run_main
+from salt_jax.errors import UserError
+from salt_jax.evaluate import vbench
+
+
+def print_vbench(path: str) -> None:
+    """VBench's scores and what they come to, in percent."""
+    scores = vbench.read_results(Path(path))
+    try:
+        totals = vbench.totals(scores)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    for name, value in scores.items():
+        print(f"{name:28}{100 * value:8.2f}")
+    for name, value in totals.items():
+        print(f"{name.capitalize():28}{value:8.2f}")
+
+
+def main(_):
+    if bool(f.VBENCH.value) == bool(f.WORKDIR.value):
+        raise UserError("give either --workdir=DIR or --vbench_results=FILE")
+    if f.VBENCH.value:
+        refuse_flags("vbench", f.MODES, f.BELONGS)
+        print_vbench(f.VBENCH.value)
+        return
+    wanted = f.read_wanted()
+    # jax comes here, after all that can be refused without it
+    from salt_jax.cli.evaluating import evaluate
+
+    evaluate(wanted)
+
+
+def run() -> None:
+    """The program."""
+    run_main(main, __doc__)

@@ -1,0 +1,38 @@
+"""python -m launch.export --workdir=DIR --dst=FILE.safetensors [--step=N] [--average=ema|none]
+
+Writes the network of a workdir, averaged, with its text encoder, as one file: `config.weights` can
+name that of a teacher, `config.init_from` that of a student. Stored as float16: half the size, and
+the rounding is far below the network's own error.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from salt_jax.cli.app import run_main
+from salt_jax.cli.parsing import read_workdir
+from salt_jax.errors import UserError
+
+WORKDIR = flags.DEFINE_string("workdir", None, "what launch.train wrote", required=True)
+STEP = flags.DEFINE_integer("step", None, "of the checkpoint; default the newest", lower_bound=1)
+AVERAGE = flags.DEFINE_enum("average", "ema", ["ema", "none"], "of the weights")
+DST = flags.DEFINE_string("dst", None, "the file to write", required=True)
+
+
+def main(_):
+    if read_workdir(Path(WORKDIR.value), STEP.value).data.kind == "latents":
+        raise UserError(
+            f"{WORKDIR.value} is of Wan 2.1: launch.convert_wan --src={WORKDIR.value} --to=... "
+            "writes it"
+        )
+    from salt_jax.workdir import export, open_workdir  # jax comes here
+
+    run = open_workdir(WORKDIR.value, STEP.value, AVERAGE.value)
+    export(run, DST.value)
+    which = "averaged" if AVERAGE.value == "ema" else "not averaged"
+    print(f"wrote {DST.value}: step {run.made_with['step']}, {which}")
+
+
+def run() -> None:
+    """The program."""
+    run_main(main, __doc__)

@@ -1,0 +1,81 @@
+"""Which videos launch.sample makes, and where they go.
+
+No jax in here.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from salt_jax.cli import sample_flags as f
+from salt_jax.config.schema import Recipe
+from salt_jax.data.text_lists import read_prompts
+from salt_jax.errors import UserError
+from salt_jax.evaluate import vbench
+from salt_jax.moving_shapes import shapes
+
+
+class Job(NamedTuple):
+    """One video: its noise is a function of `seed` and `number`."""
+
+    name: str  # of its file
+    prompt: str
+    seed: int
+    number: int
+    num_steps: int
+
+
+def read_out() -> Path:
+    """The folder for the videos. Raises UserError where none is named, or it is a file."""
+    if not (f.OUT.value or f.WORKDIR.value):
+        raise UserError("name a folder for the videos: --out=DIR")
+    out = Path(f.OUT.value or f"{f.WORKDIR.value}/samples")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; name a folder with --out=DIR")
+    return out
+
+
+def refuse_own_input(out: Path, jobs: Sequence[Job]) -> None:
+    """Raises UserError where what is read would be written over."""
+    names = {job.name for job in jobs}
+    for flag in (f.PREFIX, f.PICTURE):
+        file = Path(flag.value or "").resolve()
+        if flag.value and file.parent == out.resolve() and file.name in names:
+            raise UserError(f"--{flag.name}={flag.value} would be written over; name another --out")
+
+
+def read_jobs(recipe: Recipe | None, num_steps: Sequence[int]) -> Iterator[Job]:
+    """Every video to make.
+
+    Raises:
+      UserError: no prompt is given where the world has none of its own, or a list of them cannot be
+        read.
+    """
+    if f.VBENCH.value:
+        if len(num_steps) > 1:
+            raise UserError(
+                "--vbench makes one video under each name; give one number with --num_steps"
+            )
+        extended = Path(f.EXTENDED.value) if f.EXTENDED.value else None
+        for job in vbench.jobs(vbench.read_prompts(Path(f.VBENCH.value), extended), f.SEED.value):
+            yield Job(job.name, job.generate, job.seed, 0, num_steps[0])
+        return
+    if f.PROMPT.value is not None:
+        prompts = (f.PROMPT.value,) * f.COUNT.value
+    elif f.PROMPTS_FILE.value:
+        rows = read_prompts(f.PROMPTS_FILE.value)
+        if wrong := [row.problem for row in rows if row.problem]:
+            raise UserError(
+                f"--prompts_file={f.PROMPTS_FILE.value}: {wrong[0]}; mend it, or leave it out"
+            )
+        prompts = tuple(row.text for row in rows)
+    elif recipe and recipe.data.kind == "moving_shapes":
+        scenes = shapes.scenes(recipe.world)
+        prompts = tuple(
+            shapes.caption(scenes[i]) for i in shapes.spread(recipe.world, f.COUNT.value)
+        )
+    else:
+        raise UserError("give --prompt=... or --prompts_file=FILE")
+    for k in num_steps:
+        for i, prompt in enumerate(prompts):
+            yield Job(f"{k}_{i:03d}.mp4", prompt, f.SEED.value, i, k)

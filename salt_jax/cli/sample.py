@@ -1,0 +1,27 @@
+"""python -m launch.sample --workdir=DIR [--num_steps=2,4,8] [--solver=cm]
+                        [--prompt=... | --prompts_file=...]
+python -m launch.sample --weights=DIR --prompt="..." [--image=FILE]
+                        [--student=FILE --chunk=3 | --recipe=NAME]
+
+Writes DIR/samples/K_INDEX.mp4 (16 fps), of Moving Shapes also .gif and one contact sheet per number
+of steps; without a workdir into --out. A seed gives the same clip on the same machine, however
+many clips are asked for. A student that works chunk by chunk makes clips of any length (--frames),
+under any memory (--memory), goes on from a clip (--prefix), and changes its prompt on the way
+(--switch). --vbench writes what VBench scores. samples.jsonl tells what made each file; a file that
+the same call would make again is left alone.
+"""
+
+from salt_jax.cli.app import run_main
+from salt_jax.cli.request import read_request
+
+
+def main(_):
+    request = read_request()
+    from salt_jax.cli.making import make  # jax comes here, after all that can be refused without it
+
+    print(make(request))
+
+
+def run() -> None:
+    """The program."""
+    run_main(main, __doc__)

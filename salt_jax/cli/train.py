@@ -1,0 +1,32 @@
+"""python -m launch.train --config=configs/X.py --workdir=DIR [--config.key=value]
+
+Trains, or goes on where DIR stopped. Everything it writes is in DIR.
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from salt_jax.cli.app import config_made_by, read_config, run_main
+from salt_jax.config.reading import read_recipe
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "which run; see configs/", lock_config=True
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "where checkpoints, scalars and the resolved config go", required=True
+)
+
+
+def main(_):
+    recipe = read_recipe(read_config(CONFIG))
+    from salt_jax.train.loop import (
+        train,
+    )  # jax comes here, after all that can be refused without it
+
+    train(recipe, WORKDIR.value, config_made_by(CONFIG))
+
+
+def run() -> None:
+    """The program."""
+    flags.mark_flag_as_required("config")
+    run_main(main, __doc__)
