@@ -134,7 +134,8 @@ def abstract_run(stage):
         batch = batch._replace(video=clip())
     if "states" in needs:
         batch = batch._replace(states=clip(recipe.schedule.train_levels + 1))
-    return jax.eval_shape(stage.first_state, loaded), stage.frozen(loaded), batch
+    state, frozen = (jax.eval_shape(f, loaded) for f in (stage.first_state, stage.frozen))
+    return state, frozen, batch
 
 
 @pytest.mark.slow
