@@ -144,6 +144,8 @@ def run_main(main: Callable[[list[str]], None], doc: str | None = None) -> None:
             key, hint = re.search(r"\w+", str(error)), re.search(r"Did you mean.*\?", str(error))
             told = hint[0] if hint else "configs/base.py lists every key."
             fail(f"unknown config key {key and key[0]!r} in {' '.join(argv[1:])}. {told}")
+        except OSError as error:  # a config file that is not there, with keys of it changed
+            fail(f"cannot load the config: {str(error).splitlines()[-1].strip()}; check --config")
         except (flags.Error, TypeError, ValueError) as error:
             fail(f"{error}; see --help and configs/base.py")
         if len(rest) > 1:

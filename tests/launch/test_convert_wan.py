@@ -212,8 +212,8 @@ def test_the_averaged_student_of_a_workdir_goes_out(tmp_path):
     config = base.get_config()
     recipe = read_recipe(config)
     start, average = (randomised(shapes_of(recipe.wan), seed) for seed in (1, 2))
-    state = init_state(init_learner(jax.tree.map(jnp.asarray, start), optax.sgd(0.1)), None)
-    state = replace(state, step=jnp.int32(1), ema=jax.tree.map(jnp.asarray, average))
+    state = init_state({"student": init_learner(jax.tree.map(jnp.asarray, start), optax.sgd(0.1))})
+    state = replace(state, iteration=jnp.int32(1), ema=jax.tree.map(jnp.asarray, average))
     with open_checkpoints(tmp_path / "run", 1) as manager:
         save(manager, state, {"config": to_json(recipe)})
     (tmp_path / "run" / "config.json").write_text(to_json(recipe))
@@ -320,9 +320,9 @@ def test_the_adapter_of_a_workdir_goes_out(tmp_path):
     recipe = read_recipe(config)
     start = {"blocks": randomised(shapes_of(recipe.wan), 1)["blocks"]}
     lora = randomised(init_lora(jax.random.key(0), start, 2), 3)
-    state = init_state(init_learner(jax.tree.map(jnp.asarray, lora), optax.sgd(0.1)), None)
+    state = init_state({"student": init_learner(jax.tree.map(jnp.asarray, lora), optax.sgd(0.1))})
     with open_checkpoints(tmp_path / "run", 1) as manager:
-        save(manager, replace(state, step=jnp.int32(1)), {"config": to_json(recipe)})
+        save(manager, replace(state, iteration=jnp.int32(1)), {"config": to_json(recipe)})
     (tmp_path / "run" / "config.json").write_text(to_json(recipe))
     succeed("--to=comfyui", "--keep_lora", f"--src={tmp_path / 'run'}", f"--dst={tmp_path / 'out'}")
     tensors = load_file(tmp_path / "out" / "lora.safetensors")

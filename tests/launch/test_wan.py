@@ -275,7 +275,7 @@ def test_a_release_goes_in_makes_a_video_and_a_student_that_goes_out_again(
     changes = [*TRAIN, f"--config.weights={weights}", f"--config.model.preset=wan2.1-{kind}-tiny"]
     succeed(
         "train",
-        f"--config=configs/wan_{kind}.py",
+        f"--config=configs/sc_dmd.py:wan{',i2v' * (kind == 'i2v')}",
         f"--workdir={run}",
         f"--config.data.dir={data}",
         *changes,
