@@ -12,18 +12,12 @@ from configs import parts
 
 def get_config(options: str = ""):
     size, variants = parts.read_options(options, "frame")
-    c = parts.stage(parts.causal(size), "consistency", f"runs/{size}_teacher_forcing")
-    if "frame" in variants:
-        c = parts.frame_wise(c)
+    c = parts.stage(size, variants, "consistency", f"runs/{size}_teacher_forcing")
     if size == "shapes":
         c.iterations = 200
-        c.batch_size = 16
-        c.student_optimizer.update(learning_rate=5e-4, warmup=20)
-        c.log_every, c.save_every = 20, 100
         return c
     c.iterations = 3000  # CF: at least 3,000
     c.batch_size = 8  # CF
     c.ode.update(num_steps=48, guidance=3.0)  # CF
     c.ema.update(decay=0.99, start=0)  # CF: the average is the target
-    c.log_every, c.save_every = 20, 200
     return c

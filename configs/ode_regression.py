@@ -14,14 +14,9 @@ from configs import parts
 def get_config(options: str = ""):
     size, variants = parts.read_options(options, "frame", "causvid", "salt")
     before = f"runs/{size}_teacher_forcing"
-    c = parts.stage(parts.causal(size), "ode_regression", before)
-    if "frame" in variants:
-        c = parts.frame_wise(c)
+    c = parts.stage(size, variants, "ode_regression", before)
     if size == "shapes":
         c.iterations = 200
-        c.batch_size = 16
-        c.student_optimizer.update(learning_rate=5e-4, warmup=20)
-        c.log_every, c.save_every = 20, 100
         return c
     c.iterations = 1000  # CF: at least 1,000
     # CF keeps 4 levels; Salt's rollouts visit 8
@@ -31,5 +26,4 @@ def get_config(options: str = ""):
         c.schedule.shift = 8.0  # CV
         c = c if "salt" in variants else parts.listed_levels(c, (1000, 757, 522))  # CV
     c.student_optimizer.b1 = 0.9  # CF
-    c.log_every, c.save_every = 20, 200
     return c

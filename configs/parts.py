@@ -60,9 +60,16 @@ def wan(c: Any) -> Any:
     return c
 
 
-def stage(c: Any, name: str, before: str) -> Any:
+def stage(size: str, variants: set[str], name: str, before: str) -> Any:
     """A stage that makes a student causal, from the workdir of the one before."""
+    c = causal(size)
     c.stage, c.init_from = name, before
+    if "frame" in variants:
+        c = frame_wise(c)
+    if size == "shapes":
+        c.batch_size = 16
+        c.student_optimizer.update(learning_rate=5e-4, warmup=20)
+    c.log_every, c.save_every = 20, 100 if size == "shapes" else 200
     return c
 
 

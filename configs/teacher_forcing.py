@@ -12,19 +12,13 @@ from configs import parts
 
 def get_config(options: str = ""):
     size, variants = parts.read_options(options, "frame")
-    c = parts.stage(parts.causal(size), "teacher_forcing", "")
-    if "frame" in variants:
-        c = parts.frame_wise(c)
+    c = parts.stage(size, variants, "teacher_forcing", "")
     if size == "shapes":
         c.iterations = 300
-        c.batch_size = 16
-        c.student_optimizer.update(learning_rate=5e-4, warmup=20)
         c.renoise.update(lowest=0.001, highest=1.0)
-        c.log_every, c.save_every = 20, 100
         return c
     c.iterations = 2000  # CF: at least 2,000, better 5,000 to 10,000
     c.batch_size = 64  # CF: 8 x 8 GPUs
     c.renoise.update(lowest=0.00498, highest=1.0)  # CF: the table of 1,000 timesteps at shift 5
     c.ema.start = c.iterations  # CF: no average
-    c.log_every, c.save_every = 20, 200
     return c

@@ -2,11 +2,10 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from salt_jax.checkpoint import checkpoint_digest, restore_step
@@ -15,11 +14,9 @@ from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
 from salt_jax.io.header import read_metadata
 from salt_jax.io.shipped import located
-from salt_jax.io.tensor_files import digest, load_weights, save_weights
+from salt_jax.io.tensor_files import digest, save_weights
 from salt_jax.models.lora import merge
-from salt_jax.models.text_encoder import init_text_encoder
-from salt_jax.models.wan import init_wan
-from salt_jax.sharding import all_devices, state_shardings
+from salt_jax.sharding import all_devices
 from salt_jax.stages import make_stage
 from salt_jax.stages.roles import read_roles, refuse_another_base
 from salt_jax.stages.stage import Stage
@@ -84,13 +81,7 @@ def open_exported(file: str | Path) -> Trained:
     if not config:
         raise UserError(f"{file} has no config in it; name a workdir, or a file of launch.export")
     stage = make_stage(from_json(config, path))
-    recipe = stage.recipe
-    init = lambda: {
-        "wan": init_wan(jax.random.key(0), recipe.wan),
-        "text_encoder": init_text_encoder(jax.random.key(0), recipe.text),
-    }
-    like = jax.eval_shape(init)
-    tree = load_weights(path, like, jnp.float32, state_shardings(all_devices(), like))
+    tree = initial_weights(replace(stage.recipe, weights=str(path)), all_devices())
     return Trained(stage, {"sha256": digest(path)}, tree["wan"], tree, str(path))
 
 

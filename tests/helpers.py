@@ -125,10 +125,9 @@ def to_diffusers(params, config):
     return {k: torch.tensor(np.array(v)) for k, v in out.items()}
 
 
-def wan_of_diffusers(config):
-    """diffusers' network of the same sizes."""
-    diffusers = pytest.importorskip("diffusers")
-    return diffusers.WanTransformer3DModel(
+def diffusers_sizes(config):
+    """Of a text-to-video network, as diffusers' take them."""
+    return dict(
         patch_size=config.patch_size,
         num_attention_heads=config.num_heads,
         attention_head_dim=config.dim // config.num_heads,
@@ -141,6 +140,14 @@ def wan_of_diffusers(config):
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
         eps=config.eps,
+    )
+
+
+def wan_of_diffusers(config):
+    """diffusers' network of the same sizes."""
+    diffusers = pytest.importorskip("diffusers")
+    return diffusers.WanTransformer3DModel(
+        **diffusers_sizes(config),
         image_dim=config.image_dim or None,
         added_kv_proj_dim=config.dim if config.image_dim else None,
     ).eval()

@@ -5,7 +5,6 @@ No jax in here.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -15,16 +14,9 @@ from salt_jax.data.clips import read_ending
 from salt_jax.errors import UserError
 from salt_jax.models.cache_policy import MAX_FRAMES, CachePolicy
 from salt_jax.models.latent_size import FPS, SPACE, latent_frames, pixel_frames
+from salt_jax.rollout.settings import Switch
 
 FRAMES = 81  # usual ones of Wan
-
-
-class Switch(NamedTuple):
-    """Another prompt from a frame on."""
-
-    prompt: str
-    flush: bool
-    cut: bool
 
 
 def read_lengths(

@@ -26,9 +26,10 @@ from salt_jax.io.video import (
     write_bytes,
 )
 from salt_jax.models.latent_size import SPACE, pixel_frames
-from salt_jax.pipeline.model import Given, Model, Switch, Video
+from salt_jax.pipeline.model import Given, Model, Video
 from salt_jax.pipeline.shapes import shapes_model
 from salt_jax.pipeline.wan import WanOptions, WanSource, wan_parts
+from salt_jax.rollout.settings import Switch
 from salt_jax.samples import Sample
 from salt_jax.workdir import open_workdir
 
@@ -144,7 +145,7 @@ def make_clips(
     """The clips, uint8 [T, H, W, 3], one by one. Nothing is read where there is none to make."""
     if not todo:
         return
-    later = {at: Switch(*s) for at, s in request.switches.items()}
+    later = request.switches
     prompts = [video.job.prompt for video in todo] + [s.prompt for s in later.values()]
     texts = model.read_texts(prompts)
     first, given = request.picture, Given()

@@ -14,7 +14,7 @@ from salt_jax import samples
 from salt_jax.choices import Solver, TeacherSolver
 from salt_jax.cli import sample_flags as f
 from salt_jax.cli.jobs import Job, read_jobs, read_out, refuse_own_input
-from salt_jax.cli.lengths import Switch, read_lengths, read_switches
+from salt_jax.cli.lengths import read_lengths, read_switches
 from salt_jax.cli.parsing import (
     read_levels,
     read_memory,
@@ -31,9 +31,7 @@ from salt_jax.io.header import stored_sizes
 from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.latent_size import SPACE, fit_size
 from salt_jax.models.presets import PRESETS, WanConfig, tiny_preset
-from salt_jax.rollout.settings import RELEASED, Sampler
-
-TEACHER_STEPS = {False: 50, True: 40}  # by whether the model reads pictures: Wan 2.1's own
+from salt_jax.rollout.settings import RELEASED, TEACHER_STEPS, Sampler, Switch
 
 
 class Request(NamedTuple):

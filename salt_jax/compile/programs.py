@@ -78,7 +78,7 @@ def _teacher_weights(recipe: Recipe, config: WanConfig, mesh: Mesh) -> Params:
 def _updates(stage: Stage, learner: str) -> dict[str, Callable[[], Program]]:
     found = updates.programs(stage).items()
     return {
-        updates.update_name(stage, update): partial(_step, stage, update, draw)
+        updates.update_name(update): partial(_step, stage, update, draw)
         for update, draw in found
         if update.moves == learner
     }

@@ -11,6 +11,7 @@ from salt_jax.config.build import all_keys
 from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
 
+MADE_BY = "made_by"  # beside the keys in config.json: what wrote it
 # What 0.1 called a key or section.
 RENAMED = {
     "updates": "iterations",
@@ -40,7 +41,7 @@ def as_of_today(values: dict[str, Any]) -> dict[str, Any]:
 
     Keys that came since have their defaults, which say what the runs of then did.
     """
-    there = flat({name: value for name, value in values.items() if name != "made_by"})
+    there = flat({name: value for name, value in values.items() if name != MADE_BY})
     for old, new in RENAMED.items():
         for key in [key for key in there if f"{key}.".startswith(f"{old}.")]:
             there.setdefault(new + key.removeprefix(old), there.pop(key))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from salt_jax.config.build import all_keys
+from salt_jax.config.migrate import flat
 from salt_jax.config.schema import Recipe
 from salt_jax.io.shipped import located
 
@@ -30,13 +31,14 @@ def make_absolute(config: Any, file: Path, overridden: Collection[str]) -> None:
     # a config that was installed names what a user has
     if (home / "salt_jax").is_dir() and not (home / "pyproject.toml").is_file():
         home = Path.cwd()
-    for path in PATHS:
-        *sections, key = path.split(".")
-        place = config
-        for section in sections:
-            place = place[section]
-        if is_relative(place[key]):
-            place[key] = str((Path.cwd() if path in overridden else home) / place[key])
+    there = flat(config.to_dict())
+    config.update_from_flattened_dict(
+        {
+            path: str((Path.cwd() if path in overridden else home) / there[path])
+            for path in PATHS
+            if is_relative(there[path])
+        }
+    )
 
 
 def beside(value: Any, file: str | Path) -> Any:

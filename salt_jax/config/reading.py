@@ -8,14 +8,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from salt_jax.config.build import build
-from salt_jax.config.migrate import as_of_today, flat, nested
+from salt_jax.config.migrate import MADE_BY, as_of_today, flat, nested
 from salt_jax.config.paths import PATHS, beside
 from salt_jax.config.schema import Recipe
 from salt_jax.config.validate import refuse_contradictions
 from salt_jax.errors import UserError
 from salt_jax.models.presets import PRESETS, TEXT_PRESETS
-
-MADE_BY = "made_by"  # beside the keys in config.json: what wrote it
 
 
 def to_config_dict(recipe: Recipe) -> ConfigDict:

@@ -1,19 +1,18 @@
 """python -m salt_jax.config.table: the keys of a config as the table of docs/guide.md."""
 
-import typing
+import dataclasses
 
 from salt_jax.config.build import all_keys
+from salt_jax.config.migrate import flat
 from salt_jax.config.schema import Recipe
 
 
 def table() -> str:
     """Markdown, one row a key."""
-    default = Recipe()
+    defaults = flat(dataclasses.asdict(Recipe()))
     rows = ["| key | default | meaning |", "|---|---|---|"]
     for path, field in all_keys(Recipe):
-        value: typing.Any = default
-        for name in path.split("."):
-            value = getattr(value, name)
+        value = defaults[path]
         shown = f'`"{value}"`' if isinstance(value, str) else f"`{value}`"
         doc = field.metadata["doc"]
         if field.metadata["must"]:

@@ -162,23 +162,6 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: int = 16, scal
     write_bytes(path, (encode_gif if gif else encode_mp4)(frames, fps, scale))
 
 
-def write_mp4(path: str | os.PathLike, frames: np.ndarray, scale: int, fps: int = 16) -> None:
-    """Writes a clip as MP4, see `encode_mp4`."""
-    write_bytes(path, encode_mp4(frames, fps, scale))
-
-
-def write_gif(path: str | os.PathLike, frames: np.ndarray, scale: int, fps: int = 16) -> None:
-    """Writes a clip as GIF, see `encode_gif`."""
-    write_bytes(path, encode_gif(frames, fps, scale))
-
-
-def write_contact_sheet(
-    path: str | os.PathLike, videos: np.ndarray, labels: Sequence[str], scale: int
-) -> None:
-    """Writes a `contact_sheet` as PNG."""
-    write_bytes(path, encode_png(contact_sheet(videos, labels, scale)))
-
-
 def _clip(frames: np.ndarray) -> np.ndarray:
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
         raise ValueError(f"a clip is uint8 [F, H, W, 3], got {frames.dtype} {list(frames.shape)}")

@@ -11,12 +11,11 @@ from salt_jax.pipeline.model import Model
 from salt_jax.pipeline.remote import copied
 from salt_jax.pipeline.shapes import sampler_of, shapes_model
 from salt_jax.pipeline.wan import WanOptions, WanSource, wan_parts
-from salt_jax.rollout.settings import RELEASED, Sampler
+from salt_jax.rollout.settings import RELEASED, TEACHER_STEPS, Sampler
 from salt_jax.stages.record import is_workdir, read_record
 from salt_jax.workdir import Trained, open_exported, open_workdir
 
 WAN_CLIP = (latent_frames(81), 60, 104)  # frames, rows and columns of latent: 832 x 480
-TEACHER_STEPS = {False: 50, True: 40}  # by whether the model reads pictures: Wan 2.1's own
 
 
 def load(
@@ -71,7 +70,9 @@ def _of_run(run: Trained, source: str, folder: str, guidance: float | None) -> M
     clip = (recipe.clip_shape[0], recipe.memory.chunk if recipe.causal else recipe.clip_shape[0])
     found = WanSource(source, Source(folder or recipe.weights), recipe.wan, run=run)
     parts = wan_parts(found, clip, WanOptions())
-    return Model(parts, sampler_of(recipe), recipe.clip_shape, guidance or 1.0)
+    return Model(
+        parts, sampler_of(recipe), recipe.clip_shape, 1.0 if guidance is None else guidance
+    )
 
 
 def _converted(where: str, folder: str, released: str, guidance: float | None) -> Model:

@@ -15,16 +15,8 @@ from salt_jax.errors import UserError
 from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.denoiser import WanDenoiser, guided
 from salt_jax.rollout.sampler import Cue, generate, numbered_keys, whole_clips
-from salt_jax.rollout.settings import Sampler
+from salt_jax.rollout.settings import Sampler, Switch
 from salt_jax.types import Conditioning, Params
-
-
-class Switch(NamedTuple):
-    """Another prompt from a frame on."""
-
-    prompt: str
-    flush: bool = False  # see `rollout.sampler.Cue`
-    cut: bool = False
 
 
 class Given(NamedTuple):

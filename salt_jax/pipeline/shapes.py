@@ -14,9 +14,9 @@ from salt_jax.workdir import Trained
 
 
 def shapes_model(
-    run: Trained, source: str, negative: str | None = None, guidance: float | None = None
+    run: Trained, source: str, negative: str | None = None, guidance: float = 1.0
 ) -> Model:
-    """Of a workdir or an exported file; a teacher has its own guidance where none is told."""
+    """Of a workdir or an exported file."""
     recipe = run.recipe
     text_encoder = digest(located(run.text_file)) if run.text_file else "fresh"
 
@@ -38,7 +38,7 @@ def shapes_model(
         negative=negative or "",
         fps=shapes.FPS,
     )
-    return Model(parts, sampler_of(recipe), recipe.clip_shape, guidance or 1.0)
+    return Model(parts, sampler_of(recipe), recipe.clip_shape, guidance)
 
 
 def sampler_of(recipe: Recipe) -> Sampler:

@@ -133,12 +133,12 @@ def random_cond(recipe: Recipe, clips: int) -> Conditioning:
 def random_batch(stage: Stage) -> Batch:
     """Of what the stage reads."""
     recipe, clips = stage.recipe, stage.recipe.batch_size
-    videos = jax.random.normal(jax.random.key(recipe.seed), (clips, *recipe.clip_shape))
+    noise = lambda: jax.random.normal(jax.random.key(recipe.seed), (clips, *recipe.clip_shape))
     steps = recipe.schedule.train_levels + 1
     every = {
         "cond": lambda: random_cond(recipe, clips),
         "tokens": lambda: jnp.zeros((clips, recipe.wan.text_length), jnp.int32),
-        "video": lambda: videos,
+        "video": noise,
         "states": lambda: jnp.zeros((clips, steps, *recipe.clip_shape)),
     }
     return Batch(**{name: every[name]() for name in stage.needs})
@@ -179,7 +179,7 @@ def updates(stage: Stage, learner: str, runs: int) -> Iterator[Result]:
         evaluations = 0.0 if draw is None else int(draw.exit_step) + 2.0
         more = {"clips": recipe.batch_size, "evaluations_per_chunk": evaluations}
         args = (state, frozen, batch, call)
-        yield measure(update_name(stage, update), jitted, args, flops, runs, **more)
+        yield measure(update_name(update), jitted, args, flops, runs, **more)
 
 
 def forms(stage: Stage) -> tuple[tuple[Any, Any], tuple[Any, ...]]:

@@ -15,7 +15,7 @@ def programs(stage: Stage) -> dict[Update, Draw | None]:
     return found
 
 
-def update_name(stage: Stage, update: Update) -> str:
+def update_name(update: Update) -> str:
     """What it is called in tables."""
     terms = [name for name in ("self_consistency", "alignment") if getattr(update.terms, name)]
     sequence = update.terms.sequence

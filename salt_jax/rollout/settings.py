@@ -31,6 +31,15 @@ class Sampler(NamedTuple):
         return student_levels(steps, self.shift, self.levels)
 
 
+class Switch(NamedTuple):
+    """Another prompt from a frame on."""
+
+    prompt: str
+    flush: bool = False  # see `rollout.sampler.Cue`
+    cut: bool = False
+
+
+TEACHER_STEPS = {False: 50, True: 40}  # by whether the model reads pictures: Wan 2.1's own
 # Read off configs and code of each: Self-Forcing @33593df, Causal-Forcing @1fc7bbc, LongLive v1.0
 # @e52d9ef, CausVid @ca21150. Lists that those "warp" (1000, 750, 500, 250) are the grid of 4 steps
 # at their shift; CausVid's is not.

@@ -26,36 +26,43 @@ from salt_jax.models.denoiser import WanDenoiser
 from salt_jax.models.visibility import chunk_pairs
 from salt_jax.rollout.causal import plan_teacher_forcing
 from salt_jax.stages.contradictions import causal_teacher, no_lora, no_rollouts
-from salt_jax.stages.stage import Frozen, Memory, Pass, Weights
+from salt_jax.stages.stage import Frozen, Memory, Parts, Pass, Stage, Update, Weights
 from salt_jax.stages.weights import in_dtype
 from salt_jax.types import Conditioning, Latent, Params, Sigma
 
 
-def contradictions(r: Recipe) -> Iterator[str]:
+def contradictions(stage: Stage) -> Iterator[str]:
     """Of all three."""
-    yield from no_lora(r)
-    yield from no_rollouts(r)
+    yield from no_lora(stage.recipe)
+    yield from no_rollouts(stage.recipe)
 
 
-def frozen(r: Recipe, weights: Weights) -> Frozen:
-    return {"teacher": in_dtype(weights.start, r.teacher.dtype), "null_text": weights.null_text}
-
-
-def student_pass(r: Recipe) -> Pass:
-    """A clean pass for the cache, and the noisy one that sees it."""
-    pairs = tuple(chunk_pairs(r.memory, r.clip_shape[0]))
-    return Pass("student", r.wan, pairs, 2.0, "weights")
-
-
-def memory(r: Recipe) -> Memory:
-    """The gradient runs through the cache too."""
-    return Memory(caches=2, slots=r.clip_shape[0], forwards=2.0)
-
-
-def ode_contradictions(r: Recipe) -> Iterator[str]:
+def ode_contradictions(stage: Stage) -> Iterator[str]:
     """Of the two that have a causal teacher."""
-    yield from contradictions(r)
-    yield from causal_teacher(r)
+    yield from contradictions(stage)
+    yield from causal_teacher(stage.recipe)
+
+
+def teacher_parts(stage: Stage) -> Parts:
+    """Of these two."""
+    return [("causal teacher", stage.recipe.init_from or stage.recipe.weights)]
+
+
+def frozen(stage: Stage, weights: Weights) -> Frozen:
+    teacher = in_dtype(weights.start, stage.recipe.teacher.dtype)
+    return {"teacher": teacher, "null_text": weights.null_text}
+
+
+def mean_passes(stage: Stage, learner: str) -> list[Pass]:
+    """A clean pass for the cache, and the noisy one that sees it."""
+    r = stage.recipe
+    pairs = tuple(chunk_pairs(r.memory, r.clip_shape[0]))
+    return [Pass("student", r.wan, pairs, 2.0, "weights")]
+
+
+def memory(stage: Stage, update: Update) -> Memory:
+    """The gradient runs through the cache too."""
+    return Memory(caches=2, slots=stage.recipe.clip_shape[0], forwards=2.0)
 
 
 def ode_levels(r: Recipe) -> np.ndarray:

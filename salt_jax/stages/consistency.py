@@ -2,7 +2,6 @@
 step of the causal teacher later.
 """
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,22 +16,15 @@ from salt_jax.flow.transition import euler
 from salt_jax.losses.regression import endpoint_loss
 from salt_jax.models.denoiser import WanDenoiser
 from salt_jax.rollout.causal import plan_teacher_forcing
-from salt_jax.rollout.draws import Draw
-from salt_jax.stages import causal
+from salt_jax.stages import causal, single
 from salt_jax.stages.networks import denoiser_of
 from salt_jax.stages.stage import (
     Aux,
     Batch,
-    Frozen,
     Inputs,
-    Memory,
-    Parts,
     Pass,
-    RecordSource,
     Update,
-    Weights,
 )
-from salt_jax.state import TrainState, first_state
 from salt_jax.types import Latent, Params, PRNGKey
 
 
@@ -47,30 +39,20 @@ class Consistency:
 
     recipe: Recipe
     mesh: Mesh | None = None
-    learners = ("student",)
+    learners = single.LEARNERS
     needs = ("cond", "video")
+    contradictions = causal.ode_contradictions
+    parts = causal.teacher_parts
+    frozen = causal.frozen
+    first_state = single.from_start
+    records = single.records
+    updates = single.updates
+    passes = single.passes
+    memory = causal.memory
 
     @property
     def student(self) -> WanDenoiser:
         return denoiser_of(self.recipe, self.mesh)
-
-    def contradictions(self) -> Iterator[str]:
-        return causal.ode_contradictions(self.recipe)
-
-    def parts(self) -> Parts:
-        return [("causal teacher", self.recipe.init_from or self.recipe.weights)]
-
-    def frozen(self, weights: Weights) -> Frozen:
-        return causal.frozen(self.recipe, weights)
-
-    def first_state(self, weights: Weights) -> TrainState:
-        return first_state(self.recipe, {"student": weights.start})
-
-    def records(self, source: RecordSource) -> Sequence:
-        return source.clips
-
-    def updates(self, iteration: int) -> list[tuple[Update, Draw | None]]:
-        return [(Update("student"), None)]
 
     def noise(self, key: PRNGKey, batch: Batch) -> ConsistencyNoise:
         k_level, k_noise = jax.random.split(key)
@@ -103,18 +85,11 @@ class Consistency:
         value = endpoint_loss(predict(params, x, sigma), target).mean()
         return value, Aux({"consistency": value})
 
-    def passes(self, update: Update, draw: Draw | None) -> list[Pass]:
-        return self.mean_passes(update.moves)
-
     def mean_passes(self, learner: str) -> list[Pass]:
-        student = causal.student_pass(self.recipe)
-        others = [("ema: forward", 2.0), ("teacher: forward", 4.0)]
-        more = [replace_pass(student, name, times) for name, times in others]
+        (student,) = causal.mean_passes(self, learner)
+        others = {"ema: forward": 2.0, "teacher: forward": 4.0}
+        more = [
+            student._replace(name=name, times=times, gradient="none")
+            for name, times in others.items()
+        ]
         return [student, *more]
-
-    def memory(self, update: Update) -> Memory:
-        return causal.memory(self.recipe)
-
-
-def replace_pass(student: Pass, name: str, times: float) -> Pass:
-    return student._replace(name=name, times=times, gradient="none")

@@ -1,6 +1,6 @@
 """A teacher from data: flow matching on whole clips, of the transformer and its text encoder."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from salt_jax.losses.flow_matching import flow_matching_loss
 from salt_jax.models.denoiser import WanDenoiser
 from salt_jax.models.text_encoder import encode_text
 from salt_jax.moving_shapes.exact import ClosedForm
-from salt_jax.rollout.draws import Draw
+from salt_jax.stages import single
 from salt_jax.stages.contradictions import no_lora, no_rollouts
 from salt_jax.stages.networks import denoiser_of
 from salt_jax.stages.stage import (
@@ -28,7 +28,6 @@ from salt_jax.stages.stage import (
     Memory,
     Parts,
     Pass,
-    RecordSource,
     Update,
     Weights,
 )
@@ -48,8 +47,11 @@ class Denoising:
 
     recipe: Recipe
     mesh: Mesh | None = None
-    learners = ("student",)
+    learners = single.LEARNERS
     needs = ("tokens", "video")
+    records = single.records
+    updates = single.updates
+    passes = single.passes
 
     @property
     def student(self) -> WanDenoiser:
@@ -81,12 +83,6 @@ class Denoising:
         trained = {"wan": weights.base, "text_encoder": weights.text_encoder}
         return first_state(self.recipe, {"student": trained})
 
-    def records(self, source: RecordSource) -> Sequence:
-        return source.clips
-
-    def updates(self, iteration: int) -> list[tuple[Update, Draw | None]]:
-        return [(Update("student"), None)]
-
     def noise(self, key: PRNGKey, batch: Batch) -> DenoisingNoise:
         k_drop, k_renoise = jax.random.split(key)
         drop = jax.random.bernoulli(k_drop, self.recipe.caption_dropout, (batch.size, 1))
@@ -115,9 +111,6 @@ class Denoising:
             x0 = noise - target.velocity
         value = flow_matching_loss(velocity, x0, noise).mean()
         return value, Aux({"denoising": value})
-
-    def passes(self, update: Update, draw: Draw | None) -> list[Pass]:
-        return self.mean_passes(update.moves)
 
     def mean_passes(self, learner: str) -> list[Pass]:
         frames = self.recipe.clip_shape[0]

@@ -2,7 +2,7 @@
 teacher's trajectory, which is not the data's clip.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,7 @@ from salt_jax.flow.transition import euler
 from salt_jax.losses.regression import endpoint_loss
 from salt_jax.models.denoiser import WanDenoiser
 from salt_jax.rollout.causal import plan_teacher_forcing
-from salt_jax.rollout.draws import Draw
-from salt_jax.stages import causal
+from salt_jax.stages import causal, single
 from salt_jax.stages.accumulate import in_turn
 from salt_jax.stages.networks import denoiser_of
 from salt_jax.stages.stage import (
@@ -28,14 +27,9 @@ from salt_jax.stages.stage import (
     Batch,
     Frozen,
     Inputs,
-    Memory,
-    Parts,
-    Pass,
     RecordSource,
     Update,
-    Weights,
 )
-from salt_jax.state import TrainState, first_state
 from salt_jax.types import Conditioning, Params, PRNGKey
 
 
@@ -45,27 +39,20 @@ class OdeRegression:
 
     recipe: Recipe
     mesh: Mesh | None = None
-    learners = ("student",)
+    learners = single.LEARNERS
     needs = ("cond", "video", "states")
+    contradictions = causal.ode_contradictions
+    parts = causal.teacher_parts
+    frozen = causal.frozen
+    first_state = single.from_start
+    updates = single.updates
+    passes = single.passes
+    mean_passes = causal.mean_passes
+    memory = causal.memory
 
     @property
     def student(self) -> WanDenoiser:
         return denoiser_of(self.recipe, self.mesh)
-
-    def contradictions(self) -> Iterator[str]:
-        return causal.ode_contradictions(self.recipe)
-
-    def parts(self) -> Parts:
-        return [("causal teacher", self.recipe.init_from or self.recipe.weights)]
-
-    def frozen(self, weights: Weights) -> Frozen:
-        return causal.frozen(self.recipe, weights)
-
-    def first_state(self, weights: Weights) -> TrainState:
-        return first_state(self.recipe, {"student": weights.start})
-
-    def updates(self, iteration: int) -> list[tuple[Update, Draw | None]]:
-        return [(Update("student"), None)]
 
     def noise(self, key: PRNGKey, batch: Batch) -> Int[Array, "b"]:
         """Which of the student's levels an example is at."""
@@ -79,15 +66,6 @@ class OdeRegression:
         x0 = self.student.denoise(params, x, levels[level], batch.cond, plan).x0
         value = endpoint_loss(x0, batch.states[:, -1]).mean()
         return value, Aux({"ode_regression": value})
-
-    def passes(self, update: Update, draw: Draw | None) -> list[Pass]:
-        return self.mean_passes(update.moves)
-
-    def mean_passes(self, learner: str) -> list[Pass]:
-        return [causal.student_pass(self.recipe)]
-
-    def memory(self, update: Update) -> Memory:
-        return causal.memory(self.recipe)
 
     def records(self, source: RecordSource) -> Sequence:
         """Trajectories of the clips, made where they are missing in the workdir."""

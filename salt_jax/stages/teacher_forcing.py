@@ -1,6 +1,5 @@
 """Teacher forcing: the student learns to denoise each chunk given the clean chunks before it."""
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,22 +15,15 @@ from salt_jax.flow.prediction import add_noise
 from salt_jax.losses.flow_matching import flow_matching_loss, midlevel_weight
 from salt_jax.models.denoiser import WanDenoiser
 from salt_jax.rollout.causal import plan_teacher_forcing
-from salt_jax.rollout.draws import Draw
-from salt_jax.stages import causal
+from salt_jax.stages import causal, single
 from salt_jax.stages.networks import denoiser_of
 from salt_jax.stages.stage import (
     Aux,
     Batch,
-    Frozen,
     Inputs,
-    Memory,
     Parts,
-    Pass,
-    RecordSource,
     Update,
-    Weights,
 )
-from salt_jax.state import TrainState, first_state
 from salt_jax.types import Latent, Params, PRNGKey, Sigma
 
 
@@ -47,30 +39,23 @@ class TeacherForcing:
 
     recipe: Recipe
     mesh: Mesh | None = None
-    learners = ("student",)
+    learners = single.LEARNERS
     needs = ("cond", "video")
+    contradictions = causal.contradictions
+    frozen = causal.frozen
+    first_state = single.from_start
+    records = single.records
+    updates = single.updates
+    passes = single.passes
+    mean_passes = causal.mean_passes
+    memory = causal.memory
 
     @property
     def student(self) -> WanDenoiser:
         return denoiser_of(self.recipe, self.mesh)
 
-    def contradictions(self) -> Iterator[str]:
-        return causal.contradictions(self.recipe)
-
     def parts(self) -> Parts:
         return []
-
-    def frozen(self, weights: Weights) -> Frozen:
-        return causal.frozen(self.recipe, weights)
-
-    def first_state(self, weights: Weights) -> TrainState:
-        return first_state(self.recipe, {"student": weights.start})
-
-    def records(self, source: RecordSource) -> Sequence:
-        return source.clips
-
-    def updates(self, iteration: int) -> list[tuple[Update, Draw | None]]:
-        return [(Update("student"), None)]
 
     def noise(self, key: PRNGKey, batch: Batch) -> ForcingNoise:
         r, b = self.recipe, batch.size
@@ -92,12 +77,3 @@ class TeacherForcing:
         weight = midlevel_weight(sigma, self.recipe.renoise.shift)
         value = flow_matching_loss(velocity, x0, noise, weight).mean()
         return value, Aux({"teacher_forcing": value})
-
-    def passes(self, update: Update, draw: Draw | None) -> list[Pass]:
-        return self.mean_passes(update.moves)
-
-    def mean_passes(self, learner: str) -> list[Pass]:
-        return [causal.student_pass(self.recipe)]
-
-    def memory(self, update: Update) -> Memory:
-        return causal.memory(self.recipe)

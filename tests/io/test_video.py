@@ -35,7 +35,7 @@ def decode(path: Path):
 
 def test_mp4_keeps_frames_colours_and_rate(tmp_path):
     clip = stripes(9, 12, 12)
-    video.write_mp4(tmp_path / "made" / "clip.mp4", clip, scale=8)
+    video.write_video(tmp_path / "made" / "clip.mp4", clip, scale=8)
     frames, rate, codec, pixels = decode(tmp_path / "made" / "clip.mp4")
     assert (rate, codec, pixels) == (16, "h264", "yuv420p")
     expected = np.kron(clip, np.ones((1, 8, 8, 1), np.uint8))
@@ -47,7 +47,7 @@ def test_mp4_keeps_frames_colours_and_rate(tmp_path):
 
 def test_mp4_makes_odd_sizes_even(tmp_path):
     clip = stripes(3, 13, 11)
-    video.write_mp4(tmp_path / "clip.mp4", clip, scale=3, fps=24)
+    video.write_video(tmp_path / "clip.mp4", clip, scale=3, fps=24)
     frames, rate, *_ = decode(tmp_path / "clip.mp4")
     assert frames.shape == (3, 40, 34, 3)
     assert rate == 24
@@ -90,7 +90,7 @@ def boxes(data: bytes) -> list[bytes]:
 
 
 def test_mp4_says_its_colours_and_has_its_index_in_front(tmp_path):
-    video.write_mp4(tmp_path / "a.mp4", stripes(9, 12, 12), scale=4)
+    video.write_video(tmp_path / "a.mp4", stripes(9, 12, 12), scale=4)
     data = (tmp_path / "a.mp4").read_bytes()
     names = boxes(data)
     assert names.index(b"moov") < names.index(b"mdat")
@@ -124,7 +124,7 @@ def test_the_same_clip_is_the_same_bytes():
 
 def test_gif_keeps_frames_and_time(tmp_path):
     clip = stripes(9, 12, 12)
-    video.write_gif(tmp_path / "clip.gif", clip, scale=2)
+    video.write_video(tmp_path / "clip.gif", clip, scale=2)
     with Image.open(tmp_path / "clip.gif") as image:
         assert (image.n_frames, image.size, image.info["loop"]) == (9, (24, 24), 0)
         durations = []

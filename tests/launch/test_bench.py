@@ -74,7 +74,7 @@ def test_all_parts_are_measured_and_told(tmp_path):
 
     r = tiny()
     stage = make_stage(r)
-    steps = {update_name(stage, update): (update, draw) for update, draw in programs(stage).items()}
+    steps = {update_name(update): (update, draw) for update, draw in programs(stage).items()}
     assert list(steps) == ["student step", "critic step"]
     for name, (update, draw) in steps.items():
         counted = flops.update_flops(r, stage.passes(update, draw), runs_flash(r, "cpu"))
@@ -170,7 +170,7 @@ def test_so_are_those_that_few_calls_ask_for(seed):
     config = longlive.get_config("wan,salt")
     config.seed = seed
     stage = make_stage(read_recipe(config))
-    found = {update_name(stage, update) for update in programs(stage)}
+    found = {update_name(update) for update in programs(stage)}
     terms, ways = ("", " + self_consistency", " + alignment"), ("", " + on")
     assert found == {f"student step{term}{way}" for term in terms for way in ways} | {
         f"critic step{way}" for way in ways

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from configs import base, salt, sc_dmd, self_forcing
 from salt_jax.config.reading import read_recipe, to_json
-from salt_jax.io.video import write_mp4
+from salt_jax.io.video import write_video
 from salt_jax.models.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -71,8 +71,8 @@ def folder(tmp_path_factory):
         told = {"config": json.dumps(asdict(PRESETS[f"wan2.1-{kind}-tiny"]))}
         save_file({"x": np.zeros(1, np.float32)}, folder / kind / "wan.safetensors", told)
     Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(folder / "picture.png")
-    write_mp4(folder / "clip.mp4", np.zeros((30, 32, 48, 3), np.uint8), 1)
-    write_mp4(folder / "2_000.mp4", np.zeros((30, 32, 48, 3), np.uint8), 1)
+    write_video(folder / "clip.mp4", np.zeros((30, 32, 48, 3), np.uint8))
+    write_video(folder / "2_000.mp4", np.zeros((30, 32, 48, 3), np.uint8))
     (folder / "prompts.txt").write_text("\ufeffA cat.\r\n\nA dog\u2028runs.\n", encoding="utf-8")
     return folder
 

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from salt_jax.checkpoint import restore_params
 from salt_jax.data.clips import read_ending
 from salt_jax.io.model_folder import VAE, WAN, Source, open_part
-from salt_jax.io.video import write_mp4
+from salt_jax.io.video import write_video
 from salt_jax.models import image_encoder, text_encoder, vae
 from salt_jax.models.presets import PRESETS
 from salt_jax.models.wan import init_wan
@@ -230,7 +230,7 @@ def test_a_clip_is_continued_under_guidance_and_other_prompts(tmp_path):
         params, jnp.asarray(clip[None] / 127.5 - 1, jnp.float32), config, jnp.float32
     )
     again = to_bytes(vae.decode_video(params, latents, config, jnp.float32))[0]
-    write_mp4(tmp_path / "again.mp4", again, 1)  # mp4 is lossy
+    write_video(tmp_path / "again.mp4", again)  # mp4 is lossy
     assert np.abs(b[:21] - frames(tmp_path / "again.mp4")[0].astype(int)).mean() < 6
     assert np.abs(b[:33] - c[:33]).mean() < 3 < np.abs(b[33:] - c[33:]).max()
     assert np.abs(b[21:] - d[21:]).max() > 3
@@ -262,10 +262,9 @@ def test_a_release_goes_in_makes_a_video_and_a_student_that_goes_out_again(
     if kind == "i2v":
         rng = np.random.default_rng(0)
         for name in ("a", "b"):
-            write_mp4(
+            write_video(
                 tmp_path / "videos" / f"{name}.mp4",
                 rng.integers(0, 256, (9, 32, 48, 3), np.uint8),
-                1,
             )
             (tmp_path / "videos" / f"{name}.txt").write_text("Noise.")
         source = [f"--videos={tmp_path / 'videos'}", "--image"]

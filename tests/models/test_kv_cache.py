@@ -28,7 +28,7 @@ from salt_jax.rollout.causal import (
     replay,
 )
 from salt_jax.types import Conditioning
-from tests.helpers import randomised, to_diffusers
+from tests.helpers import diffusers_sizes, randomised, to_diffusers
 
 SMALL = WanConfig(48, 2, 2, 64, 4, 4, (1, 2, 2), 16, 4, 32, 0, 1e-6)
 NETWORK = wan_denoiser(SMALL, Compute(), 9, 3)
@@ -489,20 +489,7 @@ CASES = {  # policy, frames of a clip; each window is short enough to forget som
     "sink, relative": (CachePolicy(3, 3, 7, 1, "relative"), 12),
     "window, relative, frame by frame": (CachePolicy(1, 1, 3, 0, "relative"), 5),
 }
-SIZES = dict(
-    patch_size=SMALL.patch_size,
-    num_attention_heads=SMALL.num_heads,
-    attention_head_dim=SMALL.dim // SMALL.num_heads,
-    in_channels=SMALL.in_channels,
-    out_channels=SMALL.out_channels,
-    text_dim=SMALL.text_dim,
-    freq_dim=SMALL.freq_dim,
-    ffn_dim=SMALL.ffn_dim,
-    num_layers=SMALL.num_layers,
-    cross_attn_norm=True,
-    qk_norm="rms_norm_across_heads",
-    eps=SMALL.eps,
-)
+SIZES = diffusers_sizes(SMALL)
 
 
 @once

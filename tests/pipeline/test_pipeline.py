@@ -10,10 +10,10 @@ from configs import base, salt
 from salt_jax.config.reading import read_recipe, to_json
 from salt_jax.errors import UserError
 from salt_jax.io.shipped import located
-from salt_jax.pipeline.model import Switch, Video
+from salt_jax.pipeline.model import Video
 from salt_jax.pipeline.remote import copied
 from salt_jax.pipeline.shapes import sampler_of
-from salt_jax.rollout.settings import RELEASED, Sampler
+from salt_jax.rollout.settings import RELEASED, Sampler, Switch
 from salt_jax.workdir import export, open_exported
 
 RED, BLUE = "A red circle moves left.", "A blue square moves up."
