@@ -140,3 +140,9 @@ def test_a_video_is_a_value(model):
     again = np.concatenate(list(model.parts.decode(iter(latents))))
     other = video._replace(number=0)
     assert np.any(again != np.concatenate(list(model.parts.decode(model.latents(other, texts)))))
+
+
+def test_a_guidance_of_nothing_is_not_no_guidance():
+    """0 leaves the null text alone, 1 the prompt."""
+    found = [salt_jax.load("shapes_causal", guidance=w).guidance for w in (0.0, None, 3.0)]
+    assert found == [0.0, 1.0, 3.0]
