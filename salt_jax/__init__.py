@@ -4,8 +4,8 @@
     video = model.generate("A red circle moves left.", num_steps=4)  # uint8 [F, H, W, 3]
     salt_jax.write_video("circle.mp4", video, fps=model.fps)
 
-To read the code, go down one update: `train.loop`, `train.step`, `stages.distil`, `rollout.causal`,
-`models.denoiser`. docs/algorithm.md says which equation is where.
+One update is read along five files: `train.loop`, `train.step`, `stages.distil`, `rollout.causal`,
+`models.denoiser`. README.md says which equation is where, docs/algorithm.md derives them.
 """
 
 import importlib
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from salt_jax.pipeline import load
     from salt_jax.pipeline.model import Model
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["CachePolicy", "Model", "load", "write_video"]
 
 _HOMES = {
@@ -29,7 +29,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    """What is public, imported when it is asked for: `--help` needs no jax."""
+    """Imports a public name on first use, so that `--help` needs no jax."""
     if name not in _HOMES:
         raise AttributeError(f"module 'salt_jax' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
