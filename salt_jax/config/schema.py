@@ -2,7 +2,7 @@
 
 Every key is written down once, here or in `sections`. The ConfigDict that `configs/` edits
 (`reading.to_config_dict`), the table in docs/guide.md (`table`), the checks (`reading.read_recipe`)
-and what a run may go on with (`migrate`) are derived from that.
+and what may change on resume (`migrate`) are derived from that.
 
 No jax in here, as in `choices`.
 """
@@ -59,7 +59,7 @@ class Recipe:
     )
     video: Video = key(
         "noised",
-        "how a student under distillation makes videos: the whole clip in one step of a noised "
+        "how a student under distillation makes videos: the whole clip in one step from a noised "
         'real one; `"noised_chunks"`: the same with a level for each chunk (CausVid); '
         '`"rollout"`: chunk by chunk from noise',
     )
@@ -83,7 +83,7 @@ class Recipe:
     batch_size: int = key(24, "clips of an update, over all devices", COUNT)
     accumulate: int = key(
         1,
-        "micro-batches that an update takes its clips in, one after the other: less memory, the "
+        "micro-batches of an update, computed one after the other: less accelerator memory, the "
         "same result",
         COUNT,
         resume="free",
@@ -125,22 +125,21 @@ class Recipe:
     mesh: Mesh = Mesh()
     host_state: bool = key(
         False,
-        "moments and the averaged student wait in the host's memory, and come to the devices for "
-        "their update alone",
+        "keeps moments and the averaged student in host memory; they are on the devices only "
+        "for their update",
         resume="free",
     )
     log_every: int = key(10, "iterations", COUNT, resume="free")
     save_every: int = key(20, "iterations", COUNT, resume="free")
-    keep: int = key(2, "newest checkpoints that stay", COUNT, resume="free")
+    keep: int = key(2, "how many of the newest checkpoints to keep", COUNT, resume="free")
     keep_every: int = key(
         0,
-        "iterations; at multiples of it a checkpoint is written and stays for ever, beside the "
-        "newest; 0 is off",
+        "iterations; at multiples of it a checkpoint is written and never deleted; 0 is off",
         NOT_NEGATIVE,
         resume="free",
     )
     max_skipped: int = key(
-        5, "updates in a row with something not finite that stop the run", COUNT, resume="free"
+        5, "updates in a row that are not finite, which stop the run", COUNT, resume="free"
     )
     sample: Sample = Sample()
 

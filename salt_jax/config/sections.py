@@ -39,11 +39,11 @@ class Model:
         "Wan in form and small",
     )
     dtype: Dtype = key(
-        "float32", "of matrix products; parameters, moments and losses are float32 always"
+        "float32", "type of matrix products; parameters, moments and losses are always float32"
     )
     remat: Remat = key(
         "all",
-        'what the backward pass of a block computes again: `"none"`: nothing; `"all"`: everything '
+        'what the backward pass of a block recomputes: `"none"`: nothing; `"all"`: everything '
         'from the block\'s input; `"save_attention"`: all but attention; `"dots"`, '
         '`"dots_no_batch"`: all but matrix products, or those with weights; `"offload"`: as '
         '`"all"`, with the inputs in the host\'s memory',
@@ -57,8 +57,8 @@ class Model:
     attention: KernelChoice = key(
         "auto",
         'attention kernel: `"cudnn"` on GPU, `"splash"` on TPU, `"blocks"` (linear memory) '
-        'elsewhere; `"plain"` stores all scores and is the one with a JVP; `"auto"` goes by the '
-        "devices that a program is for",
+        'elsewhere; `"plain"` stores all scores and has a JVP; `"auto"` chooses by the devices of '
+        "the program",
         resume="free",
     )
 
@@ -71,7 +71,7 @@ class Data:
         "moving_shapes", '`"latents"`: what `launch.encode` wrote'
     )
     clip: tuple[int, ...] = key(
-        (), "of kind latents: frames, height and width of a latent clip, such as `(21, 60, 104)`"
+        (), "for kind latents: frames, height, width of a latent clip, such as `(21, 60, 104)`"
     )
     dir: str = key(
         "runs/data",
@@ -81,7 +81,7 @@ class Data:
     )
     num_train: int = key(4096, "clips of Moving Shapes to train on")
     num_test: int = key(512, "clips of Moving Shapes to test on")
-    seed: int = key(0, "of the choice of clips", SEED)
+    seed: int = key(0, "seed of the choice of clips", SEED)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Teacher:
 
     kind: Literal["data", "network", "closed_form"] = key(
         "network",
-        '`"network"`: the weights above; `"closed_form"`: the exact denoiser of Moving Shapes; '
+        '`"network"`: `weights`, or its own; `"closed_form"`: the exact denoiser of Moving Shapes; '
         '`"data"`: none, the clips themselves (stage denoising)',
     )
     preset: str = key("", 'size of a teacher that is another network; `""`: the student\'s')
@@ -101,12 +101,12 @@ class Teacher:
         path=True,
     )
     dtype: Literal["stored", "float32", "bfloat16"] = key(
-        "stored", "in which its weights are kept: as they are stored, or cast"
+        "stored", "type of its weights on the devices: as in the file, or cast"
     )
     accept_student: bool = key(
         False,
-        "whether a file that records that it is a student (causal, or of few steps) may teach; "
-        "else it is refused",
+        "whether a file that is recorded as a student (causal, or of few steps) may teach; "
+        "otherwise it is refused",
         resume="free",
     )
     guidance: float = key(
@@ -148,7 +148,7 @@ class Rollout:
         "`schedule.train_levels`",
         STEPS,
     )
-    probabilities: tuple[float, ...] = key((0.2, 0.4, 0.4), "of each K (Salt App. B)")
+    probabilities: tuple[float, ...] = key((0.2, 0.4, 0.4), "probability of each K (Salt App. B)")
     first_steps: int = key(
         0, "K of the first chunk; 0: as the others (Causal Forcing's few-step models take 4)"
     )
@@ -164,21 +164,21 @@ class Align:
     )
     start: int = key(0, "iterations before it begins; the paper names 600 of its own", NOT_NEGATIVE)
     probability: float = key(
-        0.5, 'of an update whose K is below the largest ("stochastically", row 22)'
+        0.5, 'of the term, where K is below the largest ("stochastically", row 22)'
     )
     margin: float = key(0.1, "delta of Eq. 12, VideoREPA's (row 20)", NOT_NEGATIVE)
     network: Literal["base", "critic", "student"] = key(
-        "base", "whose features: base (the weights, frozen), critic, student (row 17)"
+        "base", "network of the features: base (`weights`, frozen), critic, student (row 17)"
     )
     layers: int = key(2, "blocks before the features are taken; about 0.6 of all (row 18)")
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Streaming long tuning (LongLive): one video goes on over many updates."""
+    """Streaming long tuning (LongLive): one video continues over many updates."""
 
     max_frames: int = key(0, "latent frames of a video; 0 turns it off", NOT_NEGATIVE)
-    overlap: int = key(3, "latent frames of the teacher's window that were there before")
+    overlap: int = key(3, "latent frames of the teacher's window that earlier updates made")
     switch: float = key(0.5, "probability that a video changes its prompt, once", SHARE)
 
 
@@ -211,9 +211,9 @@ class Lora:
 class Renoise:
     """Noise levels at which teacher and critic judge a video, and at which a teacher is trained."""
 
-    shift: float = key(5.0, "of uniform levels; the peers' value", POSITIVE)
-    lowest: float = key(0.02, "they are clipped to; the peers' value", LEVEL)
-    highest: float = key(0.98, "they are clipped to; the peers' value", LEVEL)
+    shift: float = key(5.0, "shift of uniform levels; the peers' value", POSITIVE)
+    lowest: float = key(0.02, "lower clip of the levels; the peers' value", LEVEL)
+    highest: float = key(0.98, "upper clip of the levels; the peers' value", LEVEL)
 
 
 @dataclass(frozen=True)
@@ -222,8 +222,8 @@ class Loss:
 
     self_consistency: float = key(
         1.0,
-        "lambda_SC of Eq. 10, for the mean over elements; 0 turns the term off and saves its "
-        "evaluation (row 1)",
+        "lambda_SC of Eq. 10, for the mean over elements; 0 turns the term and its evaluation "
+        "off (row 1)",
         NOT_NEGATIVE,
     )
     stop_gradient: StopGradient = key(
@@ -239,7 +239,7 @@ class Optimizer:
 
     learning_rate: float = key(2e-4, "", NOT_NEGATIVE, resume="free")
     warmup: int = key(0, "updates of linear warm-up", NOT_NEGATIVE)
-    decay: bool = key(False, "cosine to 0 over the run; else constant")
+    decay: bool = key(False, "cosine to 0 over the run, instead of constant")
     b1: float = key(0.0, "DMD's betas are (0, 0.999) in all peers", DECAY)
     b2: float = key(0.999, "", DECAY)
     eps: float = key(1e-8, "", NOT_NEGATIVE)

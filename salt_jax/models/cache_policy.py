@@ -17,13 +17,15 @@ class CachePolicy:
     """A memory mechanism. Lengths in latent frames; see docs/guide.md for those of the peers."""
 
     chunk: int = key(3, "latent frames generated together")
-    first: int = key(0, "of the first chunk; 1 makes it a picture, 0 is as the others")
+    first: int = key(
+        0, "latent frames of the first chunk; 1 makes it a picture, 0 is as the others"
+    )
     window: int = key(
         0, "latent frames a chunk sees at most, itself and the sink included; 0 is everything"
     )
-    sink: int = key(0, "first frames of the video, which are never forgotten")
+    sink: int = key(0, "first frames of the video, which every chunk sees")
     positions: Positions = key(
-        "absolute", 'or `"relative"`: a frame stands at its rank among those that are seen'
+        "absolute", 'or `"relative"`: a frame\'s position is its rank among those that are seen'
     )
 
     def __post_init__(self):
