@@ -1,4 +1,4 @@
-"""LongLive, streaming long tuning: one video goes on over many updates, and changes its prompt.
+"""LongLive, streaming long tuning: one video continues over many updates, and changes its prompt.
 
     python -m launch.train --config=configs/longlive.py --workdir=runs/shapes_longlive
 

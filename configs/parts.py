@@ -33,7 +33,7 @@ def read_options(text: str, *variants: str) -> tuple[str, set[str]]:
 
 
 def causal(size: str) -> Any:
-    """What the chunk-by-chunk recipes of a size start from."""
+    """The base of the chunk-by-chunk recipes at a size."""
     c = base.get_config()
     c.video = "rollout"
     c.schedule.shift = 5.0  # SF, CF, LL
@@ -47,7 +47,7 @@ def wan(c: Any) -> Any:
     c.weights = "weights/wan2.1-t2v-1.3b"
     c.data.update(kind="latents", clip=(21, 60, 104), dir="data/wan_t2v")
     c.teacher.update(preset="wan2.1-t2v-14b", weights="weights/wan2.1-t2v-14b")
-    c.teacher.dtype = "bfloat16"  # it never learns, and products read it so
+    c.teacher.dtype = "bfloat16"  # frozen, and matrix products are in bfloat16 anyway
     c.teacher.guidance = 4.0  # SF's guidance_scale 3
     c.batch_size = 64  # SF: 64 GPUs of 1
     c.student_optimizer.learning_rate = 2e-6  # SF, Salt App. B

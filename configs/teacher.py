@@ -8,9 +8,9 @@ everything.
         --config.iterations=7000 --config.ema.decay=0.997 \\
         --config.student_optimizer.learning_rate=1.5e-3 --config.student_optimizer.warmup=50
 
-Small batches serve: the target is the closed-form optimum, not a sample. The minimiser is the same,
-the gradient is quieter. What is learnt last is the direction of motion, which is decided where
-there is hardly anything but noise, so the first run looks there. Cost and result:
+Small batches suffice: the target is the closed-form optimum, not a sample, with the same minimiser
+and less variance in the gradient. The direction of motion is decided at high noise and learnt last,
+so the first run trains at high noise. Cost and result:
 salt_jax/assets/README.md.
 """
 

@@ -44,7 +44,7 @@ class Row(NamedTuple):
 
     @property
     def command(self) -> list[str]:
-        """Without its file."""
+        """Without --json."""
         batch = [f"--config.batch_size={self.clips}"] if self.clips else []
         config = f"--config=configs/{self.config}"
         return [
@@ -174,7 +174,7 @@ def planned(row: Row) -> int:
 
 
 def recipe_of(row: Row) -> Recipe:
-    """What its command asks for."""
+    """The recipe that the command of a row trains."""
     module, _, variant = row.config.partition(":")
     config = importlib.import_module(f"configs.{module.removesuffix('.py')}").get_config(
         *variant.split()
@@ -203,9 +203,7 @@ HEAD = (
 
 
 def document(found: dict[Row, dict[str, Any]]) -> str:
-    """The tables, and under them how each row is made and what stands in the way of those that do
-    not fit.
-    """
+    """The tables, how each row is made, and the largest buffers of programs that do not fit."""
     table = [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
     table += [line for row, told in found.items() for line in lines(row, told)]
     absent = [row.name for row in ROWS if row not in found]

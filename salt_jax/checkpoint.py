@@ -187,7 +187,7 @@ def checkpoint_digest(
     """SHA-256 of an item of a step, in hexadecimal digits: over the names of its files, sorted, and
     what is in them.
 
-    `report` is told the bytes of each piece that was read.
+    `report` is called with the bytes of each piece that was read.
 
     Raises:
         UserError: there is no such item.
@@ -202,7 +202,7 @@ def checkpoint_digest(
 
 
 def _named(step: int, there: Sequence[int], directory: Path, read: Callable[[int], T]) -> T:
-    """`read(step)`. Raises UserError, and names others, where it is not there or damaged."""
+    """`read(step)`. Raises UserError, with the steps there are, where it is absent or damaged."""
     others = [str(s) for s in sorted(there, reverse=True) if s != step]
     told = (
         ", ".join(others[:10]) + (f" ... and {len(others) - 10} more" if len(others) > 10 else "")
@@ -222,8 +222,8 @@ def _named(step: int, there: Sequence[int], directory: Path, read: Callable[[int
 
 
 def _damage(error: Exception) -> str:
-    """What Orbax and TensorStore raise on missing or cut-off files, some of it as a bare Exception,
-    in a few words.
+    """A few words for what Orbax and TensorStore raise on missing or cut-off files, some of it as a
+    bare Exception.
 
     Raises:
         anything else again.
@@ -294,7 +294,7 @@ def _stored(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
 
 
 def _told(abstract: dict[str, Any]) -> ocp.args.PyTreeRestore:
-    """To read these arrays, laid out as they say, and to leave what else is there: see
+    """Restore arguments: read these arrays with their shardings, and ignore others on disk: see
     `_refuse_mismatch`.
     """
     how = ocp.checkpoint_utils.construct_restore_args(abstract)

@@ -11,7 +11,7 @@ estimate afresh.
 """
 
 TeacherSolver = Literal["unipc", "dpmpp", "euler"]
-"""What the many updates of a teacher are made with, see `flow.multistep`."""
+"""Solvers of a teacher with many steps, see `flow.multistep`."""
 
 Positions = Literal["absolute", "relative"]
 """Where in time a frame that is seen stands: at its number in the video, or at its rank among those

@@ -49,7 +49,7 @@ def key(
         what their runs did.
       doc: what it is, with its unit and its source; one line of docs/guide.md.
       must: what its value has to be, beside its type.
-      resume: whether a run may go on with another value.
+      resume: whether it may change when a run resumes.
       path: whether it names a file or folder.
     """
     metadata = {"doc": doc, "must": must, "resume": resume, "path": path}

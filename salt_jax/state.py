@@ -1,5 +1,4 @@
-"""What training carries from one iteration to the next, and the two ways it moves: by gradient and
-by averaging.
+"""The training state, and the two ways it is updated: by gradient and by averaging.
 
 On disk the state is nested dicts, one for each thing that somebody may want alone.
 """
@@ -34,9 +33,7 @@ class Learner:
 
 @flax.struct.dataclass
 class Stream:
-    """The videos that streaming long tuning is making: an update goes on where the last one
-    stopped.
-    """
+    """The unfinished videos of streaming long tuning: each update continues them."""
 
     cache: KVCache  # of the student, every slot filled
     text: Leaf  # [B, T, D], the prompts
@@ -44,7 +41,7 @@ class Stream:
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything a run needs to go on as if it had never stopped. The teacher never changes and is
+    """Everything a run needs to resume as if it had never stopped. The teacher never changes and is
     not in here.
     """
 

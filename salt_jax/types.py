@@ -1,4 +1,4 @@
-"""The vocabulary. Every public signature speaks these words; the paper's symbols stand beside ours.
+"""Types and names of all public signatures, with the paper's symbols.
 
 | paper                     | here                          | meaning                             |
 |---------------------------|-------------------------------|-------------------------------------|
@@ -31,7 +31,7 @@ TextEmb = Float[Array | np.ndarray, "b t d"]
 
 
 class Conditioning(NamedTuple):
-    """What a network is told about each clip."""
+    """What a network is conditioned on, for each clip."""
 
     text: TextEmb
     image: Float[Array | np.ndarray, "b n e"] | None = None
@@ -57,7 +57,7 @@ Params = Any
 
 
 class Prediction(NamedTuple):
-    """What a denoiser says about x at sigma; the two travel together: x0 = x - sigma * velocity."""
+    """A denoiser's output for x at sigma: x0 = x - sigma * velocity."""
 
     velocity: Latent
     x0: Latent

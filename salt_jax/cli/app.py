@@ -1,6 +1,6 @@
 """What all programs do with their command line.
 
-No jax in here: what is wrong with it is told at once.
+No jax in here: an invalid command line is refused at once.
 """
 
 import importlib.metadata
@@ -45,8 +45,8 @@ def read_config(flag: flags.FlagHolder | flags.Flag) -> Any:
 
 
 def config_made_by(flag: flags.FlagHolder) -> dict[str, Any]:
-    """What a config.json says of itself: file, what stood after its colon, what the command line
-    changed, commit and versions.
+    """The origin of a config for its config.json: file, variants, command-line changes, commit and
+    versions.
     """
     this = flags.FLAGS[flag.name]
     name, _, options = str(config_flags.get_config_filename(this)).partition(":")
@@ -60,7 +60,7 @@ def config_made_by(flag: flags.FlagHolder) -> dict[str, Any]:
 
 
 def made_with(module: str, packages: Collection[str]) -> dict[str, Any]:
-    """What a file of figures says of itself: command, commit, host, and versions of the packages
+    """The origin of a file of measurements: command, commit, host, and versions of the packages
     that are installed.
     """
     return {
@@ -72,7 +72,7 @@ def made_with(module: str, packages: Collection[str]) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Of the checkout that this package is in; None: it is installed."""
+    """Git commit of the checkout that this package is in; None: it is installed."""
     here = Path(__file__).parent
     git = lambda *args: subprocess.run(["git", "-C", here, *args], capture_output=True, text=True)
     if git("ls-files", "--error-unmatch", __file__).returncode:
@@ -83,7 +83,7 @@ def commit() -> str | None:
 
 
 def versions(packages: Collection[str]) -> dict[str, str]:
-    """Of Python, and of the packages that are installed."""
+    """Versions of Python and of the packages that are installed."""
     there = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
     return {"python": platform.python_version()} | {p: there[p] for p in packages if p in there}
 
@@ -91,7 +91,7 @@ def versions(packages: Collection[str]) -> dict[str, str]:
 def refuse_flags(
     mode: str, modes: Mapping[str, str], belongs: Mapping[str, Collection[str]]
 ) -> None:
-    """Refuses what stands on the command line and means nothing in this mode.
+    """Refuses flags that do not apply in this mode.
 
     Args:
       mode: the one that the other flags choose; a key of `modes`, which say in words what each is.

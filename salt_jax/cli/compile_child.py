@@ -20,7 +20,7 @@ from salt_jax.stages import make_stage
 
 PROGRAM = flags.DEFINE_string("program", None, "its name", required=True)
 RESULT = flags.DEFINE_string("result", None, "the file for what is found", required=True)
-DUMP = flags.DEFINE_string("dump", None, "the folder that XLA was told to write to", required=True)
+DUMP = flags.DEFINE_string("dump", None, "the folder that XLA writes to", required=True)
 
 
 def main(_):

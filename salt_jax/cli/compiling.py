@@ -1,6 +1,4 @@
-"""The programs of launch.compile one after another, each in a process of its own, and what is told
-of them.
-"""
+"""Runs launch.compile: one program after another, each in its own process, and their report."""
 
 import json
 import subprocess
@@ -44,7 +42,7 @@ def compile_all(
             f"this config has no {' or '.join(what)}; see config.stage, .video and .teacher.kind"
         )
     rows = []
-    with tqdm(names, unit="program") as bar:  # closed before an error is told
+    with tqdm(names, unit="program") as bar:  # closed before an error is printed
         for part, name in bar:
             bar.set_description(name)
             rows.append({"part": part, "program": name} | compile_one(part, name, environment, bar))
@@ -52,11 +50,10 @@ def compile_all(
 
 
 def compile_one(part: str, name: str, environment: Mapping[str, str], bar: tqdm) -> dict[str, Any]:
-    """What a child process says of one program; a child that dies has said it with the end of its
-    log.
+    """The row that a child process reports for one program; of one that died, the end of its log.
 
     Raises:
-      UserError: the child refused what it was told.
+      UserError: the child refused its flags.
     """
     with tempfile.TemporaryDirectory() as folder:
         dump, result, log = (Path(folder) / name for name in ("dump", "result.json", "log"))
@@ -87,7 +84,7 @@ def compile_one(part: str, name: str, environment: Mapping[str, str], bar: tqdm)
 
 
 def sentence(row: Mapping[str, Any], target: str) -> str:
-    """What is wrong with a program, and which buffers stand in the way."""
+    """The problem of a program, and its largest buffers."""
     buffers = ", ".join(str(Buffer(**buffer)) for buffer in row.get("largest", ()))
     return f"{row['program']} for {target} {row['problem']}" + (
         f"; largest: {buffers}" if buffers else ""
@@ -129,7 +126,7 @@ def details(row: Mapping[str, Any]) -> list[str]:
 
 
 def tell(rows: list[dict[str, Any]], target: str, file: str | None) -> int:
-    """Prints the table and what is wrong, writes all figures; the exit code."""
+    """Prints the table and the problems, writes all figures; returns the exit code."""
     print(show(rows))
     told = made_with("launch.compile", PACKAGES) | {"target": target, "programs": rows}
     if file:

@@ -1,6 +1,6 @@
 """The flags of launch.convert_wan, and which of them belong together.
 
-No jax in here: a wrong one is told at once.
+No jax in here: an invalid value is refused at once.
 """
 
 from pathlib import Path
@@ -41,9 +41,11 @@ TO = flags.DEFINE_enum(
     "to", None, ["official", "diffusers", "comfyui"], "write the layout of others"
 )
 STEP = flags.DEFINE_integer(
-    "step", None, "of a workdir's checkpoint; default the newest", lower_bound=1
+    "step", None, "step of a workdir's checkpoint; default the newest", lower_bound=1
 )
-AVERAGE = flags.DEFINE_enum("average", "ema", ["ema", "none"], "of a workdir's weights")
+AVERAGE = flags.DEFINE_enum(
+    "average", "ema", ["ema", "none"], "averaged weights of a workdir, or raw ones"
+)
 
 MODES = {
     "in": "taking files in",
@@ -79,7 +81,7 @@ def read_wanted() -> Wanted:
 
 
 def check_apart(src: Path, dst: Path) -> None:
-    """Refuses to write where is read. Raises UserError."""
+    """Raises UserError where --dst and --src overlap."""
     one, other = src.resolve(), dst.resolve()
     if one == other or one in other.parents or other in one.parents:
         raise UserError(

@@ -3,7 +3,7 @@ python -m launch.encode --weights=DIR --prompts=FILE --dst=DIR [--teacher]
 
 Encodes a folder of videos with captions, or a list of prompts, for config.data.kind=latents; with
 --teacher the model of --weights makes a clip of each prompt. What is no use is listed in
-DIR/rejected.jsonl. Started again, it goes on. It works on one device: for several start as many,
+DIR/rejected.jsonl. The same command resumes. It works on one device: for several start as many,
 with --process_index=0, 1, ... and --process_count.
 """
 

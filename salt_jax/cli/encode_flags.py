@@ -1,6 +1,6 @@
 """The flags of launch.encode, and which of them belong together.
 
-No jax in here: a wrong one is told at once.
+No jax in here: an invalid value is refused at once.
 """
 
 import math
@@ -34,33 +34,38 @@ PICTURE = flags.DEFINE_bool("image", False, "for image-to-video: encode the firs
 DST = flags.DEFINE_string("dst", None, "the data set; the directory is made", required=True)
 SIZE = flags.DEFINE_string("size", "832x480", "WIDTHxHEIGHT of the clips, pixels")
 FRAMES = flags.DEFINE_integer(
-    "frames", 81, "of a clip, 4k + 1, at 16 a second; videos with fewer are left out", lower_bound=1
+    "frames",
+    81,
+    "frames of a clip, 4k + 1, at 16 a second; shorter videos are left out",
+    lower_bound=1,
 )
 BATCH = flags.DEFINE_integer(
-    "batch", None, "encoded together; default 1 clip or 16 prompts", lower_bound=1
+    "batch", None, "how many are encoded together; default 1 clip or 16 prompts", lower_bound=1
 )
 PER_PART = flags.DEFINE_integer(
-    "per_part", 64, "sources in a file; what a stop costs at most", lower_bound=1
+    "per_part", 64, "sources in a file; a killed run loses one file at most", lower_bound=1
 )
 NEGATIVE = flags.DEFINE_string(
-    "negative_prompt", None, "what guidance leads away from; default Wan's own"
+    "negative_prompt", None, "prompt that guidance leads away from; default Wan's own"
 )
 DTYPE = flags.DEFINE_enum(
     "dtype",
     "bfloat16",
     ["bfloat16", "float32"],
-    "of all but the VAE, which is float32 as in Wan's code",
+    "type of all networks but the VAE, which is float32 as in Wan's code",
 )
-NUM_STEPS = flags.DEFINE_integer("num_steps", 50, "of the teacher", lower_bound=1)
-GUIDANCE = flags.DEFINE_float("guidance", 5.0, "of the teacher, w of u + w (c - u)")
-SHIFT = flags.DEFINE_float("shift", 5.0, "of the teacher's noise levels", lower_bound=0.0)
-SOLVER = flags.DEFINE_enum("solver", "unipc", get_args(TeacherSolver), "of the teacher")
-SEED = flags.DEFINE_integer("seed", 0, "of the teacher's noise")
-PROCESS_INDEX = flags.DEFINE_integer(
-    "process_index", None, "which one this is of several; default JAX's"
+NUM_STEPS = flags.DEFINE_integer("num_steps", 50, "denoising steps of the teacher", lower_bound=1)
+GUIDANCE = flags.DEFINE_float(
+    "guidance", 5.0, "classifier-free guidance scale of the teacher, w of u + w (c - u)"
 )
+SHIFT = flags.DEFINE_float(
+    "shift", 5.0, "timestep shift of the teacher's noise levels", lower_bound=0.0
+)
+SOLVER = flags.DEFINE_enum("solver", "unipc", get_args(TeacherSolver), "solver of the teacher")
+SEED = flags.DEFINE_integer("seed", 0, "seed of the teacher's noise")
+PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "index of this process; default JAX's")
 PROCESS_COUNT = flags.DEFINE_integer(
-    "process_count", None, "how many share the work; default JAX's"
+    "process_count", None, "processes that share the work; default JAX's"
 )
 
 MODES = {

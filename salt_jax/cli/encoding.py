@@ -205,7 +205,7 @@ def clip_encoder(
         video = jnp.asarray(pixels, jnp.float32) / 127.5 - 1
         arrays = {"latent": to_latents(vae, video)}
         if f.PICTURE.value:
-            # What the model is told of its first frame: the frame, then mid-grey. CLIP sees it in
+            # The condition on the first frame: the frame, then mid-grey. CLIP sees it in
             # the clip's size.
             arrays["condition"] = to_latents(vae, video.at[:, 1:].set(0))
             squashed = np.stack([squash_for_clip(clip[0], eye_sizes.image_size) for clip in pixels])
@@ -265,7 +265,7 @@ def print_report(report: Report, sources: int) -> None:
     told = f"{sources} sources = {written} records + {rejected} left out"
     print(f"{f.DST.value}: {told}{left if report.missing else ''}")
     for name, reason in report.rejected[:LISTED]:
-        # names of files may be no text
+        # file names may not be valid text
         print(f"  {name}: {reason}".encode(errors="replace").decode())
     if len(report.rejected) > LISTED:
         print(

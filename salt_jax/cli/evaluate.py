@@ -4,7 +4,7 @@ python -m launch.evaluate --vbench_results=FILE_OR_DIR
 Measures the averaged student of a workdir beside its teacher and writes DIR/evaluation.json and
 DIR/report.html. On a teacher's workdir (stage denoising) it measures the teacher alone. The teacher
 makes its clips with 32 guided Euler steps; its velocity error is against the closed form. A
-student that works chunk by chunk also makes long videos, under each memory of --memory. All of that
+student that works chunk by chunk also makes long videos, under each policy of --memory. All of that
 is of Moving Shapes; videos of Wan 2.1 are scored by VBench, of whose results the second form
 computes Quality, Semantic and Total.
 """

@@ -1,6 +1,6 @@
 """The flags of launch.evaluate, and which of them belong together.
 
-No jax in here: a wrong one is told at once.
+No jax in here: an invalid value is refused at once.
 """
 
 from pathlib import Path
@@ -15,18 +15,20 @@ from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
 from salt_jax.models.cache_policy import CachePolicy, refuse_overflow
 
-WORKDIR = flags.DEFINE_string("workdir", None, "what launch.train wrote")
-STEP = flags.DEFINE_integer("step", None, "of the checkpoint; default the newest", lower_bound=1)
-AVERAGE = flags.DEFINE_enum("average", "ema", ["ema", "none"], "of the student's weights")
+WORKDIR = flags.DEFINE_string("workdir", None, "a workdir of launch.train")
+STEP = flags.DEFINE_integer(
+    "step", None, "step of the checkpoint; default the newest", lower_bound=1
+)
+AVERAGE = flags.DEFINE_enum("average", "ema", ["ema", "none"], "averaged weights, or raw ones")
 VBENCH = flags.DEFINE_string(
     "vbench_results", None, "a file or a folder of VBench's *_eval_results.json"
 )
 COUNT = flags.DEFINE_integer("count", 96, "clips per number of steps", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "of the noise", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "seed of the noise", lower_bound=0)
 TEACHER_STEPS = flags.DEFINE_integer(
     "teacher_steps", 32, "guided Euler steps of the teacher, 0 leaves it out", lower_bound=0
 )
-GUIDANCE = flags.DEFINE_float("guidance", None, "of the teacher; default as in the config")
+GUIDANCE = flags.DEFINE_float("guidance", None, "scale of the teacher; default as in the config")
 LONG = flags.DEFINE_integer(
     "long",
     4,
@@ -34,9 +36,9 @@ LONG = flags.DEFINE_integer(
     lower_bound=0,
 )
 MEMORY = flags.DEFINE_list(
-    "memory", [], "WINDOW:SINK:POSITIONS of long videos, with commas; default as in the config"
+    "memory", [], "WINDOW:SINK:POSITIONS, cache policies of long videos; default as in the config"
 )
-SOLVERS = flags.DEFINE_list("solvers", list(get_args(Solver)), "of the student")
+SOLVERS = flags.DEFINE_list("solvers", list(get_args(Solver)), "solvers of the student")
 MODES = {
     "vbench": "results of VBench",
     "teacher": "the workdir of a teacher",
@@ -61,7 +63,7 @@ class Wanted(NamedTuple):
     out: Path
     recipe: Recipe
     solvers: list[Any]
-    memories: dict[str, CachePolicy]  # of long videos, as told
+    memories: dict[str, CachePolicy]  # of long videos, as written on the command line
 
 
 def read_wanted() -> Wanted:

@@ -64,7 +64,7 @@ def measure_teacher(run: Trained, task: shapes_suite.Task) -> tuple[dict, np.nda
 def measure_long(
     run: Trained, task: shapes_suite.Task, memories: dict[str, CachePolicy]
 ) -> tuple[dict, dict[str, np.ndarray]]:
-    """By memory: how videos of several times the training length hold, and the videos."""
+    """By cache policy: scores of videos of several times the training length, and the videos."""
     numbers, made = {}, {}
     for told, policy in memories.items():
         shape = (f.LONG.value * task.shape[0], *task.shape[1:])

@@ -13,9 +13,11 @@ from salt_jax.cli.app import run_main
 from salt_jax.cli.parsing import read_workdir
 from salt_jax.errors import UserError
 
-WORKDIR = flags.DEFINE_string("workdir", None, "what launch.train wrote", required=True)
-STEP = flags.DEFINE_integer("step", None, "of the checkpoint; default the newest", lower_bound=1)
-AVERAGE = flags.DEFINE_enum("average", "ema", ["ema", "none"], "of the weights")
+WORKDIR = flags.DEFINE_string("workdir", None, "a workdir of launch.train", required=True)
+STEP = flags.DEFINE_integer(
+    "step", None, "step of the checkpoint; default the newest", lower_bound=1
+)
+AVERAGE = flags.DEFINE_enum("average", "ema", ["ema", "none"], "averaged weights, or raw ones")
 DST = flags.DEFINE_string("dst", None, "the file to write", required=True)
 
 

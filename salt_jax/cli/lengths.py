@@ -1,4 +1,4 @@
-"""How long a video of launch.sample is, what it goes on from, and where its prompt changes.
+"""Length of a video of launch.sample, the frames it continues, and its prompt switches.
 
 No jax in here.
 """
@@ -22,11 +22,10 @@ FRAMES = 81  # usual ones of Wan
 def read_lengths(
     wan: bool, trained: int | None, memory: CachePolicy | None, place: tuple[int, int]
 ) -> tuple[int, np.ndarray | None]:
-    """Latent frames of the video, and the frames it goes on from, uint8 [T, H, W, 3] of whole
-    chunks.
+    """Latent frames of the video, and the frames it continues, uint8 [T, H, W, 3] of whole chunks.
 
-    What is not told is what splits into chunks nearest below the usual length, behind what is
-    given.
+    Without --frames: the longest video up to the usual length, behind the given frames, that splits
+    into chunks.
 
     Args:
       wan: frames are Wan 2.1's; otherwise a frame is a latent frame.

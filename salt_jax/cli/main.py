@@ -1,10 +1,10 @@
-"""salt NAME [--flags]: one command for everything; `salt NAME --help` tells what NAME does.
+"""salt NAME [--flags]: one command for everything; `salt NAME --help` describes it.
 
-train      trains, or goes on where a workdir stopped
+train      trains, or resumes a workdir
 sample     makes videos
 evaluate   measures a student of Moving Shapes, or sums up VBench's scores
 export     writes a network of a workdir as one file
-convert    takes weights of others in, and gives ours out
+convert    converts weights from and to the layouts of other projects
 encode     makes training data of videos, or of prompts
 plan       says what a run costs before anything is allocated
 compile    compiles full-size programs for TPU and GPU, without either

@@ -245,7 +245,7 @@ def read_sampler(
 def check_levels(told: Sequence[float]) -> tuple[float, ...]:
     try:
         explicit(told)
-        return tuple(level for level in told if level)  # the 0 at the end may be told too
+        return tuple(level for level in told if level)  # the 0 at the end may be given too
     except ValueError as error:
         raise UserError(f"--levels: {error}") from error
 

@@ -6,8 +6,8 @@ python -m launch.sample --weights=DIR --prompt="..." [--image=FILE]
 Writes DIR/samples/K_INDEX.mp4 (16 fps), of Moving Shapes also .gif and one contact sheet per number
 of steps; without a workdir into --out. A seed gives the same clip on the same machine, however
 many clips are asked for. A student that works chunk by chunk makes clips of any length (--frames),
-under any memory (--memory), goes on from a clip (--prefix), and changes its prompt on the way
-(--switch). --vbench writes what VBench scores. samples.jsonl tells what made each file; a file that
+under any cache policy (--memory), continues a clip (--prefix), and changes its prompt on the way
+(--switch). --vbench writes what VBench scores. samples.jsonl records what made each file; one that
 the same call would make again is left alone.
 """
 

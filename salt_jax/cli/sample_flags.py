@@ -1,6 +1,6 @@
 """The flags of launch.sample, and which of them belong together.
 
-No jax in here: a wrong one is told at once.
+No jax in here: an invalid value is refused at once.
 """
 
 from typing import get_args
@@ -13,9 +13,11 @@ from salt_jax.errors import UserError
 from salt_jax.rollout.settings import RELEASED
 
 # What makes the videos
-WORKDIR = flags.DEFINE_string("workdir", None, "what launch.train wrote")
-STEP = flags.DEFINE_integer("step", None, "of the checkpoint; default the newest", lower_bound=1)
-AVERAGE = flags.DEFINE_enum("average", "ema", ["ema", "none"], "of the student's weights")
+WORKDIR = flags.DEFINE_string("workdir", None, "a workdir of launch.train")
+STEP = flags.DEFINE_integer(
+    "step", None, "step of the checkpoint; default the newest", lower_bound=1
+)
+AVERAGE = flags.DEFINE_enum("average", "ema", ["ema", "none"], "averaged weights, or raw ones")
 WEIGHTS = flags.DEFINE_string(
     "weights", None, "a folder of launch.convert_wan, instead of --workdir or with it"
 )
@@ -35,16 +37,19 @@ RECIPE = flags.DEFINE_enum(
     "recipe",
     None,
     sorted(RELEASED),
-    "what a released student was trained at: its levels, chunk and memory",
+    "levels, chunk and cache policy of a released student",
 )
 # What it makes
 OUT = flags.DEFINE_string("out", None, "where the videos go; default WORKDIR/samples")
 PROMPT = flags.DEFINE_string("prompt", None, "one caption")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "captions, one a line, UTF-8")
 COUNT = flags.DEFINE_integer("count", 8, "clips, where no prompts file says it", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "of the noise", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "seed of the noise", lower_bound=0)
 FRAMES = flags.DEFINE_integer(
-    "frames", None, "of the video; default as in training, of Wan 81 (4k + 1)", lower_bound=1
+    "frames",
+    None,
+    "length of the video; default as in training, for Wan 81 (4k + 1)",
+    lower_bound=1,
 )
 SIZE = flags.DEFINE_string(
     "size", "832x480", "WIDTHxHEIGHT of Wan's videos; with --image their area"
@@ -72,10 +77,13 @@ NUM_STEPS = flags.DEFINE_list(
 LEVELS = flags.DEFINE_list(
     "levels",
     None,
-    "of a student's steps, 1000 sigma, such as 1000,757,522; default an even grid, shifted",
+    "noise levels of a student, 1000 sigma, as 1000,757,522; default an even grid, shifted",
 )
 SHIFT = flags.DEFINE_float(
-    "shift", None, "of the noise levels; default as in the config, or 5", lower_bound=0.0
+    "shift",
+    None,
+    "timestep shift of the noise levels; default as in the config, or 5",
+    lower_bound=0.0,
 )
 SOLVER = flags.DEFINE_enum(
     "solver",
@@ -84,13 +92,13 @@ SOLVER = flags.DEFINE_enum(
     "default as in the config, for teachers of Wan unipc",
 )
 GUIDANCE = flags.DEFINE_float(
-    "guidance", None, "w of u + w (c - u); default 5, for students 1, which is none"
+    "guidance", None, "scale w of u + w (c - u); default 5, for students 1 (no guidance)"
 )
 NEGATIVE = flags.DEFINE_string(
-    "negative_prompt", None, "what guidance leads away from; default Wan's own"
+    "negative_prompt", None, "prompt that guidance leads away from; default Wan's own"
 )
 DTYPE = flags.DEFINE_enum(
-    "dtype", "bfloat16", ["bfloat16", "float32"], "of all but the VAE, which is float32"
+    "dtype", "bfloat16", ["bfloat16", "float32"], "type of all networks but the VAE (float32)"
 )
 TILE = flags.DEFINE_integer(
     "tile", 0, "decode in tiles of so many latent rows, to save memory; 0: whole", lower_bound=0
@@ -100,13 +108,13 @@ CHUNK = flags.DEFINE_integer(
     "chunk", 0, "latent frames that a converted student makes together; 0: all", lower_bound=0
 )
 MEMORY = flags.DEFINE_string(
-    "memory", None, "WINDOW:SINK:POSITIONS, chunk by chunk; default as in the config"
+    "memory", None, "cache policy WINDOW:SINK:POSITIONS, chunk by chunk; default as in the config"
 )
 SWITCH = flags.DEFINE_multi_string(
     "switch", [], "FRAME:PROMPT, another prompt from that frame on; may be repeated"
 )
 FLUSH = flags.DEFINE_bool(
-    "flush", False, "at a switch forget all but the sink and two frames, read nothing again"
+    "flush", False, "at a switch drop all but the sink and two frames, compute nothing again"
 )
 CUT = flags.DEFINE_bool("cut", False, "a switch is a scene cut; needs relative positions")
 

@@ -1,6 +1,6 @@
 """python -m launch.train --config=configs/X.py --workdir=DIR [--config.key=value]
 
-Trains, or goes on where DIR stopped. Everything it writes is in DIR.
+Trains, or resumes DIR. Everything it writes is in DIR.
 """
 
 from absl import flags

@@ -1,6 +1,6 @@
 """The machine that programs are compiled for, by name.
 
-No jax in here: a wrong name is told at once.
+No jax in here: an invalid name is refused at once.
 """
 
 import math

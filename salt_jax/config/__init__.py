@@ -1,1 +1,1 @@
-"""What a run is: its keys, what may not stand together, and what may change when it goes on."""
+"""The keys of a run, which values contradict each other, and which may change when it resumes."""

@@ -1,4 +1,6 @@
-"""What may differ when a workdir goes on, what may not, and what did."""
+"""Old configs in the keys of today, which keys may change when a workdir resumes, and a record of
+those that did.
+"""
 
 import dataclasses
 import datetime
@@ -39,7 +41,7 @@ class Change(NamedTuple):
 def as_of_today(values: dict[str, Any]) -> dict[str, Any]:
     """A config that was written to a workdir or file, in the keys of today.
 
-    Keys that came since have their defaults, which say what the runs of then did.
+    Keys added since have their defaults, which are what old runs did.
     """
     there = flat({name: value for name, value in values.items() if name != MADE_BY})
     for old, new in RENAMED.items():
@@ -61,7 +63,7 @@ def as_of_today(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def changes(before: str, r: Recipe) -> list[Change]:
-    """Every key whose value in the config `before` (JSON) the recipe does not share; an absent
+    """Every key whose value differs between the config `before` (JSON) and the recipe; an absent
     value is None.
     """
     was, now = (
@@ -72,8 +74,8 @@ def changes(before: str, r: Recipe) -> list[Change]:
 
 
 def refuse_another_run(before: str, r: Recipe, files_may_move: bool = False) -> None:
-    """Raises UserError for the first value that what is there, made with the config `before`, does
-    not share.
+    """Raises UserError for the first key that differs from the config `before` and may not change
+    on resume.
 
     `files_may_move`: the caller compares what is in the files that the config names.
     """
@@ -90,7 +92,7 @@ def refuse_another_run(before: str, r: Recipe, files_may_move: bool = False) -> 
 
 
 def record_changes(workdir: str | Path, before: str, r: Recipe, step: int) -> None:
-    """Prints what is not as in the config `before`, the last start's, and adds it to
+    """Prints each change since the config `before`, the last start's, and appends it to
     WORKDIR/changes.jsonl.
 
     `step`: the update after which it begins.
@@ -98,7 +100,7 @@ def record_changes(workdir: str | Path, before: str, r: Recipe, step: int) -> No
     try:
         found = changes(before, r)
     except (ValueError, AttributeError):
-        return  # nobody has kept what the last start was
+        return  # the last start left no readable config
     time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     lines = [
         {"step": step, "key": key, "from": was, "to": now, "time": time} for key, was, now in found

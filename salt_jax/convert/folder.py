@@ -27,7 +27,7 @@ def find_networks(src: Path, unused: Callable[[Path], Any], key: str = "") -> di
     """The networks in a folder with everything below it, or in a file, by what they are.
 
     Args:
-      unused: is told of files that hold something else.
+      unused: is called with each file that has no network of Wan 2.1.
       key: which network of a file that holds several of one kind; "": the averaged student.
 
     Raises:

@@ -1,5 +1,5 @@
-"""What looks like Wan 2.1 and is not, told by what is seen: names in a file, and what stands beside
-it.
+"""Recognises models that look like Wan 2.1 and are not, by names in the file and by the files
+beside it.
 """
 
 import re
@@ -40,7 +40,7 @@ WAN_2_2 = re.compile(r"(high|low)[_-]?noise|wan2[._-]?2|(?<![a-z])a14b", re.IGNO
 
 
 def told_by_names(names: Iterable[str]) -> str:
-    """A sentence about names that tell another model or a quantised one; "" where none does."""
+    """A sentence about names that show another model or a quantised one; "" where none does."""
     names = sorted(names)
     for table, told in (
         (QUANTISED, "is quantised as {what}"),

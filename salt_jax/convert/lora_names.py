@@ -17,7 +17,7 @@ from salt_jax.convert.places import bare, choose
 from salt_jax.errors import UserError, listed
 from salt_jax.io.tensor_files import TensorRef
 
-MAX_LAYERS = 100  # more than any network here has: a LoRA of a deeper one is told by its layers
+MAX_LAYERS = 100  # more than any network here has, so that a LoRA of a deeper one is recognised
 
 _ADAPTER = r"(\.(?!weight|bias)\w+)?"  # PEFT's name of the adapter, such as "default"
 KINDS = {

@@ -1,4 +1,4 @@
-"""By how much a LoRA is multiplied: everything that says so is applied, or refused.
+"""The scale of a LoRA: every source is applied, or the file is refused.
 
 Sources: PEFT (adapter_config.json; get_pattern_key for patterns), diffusers 0.42 (metadata
 lora_adapter_metadata), kohya (alpha of each module as a tensor; ss_network_alpha in the metadata).

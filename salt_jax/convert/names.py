@@ -2,7 +2,7 @@
 layout.
 
 One row for each array. `{i}` counts layers: ours are stacked on a leading axis, theirs are apart.
-`form` tells in einops' words how an array of theirs becomes ours. Sources: Wan-Video/Wan2.1,
+`form`, an einops pattern, makes ours of theirs. Sources: Wan-Video/Wan2.1,
 diffusers 0.42, transformers 5.23.
 """
 

@@ -118,7 +118,7 @@ def networks_in(opened: Opened, files: Sequence[Path], key: str = "") -> list[Fo
 
 
 def outgoing_dtype(piece: Piece) -> np.dtype:
-    """How the array is stored where nobody asks: exactly, and never in 8 bits."""
+    """The default dtype on disk: exact, and never of 8 bits."""
     if piece.stored.dtype in FP8 and piece.scale is None and not piece.deltas:
         return np.dtype(jnp.bfloat16)
     return piece.stored.dtype if piece.stored.dtype in FLOATS else np.dtype(np.float32)

@@ -1,5 +1,5 @@
-"""The sizes of a network in files of others: from the shapes in it, and its config.json for what
-these do not tell.
+"""The sizes of a network in files of others: from array shapes, and from its config.json where
+shapes do not determine them.
 """
 
 import json

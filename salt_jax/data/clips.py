@@ -1,6 +1,6 @@
 """A video file becomes a clip: decoded, resampled in time, brought to one size.
 
-A file of no use has a reason.
+An unusable file gets a reason.
 """
 
 from collections import deque
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class Disorder(ValueError):
-    """Times that are no times, and where."""
+    """Frame times that are missing or out of order, and where."""
 
 
 class Shown(NamedTuple):

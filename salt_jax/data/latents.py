@@ -6,8 +6,8 @@ have no latent. It is a TFDS data set in array_record, so `tfds.builder_from_dir
 too. Stored as float16, read as float32.
 
 Writing is cut into parts, one file each. A part is a function of the settings and its number and is
-put in place whole, so work that was stopped goes on with the first part that is missing, and
-processes share parts without talking.
+put in place whole, so work that was stopped continues with the first part that is missing, and
+processes share parts without communicating.
 """
 
 import itertools

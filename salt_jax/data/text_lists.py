@@ -1,5 +1,5 @@
-r"""Prompts and captions as people keep them: lines of a text, rows of a table. One reader for every
-door.
+r"""Prompts and captions as people keep them: lines of a text, rows of a table. One reader for all
+programs.
 
 UTF-8, with or without a byte order mark. Only \n and \r\n end a line: language models write other
 separators inside a prompt. Nothing is cut or made up: a row that does not fit its header, or whose
@@ -99,7 +99,7 @@ def read_lines(file: str | Path) -> list[str]:
     at the end.
 
     Raises:
-      UserError: as `read_text`, or a lone \r, which ended a line long ago, stands in one.
+      UserError: as `read_text`, or a line has a lone \r, an old end of line.
     """
     lines = [line.strip(BLANKS) for line in read_text(file).split("\n")]
     for number, line in enumerate(lines, 1):

@@ -2,8 +2,8 @@
 then read as data.
 
 A part is a function of (recipe, its number), written whole or not at all; a run that was stopped
-goes on with the first part that is missing. Several processes share the work and need a file system
-that all of them see.
+continues with the first part that is missing. Several processes share the work and need a file
+system that all of them see.
 """
 
 from collections.abc import Callable, Sequence

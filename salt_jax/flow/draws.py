@@ -1,5 +1,5 @@
-"""Noise levels as they are drawn in training: shortcut triples of Salt Eq. 9, and where teacher and
-critic look.
+"""Noise levels drawn in training: shortcut triples of Salt Eq. 9, and levels at which teacher and
+critic judge.
 """
 
 import jax

@@ -44,7 +44,7 @@ class SolverStep(NamedTuple):
     """
 
     sigma: Float[Array | np.ndarray, "n"]  # of the state
-    seen: Float[Array | np.ndarray, "n"]  # what the network is told it is
+    seen: Float[Array | np.ndarray, "n"]  # the level that the network is given
     correct: Float[Array | np.ndarray, "n 4"]
     predict: Float[Array | np.ndarray, "n 3"]
 
@@ -66,7 +66,7 @@ def dpmpp_grid(num_steps: int, shift_amount: float) -> tuple[np.ndarray, np.ndar
 
 def _shifted(highest: float, num_steps: int, shift_amount: float) -> tuple[np.ndarray, np.ndarray]:
     if num_steps < 1:
-        raise ValueError(f"a solver needs at least one update, got num_steps={num_steps}")
+        raise ValueError(f"a solver needs at least one step, got num_steps={num_steps}")
     sigmas = shift(np.linspace(highest, 0.0, num_steps + 1), shift_amount)
     return sigmas, (sigmas[:-1] * TRAIN_TIMESTEPS).astype(np.int64)
 
@@ -75,7 +75,7 @@ def solver_steps(solver: TeacherSolver, num_steps: int, shift_amount: float) -> 
     """The run of a solver. Euler's network sees sigma itself, as `rollout.parallel.sample` has it.
 
     Raises:
-      ValueError: no update.
+      ValueError: num_steps is below 1.
     """
     sigmas, timesteps = (unipc_grid if solver == "unipc" else dpmpp_grid)(num_steps, shift_amount)
     return tabulate(

@@ -5,9 +5,9 @@ A grid of K steps has K + 1 levels. Level i is u_i = 1 - i / K, bent towards noi
     sigma = s u / (1 + (s - 1) u)                                                      (1)
 
 so sigma_0 = 1 (noise) and sigma_K = 0 (clean). Grids nest: T(2) is in T(4), T(4) in T(8). The time
-that Wan's time embedding reads is 1000 sigma; that number exists only in `models.denoiser`, and in
-`explicit`, because published students are told by it. No jax in here, as in `choices`; `draws` has
-what is drawn.
+that Wan's time embedding reads is 1000 sigma: see `models.denoiser`, `flow.multistep`, and
+`explicit`, since published students list their levels so. No jax in here, as in `choices`; `draws`
+has what is drawn.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def grid(num_steps: int, shift_amount: float) -> np.ndarray:
     array([1.       , 0.9375   , 0.8333333, 0.625    , 0.       ], dtype=float32)
     """
     if num_steps < 1:
-        raise ValueError(f"a schedule needs at least one update, got num_steps={num_steps}")
+        raise ValueError(f"a schedule needs at least one step, got num_steps={num_steps}")
     u = 1.0 - np.arange(num_steps + 1) / num_steps
     return shift(u, shift_amount).astype(np.float32)
 

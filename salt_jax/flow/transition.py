@@ -19,7 +19,7 @@ def renoise(x0: Latent, noise: Latent, sigma_next: Sigma) -> Latent:
 
 
 def direct_endpoint(x_s: Latent, v_s: Latent, sigma_s: Sigma, sigma_e: Sigma) -> Latent:
-    """x^(1) of Salt Eq. 6: one update from sigma_s to sigma_e."""
+    """x^(1) of Salt Eq. 6: one step from sigma_s to sigma_e."""
     return euler(x_s, v_s, sigma_s, sigma_e)
 
 

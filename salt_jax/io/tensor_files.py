@@ -33,9 +33,7 @@ CODES: dict[str, np.dtype] = {
 
 
 class TensorRef(NamedTuple):
-    """An array in a file: where its first number is, in bytes, and how far apart numbers are, in
-    numbers.
-    """
+    """An array in a file: byte offset of its first number, and strides in elements."""
 
     path: Path
     offset: int
@@ -97,7 +95,7 @@ def list_tensors(path: str | Path) -> tuple[dict[str, TensorRef], dict[str, str]
 def digest(path: Path, report: Callable[[int], Any] = lambda nbytes: None) -> str:
     """SHA-256 of a file, in hexadecimal digits.
 
-    `report` is told the bytes of each piece that was read.
+    `report` is called with the bytes of each piece that was read.
     """
     state = hashlib.sha256()
     with open(path, "rb") as file:
@@ -116,7 +114,7 @@ def write_tensors(
     """Writes a safetensors file part by part; a file of that name appears when all of it is on the
     disk, or not at all.
 
-    `report` is told the bytes of each part. Raises UserError where the disk refuses.
+    `report` is called with the bytes of each part. Raises UserError where the disk refuses.
     """
     codes = {dtype: code for code, dtype in CODES.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)}

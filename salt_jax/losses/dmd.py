@@ -24,8 +24,8 @@ def dmd_loss(x0: Latent, x0_critic: Latent, x0_teacher: Latent) -> PerExample:
       x0_critic, x0_teacher: clean estimates from one noised copy of it. The teacher's is guided.
 
     Returns:
-      [B] float32. The value is half the mean squared direction and says little; the gradient is the
-      message. Not finite where the teacher returns exactly x0: the step is then skipped and
+      [B] float32. The value, half the mean squared direction, does not measure quality; only the
+      gradient counts. Not finite where the teacher returns exactly x0: the step is then skipped and
       counted, never patched.
 
     >>> x0 = jnp.zeros((1, 1, 1, 1, 2))

@@ -33,7 +33,7 @@ def midlevel_weight(sigma: Sigma, shift_amount: float) -> Sigma:
         w = (y - min y) / c,    y = exp(-2 (sigma - 1/2)^2),
         c: mean 1 over u = 1, 0.999 .. 0.001 under the shift
 
-    It is 0 at sigma = 1: diffusion training then says nothing about pure noise.
+    It is 0 at sigma = 1: pure noise then has no weight in training.
     """
     bell = lambda s: jnp.exp(-2 * (s - 0.5) ** 2)
     levels = shift(1 - np.arange(1000) / 1000, shift_amount)

@@ -11,7 +11,7 @@ def endpoint_loss(x0: Latent, target: Latent) -> PerExample:
 
     The target is the end of the teacher's trajectory through the student's input (causal ODE
     regression: CausVid, arXiv:2412.07772, 3.3; Causal Forcing), or what the averaged student says
-    one teacher update further along it (consistency distillation, Song et al. 2023,
+    one teacher step further along it (consistency distillation, Song et al. 2023,
     arXiv:2303.01469, Eq. 7 with the squared distance).
 
     >>> endpoint_loss(jnp.zeros((1, 1, 1, 1, 2)), jnp.array([1.0, 3.0]).reshape(1, 1, 1, 1, 2))

@@ -1,5 +1,5 @@
-"""Shortcut self-consistency, Salt Eq. 8: one update from sigma_s to sigma_e should land where two
-updates through sigma_m land.
+"""Shortcut self-consistency, Salt Eq. 8: one step from sigma_s to sigma_e should land where two
+steps through sigma_m land.
 
 With x_m = x_s - (s - m) v_s the two endpoints of Eq. 6-7 differ by
 

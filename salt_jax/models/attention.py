@@ -1,5 +1,4 @@
-"""The one attention. Everything that attends goes through `attention`, so a faster kernel has one
-place to live.
+"""Softmax attention of the transformer and the image encoder, and the choice of its kernel.
 
 | kernel | where       | scores that are kept                                            |
 |--------|-------------|-----------------------------------------------------------------|
@@ -105,8 +104,8 @@ def _plain(q, k, v, length):
 
 
 def _cudnn(q, k, v, length):
-    """cuDNN has no gradient for an odd number of queries or keys: one more of each that does not
-    count.
+    """cuDNN has no gradient for an odd number of queries or keys: each is padded by one that is
+    ignored.
     """
     queries, keys = q.shape[1], k.shape[1]
     even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))

@@ -1,5 +1,4 @@
-"""Attention in plain jax whose scores never stand in memory all at once, with a gradient written by
-hand.
+"""Attention in plain jax that never stores all scores at once, with a gradient written by hand.
 
 Queries are worked off some at a time, each against all keys, so a softmax needs no second pass. The
 backward pass makes the scores again from the row sums (Dao et al., arXiv:2205.14135, section 3.1

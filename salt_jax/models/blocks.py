@@ -114,7 +114,8 @@ class Attention(nn.Module):
 
 
 def look(q, k, v, length, compute: Compute):
-    """Attention of frames to frames.
+    """Attention of frames to frames; with a length for each frame of `q` in a loop, so that one
+    kernel is compiled.
 
     With a length for each frame of `q` they take turns in a loop: one kernel.
     """

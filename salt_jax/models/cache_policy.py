@@ -1,7 +1,4 @@
-"""A memory mechanism as a plain value: what a chunk sees of the video before it.
-
-`kv_cache` carries it out.
-"""
+"""Which earlier frames a chunk of a video sees, as a plain value; `kv_cache` applies it."""
 
 from dataclasses import dataclass
 
@@ -14,7 +11,7 @@ MAX_FRAMES = 1024
 
 @dataclass(frozen=True)
 class CachePolicy:
-    """A memory mechanism. Lengths in latent frames; see docs/guide.md for those of the peers."""
+    """Sizes in latent frames; docs/guide.md has those of the peers."""
 
     chunk: int = key(3, "latent frames generated together")
     first: int = key(

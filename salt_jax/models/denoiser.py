@@ -37,7 +37,7 @@ class Branches(NamedTuple):
 
 
 Cond = Conditioning | CrossKV | Branches
-"""What a network is told: as it comes, or as `WanDenoiser.read` or `Guided.read` gave it."""
+"""Conditioning as it comes, or as `WanDenoiser.read` or `Guided.read` returned it."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class WanDenoiser:
     An image-to-video network gets `Conditioning.channels` behind the latent, and works whole clips.
 
     Raises:
-      ValueError: the network reads more channels than a latent has and is told of no others.
+      ValueError: the network reads more channels than a latent has, and none are given.
     """
 
     config: WanConfig
@@ -79,7 +79,7 @@ class WanDenoiser:
     def keys_values(
         self, params: Params, x0: Latent, cond: Cond, plan: AttentionPlan
     ) -> KeysValues:
-        """Of clean frames: what a cache stores."""
+        """Keys and values of clean frames, as a cache stores them."""
         clean = jnp.zeros(x0.shape[:1])
         return wan.keys_values(
             params, self._inputs(x0, clean, cond, plan), self.config, self.compute
@@ -88,12 +88,12 @@ class WanDenoiser:
     def features(
         self, params: Params, x: Latent, sigma: Sigma, cond: Conditioning, layers: int
     ) -> Float[Array, "b f s d"]:
-        """The tokens behind the first `layers` blocks."""
+        """The tokens after the first `layers` blocks."""
         seen = self._inputs(x, 1000.0 * sigma, cond, None)
         return wan.features(params, seen, self.config, self.compute, layers)
 
     def read(self, params: Params, cond: Conditioning) -> CrossKV:
-        """What `cond` may be replaced with in all calls under one prompt."""
+        """Keys and values of `cond`, accepted in its place in all calls under one prompt."""
         return wan.cross_keys_values(params, cond, self.config, self.compute)
 
     def empty_cache(self, clips: int, slots: int, picture: tuple[int, ...]) -> KVCache:
@@ -121,7 +121,7 @@ class WanDenoiser:
 
 
 def wan_denoiser(config: WanConfig, compute: Compute, frames: int, chunk: int) -> WanDenoiser:
-    """With position channels for clips of `frames` where the network reads them."""
+    """A denoiser with position channels for clips of `frames` where the network reads them."""
     reads = config.in_channels > config.out_channels and not config.image_dim
     return WanDenoiser(config, compute, PositionChannels(frames, chunk) if reads else None)
 
@@ -190,7 +190,7 @@ CausalDenoiser = WanDenoiser | Guided
 
 
 def _both(params: GuidedParams, cond: Cond) -> tuple:
-    """What the two branches are told."""
+    """The conditioning of the two branches."""
     if isinstance(cond, Branches):
         return cond
     assert isinstance(cond, Conditioning), "conditioning of a network without guidance"

@@ -1,4 +1,4 @@
-"""What an image-to-video denoiser is told of its first frame, beside the features of
+"""What conditions an image-to-video denoiser on its first frame, besides the features of
 `image_encoder`.
 
 A picture goes two ways. Seen by CLIP: `squash_for_clip` as Wan 2.1's own code does it, or

@@ -28,7 +28,7 @@ def head_axes(sizes: Mapping[str, int], heads: int) -> tuple[str, ...] | None:
 
 
 def lay(x: Any, mesh: Mesh | None, *axes: tuple[str, ...] | None) -> Any:
-    """`x` with its first axes cut as they are told, where that divides; the rest whole.
+    """`x` with its first axes sharded as given, where they divide; the rest whole.
 
     Without a mesh as it is.
     """

@@ -35,8 +35,8 @@ def position_channels(frames: int, height: int, width: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PositionChannels:
-    """The channels of the frames of a video. Frames past the clip that a network was made for stand
-    where its last chunk does.
+    """The channels of the frames of a video. Frames past the clip that a network was made for get
+    the positions of its last chunk.
     """
 
     frames: int  # of that clip

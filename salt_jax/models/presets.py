@@ -130,7 +130,6 @@ class Compute:
     # of the tokens between two blocks, whose inputs are what "all" keeps
     residual: Any = np.float32
     kernel: Kernel = "blocks"  # of attention
-    # The devices of the program. Tokens and attention are then laid out on purpose; None leaves it
-    # to the compiler: where an axis cuts parameters and batch, it may keep that of the parameters
-    # and run the whole batch everywhere.
+    # Mesh of the sharding constraints on tokens and attention. None: XLA decides, and under fsdp
+    # may replicate the batch.
     mesh: Any = None

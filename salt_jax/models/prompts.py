@@ -16,6 +16,6 @@ NEGATIVE_IMAGE_TO_VIDEO = "镜头晃动，" + NEGATIVE_TEXT_TO_VIDEO
 
 
 def negative_prompt(told: str | None, image_to_video: bool) -> str:
-    """What the user says, even if it is nothing, or else Wan's own for the kind of model."""
+    """The user's prompt, even an empty one, or else Wan's own for the kind of model."""
     usual = NEGATIVE_IMAGE_TO_VIDEO if image_to_video else NEGATIVE_TEXT_TO_VIDEO
     return usual if told is None else told

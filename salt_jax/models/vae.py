@@ -1,9 +1,9 @@
 """The causal 3-D VAE of Wan 2.1 (arXiv:2503.20314, section 4.1): video <-> latents, 4x fewer
 frames, 8x fewer rows.
 
-The first frame of a video is coded alone, each later latent frame stands for four frames.
+The first frame of a video is coded alone, each later latent frame codes four frames.
 Convolutions look back only, so the networks run through a video with two programs: one for the
-first frame, one for all others, which carries the last frames that each convolution saw. Whole
+first frame, one for all others, which passes on the last frames that each convolution saw. Whole
 videos and streams use the same two.
 """
 
@@ -129,7 +129,7 @@ def decode_first(
     params: Params, latents: Latent, config: VAEConfig, dtype: Any
 ) -> tuple[Video, Any]:
     """Starts a stream: the first latent frame [B, 1, h, w, 16] -> its one frame, and the cache to
-    go on with.
+    continue with.
     """
     if latents.shape[1] != 1:
         raise ValueError(f"a stream starts with one latent frame, not {latents.shape[1]}")
@@ -140,7 +140,7 @@ def decode_first(
 def decode_next(
     params: Params, cache: Any, latents: Latent, config: VAEConfig, dtype: Any
 ) -> tuple[Video, Any]:
-    """Goes on with a stream: latents [B, n, h, w, 16] -> frames [B, 4n, 8h, 8w, 3], and the cache
+    """Continues a stream: latents [B, n, h, w, 16] -> frames [B, 4n, 8h, 8w, 3], and the cache
     after them.
 
     However the latents of a video are split into calls, the frames are those of `decode_video`.

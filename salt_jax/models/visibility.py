@@ -1,4 +1,4 @@
-"""Which frames see which, and where in time everything stands: attention without a mask.
+"""Which frames attend to which, and their positions in time: attention without a mask.
 
 New frames are cut into groups; each attends densely to a run of new frames and of the memory's.
 """
@@ -18,12 +18,12 @@ Positions = Int[Array | np.ndarray, "_"]
 class QueryGroup(NamedTuple):
     """A run of new frames that see the same frames."""
 
-    queries: slice  # of the new frames: the ones that look
+    queries: slice  # of the new frames
     own: tuple[slice, ...]  # new frames that are seen
     past: tuple[slice, ...]  # frames of the memory that are seen
     query_positions: Positions  # [queries]
     key_positions: Positions  # [own + past]
-    # of the seen frames only the first so many count, [] or [queries]; None: all
+    # only so many of the seen frames, from the first, are attended to, [] or [queries]; None: all
     length: Int[Array, "..."] | None = None
 
 
@@ -43,7 +43,7 @@ class AttentionPlan(NamedTuple):
 
 
 def plan_whole_clip(frames: int) -> AttentionPlan:
-    """Everybody sees everybody: a bidirectional network."""
+    """Every frame sees every frame: a bidirectional network."""
     all_of_it, positions = slice(0, frames), np.arange(frames)
     group = QueryGroup(all_of_it, (all_of_it,), (), positions, positions)
     return AttentionPlan((group,), None, positions)

@@ -119,7 +119,7 @@ def features(
 def cross_keys_values(
     params: Params, cond: Conditioning, config: WanConfig, compute: Compute
 ) -> CrossKV:
-    """The keys and values, in every layer, of what the network is told."""
+    """Keys and values of text and image, in every layer."""
     context = _context(params, cond, config, compute)
     to_text = Attention(config, compute, bool(config.image_dim))
     layer = lambda block: to_text.apply({"params": block["cross_attn"]}, context, method="read")
@@ -130,7 +130,7 @@ def _context(params: Params, cond: Conditioning, config: WanConfig, compute: Com
     text, image = cond.text, cond.image
     if (image is not None) != bool(config.image_dim):
         raise ValueError(
-            f"a network with image_dim={config.image_dim} was told of "
+            f"a network with image_dim={config.image_dim} got "
             f"{'no picture' if image is None else 'a picture'}"
         )
     if text.shape[1] > config.text_length:
@@ -186,7 +186,7 @@ def _run_blocks(
     )
     tokens = apply(dense(c.dim, dtype, None), params["patch_embedding"], patches)
     e, e0 = apply(TimeMLP(c), params["time_embedding"], timestep.reshape(b, -1).astype(jnp.float32))
-    # or it is cut as the kernel that it comes from
+    # otherwise XLA shards it like the kernel that it comes from
     e, e0 = (lay(z, compute.mesh, BATCH) for z in (e, e0))
     plan = plan or plan_whole_clip(f)
     groups = _with_angles(plan, h, w, c)

@@ -1,4 +1,4 @@
-"""From a prompt to a video: a network with everything that stands around it.
+"""From a prompt to a video: a network with its text encoder and decoder.
 
 Parts are read when they are first needed: the text encoder, which is the largest of a text-to-video
 model, is gone before the transformer comes.
@@ -20,7 +20,7 @@ from salt_jax.types import Conditioning, Params
 
 
 class Given(NamedTuple):
-    """What a video begins with: what the network is told of a picture, or frames to go on from."""
+    """What a video begins with: the conditioning on a picture, or frames to continue."""
 
     image: tuple[Any, Any] | None = None  # `Conditioning.image`, `Conditioning.channels`
     latents: np.ndarray | None = None  # [1, f, H, W, C]
@@ -38,7 +38,7 @@ class Video(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What stands around a network. What is read is read when it is called for."""
+    """A network with its text encoder and decoder. Weights are read on first use."""
 
     source: str  # of the network, as the user names it
     made_with: dict[str, Any]  # digests of all that is read, and what else decides the pixels

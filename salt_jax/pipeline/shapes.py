@@ -1,4 +1,4 @@
-"""What stands around a network of Moving Shapes."""
+"""Text encoder and decoder of a network of Moving Shapes."""
 
 from collections.abc import Iterable, Iterator
 

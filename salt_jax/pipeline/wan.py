@@ -1,4 +1,4 @@
-"""What stands around a network of Wan 2.1: text encoder, VAE, and CLIP of image to video."""
+"""Text encoder, VAE, and CLIP for image to video, of a network of Wan 2.1."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -135,8 +135,8 @@ def read_given(
     shape: tuple[int, ...],
     chunks: bool,
 ) -> Given:
-    """Features and condition for a network that reads pictures, or the latents of what a video goes
-    on from: a picture or a clip.
+    """Features and condition of a picture for a network that reads pictures, or the latents of a
+    picture or clip that a video continues.
     """
     if pixels.ndim == 3:
         frames = 1 if chunks else pixel_frames(shape[0])

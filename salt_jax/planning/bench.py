@@ -62,9 +62,7 @@ def time_runs(call: Callable[[], Any], runs: int) -> list[float]:
 def measure(
     part: str, function: Callable, args: tuple, flops: float, runs: int, **more: Any
 ) -> Result:
-    """Times a jitted function that donates nothing, or takes what it donates back as the first of
-    its results.
-    """
+    """Times a jitted function. If argument 0 is donated, output 0 replaces it in the next call."""
     start = time.perf_counter()
     compiled = function.lower(*args).compile()
     compile_seconds = time.perf_counter() - start
@@ -89,7 +87,7 @@ def _is_info(leaf):
 
 
 def matmul(size: int, dtype: Any, runs: int) -> Result:
-    """The rate that others are held against: one square product."""
+    """The reference rate: one square matrix product."""
     a = jnp.ones((size, size), dtype)
     return measure("matmul", jax.jit(jnp.matmul), (a, a), 2.0 * size**3, runs, size=size)
 
@@ -120,7 +118,7 @@ def shapes_of(init: Callable, config: Any) -> Params:
 
 
 def random_cond(recipe: Recipe, clips: int) -> Conditioning:
-    """What a network is told of each clip."""
+    """Random conditioning of each clip."""
     c, (frames, height, width, _) = recipe.wan, recipe.clip_shape
     noise = lambda *shape: jax.random.normal(jax.random.key(recipe.seed), (clips, *shape))
     text = noise(c.text_length, c.text_dim)

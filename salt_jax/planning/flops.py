@@ -104,7 +104,7 @@ def gradient_flops(work: Work, flash: bool, weights: bool = True) -> float:
 
 
 def remade(how: Remat, work: Work, flash: bool) -> float:
-    """What of a forward the backward pass makes once more.
+    """The part of a forward that the backward pass recomputes.
 
     Policies know attention by its flash kernels' results.
     """

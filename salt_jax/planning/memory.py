@@ -1,7 +1,7 @@
-"""What a run keeps in memory, in all and on each device, before anything is allocated.
+"""Accelerator memory of a run, in total and on each device, before anything is allocated.
 
 Parameters, moments and what is frozen are counted exactly, by the shapes that a run has and the
-shardings of `sharding`. Activation memory is estimated, as told at `transient`
+shardings of `sharding`. Activation memory is estimated, as described at `transient`
 and at `block_bytes`; XLA's own account of compiled updates is held against both in
 tests/planning/test_memory.py.
 """
@@ -31,7 +31,7 @@ F32 = 4  # bytes
 
 
 class MemoryRow(NamedTuple):
-    """One kind of thing in memory."""
+    """One row of the account: bytes of one kind."""
 
     name: str
     count: int  # numbers in it; 0 where only bytes are known
@@ -68,7 +68,7 @@ FROZEN = {"student": "student's base", "null_text": "null text"}
 
 
 def kinds(stage: Stage) -> tuple[dict[str, str], dict[str, str]]:
-    """What is in the state and what is frozen: the beginning of its path -> its name."""
+    """Beginning of a path in the state or the frozen weights -> name of what it holds."""
     state = {}
     for name in stage.learners:
         state[f"learners/{name}/params"] = name
@@ -78,8 +78,8 @@ def kinds(stage: Stage) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def persistent(stage: Stage, mesh: Mapping[str, int]) -> list[MemoryRow]:
-    """What stays in memory for the whole run. Of what waits with the host a device has none.
-    Counters are left out.
+    """Memory in use for the whole run. What is kept on the host has no bytes on a device. Counters
+    are left out.
     """
     rows = []
     trees = jax.eval_shape(lambda: fresh_state(stage))
@@ -168,7 +168,7 @@ def kept_bytes(
 
 
 def needed(stage: Stage, mesh: Mapping[str, int], kernel: Kernel) -> list[MemoryRow]:
-    """All that a run has in memory at its peak. Arguments and errors as in `transient`."""
+    """All memory at the peak of a run. Arguments and errors as in `transient`."""
     rows = persistent(stage, mesh)
     return rows + transient(stage, mesh, kernel, rows)
 
@@ -176,7 +176,8 @@ def needed(stage: Stage, mesh: Mapping[str, int], kernel: Kernel) -> list[Memory
 def transient(
     stage: Stage, mesh: Mapping[str, int], kernel: Kernel, stays: Sequence[MemoryRow]
 ) -> list[MemoryRow]:
-    """What comes and goes during an update: an estimate of its peak, given what stays.
+    """Memory that is allocated and freed during an update: an estimate of its peak, given
+    `persistent`.
 
     The peak is in the student's update: caches, what blocks store (their inputs, and what
     `model.remat` says), what heads store (tokens and their norm, 4 D in float32) and gradients live

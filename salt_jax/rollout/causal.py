@@ -45,14 +45,14 @@ class Steps:
 
 
 class Origin(NamedTuple):
-    """What the next frames of a video go on from."""
+    """What a video continues from."""
 
     cond: Conditioning
     cache: KVCache | None = None  # every slot of it filled; None starts a video
 
 
 class Trajectory(NamedTuple):
-    """What a rollout leaves behind. Nothing in it carries a gradient."""
+    """The result of a rollout. Nothing in it has a gradient."""
 
     x: Latent  # each chunk before its exit step
     sigma: Sigma  # float32 [B, F], the exit step's level of each frame

@@ -55,11 +55,11 @@ def draw_chunk_triples(
 
 
 class Terms(NamedTuple):
-    """What is static in an update: each value is a program of its own."""
+    """The static part of an update: each value is a program of its own."""
 
     self_consistency: bool = False
     alignment: bool = False
-    sequence: Literal["new", "on"] = "new"  # start a video, or go on with the one under way
+    sequence: Literal["new", "on"] = "new"  # start a video, or continue the one under way
 
 
 class Draw(NamedTuple):
@@ -78,7 +78,7 @@ class Draw(NamedTuple):
     sigma_e: Any
     reference_levels: Any  # T(2K), all of whose num_steps the reference runs
     reference_exit: Any
-    switch: Any = np.False_  # whether a video that goes on does so under another prompt
+    switch: Any = np.False_  # whether a continued video changes its prompt
 
 
 def draw_rollout(r: Recipe, iteration: int, call: int) -> tuple[Terms, Draw]:
@@ -129,9 +129,7 @@ def draw_rollout(r: Recipe, iteration: int, call: int) -> tuple[Terms, Draw]:
 
 
 def as_reference(draw: Draw, first_steps: int) -> Draw:
-    """The draw of the rollout that cache alignment looks up to: every chunk runs all its
-    num_steps.
-    """
+    """The draw of cache alignment's reference rollout: every chunk runs all its steps."""
     first_exit = np.int32(first_steps - 1) if first_steps else draw.reference_exit
     return draw._replace(
         levels=draw.reference_levels, exit_step=draw.reference_exit, first_exit=first_exit
@@ -139,7 +137,7 @@ def as_reference(draw: Draw, first_steps: int) -> Draw:
 
 
 def place_in_sequence(r: Recipe, call: int) -> Literal["new", "on", "switch"]:
-    """Whether optimizer call number `call` starts a video, goes on with it, or goes on under
+    """Whether optimizer call number `call` starts a video, continues it, or continues it under
     another prompt.
 
     In streaming long tuning a video has the frames of a clip, then at each call those behind the

@@ -1,6 +1,4 @@
-"""The whole clip at once: the student's update in training, and sampling with any number of
-updates.
-"""
+"""The whole clip at once: the student's step in training, and sampling with any number of steps."""
 
 from typing import Any, NamedTuple
 
@@ -25,7 +23,7 @@ def noise_at(
 
     A function of the clip's key, the level and the frame's number alone: the same whatever the
     batch and the chunks it is made in, and shared by all schedules that visit the level, so that 2,
-    4 and 8 updates can be compared noise for noise. Needs JAX's default PRNG, threefry: other
+    4 and 8 steps can be compared noise for noise. Needs JAX's default PRNG, threefry: other
     implementations draw differently under vmap.
     """
     level = jax.lax.bitcast_convert_type(jnp.asarray(sigma, jnp.float32), jnp.uint32)
@@ -66,7 +64,7 @@ def sample(
     keys: Key[Array, "b"],
     shape: tuple[int, ...],
 ) -> Latent:
-    """Makes clean latents from noise with one network evaluation per update.
+    """Makes clean latents from noise with one network evaluation per step.
 
     Args:
       denoiser, params: student, or a (guided) teacher.
@@ -89,9 +87,9 @@ def sample(
 
 
 class History(NamedTuple):
-    """What a multistep solver goes on from."""
+    """The state of a multistep solver between steps."""
 
-    x: Latent  # where the network looks next; behind the last step the clean latent
+    x: Latent  # the next input of the network; after the last step the clean latent
     state: Latent  # the corrected state of the last step
     before: Latent  # clean estimates of the last step but one, and of the last
     last: Latent
@@ -108,7 +106,7 @@ def multistep_step(
     """One row of a solver's table (`flow.multistep`), with one call of the denoiser.
 
     The clean estimate is formed with the true level of the state, whatever level the network is
-    told.
+    given.
     """
     x, state, before, last = history
     mix: Any = lambda weights, *latents: sum(w * z for w, z in zip(weights, latents, strict=True))

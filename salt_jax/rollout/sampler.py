@@ -1,5 +1,5 @@
 """Parameters and prompts in, latent clips out, for students and teachers alike: few steps whole or
-chunk by chunk, as long as one likes in constant memory; or many steps.
+chunk by chunk, of any length in constant accelerator memory; or many steps.
 """
 
 from collections.abc import Callable, Iterator

@@ -17,7 +17,7 @@ AXES = Stream(KVCache(k=1, v=1, x0=0, frames=SHARED, filled=SHARED, end=SHARED),
 def mean_gradient(
     loss: Callable, params: Params, batch: Any, noise: Any, stream: Stream | None, count: int
 ) -> tuple[tuple[jax.Array, tuple[dict[str, jax.Array], Stream | None]], Params]:
-    """What `jax.value_and_grad(loss, has_aux=True)` says of the whole batch, from `count`
+    """What `jax.value_and_grad(loss, has_aux=True)` returns for the whole batch, from `count`
     micro-batches in turn.
 
     Micro-batch i has the examples i, i + count, ... So a device that holds a run of the batch has

@@ -158,7 +158,7 @@ class Distil:
         return merge(frozen.get(base), params, self.recipe.lora)
 
     def origin(self, params: Params, inputs: Inputs, terms: Terms) -> Origin:
-        """The prompts of an update and the cache it goes on from: those of the video under way,
+        """The prompts of an update and the cache it continues: those of the video under way,
         unless a new one starts.
 
         A switch takes the batch's prompts and reads the cached frames again under them, before
@@ -188,7 +188,7 @@ class Distil:
         return self_rollout(self.student, params, origin, inputs.noise, draw, self.recipe)
 
     def next_stream(self, start: StartState, origin: Origin) -> Stream | None:
-        """What the next update goes on from."""
+        """What the next update continues from."""
         if start.trajectory is None or not self.recipe.stream.max_frames:
             return None
         return Stream(trim(start.trajectory.cache, self.recipe.memory), origin.cond.text)

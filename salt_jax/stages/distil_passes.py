@@ -20,7 +20,7 @@ class Mix(NamedTuple):
     reference_rest: float = 0.0
     self_consistency: float = 0.0  # 1 or 0, or the share of the updates that have it
     alignment: float = 0.0
-    on: float = 0.0  # going on with a video under way
+    on: float = 0.0  # continuing a video under way
     switch: float = 0.0  # reading its cache again under another prompt
 
 
@@ -114,7 +114,9 @@ def memory(recipe: Recipe, update: Update) -> Memory:
 
 
 def student_pairs(recipe: Recipe) -> list[tuple[tuple[int, int], ...]]:
-    """How the chunks of the differentiated forward see: of a new video, and of one that goes on."""
+    """The frames that each chunk of the differentiated forward sees, of a new video and of a
+    continued one.
+    """
     frames = recipe.clip_shape[0]
     if not recipe.causal:
         return [((frames, frames),)]
@@ -128,9 +130,7 @@ def student_pairs(recipe: Recipe) -> list[tuple[tuple[int, int], ...]]:
 def video_passes(
     recipe: Recipe, name: str, times: float, mix: Mix, gradient: Gradient = "none"
 ) -> Iterator[Pass]:
-    """The student's forward that the update is about: all chunks at their exit step, or the whole
-    clip.
-    """
+    """The student forward that gets gradient: all chunks at their exit step, or the whole clip."""
     new, *going = student_pairs(recipe)
     yield Pass(name, recipe.wan, new, times * (1 - mix.on), gradient)
     for pairs in going:

@@ -22,7 +22,7 @@ STUDENT_KEY = r"generator|student|^model$"
 
 
 class Record(NamedTuple):
-    """Empty where nothing is told."""
+    """Empty where nothing is recorded."""
 
     config: dict[str, Any]  # of the run that made it, in the keys of today
     step: int | None
@@ -68,7 +68,7 @@ def is_workdir(where: str) -> bool:
 def read_record(where: str) -> Record:
     """Of a workdir, a file of launch.export, or a folder or file of launch.convert_wan.
 
-    What cannot be read tells nothing: those who read the arrays say what is wrong with it.
+    An unreadable file gives an empty record: the error comes from reading its arrays.
     """
     if is_workdir(where):
         config = _json((Path(where) / "config.json").read_bytes())

@@ -16,7 +16,7 @@ from salt_jax.io.tensor_files import digest
 from salt_jax.stages.record import is_workdir, read_record, starts
 from salt_jax.stages.stage import CLOSED_FORM, NO_TEACHER, Stage
 
-Report = Callable[[int], Any]  # is told the bytes that were read
+Report = Callable[[int], Any]  # is called with the bytes that were read
 
 
 class Role(NamedTuple):
@@ -137,7 +137,7 @@ def _text_encoder(recipe: Recipe, part: Part) -> Role:
 
 
 def going_on(found: list[Role], recipe: Recipe, workdir: str | Path, step: int) -> list[Role]:
-    """The parts of a run that goes on: what is under training comes from its own checkpoint."""
+    """The parts of a resumed run: what is in training comes from its own checkpoint."""
     student = "causal" if recipe.causal else "bidirectional"
     now = lambda r: r._replace(
         source=str(workdir),

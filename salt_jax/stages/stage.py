@@ -87,7 +87,7 @@ class Aux(NamedTuple):
     """What a loss returns beside its value."""
 
     metrics: Metrics
-    stream: Stream | None = None  # what the next update goes on from
+    stream: Stream | None = None  # what the next update continues from
 
 
 class RecordSource(NamedTuple):
@@ -117,7 +117,7 @@ class Pass(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What is in memory at the peak of the student's update, for the planners."""
+    """Memory at the peak of the student's update, for the planners."""
 
     caches: int  # KV caches of a clip
     slots: int  # frames of each
@@ -190,5 +190,5 @@ class Stage(Protocol):
         ...
 
     def memory(self, update: Update) -> Memory:
-        """What an update has in memory at its peak."""
+        """Memory of an update at its peak."""
         ...

@@ -46,7 +46,7 @@ class StartNoise(NamedTuple):
 
 
 class StartState(NamedTuple):
-    """Where the update begins that the student is trained on. Nothing in it carries a gradient."""
+    """The input of the one student evaluation that gets gradient. Nothing in it has a gradient."""
 
     x: Latent
     sigma: Sigma

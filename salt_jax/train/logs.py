@@ -1,4 +1,4 @@
-"""What a run tells while it goes on, and when it stops by itself."""
+"""The logs of a run, and its stop where updates are not finite."""
 
 import logging
 from typing import Any

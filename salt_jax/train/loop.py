@@ -1,5 +1,4 @@
-"""A run from its first iteration, or from where it stopped, to its last: the one place where time
-passes.
+"""A run from its first iteration, or from its last checkpoint, to its end.
 
 One iteration is one student update followed by the critic's. A batch, and everything random, is a
 function of (seed, number of the update), so a run that is killed and started again does what it
@@ -43,14 +42,14 @@ class Run(NamedTuple):
     frozen: Frozen
     program: Callable[[Update], Callable]
     key: jax.Array
-    feed: Iterator[Batch]  # stands at the batch that the state asks for
+    feed: Iterator[Batch]  # positioned at the batch of the next call
 
 
 def train(recipe: Recipe, workdir: str | Path, made_by: dict[str, Any] | None = None) -> TrainState:
     """Trains until `recipe.iterations`, resuming what the workdir holds.
 
     The workdir gets roles.json, config.json, TensorBoard events and checkpoints, and changes.jsonl
-    if it goes on with other values. What a refused start would spoil, config.json, is written last.
+    if it resumes with other values. config.json is written last, so that a refused start keeps it.
 
     Args:
       made_by: what config.json says of itself: config file, commit, versions.
@@ -110,7 +109,7 @@ def resume(
       UserError: there is none that can be read, or it is of a run with another config.
     """
     restored = checkpoint.restore(manager, state)
-    assert restored is not None, "there is no checkpoint to go on from"
+    assert restored is not None, "there is no checkpoint to resume from"
     refuse_another_run(restored[1]["config"], recipe, files_may_move)
     return restored[0]
 

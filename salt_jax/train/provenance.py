@@ -21,8 +21,8 @@ from salt_jax.stages.roles import (
 def keep_roles(
     was: list[Role], now: list[Role], recipe: Recipe, workdir: str | Path, step: int
 ) -> None:
-    """Tells who is who, and keeps it for the next start; one that goes on must have the parts it
-    began with.
+    """Prints the files of each role and records them for the next start; a resumed run must have
+    the files it began with.
 
     Raises:
       UserError: a file that a run began with has changed.
@@ -39,9 +39,7 @@ def keep_roles(
 def keep_config(
     workdir: str | Path, recipe: Recipe, step: int, made_by: dict[str, Any] | None = None
 ) -> None:
-    """Writes config.json; of a run that goes on what has changed is printed and added to
-    changes.jsonl.
-    """
+    """Writes config.json; changes on resume are printed and added to changes.jsonl."""
     path = Path(workdir) / "config.json"
     if jax.process_index() == 0:
         before = path.read_text(errors="replace") if step and path.is_file() else ""
