@@ -3,8 +3,7 @@
 On disk the state is nested dicts, one for each thing that somebody may want alone.
 """
 
-from typing import Any
-
+import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from salt_jax.config.schema import Recipe
 from salt_jax.models.kv_cache import KVCache
 from salt_jax.optimizer import optimizer_of
-from salt_jax.types import Leaf, Params
+from salt_jax.types import Leaf, Params, Tree
 
 
 @flax.struct.dataclass
@@ -48,7 +47,7 @@ class TrainState:
     iteration: Leaf  # int32[], how many are finished
     learners: dict[str, Learner]  # "student" and, in distillation, "critic"
     ema: Params  # float32, the averaged student
-    stream: Leaf = None  # a Stream, in streaming long tuning
+    stream: Stream | None = None  # in streaming long tuning
 
 
 def init_learner(params: Params, tx: optax.GradientTransformation) -> Learner:
@@ -90,7 +89,11 @@ def apply_gradients(
     Returns:
         The learner after the update, or the same one with `skipped` and `skipped_in_a_row` one
         higher.
+
+    Raises:
+        AssertionError: `grads` has other arrays than `learner.params`.
     """
+    chex.assert_trees_all_equal_shapes(grads, learner.params)
     finite = jnp.isfinite(optax.tree.norm(grads)) & jnp.all(jnp.isfinite(loss))
     updates, opt_state = tx.update(grads, learner.opt_state, learner.params)
     new = optax.apply_updates(learner.params, updates), opt_state
@@ -102,15 +105,16 @@ def apply_gradients(
     )
 
 
-def fetched(tree: Any, host: bool) -> Any:
+def fetched(tree: Tree, host: bool) -> Tree:
     """What waits in the host's memory, brought to the devices; `host` False: as it is."""
     return jax.device_put(tree, jax.memory.Space.Device) if host else tree
 
 
-def put_back(tree: Any, host: bool) -> Any:
+def put_back(tree: Tree, host: bool) -> Tree:
     """The inverse; counters, which have no axes, stay."""
-    away = lambda x: jax.device_put(x, jax.memory.Space.Host) if x.ndim else x
-    return jax.tree.map(away, tree) if host else tree
+    if not host:
+        return tree
+    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Host) if x.ndim else x, tree)
 
 
 def update_ema(
@@ -125,7 +129,11 @@ def update_ema(
 
     `step` counts the updates finished before the one that made `params`: `state.iteration` as it
     began.
+
+    Raises:
+        AssertionError: the two have other arrays.
     """
+    chex.assert_trees_all_equal_shapes(ema, params)
     params = _float32_copy(params)
     averaged = optax.incremental_update(params, ema, step_size=1 - decay)
     return jax.tree.map(lambda a, p: jnp.where(step < start, p, a), averaged, params)
@@ -135,7 +143,7 @@ def _float32_copy(tree: Params) -> Params:
     return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), tree)
 
 
-def to_items(state: TrainState) -> dict[str, Any]:
+def to_items(state: TrainState) -> dict[str, Params]:
     """Of each learner NAME its parameters, and as NAME_opt the rest of it; ema; stream."""
     items = {name: nested(getattr(state, name)) for name in ("ema", "stream")}
     for name, learner in state.learners.items():
@@ -144,7 +152,7 @@ def to_items(state: TrainState) -> dict[str, Any]:
     return {name: item for name, item in items.items() if item}
 
 
-def from_items(items: dict[str, Any], like: TrainState, step: int) -> TrainState:
+def from_items(items: dict[str, Params], like: TrainState, step: int) -> TrainState:
     """The inverse of `to_items`."""
     learners = {
         name: items[f"{name}_opt"] | {"params": items[name]}
@@ -158,7 +166,7 @@ def from_items(items: dict[str, Any], like: TrainState, step: int) -> TrainState
     return jax.tree.unflatten(jax.tree.structure(like), [leaves[path] for path in by_path(like)])
 
 
-def by_path(tree: Any) -> dict[str, Any]:
+def by_path(tree: object) -> dict[str, Leaf]:
     """Every leaf by its path.
 
     Optax' tuples and empty states vanish: what is on disk does not depend on them.
@@ -167,5 +175,5 @@ def by_path(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def nested(tree: Any) -> dict[str, Any]:
+def nested(tree: object) -> dict[str, Params]:
     return traverse_util.unflatten_dict(by_path(tree), sep="/")

@@ -15,7 +15,7 @@
 Latents are `B F H W C` everywhere: batch, latent frames, latent height, latent width, channels.
 """
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
@@ -54,6 +54,12 @@ Leaf = Any
 
 Params = Any
 """A tree of nested dicts with arrays as leaves."""
+
+Tree = TypeVar("Tree")
+"""A tree of arrays, of a function that returns one of the same form."""
+
+JsonObject = dict[str, Any]
+"""What was read from JSON, or is to be written: who takes a value out checks what it is."""
 
 
 class Prediction(NamedTuple):

@@ -1,10 +1,12 @@
 """What several test files share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -15,6 +17,16 @@ from salt_jax.models.visibility import KeysValues
 from salt_jax.stages.stage import Stage
 from salt_jax.train.step import Call
 from tests.placing import place
+
+
+@contextmanager
+def without_type_checks() -> Iterator[None]:
+    """Calls as users make them: only in tests jaxtyping looks at the shapes too."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def randomised(params, seed):

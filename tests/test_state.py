@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from salt_jax.state import apply_gradients, init_learner, init_state, update_ema
-from tests.helpers import bits
+from tests.helpers import bits, without_type_checks
 
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=0.01))
 
@@ -58,6 +58,22 @@ def test_an_update_that_is_not_finite_leaves_every_bit_and_is_counted(bad_gradie
     recovered = move(twice, good, jnp.float32(1.0))
     assert bits(recovered.params) == bits(move(learner, good, jnp.float32(1.0)).params)
     assert (int(recovered.skipped), int(recovered.skipped_in_a_row)) == (2, 0)
+
+
+OTHER = {
+    "an array that would broadcast": {"q": {"kernel": jnp.ones((1, 2)), "bias": jnp.ones(2)}},
+    "one array less": {"q": {"kernel": jnp.ones((2, 2))}},
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_gradients_and_averages_of_another_network_are_refused(name):
+    learner = init_learner(params(), TX)
+    with without_type_checks():
+        with pytest.raises(AssertionError):
+            jax.eval_shape(lambda g: apply_gradients(learner, g, jnp.float32(0), TX), OTHER[name])
+        with pytest.raises(AssertionError):
+            jax.eval_shape(lambda p: update_ema(params(), p, 0.5, 0, 0), OTHER[name])
 
 
 def test_ema_copies_before_its_start_and_averages_from_there_on():

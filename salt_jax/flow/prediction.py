@@ -10,13 +10,20 @@ Differences of scores are differences of x0:
 score_a - score_b = (1 - sigma) / sigma^2 (x0_a - x0_b), which is why `losses.dmd` needs no score.
 """
 
+import chex
 from jaxtyping import Array, Float
 
 from salt_jax.types import Latent, Prediction, Sigma
 
 
 def expand(sigma: Sigma, like: Latent) -> Float[Array, "b _ 1 1 1"]:
-    """[B] or [B, F] -> [B, 1 or F, 1, 1, 1], to multiply latents with."""
+    """[B] or [B, F] -> [B, 1 or F, 1, 1, 1], to multiply latents with.
+
+    Raises AssertionError where `like` has other clips or frames: noise levels broadcast over these
+    axes only.
+    """
+    chex.assert_rank(sigma, {1, 2})
+    chex.assert_shape(sigma, like.shape[: sigma.ndim])
     return sigma.reshape(sigma.shape + (1,) * (like.ndim - sigma.ndim))
 
 
@@ -47,7 +54,5 @@ def guide(conditional: Prediction, unconditional: Prediction, guidance: float) -
 
     Self-Forcing writes c + g (c - u): its `guidance_scale: 3.0` is w = 4.0 here.
     """
-    mix = lambda c, u: u + guidance * (c - u)
-    return Prediction(
-        mix(conditional.velocity, unconditional.velocity), mix(conditional.x0, unconditional.x0)
-    )
+    pairs = zip(conditional, unconditional, strict=True)
+    return Prediction(*(u + guidance * (c - u) for c, u in pairs))

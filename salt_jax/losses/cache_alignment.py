@@ -11,6 +11,7 @@ Differences inside the margin are free. Frames are compared one after the other:
 has 1560^2 entries, and those of all frames of a batch would not fit beside the networks.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -38,12 +39,17 @@ def cache_alignment_loss(
     Returns:
       ([B], [B]) float32.
 
+    Raises:
+      AssertionError: the two are not of one shape, which would broadcast.
+
     Two places at right angles, which the reference has parallel: 2 of 4 pairs are off by 1.
 
     >>> z = jnp.eye(2)[None, None]
     >>> cache_alignment_loss(z, jnp.ones_like(z), 0.1)
     (Array([0.45], dtype=float32), Array([0.5], dtype=float32))
     """
+    chex.assert_rank(features, 4)
+    chex.assert_equal_shape([features, reference])
     reference = jax.lax.stop_gradient(reference)
 
     @jax.checkpoint
@@ -52,6 +58,6 @@ def cache_alignment_loss(
         off = jnp.abs(low - high) - margin
         return None, (jnp.maximum(off, 0.0).mean((1, 2)), (off > 0).mean((1, 2), dtype=jnp.float32))
 
-    by_frame = lambda z: jnp.moveaxis(z, 1, 0)
-    _, (loss, active) = jax.lax.scan(frame, None, (by_frame(features), by_frame(reference)))
+    by_frame = jnp.moveaxis(features, 1, 0), jnp.moveaxis(reference, 1, 0)
+    _, (loss, active) = jax.lax.scan(frame, None, by_frame)
     return loss.mean(0), active.mean(0)

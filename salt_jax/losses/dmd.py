@@ -9,6 +9,7 @@ example (Yin et al. 2024, Eq. 8 there):
     loss      = 1/2 mean (x0 - stop(x0 - direction))^2,   d loss / d x0 = direction / size   (2)
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -28,11 +29,16 @@ def dmd_loss(x0: Latent, x0_critic: Latent, x0_teacher: Latent) -> PerExample:
       gradient counts. Not finite where the teacher returns exactly x0: the step is then skipped and
       counted, never patched.
 
+    Raises:
+      AssertionError: the three are not of one shape, which would broadcast.
+
     >>> x0 = jnp.zeros((1, 1, 1, 1, 2))
     >>> loss = lambda x: dmd_loss(x, x0 + 3.0, x0 + 2.0).sum()
     >>> jax.grad(loss)(x0).ravel()  # (3 - 2) / |0 - 2| / 2
     Array([0.25, 0.25], dtype=float32)
     """
+    chex.assert_rank(x0, 5)
+    chex.assert_equal_shape([x0, x0_critic, x0_teacher])
     x0, x0_critic, x0_teacher = (a.astype(jnp.float32) for a in (x0, x0_critic, x0_teacher))
     axes = (1, 2, 3, 4)
     direction = (x0_critic - x0_teacher) / jnp.abs(x0 - x0_teacher).mean(axes, keepdims=True)

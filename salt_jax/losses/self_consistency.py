@@ -9,6 +9,7 @@ so the loss is a penalty on the bend of the student's path, and sigma_e is only 
 (1) and not the endpoints: in half precision their difference would be lost.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -30,12 +31,15 @@ def self_consistency_loss(
     Args:
       v_s: velocity at (x_s, sigma_s).
       v_m: velocity at (x_m, sigma_m), x_m = euler(x_s, v_s, sigma_s, sigma_m).
-      sigma_s, sigma_m, sigma_e: the triple of Eq. 9. Where no triple exists pass three equal
-        levels: the loss is 0.
+      sigma_s, sigma_m, sigma_e: the triple of Eq. 9, [B] or [B, F], which broadcasts. Where no
+        triple exists pass three equal levels: the loss is 0.
       stop_gradient: changes the gradient, never the value.
 
     Returns:
       [B] float32.
+
+    Raises:
+      AssertionError: the velocities or the levels are not of one shape, or not of the same clips.
 
     >>> v = jnp.zeros((1, 1, 1, 1, 1))
     >>> level = lambda s: jnp.array([s])
@@ -43,6 +47,9 @@ def self_consistency_loss(
     >>> self_consistency_loss(v, v + 2.0, s, m, e, "none")  # (0.5 * 2)^2
     Array([1.], dtype=float32)
     """
+    chex.assert_rank(v_s, 5)
+    chex.assert_equal_shape([v_s, v_m])
+    chex.assert_equal_shape([sigma_s, sigma_m, sigma_e])
     v_s, v_m = v_s.astype(jnp.float32), v_m.astype(jnp.float32)
     s, m, e = (expand(sigma, v_s) for sigma in (sigma_s, sigma_m, sigma_e))
     difference = (m - e) * (v_m - v_s)

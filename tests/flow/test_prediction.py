@@ -7,6 +7,7 @@ import pytest
 
 from salt_jax.flow.prediction import add_noise, expand, from_velocity, from_x0, guide, score
 from salt_jax.types import Prediction
+from tests.helpers import without_type_checks
 
 SHAPE = (3, 2, 4, 2, 3)
 PER_CLIP = jnp.array([1.0, 0.6, 0.02])
@@ -23,6 +24,12 @@ def test_expand_aligns_levels_with_clips_and_frames(sigma):
     for b in range(3):
         for f in range(2):
             assert np.all(wide[b, f] == (sigma[b] if sigma.ndim == 1 else sigma[b, f]))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2,), (1, 2), (3, 1), (3, 2, 4)], ids=str)
+def test_levels_of_other_clips_or_frames_are_refused(shape):
+    with without_type_checks(), pytest.raises(AssertionError):
+        expand(jnp.ones(shape), normal(0))
 
 
 @pytest.mark.parametrize("sigma", [PER_CLIP, PER_FRAME], ids=["per clip", "per frame"])
