@@ -1,7 +1,5 @@
 """The optimizer of student and critic."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -36,12 +34,19 @@ def _forgetful(adamw: optax.GradientTransformation) -> optax.GradientTransformat
     """AdamW of b1 = 0: its first moment is the gradient at hand, so the last one need not be
     kept.
     """
-    moment = lambda state, mu: (state[0]._replace(mu=mu), *state[1:])
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def with_moment(state: optax.OptState, mu: optax.Updates | None) -> optax.OptState:
+        assert isinstance(state, tuple) and isinstance(state[0], optax.ScaleByAdamState)
+        return state[0]._replace(mu=mu), *state[1:]
+
+    def init(params: optax.Params) -> optax.OptState:
+        return with_moment(adamw.init(params), None)
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
         nothing = jax.tree.map(jnp.zeros_like, updates)  # what b1 multiplies; the compiler drops it
-        updates, state = adamw.update(updates, moment(state, nothing), params)
-        return updates, moment(state, None)
+        updates, state = adamw.update(updates, with_moment(state, nothing), params)
+        return updates, with_moment(state, None)
 
-    init: Any = lambda params: moment(adamw.init(params), None)
     return optax.GradientTransformation(init, update)

@@ -15,7 +15,6 @@ propagates (Auto axes); a jitted step fixes its inputs and outputs with the shar
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
@@ -24,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from salt_jax.errors import UserError
 from salt_jax.models.layout import BATCH, cache_spec, fitting
+from salt_jax.types import Leaf, Tree
 
 AXES = ("data", "fsdp", "context", "tensor")
 
@@ -42,12 +42,12 @@ HOST = "pinned_host"
 STACKED = r"(^|/)blocks/"  # axis 0 counts layers; a scan slices it, so it is never cut
 
 
-def make_mesh(sizes: Mapping[str, Any], devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[str, object], devices: Sequence | None = None) -> Mesh:
     """The devices as a grid of data x fsdp x context x tensor.
 
     Args:
         sizes: as in `axis_sizes`.
-        devices: the devices to use, all by default.
+        devices: the jax.Device of each, all by default.
 
     Raises:
         UserError: as `axis_sizes`.
@@ -63,7 +63,7 @@ def make_mesh(sizes: Mapping[str, Any], devices: Sequence[Any] | None = None) ->
         return Mesh(grid, AXES, axis_types=types)
 
 
-def axis_sizes(sizes: Mapping[str, Any], count: int) -> dict[str, int]:
+def axis_sizes(sizes: Mapping[str, object], count: int) -> dict[str, int]:
     """How many of `count` devices each axis has, in the order of `AXES`.
 
     Args:
@@ -74,24 +74,25 @@ def axis_sizes(sizes: Mapping[str, Any], count: int) -> dict[str, int]:
         UserError: an axis is missing, unknown or not a positive number, or the sizes do not make up
           the devices.
     """
-    asked: dict[str, Any] = {axis: sizes.get(axis) for axis in AXES} | dict(sizes)
+    asked = {axis: sizes.get(axis) for axis in AXES} | dict(sizes)
     told = ", ".join(f"{axis}={size}" for axis, size in asked.items())
-    known = [size for size in asked.values() if size != -1]
-    whole = all(isinstance(size, int) and size > 0 for size in known)
-    if set(asked) != set(AXES) or len(known) < len(AXES) - 1 or not whole:
+    known = {axis: n for axis, n in asked.items() if isinstance(n, int) and n > 0}
+    left = [axis for axis, size in asked.items() if size == -1]
+    if set(asked) != set(AXES) or len(left) > 1 or {*known, *left} != set(AXES):
         raise UserError(
             f"config.mesh is ({told}), but it needs {', '.join(AXES)} and no other, each a whole "
             "number >= 1; "
             "one of them may be -1, which takes the devices that are left"
         )
-    rest = count // math.prod(known) if len(known) < len(AXES) else 1
-    if math.prod(known) * rest != count:
+    taken = math.prod(known.values())
+    found = known | dict.fromkeys(left, count // taken)
+    if math.prod(found.values()) != count:
         raise UserError(
             f"config.mesh ({told}) does not fit {count} device(s): the product of the sizes has to "
             f"be {count}; "
             "set one of them to -1 to take the devices that are left, or change the others"
         )
-    return {axis: rest if asked[axis] == -1 else asked[axis] for axis in AXES}
+    return {axis: found[axis] for axis in AXES}
 
 
 def partition_spec(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
@@ -115,14 +116,14 @@ def partition_spec(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) 
     return P(*(None,) * largest, "fsdp")
 
 
-def state_shardings(mesh: Mesh, abstract_state: Any, host: bool = False) -> Any:
+def state_shardings(mesh: Mesh, abstract_state: Tree, host: bool = False) -> Tree:
     """A sharding for every array of a tree: parameters, EMA, moments, or a whole TrainState
     (see `jax.eval_shape`).
 
     `host`: moments and EMA of a TrainState lie in the host's memory, cut alike; counters stay.
     """
 
-    def sharding(path: tuple, leaf: Any) -> NamedSharding:
+    def sharding(path: tuple, leaf: Leaf) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         where = NamedSharding(mesh, partition_spec(name, leaf.shape, mesh.shape))
         return (
@@ -132,6 +133,13 @@ def state_shardings(mesh: Mesh, abstract_state: Any, host: bool = False) -> Any:
         )
 
     return jax.tree_util.tree_map_with_path(sharding, abstract_state)
+
+
+def laid_out(abstract: Tree, shardings: Tree) -> Tree:
+    """A tree of shapes, each array's with where it lies: what Orbax and planners are told."""
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), abstract, shardings
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

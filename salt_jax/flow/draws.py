@@ -22,14 +22,11 @@ def draw_triple(
     column = jax.random.categorical(
         key, jnp.log(jnp.where(exists[:, None], probability, 1.0)), axis=-1
     )
-    take = lambda options: jnp.take_along_axis(
-        jnp.asarray(options)[start], column[:, None], axis=1
-    )[:, 0]
-    return (
-        jnp.where(exists, take(table.middle), start),
-        jnp.where(exists, take(table.end), start),
-        exists,
+    middle, end = (
+        jnp.take_along_axis(jnp.asarray(options)[start], column[:, None], axis=1)[:, 0]
+        for options in (table.middle, table.end)
     )
+    return jnp.where(exists, middle, start), jnp.where(exists, end, start), exists
 
 
 def draw_renoise_sigma(

@@ -11,7 +11,7 @@ has what is drawn.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,7 +36,7 @@ def grid(num_steps: int, shift_amount: float) -> np.ndarray:
     return shift(u, shift_amount).astype(np.float32)
 
 
-def explicit(timesteps: Sequence[Any]) -> np.ndarray:
+def explicit(timesteps: Sequence[object]) -> np.ndarray:
     """Listed noise levels, for a student that was trained at these: K + 1 levels that end at 0,
     float32.
 
@@ -51,7 +51,7 @@ def explicit(timesteps: Sequence[Any]) -> np.ndarray:
     """
     told = f"levels {tuple(timesteps)} must be"
     try:
-        listed = np.asarray(timesteps, np.float64)
+        listed = np.array(list(timesteps), np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{told} numbers") from error
     if listed.ndim != 1 or not np.isfinite(listed).all():
@@ -67,7 +67,9 @@ def explicit(timesteps: Sequence[Any]) -> np.ndarray:
     return sigmas
 
 
-def student_levels(num_steps: int, shift_amount: float, listed: Sequence[Any] = ()) -> np.ndarray:
+def student_levels(
+    num_steps: int, shift_amount: float, listed: Sequence[object] = ()
+) -> np.ndarray:
     """Levels of a student's steps, float32 [K + 1]: those that are listed, if they are K, else
     the grid.
     """

@@ -9,12 +9,13 @@
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from salt_jax.models.attention_blocks import attend_by_blocks
@@ -23,14 +24,14 @@ from salt_jax.models.layout import BATCH, EXCHANGED, fitting, platform_of
 from salt_jax.models.presets import Compute, Kernel, WanConfig
 
 
-def choose_kernel(platform: str, dtype: Any, width: int) -> Kernel:
+def choose_kernel(platform: str, dtype: DTypeLike, width: int) -> Kernel:
     """The fastest kernel for heads of this width on "gpu", "tpu" or another platform."""
     if platform == "gpu" and jnp.dtype(dtype).itemsize == 2 and width % 8 == 0 and width <= 128:
         return "cudnn"
     return "splash" if platform == "tpu" and width % 128 == 0 else "blocks"
 
 
-def compute_here(config: WanConfig, dtype: Any) -> Compute:
+def compute_here(config: WanConfig, dtype: np.dtype | type) -> Compute:
     """How to run a network on the first device of this machine."""
     return Compute(dtype, kernel=choose_kernel(platform_of(None), dtype, config.head_width))
 
@@ -65,8 +66,8 @@ def attention(
     """
 
     def attend(q, k, v, *length):
-        flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[-2:])
-        return KERNELS[kernel](flat(q), flat(k), flat(v), *(length or (None,))).reshape(q.shape)
+        flat = (x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in (q, k, v))
+        return KERNELS[kernel](*flat, *(length or (None,))).reshape(q.shape)
 
     lengths = () if length is None else (length,)
     if mesh is None or mesh.size == 1:
@@ -108,13 +109,11 @@ def _cudnn(q, k, v, length):
     ignored.
     """
     queries, keys = q.shape[1], k.shape[1]
-    even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
+    even = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
     if length is None and keys % 2:
         length = keys
     lengths = None if length is None else jnp.full(q.shape[0], length, jnp.int32)
-    out = jax.nn.dot_product_attention(
-        even(q), even(k), even(v), key_value_seq_lengths=lengths, implementation="cudnn"
-    )
+    out = jax.nn.dot_product_attention(*even, key_value_seq_lengths=lengths, implementation="cudnn")
     return out[:, :queries]
 
 

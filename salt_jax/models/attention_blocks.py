@@ -10,12 +10,11 @@ it also is fewer passes over the scores than what jax derives from a softmax.
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from salt_jax.models.remat import ATTENTION
 
@@ -24,12 +23,15 @@ MOST_SCORES = 2**26
 
 
 def attend_by_blocks(
-    q: Float[Array, "b l a d"], k: Float[Array, "b m a d"], v: Float[Array, "b m a d"], length: Any
+    q: Float[Array, "b l a d"],
+    k: Float[Array, "b m a d"],
+    v: Float[Array, "b m a d"],
+    length: Int[Array, ""] | None,
 ) -> Float[Array, "b l a d"]:
     """As `models.attention.attention`. It has no JVP."""
-    heads_first = lambda x: jnp.swapaxes(x, 1, 2)
     scaled = (q * (1 / math.sqrt(q.shape[-1]))).astype(q.dtype)
-    return heads_first(_attend(heads_first(scaled), heads_first(k), heads_first(v), length))
+    heads_first = (jnp.swapaxes(x, 1, 2) for x in (scaled, k, v))
+    return jnp.swapaxes(_attend(*heads_first, length), 1, 2)
 
 
 @jax.custom_vjp

@@ -2,17 +2,24 @@
 head.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from salt_jax.models.attention import attention
 from salt_jax.models.presets import Compute, WanConfig
-from salt_jax.models.rope import rotate
+from salt_jax.models.rope import Angles, rotate
 from salt_jax.models.visibility import QueryGroup
 from salt_jax.types import Params
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def dense(features, dtype, name, init=None):
@@ -21,8 +28,10 @@ def dense(features, dtype, name, init=None):
     )
 
 
-def apply(module: nn.Module, params: Params, *args: Any) -> Any:
-    return module.apply({"params": params}, *args)
+def apply(module: Callable[P, T], params: Params, *args: P.args, **kwargs: P.kwargs) -> T:
+    """What a Flax module makes of its arguments with these parameters."""
+    assert isinstance(module, nn.Module)
+    return cast(T, module.apply({"params": params}, *args, **kwargs))
 
 
 def rows(layer, x, compute: Compute):
@@ -48,19 +57,19 @@ class Context(NamedTuple):
     video.
     """
 
-    text: Any
-    image: Any = None
+    text: Float[Array, "b t d"]
+    image: Float[Array, "b n d"] | None = None
 
 
 class CrossKV(NamedTuple):
-    """What cross attention reads, [layers, B, T, A, d] each: the same for all calls under one
-    prompt.
+    """What cross attention reads, in every layer or, inside of one, in that: the same for all calls
+    under one prompt.
     """
 
-    k: Any
-    v: Any
-    k_image: Any = None
-    v_image: Any = None
+    k: Float[Array, "*layers b t a d"]
+    v: Float[Array, "*layers b t a d"]
+    k_image: Float[Array, "*layers b n a d"] | None = None
+    v_image: Float[Array, "*layers b n a d"] | None = None
 
 
 class Attention(nn.Module):
@@ -119,35 +128,39 @@ def look(q, k, v, length, compute: Compute):
 
     With a length for each frame of `q` they take turns in a loop: one kernel.
     """
-    attend = lambda q, length: attention(q, k, v, length, compute.kernel, compute.mesh)
+    attend = partial(attention, k=k, v=v, kernel=compute.kernel, mesh=compute.mesh)
     if length is None or not length.ndim:
-        return attend(q, length)
-    by_frame = jax.lax.map(
-        lambda one: attend(one[0][:, None], one[1]), (jnp.moveaxis(q, 1, 0), length)
-    )
+        return attend(q, length=length)
+
+    def one(frame):
+        q, length = frame
+        return attend(q[:, None], length=length)
+
+    by_frame = jax.lax.map(one, (jnp.moveaxis(q, 1, 0), length))
     return jnp.moveaxis(by_frame[:, :, 0], 0, 1)
 
 
 def chunked_attention(
-    q, k, v, memory, groups: tuple[tuple[QueryGroup, Any, Any], ...], compute: Compute
+    q, k, v, memory, groups: tuple[tuple[QueryGroup, Angles, Angles], ...], compute: Compute
 ):
     """Self attention of new frames, [B, F, S, A, d] each, with `memory` (keys, values)
     [B, M, S, A, d] or None.
 
     One dense call for each group, given with the angles of its queries and of its keys.
     """
-    outputs = []
+    outputs, (old_k, old_v) = [], memory or (None, None)
     for group, here, there in groups:
-        seen = lambda new, old, group=group: jnp.concatenate(
-            [new[:, s] for s in group.own] + [old[:, s] for s in group.past], axis=1
-        )
-        keys, values = (
-            seen(new, old) for new, old in zip((k, v), memory or (None, None), strict=True)
-        )
+        keys, values = _seen(group, k, old_k), _seen(group, v, old_v)
         mine, keys = rotate(q[:, group.queries], here), rotate(keys, there)
         length = None if group.length is None else group.length * q.shape[2]
         outputs.append(look(mine, keys, values, length, compute))
     return jnp.concatenate(outputs, axis=1)
+
+
+def _seen(group: QueryGroup, new, old):
+    """Keys or values of the new frames and of the memory's that a group sees."""
+    parts = [new[:, s] for s in group.own] + [old[:, s] for s in group.past]
+    return jnp.concatenate(parts, axis=1)
 
 
 class Block(nn.Module):
@@ -167,31 +180,34 @@ class Block(nn.Module):
         # six of [B, 1 or F, 1, 1, D]
         m = jnp.split((e0 + modulation[None, None])[:, :, None], 6, axis=3)
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (z[:, :, :, 0] for z in m)
-        # Fused into the product behind it, a scale per frame makes the TPU compiler abort.
-        modulated = lambda z, scale, shift: jax.lax.optimization_barrier(
-            (layer_norm(z, c.eps) * (1 + scale) + shift).astype(compute.dtype)
-        )
-        wide = lambda z: z.astype(jnp.float32)
+
+        def modulated(x, scale, shift):
+            # Fused into the product behind it, a scale per frame makes the TPU compiler abort.
+            h = (layer_norm(x, c.eps) * (1 + scale) + shift).astype(compute.dtype)
+            return jax.lax.optimization_barrier(h)
 
         h = modulated(x, scale_sa, shift_sa)
         to_self = Attention(c, compute, name="self_attn")
         q, (k, v) = to_self.queries(h), to_self.keys_values(h)
-        x = x + gate_sa * wide(to_self.output(chunked_attention(q, k, v, memory, groups, compute)))
+        seen = to_self.output(chunked_attention(q, k, v, memory, groups, compute))
+        x = x + gate_sa * seen.astype(jnp.float32)
 
         h = nn.LayerNorm(epsilon=c.eps, use_fast_variance=False, name="norm_cross")(x)
         to_text = Attention(c, compute, bool(c.image_dim), name="cross_attn")
-        x = x + wide(to_text.cross(h, text if isinstance(text, CrossKV) else to_text.read(text)))
+        told = to_text.cross(h, text if isinstance(text, CrossKV) else to_text.read(text))
+        x = x + told.astype(jnp.float32)
 
         h = modulated(x, scale_ff, shift_ff)
         h = nn.gelu(rows(dense(c.ffn_dim, compute.dtype, "ffn_in"), h, compute), approximate=True)
-        return x + gate_ff * wide(rows(dense(c.dim, compute.dtype, "ffn_out"), h, compute)), (k, v)
+        h = rows(dense(c.dim, compute.dtype, "ffn_out"), h, compute)
+        return x + gate_ff * h.astype(jnp.float32), (k, v)
 
 
 class TextMLP(nn.Module):
     """Text rows [B, T, text_dim] -> [B, T, D]."""
 
     config: WanConfig
-    dtype: Any
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, text):
@@ -204,14 +220,14 @@ class ImageMLP(nn.Module):
     """Features of the image encoder, [B, N, image_dim] -> [B, N, D]."""
 
     config: WanConfig
-    dtype: Any
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, image):
         c = self.config
-        norm = lambda name: nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)
-        h = nn.gelu(dense(c.image_dim, self.dtype, "in")(norm("norm_in")(image)), approximate=False)
-        return norm("norm_out")(dense(c.dim, self.dtype, "out")(h))
+        norm = partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
+        h = dense(c.image_dim, self.dtype, "in")(norm(name="norm_in")(image))
+        return norm(name="norm_out")(dense(c.dim, self.dtype, "out")(nn.gelu(h, approximate=False)))
 
 
 class TimeMLP(nn.Module):

@@ -7,14 +7,16 @@ than the published model has.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from salt_jax.models.attention import attention
+from salt_jax.models.blocks import apply
 from salt_jax.types import Params, PRNGKey
 
 
@@ -52,14 +54,19 @@ def init_image_encoder(key: PRNGKey, config: ImageEncoderConfig) -> Params:
     k_class, k_position, k_patch, k_norm, k_blocks = jax.random.split(key, 5)
     x = jnp.zeros((1, 1, config.dim))
     image = jnp.zeros((1, config.image_size, config.image_size, 3))
-    table = lambda k, shape: jax.random.normal(k, shape) * config.dim**-0.5
-    init_block = lambda k: _Block(config, jnp.float32).init(k, x)["params"]
+
+    def table(key, *shape):
+        return jax.random.normal(key, shape) * config.dim**-0.5
+
+    def block(key):
+        return _Block(config, jnp.float32).init(key, x)["params"]
+
     return {
-        "class_embedding": table(k_class, (config.dim,)),
+        "class_embedding": table(k_class, config.dim),
         "patch_embedding": _patches(config, jnp.float32).init(k_patch, image)["params"],
-        "position_embedding": table(k_position, (config.num_tokens, config.dim)),
+        "position_embedding": table(k_position, config.num_tokens, config.dim),
         "norm_in": _norm(config, jnp.float32).init(k_norm, x)["params"],
-        "blocks": jax.vmap(init_block)(jax.random.split(k_blocks, config.num_layers)),
+        "blocks": jax.vmap(block)(jax.random.split(k_blocks, config.num_layers)),
     }
 
 
@@ -67,7 +74,7 @@ def encode_image(
     params: Params,
     pixels: Float[Array, "b h w 3"],
     config: ImageEncoderConfig,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "b n d"]:
     """The features of each picture: row 0 is the class token's, then the patches row by row.
 
@@ -82,22 +89,25 @@ def encode_image(
             f"the image encoder reads {config.image_size} x {config.image_size} pixels, got "
             f"{pixels.shape[1:3]}"
         )
-    patches: Any = _patches(config, dtype).apply({"params": params["patch_embedding"]}, pixels)
+    patches = apply(_patches(config, dtype), params["patch_embedding"], pixels)
     patches = patches.reshape(len(patches), -1, config.dim)
     first = jnp.broadcast_to(params["class_embedding"].astype(dtype), (len(patches), 1, config.dim))
     x = jnp.concatenate([first, patches], axis=1) + params["position_embedding"].astype(dtype)[None]
-    x: Any = _norm(config, dtype).apply({"params": params["norm_in"]}, x)
-    layer = lambda x, block: (_Block(config, dtype).apply({"params": block}, x), None)
+    x = apply(_norm(config, dtype), params["norm_in"], x)
+
+    def layer(x, block):
+        return apply(_Block(config, dtype), block, x), None
+
     x, _ = jax.lax.scan(layer, x, params["blocks"])
     return x
 
 
-def _patches(config: ImageEncoderConfig, dtype: Any) -> nn.Conv:
+def _patches(config: ImageEncoderConfig, dtype: DTypeLike) -> nn.Conv:
     size = (config.patch_size, config.patch_size)
     return nn.Conv(config.dim, size, strides=size, padding="VALID", use_bias=False, dtype=dtype)
 
 
-def _norm(config: ImageEncoderConfig, dtype: Any, name: str | None = None) -> nn.LayerNorm:
+def _norm(config: ImageEncoderConfig, dtype: DTypeLike, name: str | None = None) -> nn.LayerNorm:
     return nn.LayerNorm(config.eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
@@ -105,14 +115,15 @@ class _Block(nn.Module):
     """Self-attention, then the feed-forward, both pre-norm."""
 
     config: ImageEncoderConfig
-    dtype: Any
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        linear = lambda name, features: nn.Dense(features, dtype=self.dtype, name=name)
+        linear = partial(nn.Dense, dtype=self.dtype)
         h = _norm(c, self.dtype, "norm1")(x)
-        q, k, v = (linear(name, c.dim)(h).reshape(*h.shape[:2], c.num_heads, -1) for name in "qkv")
-        x = x + linear("o", c.dim)(attention(q, k, v).reshape(h.shape))
-        h = linear("fc_in", c.mlp_dim)(_norm(c, self.dtype, "norm2")(x))
-        return x + linear("fc_out", c.dim)(nn.gelu(h, approximate=False))
+        projected = (linear(c.dim, name=name)(h) for name in "qkv")
+        q, k, v = (z.reshape(*h.shape[:2], c.num_heads, -1) for z in projected)
+        x = x + linear(c.dim, name="o")(attention(q, k, v).reshape(h.shape))
+        h = linear(c.mlp_dim, name="fc_in")(_norm(c, self.dtype, "norm2")(x))
+        return x + linear(c.dim, name="fc_out")(nn.gelu(h, approximate=False))

@@ -81,9 +81,10 @@ def append(cache: KVCache, new: KeysValues, x0: Latent, policy: CachePolicy) -> 
 
 def grow(cache: KVCache, empty: KVCache) -> KVCache:
     """`empty`, a cache with more slots, with those of `cache`, all of them filled, in front."""
-    put = lambda axis, old, buffer: jax.lax.dynamic_update_slice_in_dim(
-        buffer, old.astype(buffer.dtype), 0, axis
-    )
+
+    def put(axis, old, buffer):
+        return jax.lax.dynamic_update_slice_in_dim(buffer, old.astype(buffer.dtype), 0, axis)
+
     return map_slots(put, cache, empty)
 
 
@@ -95,7 +96,10 @@ def trim(cache: KVCache, policy: CachePolicy) -> KVCache:
     if slots >= cache.slots:
         return cache
     kept = np.r_[: policy.sink, cache.slots - slots + policy.sink : cache.slots]
-    cut = lambda axis, x: x[(slice(None),) * axis + (kept,)]
+
+    def cut(axis, x):
+        return x[(slice(None),) * axis + (kept,)]
+
     return replace(map_slots(cut, cache), filled=jnp.full((), slots, jnp.int32))
 
 

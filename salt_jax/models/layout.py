@@ -4,11 +4,11 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 
 BATCH = ("data", "fsdp")
 TOKENS = (BATCH, None, ("context",))  # of [B, F, S, D]
@@ -27,7 +27,7 @@ def head_axes(sizes: Mapping[str, int], heads: int) -> tuple[str, ...] | None:
     return fitting(sizes, heads, EXCHANGED) or fitting(sizes, heads, ("tensor",))
 
 
-def lay(x: Any, mesh: Mesh | None, *axes: tuple[str, ...] | None) -> Any:
+def lay(x: Array, mesh: Mesh | None, *axes: tuple[str, ...] | None) -> Array:
     """`x` with its first axes sharded as given, where they divide; the rest whole.
 
     Without a mesh as it is.
@@ -50,7 +50,7 @@ def cache_spec(sizes: Mapping[str, int], shape: tuple[int, ...]) -> P:
     return P(None, fitting(sizes, shape[1], BATCH), None, None, head_axes(sizes, shape[4]))
 
 
-def lay_cache(x: Any, mesh: Mesh | None) -> Any:
+def lay_cache(x: Array, mesh: Mesh | None) -> Array:
     """Keys or values laid out so; without a mesh as they are."""
     if mesh is None:
         return x

@@ -2,13 +2,24 @@
 (arXiv:2106.09685).
 """
 
-from typing import Any
+from typing import Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from salt_jax.types import Params, PRNGKey
+from salt_jax.types import Leaf, Params, PRNGKey
+
+
+@runtime_checkable
+class Adaptation(Protocol):
+    """`config.lora`."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def alpha(self) -> float: ...
 
 
 def init_lora(key: PRNGKey, params: Params, rank: int) -> Params:
@@ -16,8 +27,7 @@ def init_lora(key: PRNGKey, params: Params, rank: int) -> Params:
     unchanged.
     """
     adapted = {}
-    flat: dict[Any, Any] = dict(flatten_dict(params["blocks"]))
-    for path, kernel in flat.items():
+    for path, kernel in _flat(params["blocks"]).items():
         if path[-1] == "kernel":
             key, k_a = jax.random.split(key)
             layers, rows, columns = kernel.shape
@@ -29,16 +39,20 @@ def init_lora(key: PRNGKey, params: Params, rank: int) -> Params:
     return {"blocks": unflatten_dict(adapted)}
 
 
-def merge(base: Params, params: Params, lora: Any) -> Params:
+def merge(base: Params, params: Params, lora: Adaptation) -> Params:
     """The whole network.
 
     `params` already is, unless `lora.rank` says that it adapts `base`, which gets no gradient.
     """
     if not lora.rank:
         return params
-    flat: dict[Any, Any] = dict(flatten_dict(jax.lax.stop_gradient(base)))
-    adapted: dict[Any, Any] = dict(flatten_dict(params))
+    flat, adapted = _flat(jax.lax.stop_gradient(base)), _flat(params)
     for path in {path[:-1] for path in adapted}:
         product = jnp.matmul(adapted[(*path, "lora_a")], adapted[(*path, "lora_b")])
         flat[path] = flat[path] + lora.alpha / lora.rank * product
     return unflatten_dict(flat)
+
+
+def _flat(params: Params) -> dict[tuple[str, ...], Leaf]:
+    """Parameters by their paths."""
+    return cast(dict[tuple[str, ...], Leaf], flatten_dict(params))

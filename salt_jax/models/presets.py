@@ -125,11 +125,11 @@ KernelChoice = Literal["auto", "plain", "blocks", "cudnn", "splash"]
 class Compute:
     """How to run the network, which changes speed and rounding but not the function."""
 
-    dtype: Any = np.float32  # of matrix products
+    dtype: np.dtype | type = np.float32  # of matrix products
     remat: Remat = "none"  # what of a block is kept for the backward pass, see models.remat
     # of the tokens between two blocks, whose inputs are what "all" keeps
-    residual: Any = np.float32
+    residual: np.dtype | type = np.float32
     kernel: Kernel = "blocks"  # of attention
-    # Mesh of the sharding constraints on tokens and attention. None: XLA decides, and under fsdp
-    # may replicate the batch.
+    # Mesh of the sharding constraints on tokens and attention, a jax.sharding.Mesh, which nothing
+    # in here may name. None: XLA decides, and under fsdp may replicate the batch.
     mesh: Any = None

@@ -4,10 +4,10 @@ See `models.presets.Remat`.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
 
 from salt_jax.models.presets import Remat
 
@@ -18,14 +18,15 @@ CUDNN = "dot_product_attention_fwd_wrapper"
 _named = jax.checkpoint_policies.save_only_these_names(ATTENTION)
 
 
-def _attention(primitive: Any, *args: Any, **params: Any) -> Any:
+def _attention(primitive: Primitive, *args: object, **params: object) -> bool:
     return _named(primitive, *args, **params) or primitive.name == CUDNN
 
 
-def _also_attention(policy: Callable) -> Callable:
-    return lambda primitive, *args, **params: (
-        policy(primitive, *args, **params) or _attention(primitive, *args, **params)
-    )
+def _also_attention(policy: Callable[..., bool]) -> Callable[..., bool]:
+    def both(primitive: Primitive, *args: object, **params: object) -> bool:
+        return policy(primitive, *args, **params) or _attention(primitive, *args, **params)
+
+    return both
 
 
 POLICIES: dict[str, Callable | None] = {
@@ -48,5 +49,8 @@ def recomputed(layer: Callable, how: Remat) -> Callable:
     """
     if how == "none":
         return layer
-    named = lambda tokens, each: layer(checkpoint_name(tokens, BLOCK), each)
+
+    def named(tokens, each):
+        return layer(checkpoint_name(tokens, BLOCK), each)
+
     return jax.checkpoint(named, prevent_cse=False, policy=POLICIES[how])

@@ -5,7 +5,7 @@ frames and c // 3 each for rows and columns. Pairs are interleaved: features (2j
 position * theta^(-2j / d_axis).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +18,15 @@ THETA = 10_000.0
 
 
 class Angles(NamedTuple):
-    """Of the tokens of some frames, axis by axis: float32 [F, c_f], [H, c], [W, c].
+    """Of the tokens of some frames, axis by axis, in float32.
 
     A program combines them when it turns something. A table of all tokens would be a constant in
     it, of megabytes.
     """
 
-    frames: Any
-    rows: np.ndarray
-    columns: np.ndarray
+    frames: Float[Array | np.ndarray, "f c_f"]
+    rows: Float[Array | np.ndarray, "h c"]
+    columns: Float[Array | np.ndarray, "w c"]
 
 
 def rope_angles(
@@ -40,12 +40,16 @@ def rope_angles(
     """
     pairs = head_dim // 2
     side = pairs // 3
-    axis = lambda places, n: np.outer(places, THETA ** (-np.arange(n) / n)).astype(np.float32)
     if isinstance(frames, jax.Array):
-        time = jnp.asarray(axis(np.arange(MAX_FRAMES), pairs - 2 * side))[frames]
+        time = jnp.asarray(_turns(np.arange(MAX_FRAMES), pairs - 2 * side))[frames]
     else:
-        time = axis(frames, pairs - 2 * side)
-    return Angles(time, axis(np.arange(height), side), axis(np.arange(width), side))
+        time = _turns(frames, pairs - 2 * side)
+    return Angles(time, _turns(np.arange(height), side), _turns(np.arange(width), side))
+
+
+def _turns(places: Int[np.ndarray, "n"], pairs: int) -> Float[np.ndarray, "n pairs"]:
+    """Angles along one axis."""
+    return np.outer(places, THETA ** (-np.arange(pairs) / pairs)).astype(np.float32)
 
 
 def by_token(angles: Angles) -> Float[Array, "f s p"]:
@@ -54,9 +58,9 @@ def by_token(angles: Angles) -> Float[Array, "f s p"]:
     # again.
     time, rows, columns = jax.lax.optimization_barrier(jax.tree.map(jnp.asarray, angles))
     grid = (len(time), len(rows), len(columns))
-    spread = lambda x: jnp.broadcast_to(x, (*grid, x.shape[-1]))
-    parts = (spread(time[:, None, None]), spread(rows[None, :, None]), spread(columns[None, None]))
-    return jnp.concatenate(parts, -1).reshape(grid[0], grid[1] * grid[2], -1)
+    parts = (time[:, None, None], rows[None, :, None], columns[None, None])
+    spread = [jnp.broadcast_to(x, (*grid, x.shape[-1])) for x in parts]
+    return jnp.concatenate(spread, -1).reshape(grid[0], grid[1] * grid[2], -1)
 
 
 def rotate(x: Float[Array, "b f s a d"], angles: Angles) -> Float[Array, "b f s a d"]:

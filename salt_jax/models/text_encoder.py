@@ -8,14 +8,16 @@ Parameter names follow transformers' `UMT5EncoderModel`; its `encoder.block.{i}.
 `blocks`, stacked on a leading layer axis.
 """
 
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Int
 
+from salt_jax.models.blocks import apply
 from salt_jax.models.presets import TEXT_PRESETS, TextEncoderConfig
 from salt_jax.types import Params, PRNGKey, TextEmb, TokenIds
 
@@ -31,18 +33,20 @@ def init_text_encoder(key: PRNGKey, config: TextEncoderConfig) -> Params:
     k_shared, k_blocks, k_norm = jax.random.split(key, 3)
     x, buckets = jnp.zeros((1, 1, config.dim)), relative_buckets(1, config)
     table = nn.Embed(config.vocab_size, config.dim, embedding_init=nn.initializers.normal(1.0))
-    init_block = lambda k: _Block(config, jnp.float32).init(k, x, jnp.ones((1, 1), bool), buckets)[
-        "params"
-    ]
+
+    def block(key):
+        is_text = jnp.ones((1, 1), bool)
+        return _Block(config, jnp.float32).init(key, x, is_text, buckets)["params"]
+
     return {
         "shared": table.init(k_shared, jnp.zeros((1, 1), jnp.int32))["params"],
-        "blocks": jax.vmap(init_block)(jax.random.split(k_blocks, config.num_layers)),
+        "blocks": jax.vmap(block)(jax.random.split(k_blocks, config.num_layers)),
         "final_layer_norm": nn.RMSNorm(config.eps).init(k_norm, x)["params"],
     }
 
 
 def encode_text(
-    params: Params, tokens: TokenIds, config: TextEncoderConfig, *, dtype: Any = jnp.float32
+    params: Params, tokens: TokenIds, config: TextEncoderConfig, *, dtype: DTypeLike = jnp.float32
 ) -> TextEmb:
     """The embedding of each token in the light of its text; rows past the end of the text are zero.
 
@@ -55,11 +59,11 @@ def encode_text(
     buckets = relative_buckets(tokens.shape[1], config)
 
     def layer(x, block):
-        return _Block(config, dtype).apply({"params": block}, x, is_text, buckets), None
+        return apply(_Block(config, dtype), block, x, is_text, buckets), None
 
     x = jnp.take(params["shared"]["embedding"], tokens, axis=0).astype(dtype)
     x, _ = jax.lax.scan(layer, x, params["blocks"])
-    x: Any = nn.RMSNorm(config.eps, dtype=dtype).apply({"params": params["final_layer_norm"]}, x)
+    x = apply(nn.RMSNorm(config.eps, dtype=dtype), params["final_layer_norm"], x)
     return jnp.where(is_text[..., None], x, 0)
 
 
@@ -68,7 +72,7 @@ def encode_prompts(
     tokens: Int[np.ndarray, "b t"],
     config: TextEncoderConfig,
     *,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> TextEmb:
     """`encode_text` at the cost of the longest text: the columns that are padding in every row are
     not computed.
@@ -107,24 +111,23 @@ class _Block(nn.Module):
     """Self-attention with its own position bias, then the gated feed-forward, both pre-norm."""
 
     config: TextEncoderConfig
-    dtype: Any
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: jax.Array, is_text: jax.Array, buckets: np.ndarray) -> jax.Array:
         c = self.config
         inner = c.num_heads * c.head_dim
-        norm = lambda name: nn.RMSNorm(c.eps, dtype=self.dtype, name=name)
+        norm = partial(nn.RMSNorm, c.eps, dtype=self.dtype)
 
         def linear(name, features, variance):
             init = nn.initializers.normal(variance**-0.5)
             return nn.Dense(features, use_bias=False, dtype=self.dtype, kernel_init=init, name=name)
 
-        h = norm("attention_layer_norm")(x)
-        split = lambda z: z.reshape(*z.shape[:2], c.num_heads, c.head_dim)
+        h = norm(name="attention_layer_norm")(x)
         # 1 / head_dim here in place of a scale below
-        q = split(linear("q", inner, c.dim * c.head_dim)(h))
-        k = split(linear("k", inner, c.dim)(h))
-        v = split(linear("v", inner, c.dim)(h))
+        q = linear("q", inner, c.dim * c.head_dim)(h)
+        k, v = linear("k", inner, c.dim)(h), linear("v", inner, c.dim)(h)
+        q, k, v = (z.reshape(*h.shape[:2], c.num_heads, c.head_dim) for z in (q, k, v))
         init = nn.initializers.normal(c.dim**-0.5)
         table = nn.Embed(
             c.num_buckets, c.num_heads, embedding_init=init, name="relative_attention_bias"
@@ -135,6 +138,6 @@ class _Block(nn.Module):
         h = jax.nn.dot_product_attention(q, k, v, bias, mask, scale=1.0, implementation="xla")
         x = x + linear("o", c.dim, inner)(h.reshape(*h.shape[:2], inner))
 
-        h = norm("ffn_layer_norm")(x)
+        h = norm(name="ffn_layer_norm")(x)
         gate = nn.gelu(linear("wi_0", c.ffn_dim, c.dim)(h), approximate=True)
         return x + linear("wo", c.dim, c.ffn_dim)(gate * linear("wi_1", c.ffn_dim, c.dim)(h))

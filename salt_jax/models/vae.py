@@ -9,18 +9,28 @@ videos and streams use the same two.
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from salt_jax.models import vae_blocks
 from salt_jax.models.latent_size import SPACE, TIME
-from salt_jax.models.vae_blocks import conv, decoder_layers, encoder_layers, run_layers
+from salt_jax.models.vae_blocks import (
+    Cache,
+    Layer,
+    conv,
+    conv_shapes,
+    decoder_layers,
+    encoder_layers,
+    run_layers,
+)
 from salt_jax.types import Latent, Params, PRNGKey
 
 Video = Float[Array, "b t height width 3"]
@@ -61,19 +71,13 @@ PRESETS = {"wan2.1": VAEConfig(96, 16), "tiny": VAEConfig(8, 16)}
 def init_vae(key: PRNGKey, config: VAEConfig) -> Params:
     """Fresh float32 parameters: kernels of variance 1 / fan-in, biases zero, gains one."""
     z = config.z_dim
-    conv_shape = lambda *kernel: {"kernel": kernel, "bias": kernel[-1:]}
-    part = lambda layers, width, out: {
-        **unflatten_dict({layer.path: vae_blocks.shapes(layer) for layer in layers}, sep="/"),
-        "norm_out": {"scale": (width,)},
-        "conv_out": conv_shape(3, 3, 3, width, out),
-    }
     tree = {
-        "encoder": part(encoder_layers(config.dim), 4 * config.dim, 2 * z),
-        "to_moments": conv_shape(1, 1, 1, 2 * z, 2 * z),
-        "from_latent": conv_shape(1, 1, 1, z, z),
-        "decoder": part(decoder_layers(config.dim, z), config.dim, 3),
+        "encoder": _network_shapes(encoder_layers(config.dim), 4 * config.dim, 2 * z),
+        "to_moments": conv_shapes(1, 1, 1, 2 * z, 2 * z),
+        "from_latent": conv_shapes(1, 1, 1, z, z),
+        "decoder": _network_shapes(decoder_layers(config.dim, z), config.dim, 3),
     }
-    leaves: Any = flatten_dict(tree)
+    leaves = cast(dict[tuple[str, ...], tuple[int, ...]], flatten_dict(tree))
     # one draw for all kernels, and a barrier against fusing it into each: XLA compiles a hundred
     # for minutes
     ends = np.cumsum([math.prod(shape) * (path[-1] == "kernel") for path, shape in leaves.items()])
@@ -88,7 +92,16 @@ def init_vae(key: PRNGKey, config: VAEConfig) -> Params:
     return unflatten_dict({path: fresh(path, shape, draw) for (path, shape), draw in pairs})
 
 
-def encode_video(params: Params, video: Video, config: VAEConfig, dtype: Any) -> Latent:
+def _network_shapes(layers: list[Layer], width: int, out: int) -> Params:
+    """Of encoder or decoder: its layers, then a norm of `width` and a convolution to `out`."""
+    return {
+        **unflatten_dict({layer.path: vae_blocks.shapes(layer) for layer in layers}, sep="/"),
+        "norm_out": {"scale": (width,)},
+        "conv_out": conv_shapes(3, 3, 3, width, out),
+    }
+
+
+def encode_video(params: Params, video: Video, config: VAEConfig, dtype: DTypeLike) -> Latent:
     """Frames [B, 4k+1, 8h, 8w, 3] in [-1, 1] -> normalised latents [B, k+1, h, w, 16], the mean of
     the posterior.
 
@@ -113,7 +126,7 @@ def encode_video(params: Params, video: Video, config: VAEConfig, dtype: Any) ->
     return jnp.concatenate([first, jnp.moveaxis(rest[:, :, 0], 0, 1)], axis=1)
 
 
-def decode_video(params: Params, latents: Latent, config: VAEConfig, dtype: Any) -> Video:
+def decode_video(params: Params, latents: Latent, config: VAEConfig, dtype: DTypeLike) -> Video:
     """Normalised latents [B, F, h, w, 16] -> frames [B, 4F-3, 8h, 8w, 3] in [-1, 1].
 
     `dtype` as in `encode_video`.
@@ -126,8 +139,8 @@ def decode_video(params: Params, latents: Latent, config: VAEConfig, dtype: Any)
 
 
 def decode_first(
-    params: Params, latents: Latent, config: VAEConfig, dtype: Any
-) -> tuple[Video, Any]:
+    params: Params, latents: Latent, config: VAEConfig, dtype: DTypeLike
+) -> tuple[Video, Cache]:
     """Starts a stream: the first latent frame [B, 1, h, w, 16] -> its one frame, and the cache to
     continue with.
     """
@@ -138,8 +151,8 @@ def decode_first(
 
 
 def decode_next(
-    params: Params, cache: Any, latents: Latent, config: VAEConfig, dtype: Any
-) -> tuple[Video, Any]:
+    params: Params, cache: Cache, latents: Latent, config: VAEConfig, dtype: DTypeLike
+) -> tuple[Video, Cache]:
     """Continues a stream: latents [B, n, h, w, 16] -> frames [B, 4n, 8h, 8w, 3], and the cache
     after them.
 
@@ -187,15 +200,16 @@ def _row(channels):
 
 
 def encode_tiled(
-    params: Params, video: Video, config: VAEConfig, dtype: Any, tile: int, overlap: int
+    params: Params, video: Video, config: VAEConfig, dtype: DTypeLike, tile: int, overlap: int
 ) -> Latent:
     """`encode_video` in the memory of one tile at a time, see `decode_tiled`."""
     _check_shape(video)
-    return _tiled(lambda x: encode_video(params, x, config, dtype), video, tile, overlap, SPACE, 1)
+    encode = partial(encode_video, params, config=config, dtype=dtype)
+    return _tiled(encode, video, tile, overlap, SPACE, 1)
 
 
 def decode_tiled(
-    params: Params, latents: Latent, config: VAEConfig, dtype: Any, tile: int, overlap: int
+    params: Params, latents: Latent, config: VAEConfig, dtype: DTypeLike, tile: int, overlap: int
 ) -> Video:
     """`decode_video` in the memory of one tile at a time: tiles of at most `tile` x `tile` latent
     positions that overlap by at least `overlap`, blended linearly where they do.
@@ -204,9 +218,8 @@ def decode_tiled(
     one size, so that one program serves all, and evenly spread; diffusers' `tiled_decode` lets the
     last ones be as narrow as `overlap`. Raises ValueError unless 0 <= overlap < tile.
     """
-    return _tiled(
-        lambda z: decode_video(params, z, config, dtype), latents, tile, overlap, 1, SPACE
-    )
+    decode = partial(decode_video, params, config=config, dtype=dtype)
+    return _tiled(decode, latents, tile, overlap, 1, SPACE)
 
 
 def _tiled(run, x, tile, overlap, unit_in, unit_out):
@@ -224,11 +237,11 @@ def _tiled(run, x, tile, overlap, unit_in, unit_out):
 
     def add(total, place):
         row, column, row_weight, column_weight = place
-        start = lambda unit: (0, 0, row * unit, column * unit, 0)
-        piece = run(lax.dynamic_slice(x, start(unit_in), tile_in))
+        read, write = ((0, 0, row * unit, column * unit, 0) for unit in (unit_in, unit_out))
+        piece = run(lax.dynamic_slice(x, read, tile_in))
         piece *= (row_weight[:, None] * column_weight[None])[None, None, :, :, None]
-        piece += lax.dynamic_slice(total, start(unit_out), piece.shape)
-        return lax.dynamic_update_slice(total, piece, start(unit_out)), None
+        piece += lax.dynamic_slice(total, write, piece.shape)
+        return lax.dynamic_update_slice(total, piece, write), None
 
     i, j = (axis.reshape(-1) for axis in np.indices((len(rows), len(columns))))
     total = jnp.zeros((b, t, height * unit_out, width * unit_out, c))

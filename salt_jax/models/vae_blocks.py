@@ -9,7 +9,7 @@ float32.
 
 from functools import partial, reduce
 from operator import getitem
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,11 @@ from salt_jax.types import Params
 
 Frames = Float[Array, "b _ _ _ _"]
 """Some frames inside the networks, [B, T, H, W, C]."""
+
+Kernel = Float[Array, "kt kh kw i o"]
+
+Cache = dict[str, Frames | tuple[Frames, ...]]
+"""By layer: the last frames that each of its convolutions in time has seen."""
 
 
 class Layer(NamedTuple):
@@ -73,43 +78,50 @@ def _middle(width):
 def shapes(layer: Layer) -> Params:
     """The shape of every parameter of a layer."""
     _, kind, channels, out = layer
-    conv = lambda *kernel: {"kernel": kernel, "bias": kernel[-1:]}
     if kind == "conv":
-        return conv(3, 3, 3, channels, out)
+        return conv_shapes(3, 3, 3, channels, out)
     if kind == "attention":
         projections = {
-            "qkv": conv(1, 1, channels, 3 * channels),
-            "proj": conv(1, 1, channels, channels),
+            "qkv": conv_shapes(1, 1, channels, 3 * channels),
+            "proj": conv_shapes(1, 1, channels, channels),
         }
         return {"norm": {"scale": (channels,)}, **projections}
     if kind == "res":
         tree = {
             "norm1": {"scale": (channels,)},
-            "conv1": conv(3, 3, 3, channels, out),
+            "conv1": conv_shapes(3, 3, 3, channels, out),
             "norm2": {"scale": (out,)},
-            "conv2": conv(3, 3, 3, out, out),
+            "conv2": conv_shapes(3, 3, 3, out, out),
         }
-        return tree if channels == out else tree | {"shortcut": conv(1, 1, 1, channels, out)}
-    spatial = {"conv": conv(3, 3, channels, out)}
+        if channels != out:
+            tree["shortcut"] = conv_shapes(1, 1, 1, channels, out)
+        return tree
+    spatial = {"conv": conv_shapes(3, 3, channels, out)}
     time_out = {"down3d": channels, "up3d": 2 * channels}
     return (
-        spatial | {"time_conv": conv(3, 1, 1, channels, time_out[kind])}
+        spatial | {"time_conv": conv_shapes(3, 1, 1, channels, time_out[kind])}
         if kind in time_out
         else spatial
     )
 
 
-def run_layers(layers: list[Layer], params: Params, x: Frames, cache: Any) -> tuple[Frames, Any]:
+def conv_shapes(*kernel: int) -> dict[str, tuple[int, ...]]:
+    """Those of a convolution with a kernel of this shape."""
+    return {"kernel": kernel, "bias": kernel[-1:]}
+
+
+def run_layers(
+    layers: list[Layer], params: Params, x: Frames, cache: Cache | None
+) -> tuple[Frames, Cache]:
     """Pushes a few frames through all layers and the last norm and convolution: the first frame of
     a video with `cache` None, later ones with what the call before returned.
     """
-    new = {}
-    past = lambda path: None if cache is None else cache[path]
+    new, past = {}, cache or {}
     for path, kind, *_ in layers:
-        x, new[path] = _RUN[kind](reduce(getitem, path.split("/"), params), x, past(path))
-    x, new["conv_out"] = causal_conv(
-        params["conv_out"], norm_silu(params["norm_out"], x), past("conv_out")
-    )
+        x, new[path] = _RUN[kind](reduce(getitem, path.split("/"), params), x, past.get(path))
+    last = past.get("conv_out")
+    assert not isinstance(last, tuple)
+    x, new["conv_out"] = causal_conv(params["conv_out"], norm_silu(params["norm_out"], x), last)
     return x, new
 
 
@@ -136,7 +148,7 @@ def conv(
 
 
 def conv_at_once(
-    x: Frames, kernel: Any, stride: tuple[int, int, int], pad: list[tuple[int, int]]
+    x: Frames, kernel: Kernel, stride: tuple[int, int, int], pad: list[tuple[int, int]]
 ) -> Frames:
     """One 3-D convolution."""
     return lax.conv_general_dilated(
@@ -145,7 +157,7 @@ def conv_at_once(
 
 
 def conv_by_frame(
-    x: Frames, kernel: Any, stride: tuple[int, int, int], pad: list[tuple[int, int]]
+    x: Frames, kernel: Kernel, stride: tuple[int, int, int], pad: list[tuple[int, int]]
 ) -> Frames:
     """The same as a sum of 2-D ones, one for each frame of the kernel."""
     taps = len(kernel)
@@ -161,7 +173,7 @@ def conv_by_frame(
     return sum((tap(i) for i in range(1, taps)), tap(0))
 
 
-def causal_conv(params: Params, x: Frames, past: Any) -> tuple[Frames, Frames]:
+def causal_conv(params: Params, x: Frames, past: Frames | None) -> tuple[Frames, Frames]:
     """3 x 3 x 3 convolution that sees two frames back.
 
     `past` and the second result are those frames [B, 2, ...].

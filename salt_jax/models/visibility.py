@@ -4,11 +4,11 @@ New frames are cut into groups; each attends densely to a run of new frames and 
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from salt_jax.models.cache_policy import CachePolicy
 
@@ -28,10 +28,12 @@ class QueryGroup(NamedTuple):
 
 
 class KeysValues(NamedTuple):
-    """Of frames, in every layer: raw, keys not yet turned by rotary positions."""
+    """Of frames, in every layer or, inside of one, in that: raw, keys not yet turned by rotary
+    positions.
+    """
 
-    k: Any  # [layers, B, F, S, A, d]
-    v: Any  # the same
+    k: Float[Array, "*layers b f s a d"]
+    v: Float[Array, "*layers b f s a d"]
 
 
 class AttentionPlan(NamedTuple):
@@ -52,7 +54,7 @@ def plan_whole_clip(frames: int) -> AttentionPlan:
 def chunk_groups(
     policy: CachePolicy,
     sizes: Sequence[int],
-    frames: Any,
+    frames: Positions,
     before: int,
     clean: Literal["memory", "new"],
 ) -> tuple[QueryGroup, ...]:
@@ -93,5 +95,8 @@ def chunk_pairs(policy: CachePolicy, frames: int, before: int = 0) -> list[tuple
     """(new frames, seen frames) of each chunk of the next `frames` of a video with `before`."""
     sizes = policy.sizes(frames, before)
     stops = (before + np.cumsum(sizes)).tolist()
-    past = lambda start, stop: sum(s.stop - s.start for s in policy.visible(start, stop))
-    return [(n, n + past(stop - n, stop)) for n, stop in zip(sizes, stops, strict=True)]
+    pairs = []
+    for new, stop in zip(sizes, stops, strict=True):
+        earlier = policy.visible(stop - new, stop)
+        pairs.append((new, new + sum(s.stop - s.start for s in earlier)))
+    return pairs

@@ -21,7 +21,8 @@ reads; `keys_values` makes what a cache stores; `cross_keys_values` does the tex
 all calls under one prompt.
 """
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,10 @@ def init_wan(key: PRNGKey, config: WanConfig) -> Params:
     x, row = jnp.zeros((1, 1, 1, c.dim)), jnp.zeros((1, 1, c.dim))
     context = Context(row, row if c.image_dim else None)
     e0, groups = jnp.zeros((1, 1, 6, c.dim)), _with_angles(plan_whole_clip(1), 1, 1, c)
-    block = lambda key: Block(c, Compute()).init(key, x, e0, context, groups)["params"]
+
+    def block(key):
+        return Block(c, Compute()).init(key, x, e0, context, groups)["params"]
+
     patch = jnp.zeros((1, pt * ph * pw * c.in_channels))
     image = ImageMLP(c, f32).init(k_image, jnp.zeros((1, 1, c.image_dim))) if c.image_dim else None
     return ({"image_embedding": image["params"]} if image else {}) | {
@@ -106,6 +110,7 @@ def apply_wan(
 def keys_values(params: Params, inputs: Inputs, config: WanConfig, compute: Compute) -> KeysValues:
     """The raw keys and values of the frames of `inputs.x` in every layer, [n, B, F, S, A, d]."""
     made = _run_blocks(params, inputs, config, compute, config.num_layers, keep=True)
+    assert made.keys_values is not None
     return KeysValues(*(lay_cache(x, compute.mesh) for x in made.keys_values))
 
 
@@ -122,7 +127,10 @@ def cross_keys_values(
     """Keys and values of text and image, in every layer."""
     context = _context(params, cond, config, compute)
     to_text = Attention(config, compute, bool(config.image_dim))
-    layer = lambda block: to_text.apply({"params": block["cross_attn"]}, context, method="read")
+
+    def layer(block):
+        return to_text.apply({"params": block["cross_attn"]}, context, method="read")
+
     return jax.lax.map(layer, params["blocks"])
 
 
@@ -148,7 +156,7 @@ def _context(params: Params, cond: Conditioning, config: WanConfig, compute: Com
 
 
 def _with_angles(plan: AttentionPlan, height: int, width: int, config: WanConfig):
-    angles = lambda positions: rope_angles(positions, height, width, config.head_width)
+    angles = partial(rope_angles, height=height, width=width, head_dim=config.head_width)
     return tuple(
         (group, angles(group.query_positions), angles(group.key_positions)) for group in plan.groups
     )
@@ -157,9 +165,9 @@ def _with_angles(plan: AttentionPlan, height: int, width: int, config: WanConfig
 class _Made(NamedTuple):
     """What the blocks make."""
 
-    tokens: Any  # float32 [B, F, S, D]
-    e: Any  # of the time MLP
-    keys_values: Any  # a pair, of every layer, or Nones
+    tokens: Float[Array, "b f s d"]
+    e: Float[Array, "b f d"]  # of the time MLP; F is 1 where all frames have one level
+    keys_values: tuple[Array, Array] | None  # of every layer, where they are asked for
 
 
 def _run_blocks(

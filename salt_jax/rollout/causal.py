@@ -82,7 +82,9 @@ def generate_chunk(
       picture: (H, W, C), static.
     """
     b, levels = len(keys), steps.levels
-    at = lambda i: jnp.full(b, levels[i])
+
+    def at(i):
+        return jnp.full(b, levels[i])
 
     def arrive(i, x, said):
         """The state at level i, from the previous prediction; one place draws noise, so it compiles
@@ -180,8 +182,8 @@ def rollout(
     made, sigmas = [], []
     for size, own, count in _runs(sizes, steps, first=not before):
         cache, parts = jax.lax.scan(make(size, own), cache, None, length=count)
-        in_order = lambda p: jnp.moveaxis(p, 0, 1).reshape(p.shape[1], -1, *p.shape[3:])
-        made.append(jax.tree.map(in_order, parts))
+        parts = (jnp.moveaxis(p, 0, 1) for p in parts)  # [B, chunks, f, H, W, C]
+        made.append([p.reshape(len(keys), -1, *p.shape[3:]) for p in parts])
         sigmas.append(jnp.full((len(keys), size * count), own.levels[own.exit_step]))
     x, x0 = (jnp.concatenate(parts, axis=1) for parts in zip(*made, strict=True))
     return jax.lax.stop_gradient(Trajectory(x, jnp.concatenate(sigmas, axis=1), x0, cache))

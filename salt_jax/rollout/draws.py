@@ -4,17 +4,17 @@ on a device.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from salt_jax.config.schema import Recipe
 from salt_jax.flow.draws import draw_triple
 from salt_jax.flow.schedule import triples
-from salt_jax.types import PRNGKey
+from salt_jax.types import PRNGKey, Sigma
 
 
 class LevelTriple(NamedTuple):
@@ -22,9 +22,9 @@ class LevelTriple(NamedTuple):
     `exists` False.
     """
 
-    sigma_s: Float[Array, "b"] | Float[Array, "b f"]
-    sigma_m: Any
-    sigma_e: Any
+    sigma_s: Sigma
+    sigma_m: Sigma
+    sigma_e: Sigma
     exists: Bool[Array, "b"] | Bool[Array, "b f"]
 
 
@@ -47,9 +47,11 @@ def draw_chunk_triples(
     """
     triple = draw_triples(key, batch * len(sizes), levels, anchor_levels)
     clean = jax.random.bernoulli(jax.random.fold_in(key, 1), 1 / len(levels), (batch * len(sizes),))
-    spread = lambda value: jnp.repeat(
-        value.reshape(batch, -1), np.array(sizes), axis=1, total_repeat_length=sum(sizes)
-    )
+
+    def spread(value):
+        chunks, frames = value.reshape(batch, -1), sum(sizes)
+        return jnp.repeat(chunks, np.array(sizes), axis=1, total_repeat_length=frames)
+
     s, m, e = (spread(jnp.where(clean, 0.0, level)) for level in triple[:3])
     return LevelTriple(s, m, e, spread(triple.exists & ~clean))
 
@@ -68,17 +70,17 @@ class Draw(NamedTuple):
     Levels are padded with zeros to one length.
     """
 
-    levels: Any  # T(K)
-    exit_step: Any
-    first_levels: Any  # of the first chunk
-    first_exit: Any
-    sigma_m: Float[
-        np.ndarray | Array, ""
-    ]  # of the triple that starts at the exit step; that level where none is
-    sigma_e: Any
-    reference_levels: Any  # T(2K), all of whose num_steps the reference runs
-    reference_exit: Any
-    switch: Any = np.False_  # whether a continued video changes its prompt
+    levels: Float[np.ndarray | Array, "n"]  # T(K)
+    exit_step: np.int32 | Int[Array, ""]
+    first_levels: Float[np.ndarray | Array, "n"]  # of the first chunk
+    first_exit: np.int32 | Int[Array, ""]
+    # of the triple that starts at the exit step; that level where none is
+    sigma_m: np.float32 | Float[Array, ""]
+    sigma_e: np.float32 | Float[Array, ""]
+    reference_levels: Float[np.ndarray | Array, "n"]  # T(2K), all of whose steps the reference runs
+    reference_exit: np.int32 | Int[Array, ""]
+    # whether a continued video changes its prompt
+    switch: np.bool_ | Bool[Array, ""] = np.False_
 
 
 def draw_rollout(r: Recipe, iteration: int, call: int) -> tuple[Terms, Draw]:
@@ -98,7 +100,9 @@ def draw_rollout(r: Recipe, iteration: int, call: int) -> tuple[Terms, Draw]:
     k = int(o.num_steps[min(index, len(o.num_steps) - 1)])
     exit_step = int(u[1] * k)
     train = r.levels(longest)
-    padded = lambda k: np.pad(r.levels(k), (0, max(longest, o.first_steps) - k))
+
+    def padded(k: int) -> np.ndarray:
+        return np.pad(r.levels(k), (0, max(longest, o.first_steps) - k))
 
     table, start = triples(longest, r.schedule.anchor_levels), exit_step
     middle = end = start * (longest // k)

@@ -1,6 +1,8 @@
 """The whole clip at once: the student's step in training, and sampling with any number of steps."""
 
-from typing import Any, NamedTuple
+import operator
+from functools import reduce
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -109,11 +111,14 @@ def multistep_step(
     given.
     """
     x, state, before, last = history
-    mix: Any = lambda weights, *latents: sum(w * z for w, z in zip(weights, latents, strict=True))
     seen = jnp.full(x.shape[0], step.seen)
     now = x - step.sigma * denoiser.denoise(params, x, seen, cond).velocity
-    state = mix(step.correct, state, before, last, now)
-    return History(mix(step.predict, state, last, now), state, last, now)
+    state = _mix(step.correct, state, before, last, now)
+    return History(_mix(step.predict, state, last, now), state, last, now)
+
+
+def _mix(weights: Float[Array | np.ndarray, "n"], *latents: Latent) -> Latent:
+    return reduce(operator.add, (w * z for w, z in zip(weights, latents, strict=True)))
 
 
 def midpoint(x_s: Latent, v_s: Latent, sigma_s: Sigma, sigma_m: Sigma, stop: bool) -> Latent:

@@ -26,7 +26,6 @@ from salt_jax.types import Conditioning, Denoiser, Latent, Params
 _sample = jax.jit(sample, static_argnums=(0, 4, 6))
 _noise_at = jax.jit(noise_at, static_argnums=3)
 _multistep_step = jax.jit(multistep_step, static_argnums=0)
-read_prompt = jax.jit(lambda network, params, cond: network.read(params, cond), static_argnums=0)
 read_again = jax.jit(recache, static_argnums=(0, 4), donate_argnums=2)
 _commit = jax.jit(commit, static_argnums=(0, 5), donate_argnums=2)
 _flush = jax.jit(flush, static_argnums=(1, 2), donate_argnums=0)
@@ -52,6 +51,11 @@ class Session(NamedTuple):
     cond: CrossKV | Branches | None  # of the prompt it is under, once read
     keys: Key[Array, "b"]
     frames: int  # made so far
+
+
+@partial(jax.jit, static_argnums=0)
+def read_prompt(network, params, cond):
+    return network.read(params, cond)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
