@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from salt_jax.models.attention import compute_here
 from salt_jax.models.presets import Compute, WanConfig
-from salt_jax.models.wan import Inputs, apply_wan, init_wan
+from salt_jax.models.wan import Inputs, apply_wan
 from salt_jax.types import Conditioning
-from tests.helpers import randomised, to_diffusers, wan_inputs, wan_of_diffusers
+from tests.helpers import randomised, shapes_of, to_diffusers, wan_inputs, wan_of_diffusers
 
 CONFIG = WanConfig(768, 6, 6, 3072, 16, 16, (1, 2, 2), 256, 64, 256, 0, 1e-6)
 REMAT = ("none", "all", "dots_no_batch")
@@ -53,7 +53,7 @@ def theirs(params: dict, x: np.ndarray, t: np.ndarray, text: np.ndarray) -> Call
 
 def main():
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 20
-    params = jax.tree.map(jnp.asarray, randomised(init_wan(jax.random.key(0), CONFIG), 1))
+    params = jax.tree.map(jnp.asarray, randomised(shapes_of(CONFIG), 1))
     given = wan_inputs(2, CONFIG, batch=1, frames=4, height=24, width=24, rows=64)
     kernel = compute_here(CONFIG, jnp.float32).kernel
     runs = {

@@ -1,8 +1,10 @@
 """What several test files share."""
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +16,18 @@ from salt_jax import sharding
 from salt_jax.flow.prediction import from_velocity
 from salt_jax.models.denoiser import WanDenoiser
 from salt_jax.models.visibility import KeysValues
+from salt_jax.models.wan import init_wan
 from salt_jax.stages.stage import Stage
 from salt_jax.train.step import Call
 from tests.placing import place
+
+ROOT = Path(__file__).parents[1]
+
+
+@functools.cache
+def shapes_of(config, init=init_wan):
+    """Of a network's parameters, as `jax.eval_shape` tells them."""
+    return jax.eval_shape(lambda: init(jax.random.key(0), config))
 
 
 @contextmanager

@@ -8,15 +8,20 @@ names. Both share one cache of compiled programs, so a program that is the same 
 Exit code 1 and the first differences if there are any.
 """
 
+import struct
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+from tensorboardX.proto.event_pb2 import Event
+
+from salt_jax.checkpoint import open_checkpoints
 from salt_jax.config import migrate
-from tests.launch.test_programs import ROOT, succeed
-from tests.train.test_resume import arrays, scalars
+from tests.helpers import ROOT
+from tests.launch.programs import succeed
 
 # What versions up to 0.1 call a config, or a key or flag of today.
 CONFIGS = {
@@ -109,6 +114,32 @@ def logged(folder: Path) -> dict:
 
 def clips(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder / "samples").glob("*.mp4")}
+
+
+def scalars(file):
+    """{(name, update): value} of a TensorBoard file: records of length, checksum, event,
+    checksum.
+    """
+    data, found, at = file.read_bytes(), {}, 0
+    while at < len(data):
+        (size,) = struct.unpack("<Q", data[at : at + 8])
+        event = Event.FromString(data[at + 12 : at + 12 + size])
+        found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+        at += 16 + size
+    return found
+
+
+def arrays(workdir, step):
+    """Every array of a checkpoint, as bytes."""
+    with open_checkpoints(workdir, 2) as manager:
+        assert manager.latest_step() == step
+        names = ("student", "student_opt", "ema", "critic", "critic_opt", "stream")
+        there = [name for name in names if (workdir / "checkpoints" / str(step) / name).is_dir()]
+        trees = {name: manager.restore(step)[name] for name in there}
+    return {
+        jax.tree_util.keystr(path): x.tobytes()
+        for path, x in jax.tree_util.tree_leaves_with_path(jax.device_get(trees))
+    }
 
 
 def main() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers import ROOT
+
 MODULES = sorted(
     path for room in ("salt_jax", "configs", "launch") for path in (ROOT / room).rglob("*.py")
 )
@@ -164,3 +165,10 @@ def test_every_room_is_known():
         if path.suffix == ".py" or (path / "__init__.py").exists()
     }
     assert rooms - {"__init__"} <= set(MAY_IMPORT)
+
+
+def test_no_file_of_tests_is_imported():
+    """What several share stands in helpers.py or in a module of their room."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        for target in imports(path):
+            assert not target.startswith("tests.") or ".test_" not in target, f"{path}: {target}"

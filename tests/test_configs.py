@@ -3,9 +3,7 @@ trace.
 """
 
 import ast
-import importlib
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,49 +19,10 @@ from salt_jax.stages import make_stage, weights
 from salt_jax.stages.stage import Batch
 from salt_jax.train.step import Call, train_step
 from salt_jax.types import Conditioning
-from tests.helpers import form
+from tests.every_config import CASES, OPTIONS, WAN, get_config
+from tests.helpers import ROOT, form
 
-ROOT = Path(__file__).parents[1]
-# Every config with what may stand after the colon, alone and together.
-OPTIONS = {
-    "base": [None],
-    "sc_dmd": [
-        "",
-        "dmd8",
-        "dmd4",
-        *("wan" + i2v + v for i2v in ("", ",i2v") for v in ("", ",dmd8", ",dmd4")),
-    ],
-    "teacher": [None],
-    "teacher_forcing": ["", "frame", "wan", "wan,frame"],
-    "ode_regression": ["", "frame", "wan", "wan,frame", "wan,causvid", "wan,causvid,salt"],
-    "consistency": ["", "frame", "wan", "wan,frame"],
-    "self_forcing": ["", "naive", "mixed", "mixed_sc", "salt", "wan", "wan,salt"],
-    "causal_forcing": [
-        size + variant
-        for size in ("shapes", "wan")
-        for variant in ("", ",salt", ",frame", ",frame,salt", ",two", ",one")
-    ],
-    "causvid": ["", "salt", "wan", "wan,salt"],
-    "longlive_init": ["", "salt", "wan", "wan,salt"],
-    "longlive": [
-        size + variant
-        for size in ("shapes", "wan")
-        for variant in ("", ",salt", ",lora", ",lora,salt")
-    ],
-    "salt": [None],
-}
-CASES = [(name, options) for name, several in OPTIONS.items() for options in several]
-WAN = [case for case in CASES if "wan" in (case[1] or "")]
 CONFIGS = ROOT / "configs"
-
-
-def load(name):
-    return importlib.import_module(f"configs.{name}")
-
-
-def get_config(name, options):
-    """The ConfigDict; `options` None: the config takes none."""
-    return load(name).get_config(*[] if options is None else [options])
 
 
 def test_every_config_is_here():

@@ -13,9 +13,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from salt_jax.config.reading import from_json, read_recipe
+from tests.every_config import OPTIONS, get_config
 from tests.frozen.make import HERE, RUNS, train, unpack
-from tests.launch.test_programs import frames, succeed
-from tests.test_configs import OPTIONS, get_config
+from tests.launch.programs import frames, succeed
 
 CONFIGS = json.loads((HERE / "configs.json").read_text())
 

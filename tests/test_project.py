@@ -2,14 +2,12 @@
 
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 import yaml
 
 import salt_jax
-
-ROOT = Path(__file__).parents[1]
+from tests.helpers import ROOT
 
 
 def requirements(name: str) -> list[str]:

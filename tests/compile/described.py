@@ -39,7 +39,28 @@ from salt_jax.planning.memory import needed
 from salt_jax.sharding import make_mesh
 from salt_jax.stages import make_stage
 from salt_jax.stages.networks import attention_kernel
-from tests.test_configs import ROOT, WAN, get_config
+from tests.every_config import WAN, get_config
+from tests.helpers import ROOT
+
+# what is told of a program
+ROW = {
+    "program": "student step",
+    "problem": None,
+    "compile_seconds": 12.5,
+    "argument_bytes": 4 * 2**30,
+    "temporary_bytes": 42 * 2**30,
+    "output_bytes": 4 * 2**30,
+    "alias_bytes": 3 * 2**30,
+    "peak_bytes": 47 * 2**30,
+    "beside_bytes": 2**30,
+    "peak_is": "the compiler's own",
+    "share": 0.5,
+    "code_bytes": 165 * 2**20,
+    "kernels": {"__cudnn$fmhaSoftmax": 3},
+    "collectives": {"all-gather": {"calls": 2, "runs": 60, "bytes": 3 * 2**30}},
+    "open_loops": 1,
+    "largest": [{"shape": "bf16[30,4]", "bytes": 5 * 2**30, "source": "jit(run)/x/y/z/dot"}],
+}
 
 
 def covering(names: Iterable[str]) -> list[str]:

@@ -12,7 +12,7 @@ from salt_jax.compile import surroundings as s
 from salt_jax.compile.gpu_description import describe
 from salt_jax.compile.target import GPUS, Target, read_target
 from salt_jax.errors import UserError
-from tests.test_configs import ROOT
+from tests.helpers import ROOT
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 libraries.
 """
 
-import functools
 import json
 import re
 
@@ -21,101 +20,32 @@ from salt_jax.convert.reading import find_network
 from salt_jax.convert.sizes import Size, infer_config
 from salt_jax.convert.writing import open_wan, write_official
 from salt_jax.errors import UserError
-from salt_jax.io.tensor_files import load_weights, write_tensors
+from salt_jax.io.tensor_files import write_tensors
 from salt_jax.models import image_encoder, text_encoder, vae
 from salt_jax.models.presets import PRESETS, Compute
-from salt_jax.models.wan import Inputs, apply_wan, init_wan
+from salt_jax.models.wan import Inputs, apply_wan
 from salt_jax.types import Conditioning
-from tests.convert.test_torch_files import archive, ordered, storage, table, tensor
-from tests.helpers import randomised, to_diffusers, wan_inputs, wan_of_diffusers
-from tests.models import test_image_encoder, test_text_encoder, test_vae
-
-T2V, I2V = PRESETS["wan2.1-t2v-tiny"], PRESETS["wan2.1-i2v-tiny"]
-
-
-@functools.cache
-def shapes_of(config, init=init_wan):
-    return jax.eval_shape(lambda: init(jax.random.key(0), config))
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
-def official(params, config):
-    """Our tree under the names of the release, numpy arrays: by hand, in the words of its code, not
-    from our table.
-    """
-    out = {}
-
-    def put(name, p):
-        out[f"{name}.weight"] = p["kernel"].T if "kernel" in p else p["scale"]
-        if "bias" in p:
-            out[f"{name}.bias"] = p["bias"]
-
-    patch, kernel = (
-        (config.dim, config.in_channels, *config.patch_size),
-        params["patch_embedding"]["kernel"],
-    )
-    out["patch_embedding.weight"] = kernel.T.reshape(patch)
-    out["patch_embedding.bias"] = params["patch_embedding"]["bias"]
-    for part in ("text", "time"):
-        put(f"{part}_embedding.0", params[f"{part}_embedding"]["in"])
-        put(f"{part}_embedding.2", params[f"{part}_embedding"]["out"])
-    put("time_projection.1", params["time_embedding"]["projection"])
-    put("head.head", params["head"]["linear"])
-    out["head.modulation"] = params["head"]["modulation"][None]
-    for place, part in enumerate(("norm_in", "in", None, "out", "norm_out")):
-        if part and config.image_dim:
-            put(f"img_emb.proj.{place}", params["image_embedding"][part])
-    for i in range(config.num_layers):
-        block = jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"])
-        for attention in ("self_attn", "cross_attn"):
-            for part in block[attention]:
-                put(f"blocks.{i}.{attention}.{part}", block[attention][part])
-        put(f"blocks.{i}.norm3", block["norm_cross"])
-        put(f"blocks.{i}.ffn.0", block["ffn_in"])
-        put(f"blocks.{i}.ffn.2", block["ffn_out"])
-        out[f"blocks.{i}.modulation"] = block["modulation"][None]
-    return {name: np.ascontiguousarray(array) for name, array in out.items()}
-
-
-def save_torch(path, tree):
-    """What torch.save would write of nested dicts of arrays, by hand."""
-    data, kinds = (
-        {},
-        {"float32": "Float", "float16": "Half", "bfloat16": "BFloat16", "int64": "Long"},
-    )
-
-    def describe(value):
-        if isinstance(value, dict):
-            return ordered({key: describe(v) for key, v in value.items()})
-        key = str(len(data))
-        data[key] = value.tobytes()
-        strides = [int(np.prod(value.shape[i + 1 :])) for i in range(value.ndim)]
-        return tensor(storage(kinds[value.dtype.name], key, value.size), 0, value.shape, strides)
-
-    return archive(path, table({key: describe(v) for key, v in tree.items()}), data)
-
-
-def write(found, path, dtype=None):
-    write_tensors(path, reading.writers(found, dtype), {"config": json.dumps(vars(found.config))})
-    return path
-
-
-def come_in(files, path, dtype=None):
-    """Converts and loads as stored: (found, tree)."""
-    found = find_network(files)
-    like = shapes_of(found.config, reading.PARTS[found.network].init)
-    return found, load_weights(write(found, path / "ours.safetensors", dtype), like, None)
-
-
-def same_bits(a, b):
-    a, b = flatten_dict(a, sep="/"), flatten_dict(b, sep="/")
-    assert a.keys() == b.keys()
-    for name in a:
-        x, y = np.asarray(a[name]), np.asarray(b[name])
-        assert (x.shape, x.dtype) == (y.shape, y.dtype) and x.tobytes() == y.tobytes(), name
+from tests.convert.networks import (
+    I2V,
+    T2V,
+    come_in,
+    from_table,
+    official,
+    same_bits,
+    save_torch,
+    slow,
+)
+from tests.helpers import randomised, shapes_of, to_diffusers, wan_inputs, wan_of_diffusers
+from tests.models.oracles import (
+    CLIP,
+    UMT5,
+    clip_from_transformers,
+    clip_of_transformers,
+    from_diffusers,
+    make_oracle,
+    random_tokens,
+    umt5_of_transformers,
+)
 
 
 @pytest.fixture
@@ -235,21 +165,6 @@ def test_the_student_of_a_training_is_found_whatever_wraps_its_names(tmp_path, k
     }
     assert (found.student, found.config) == (keys.get(kind, ""), T2V)
     same_bits(tree, params)
-
-
-def lora_file(path, params, rank, seed=3):
-    """LongLive's: {"generator_lora": PEFT's names}, all matrices of the blocks."""
-    rng, out = np.random.default_rng(seed), {}
-    for name, w in official(params, T2V).items():
-        if name.startswith("blocks.") and w.ndim == 2 and name.endswith(".weight"):
-            layer = f"base_model.model.{name.removesuffix('.weight')}"
-            out[f"{layer}.lora_A.weight"] = rng.standard_normal((rank, w.shape[1])).astype(
-                np.float32
-            )
-            out[f"{layer}.lora_B.weight"] = rng.standard_normal((w.shape[0], rank)).astype(
-                np.float32
-            )
-    return save_torch(path, {"generator_lora": out, "step": np.int64([1])}), out
 
 
 def save_changed(tmp_path, change, config=T2V, heads=2):
@@ -395,26 +310,6 @@ def test_other_networks_have_the_published_number_of_arrays():
     assert count(names.VAE, 1) == 194
     assert count(names.TEXT_ENCODER, 24) == 242
     assert per_layer(names.IMAGE_ENCODER) == 16 and count(names.IMAGE_ENCODER, 32) == 5 + 32 * 16
-
-
-def from_table(network, layout, tree):
-    """A file of theirs, made of our tree by the table: names and forms of one layout, numpy
-    arrays.
-    """
-    out = {}
-    for row in names.TABLES[network]:
-        name, _, third = getattr(row, layout).partition("#")
-        leaf = np.asarray(flatten_dict(tree, sep="/")[row.ours])
-        form = row.official_form if layout == "official" and row.official_form else row.form
-        there, here = form.split(" -> ")
-        back = lambda array, here=here, there=there: reading.rearrange(array, f"{here} -> {there}")
-        for i in range(len(leaf) if "{i}" in name else 1):
-            array = back(leaf[i] if "{i}" in name else leaf)
-            held = out.get(name.format(i=i))
-            out[name.format(i=i)] = (
-                array if not third or held is None else np.concatenate([held, array])
-            )
-    return {name: np.ascontiguousarray(array) for name, array in out.items()}
 
 
 @pytest.mark.parametrize("layout", ["official", slow("diffusers")])
@@ -566,7 +461,7 @@ def test_a_vae_of_diffusers_or_with_official_names_comes_in(tmp_path):
     pytest.importorskip("diffusers")
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
-    theirs, params = test_vae.make_oracle(vae.PRESETS["tiny"], base_dim=8, z_dim=16)
+    theirs, params = make_oracle(vae.PRESETS["tiny"], base_dim=8, z_dim=16)
     theirs.save_pretrained(tmp_path / "vae")
     found, tree = come_in([tmp_path / "vae" / "diffusion_pytorch_model.safetensors"], tmp_path)
     assert (found.layout, found.config) == ("diffusers", vae.PRESETS["tiny"])
@@ -574,7 +469,7 @@ def test_a_vae_of_diffusers_or_with_official_names_comes_in(tmp_path):
     named = from_table("vae", "official", params)
     converted = convert_wan_vae_to_diffusers({k: torch.tensor(v) for k, v in named.items()})
     theirs.load_state_dict(converted, strict=True)
-    same_bits(test_vae.from_diffusers(theirs.state_dict()), params)
+    same_bits(from_diffusers(theirs.state_dict()), params)
 
 
 @pytest.mark.slow
@@ -582,15 +477,7 @@ def test_a_vae_of_diffusers_or_with_official_names_comes_in(tmp_path):
 @pytest.mark.parametrize("tied", ["both", "shared", "embed_tokens"])
 def test_an_umt5_of_transformers_computes_the_same_here(tmp_path, tied):
     torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.UMT5EncoderModel(
-        transformers.UMT5Config(
-            vocab_size=100, d_model=32, d_kv=16, d_ff=48, num_layers=3, num_heads=4,
-            dropout_rate=0.0, relative_attention_num_buckets=32,
-            relative_attention_max_distance=128, layer_norm_epsilon=1e-6,
-            feed_forward_proj="gated-gelu",
-        )
-    ).eval().requires_grad_(False)  # fmt: skip
+    theirs = umt5_of_transformers().requires_grad_(False)
     for name, w in theirs.named_parameters():
         w.copy_(
             ("norm" in name)
@@ -612,8 +499,8 @@ def test_an_umt5_of_transformers_computes_the_same_here(tmp_path, tied):
         )
     save_file(state, tmp_path / "model.safetensors")
     found, tree = come_in([tmp_path / "model.safetensors"], tmp_path)
-    assert (found.network, found.config) == ("text_encoder", test_text_encoder.SMALL)
-    tokens = test_text_encoder.random_tokens([40, 7], 40)
+    assert (found.network, found.config) == ("text_encoder", UMT5)
+    tokens = random_tokens([40, 7], 40)
     with torch.no_grad():
         ids = torch.from_numpy(np.array(tokens)).long()
         want = theirs(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state.numpy()
@@ -627,14 +514,7 @@ def test_an_umt5_of_transformers_computes_the_same_here(tmp_path, tied):
 @pytest.mark.parametrize("prefix", ["", "vision_model."])
 def test_a_clip_of_transformers_comes_in_without_its_last_layer(tmp_path, prefix):
     pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.CLIPVisionModel(
-        transformers.CLIPVisionConfig(
-            hidden_size=32, intermediate_size=64, projection_dim=24, num_hidden_layers=4,
-            num_attention_heads=2, image_size=42, patch_size=14, hidden_act="gelu",
-            layer_norm_eps=1e-5,
-        )
-    )  # fmt: skip
+    theirs = clip_of_transformers()
     theirs.save_pretrained(tmp_path)
     state = {
         k.removeprefix("vision_model."): v
@@ -645,9 +525,9 @@ def test_a_clip_of_transformers_comes_in_without_its_last_layer(tmp_path, prefix
     assert (found.network, found.layout, found.config) == (
         "image_encoder",
         "diffusers",
-        test_image_encoder.SMALL,
+        CLIP,
     )
-    same_bits(tree, test_image_encoder.from_transformers(state, 3))
+    same_bits(tree, clip_from_transformers(state, 3))
 
     # The release fuses q, k and v: rows of one matrix, in this order.
     out, ones = {}, {"visual.cls_embedding": 2, "visual.pos_embedding": 1}
@@ -661,7 +541,7 @@ def test_a_clip_of_transformers_comes_in_without_its_last_layer(tmp_path, prefix
         if not re.search("[qkv]_proj", name):
             out[name] = w.reshape((1,) * ones.get(name, 0) + w.shape)
     again, fused = come_in([save_torch(tmp_path / "clip.pth", out)], tmp_path)
-    assert (again.layout, again.config) == ("official", test_image_encoder.SMALL)
+    assert (again.layout, again.config) == ("official", CLIP)
     same_bits(fused, tree)
 
 

@@ -24,7 +24,7 @@ from salt_jax.io.header import read_metadata
 from salt_jax.io.tensor_files import view
 from salt_jax.models import image_encoder, text_encoder, vae
 from salt_jax.models.presets import PRESETS
-from tests.convert.test_convert import (
+from tests.convert.networks import (
     I2V,
     T2V,
     come_in,
@@ -32,10 +32,9 @@ from tests.convert.test_convert import (
     official,
     same_bits,
     save_torch,
-    shapes_of,
     slow,
 )
-from tests.convert.test_torch_files import (
+from tests.convert.pickles import (
     archive,
     call,
     group,
@@ -47,7 +46,7 @@ from tests.convert.test_torch_files import (
     tensor,
     text,
 )
-from tests.helpers import randomised
+from tests.helpers import randomised, shapes_of
 
 PARAMS = {config: randomised(shapes_of(config), 1) for config in (T2V, I2V)}
 ones = lambda *shape: np.ones(shape, np.float32)

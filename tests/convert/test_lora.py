@@ -25,8 +25,8 @@ from salt_jax.convert.writing_lora import open_lora, write_lora
 from salt_jax.errors import UserError
 from salt_jax.io.tensor_files import write_tensors
 from salt_jax.models.lora import init_lora, merge
-from tests.convert.test_convert import I2V, T2V, lora_file, official, save_torch, shapes_of
-from tests.helpers import randomised, to_diffusers, wan_of_diffusers
+from tests.convert.networks import I2V, T2V, lora_file, official, save_torch
+from tests.helpers import randomised, shapes_of, to_diffusers, wan_of_diffusers
 
 
 class Network:

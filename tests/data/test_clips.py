@@ -23,47 +23,9 @@ from salt_jax.data.clips import (
     read_clip,
     resample,
 )
-
-MS = Fraction(1, 1000)
-
+from tests.data.videos import MS, corners, quadrants, write
 
 B_FRAMES = {"crf": "1", "x264-params": "bframes=2:b-adapt=0"}
-
-
-def write(
-    path,
-    frames,
-    rate=16,
-    codec="libx264",
-    pts=None,
-    rotation=0,
-    aspect=None,
-    options=None,
-    form=None,
-):
-    """A video of uint8 [T, H, W, 3]; `pts` in milliseconds; `form` the container's, if not the
-    name's.
-    """
-    options = options or ({"crf": "1"} if codec == "libx264" else {})
-    with av.open(str(path), "w", format=form) as container:
-        stream = container.add_stream(codec, rate=rate, options=options)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = {"gif": "rgb8", "libx264": "yuv444p"}.get(codec, "yuv420p")
-        if codec not in ("gif", "libx264"):
-            stream.bit_rate = 2_000_000
-        if rotation:
-            stream.set_display_rotation(rotation)
-        if aspect:
-            stream.codec_context.sample_aspect_ratio = aspect
-        if pts:
-            stream.codec_context.time_base = MS
-        for i, frame in enumerate(frames):
-            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-            if pts:
-                picture.pts, picture.time_base = pts[i], MS
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode())
-    return path
 
 
 def greys(count, height=32, width=48):
@@ -75,25 +37,6 @@ def greys(count, height=32, width=48):
 def numbers(clip):
     """The numbers of the frames of a video of `greys`."""
     return np.round((clip.mean((1, 2, 3)) - 10) / 5).astype(int).tolist()
-
-
-def quadrants(height, width):
-    """Red, green above blue, white: what is where after turning and cutting can be read off the
-    corners.
-    """
-    picture = np.zeros((height, width, 3), np.uint8)
-    picture[: height // 2, : width // 2, 0] = 255
-    picture[: height // 2, width // 2 :, 1] = 255
-    picture[height // 2 :, : width // 2, 2] = 255
-    picture[height // 2 :, width // 2 :] = 255
-    return picture
-
-
-def corners(clip):
-    names = {(True, False, False): "R", (False, True, False): "G", (False, False, True): "B"}
-    picture = clip[0] > 128
-    at = lambda y, x: names.get(tuple(picture[y, x].tolist()), "W")
-    return at(2, 2) + at(2, -3) + at(-3, 2) + at(-3, -3)
 
 
 @pytest.mark.parametrize(

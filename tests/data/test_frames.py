@@ -12,7 +12,7 @@ from PIL import Image, ImageCms
 
 from salt_jax.data.clips import read_clip
 from salt_jax.data.frames import over_background, to_srgb
-from tests.data.test_clips import corners, quadrants, write
+from tests.data.videos import corners, quadrants, write
 
 RED = (200, 40, 40)
 HD, SD, WIDE = (0.2126, 0.0722), (0.299, 0.114), (0.2627, 0.0593)  # weights of red and blue

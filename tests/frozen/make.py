@@ -9,7 +9,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from tests.launch.test_programs import succeed
+from tests.launch.programs import succeed
 
 HERE = Path(__file__).parent
 SHORT = {"batch_size": 2, "critic_ratio": 1, "log_every": 1, "save_every": 2, "align.start": 0}

@@ -5,7 +5,6 @@ No time is judged.
 
 import json
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +18,9 @@ from salt_jax.planning.updates import programs, update_name
 from salt_jax.rollout.draws import Terms
 from salt_jax.stages import make_stage
 from salt_jax.stages.networks import runs_flash
-from tests.launch.test_programs import program
+from tests.helpers import shapes_of
+from tests.launch.programs import program
 
-ROOT = Path(__file__).parents[2]
 SIZE = ["--preset=wan2.1-t2v-tiny", "--frames=3", "--height=4", "--width=4", "--vae=tiny"]
 PARTS = [
     "matmul",
@@ -82,7 +81,7 @@ def test_all_parts_are_measured_and_told(tmp_path):
         assert parts[name]["more"]["evaluations_per_chunk"] == draw.exit_step + 2
     config, params = (
         vae.PRESETS["tiny"],
-        jax.eval_shape(lambda: vae.init_vae(jax.random.key(0), vae.PRESETS["tiny"])),
+        shapes_of(vae.PRESETS["tiny"], vae.init_vae),
     )
     decode = lambda p, z: vae.decode_video(p, z, config, jnp.bfloat16)
     latents = jax.ShapeDtypeStruct((1, 3, 4, 4, 16), jnp.float32)

@@ -9,7 +9,8 @@ import jax
 import pytest
 
 from salt_jax.cli import compiling
-from tests.test_configs import ROOT
+from tests.compile.described import ROW
+from tests.helpers import ROOT
 
 TINY = (
     *("--config=configs/self_forcing.py:wan,salt", "--config.model.preset=wan2.1-t2v-tiny"),
@@ -98,26 +99,6 @@ def test_a_compiler_that_aborts_is_a_sentence():
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: text encoder for here does not compile: its process ended with")
     assert "--xla_no_such_flag=1" in last
-
-
-ROW = {
-    "program": "student step",
-    "problem": None,
-    "compile_seconds": 12.5,
-    "argument_bytes": 4 * 2**30,
-    "temporary_bytes": 42 * 2**30,
-    "output_bytes": 4 * 2**30,
-    "alias_bytes": 3 * 2**30,
-    "peak_bytes": 47 * 2**30,
-    "beside_bytes": 2**30,
-    "peak_is": "the compiler's own",
-    "share": 0.5,
-    "code_bytes": 165 * 2**20,
-    "kernels": {"__cudnn$fmhaSoftmax": 3},
-    "collectives": {"all-gather": {"calls": 2, "runs": 60, "bytes": 3 * 2**30}},
-    "open_loops": 1,
-    "largest": [{"shape": "bf16[30,4]", "bytes": 5 * 2**30, "source": "jit(run)/x/y/z/dot"}],
-}
 
 
 def test_the_table_holds_what_was_found(capsys, tmp_path):

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -31,21 +30,11 @@ from salt_jax.models import image_encoder, text_encoder, vae
 from salt_jax.models.lora import init_lora
 from salt_jax.models.presets import PRESETS
 from salt_jax.state import init_learner, init_state
-from tests.convert.test_convert import (
-    I2V,
-    T2V,
-    from_table,
-    lora_file,
-    official,
-    same_bits,
-    save_torch,
-    shapes_of,
-)
-from tests.convert.test_torch_files import Shell
-from tests.helpers import randomised
-from tests.launch.test_programs import program as run_program
+from tests.convert.networks import I2V, T2V, from_table, lora_file, official, same_bits, save_torch
+from tests.convert.pickles import Shell
+from tests.helpers import ROOT, randomised, shapes_of
+from tests.launch.programs import program as run_program
 
-ROOT = Path(__file__).parents[2]
 CONFIGS = {
     model_folder.WAN: I2V,
     model_folder.VAE: vae.PRESETS["tiny"],

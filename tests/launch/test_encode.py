@@ -5,7 +5,6 @@ networks give.
 import dataclasses
 import json
 from fractions import Fraction
-from pathlib import Path
 
 import av
 import jax
@@ -21,10 +20,9 @@ from salt_jax.io.tensor_files import save_weights
 from salt_jax.models import image_encoder, text_encoder, vae
 from salt_jax.models.image_condition import condition_latents, image_clip, squash_for_clip
 from salt_jax.models.presets import PRESETS
-from tests.launch.test_programs import program as run_program
-from tests.launch.test_programs import succeed as run
+from tests.launch.programs import program as run_program
+from tests.launch.programs import succeed as run
 
-ROOT = Path(__file__).parents[2]
 CONFIGS = {
     VAE: vae.PRESETS["tiny"],
     TEXT: text_encoder.PRESETS["wan-tiny"],

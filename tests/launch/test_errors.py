@@ -8,7 +8,6 @@ import logging
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ from salt_jax.io.tensor_files import save_weights
 from salt_jax.stages.stage import Weights
 from salt_jax.train import loop
 from salt_jax.train.setup import Setup, first_state
-from tests.helpers import with_networks
+from tests.helpers import ROOT, with_networks
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,6 @@ class OneMatrix:
         return from_velocity(x, self.gain * x @ params["head"]["kernel"], sigma)
 
 
-ROOT = Path(__file__).parents[2]
 CONFIG = f"--config={ROOT}/configs/sc_dmd.py"
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 

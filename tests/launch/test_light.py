@@ -2,13 +2,13 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.helpers import ROOT
+
 TINY = ["--preset_size=tiny", "--model=wan2.1-t2v-1.3b", "--prompt=A", "--out=o"]
 WAN = "--config=configs/sc_dmd.py:wan"
-ROOT = Path(__file__).parents[2]
 RUN = """
 import runpy, sys
 name, *sys.argv[1:] = sys.argv[1:]

@@ -1,13 +1,11 @@
 """python -m launch.plan, as a user runs it."""
 
 import json
-from pathlib import Path
 
 import pytest
 
-from tests.launch.test_programs import program
+from tests.launch.programs import program
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow  # each run starts a Python of its own
 SALT = "--config=configs/self_forcing.py:wan,salt"
 

@@ -3,16 +3,11 @@ from the export.
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
-import av
-import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.launch.programs import frames, program, succeed
+
 FRESH = ["--config.weights=", "--config.teacher.kind=closed_form", "--config.data.num_train=64"]
 TINY = [
     *FRESH,
@@ -23,34 +18,12 @@ TINY = [
 ]
 
 
-def program(name, *args, tree=ROOT):
-    """Runs `python -m launch.NAME` in the root of the repository, or of another checkout, on one
-    CPU device.
-    """
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    command = [sys.executable, "-m", f"launch.{name}", *map(str, args)]
-    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
-
-
-def succeed(name, *args, tree=ROOT):
-    done = program(name, *args, tree=tree)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("programs")
     data = f"--config.data.dir={folder / 'data'}"
     succeed("train", "--config=configs/sc_dmd.py", f"--workdir={folder / 'run'}", data, *TINY)
     return folder / "run"
-
-
-def frames(path):
-    with av.open(str(path)) as container:
-        return np.stack(
-            [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
-        ), container.streams.video[0].average_rate
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +18,8 @@ from configs import base, salt, sc_dmd, self_forcing
 from salt_jax.config.reading import read_recipe, to_json
 from salt_jax.io.video import write_video
 from salt_jax.models.presets import PRESETS
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import json, sys
 from absl import flags

@@ -9,9 +9,8 @@ from launch import scaling
 from salt_jax.compile.target import read_target
 from salt_jax.config.reading import read_recipe
 from salt_jax.errors import UserError
-from tests.compile.described import form
-from tests.launch.test_compile import ROW
-from tests.test_configs import ROOT
+from tests.compile.described import ROW, form
+from tests.helpers import ROOT
 
 TOLD = {"commit": "abc1234", "programs": [ROW | {"memory_bytes": 94 * 2**30}]}
 

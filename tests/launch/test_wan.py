@@ -21,9 +21,9 @@ from salt_jax.models.presets import PRESETS
 from salt_jax.models.wan import init_wan
 from salt_jax.rollout.pixels import to_bytes
 from salt_jax.sharding import all_devices
-from tests.convert.test_convert import from_table, official, same_bits, save_torch, shapes_of
-from tests.helpers import randomised, to_diffusers
-from tests.launch.test_programs import frames, program, succeed
+from tests.convert.networks import from_table, official, same_bits, save_torch
+from tests.helpers import randomised, shapes_of, to_diffusers
+from tests.launch.programs import frames, program, succeed
 
 SMALL = ["--size=32x32", "--frames=9"]
 TINY = ["--preset_size=tiny", "--model=wan2.1-t2v-1.3b", *SMALL]

@@ -2,6 +2,7 @@
 follows.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,17 +33,19 @@ def slow_direction(x0, x0_critic, x0_teacher):
     return np.stack(clips)
 
 
-def test_gradient_and_value_are_those_of_the_formula():
-    """Clips of different scale, so that a normaliser over the batch would show."""
-    scale = jnp.array([0.1, 1.0, 30.0]).reshape(3, 1, 1, 1, 1)
-    x0, critic, teacher = (scale * normal(seed) for seed in range(3))
-    direction = slow_direction(x0, critic, teacher)
-    np.testing.assert_allclose(
-        gradient(x0, critic, teacher), direction / SIZE, rtol=1e-4, atol=1e-7
-    )
-    value = dmd_loss(x0, critic, teacher)
-    assert value.shape == (3,)
-    np.testing.assert_allclose(value, 0.5 * (direction**2).mean((1, 2, 3, 4)), rtol=1e-4)
+class Value(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_gradient_and_value_are_those_of_the_formula(self):
+        """Clips of different scale, so that a normaliser over the batch would show."""
+        scale = jnp.array([0.1, 1.0, 30.0]).reshape(3, 1, 1, 1, 1)
+        x0, critic, teacher = (scale * normal(seed) for seed in range(3))
+        direction = slow_direction(x0, critic, teacher)
+        np.testing.assert_allclose(
+            self.variant(gradient)(x0, critic, teacher), direction / SIZE, rtol=1e-4, atol=1e-7
+        )
+        value = self.variant(dmd_loss)(x0, critic, teacher)
+        assert value.shape == (3,)
+        np.testing.assert_allclose(value, 0.5 * (direction**2).mean((1, 2, 3, 4)), rtol=1e-4)
 
 
 def test_example_of_the_docstring():

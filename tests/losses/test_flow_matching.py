@@ -2,10 +2,12 @@
 enumerate.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import parameterized
 
 from salt_jax.losses.flow_matching import flow_matching_loss, midlevel_weight
 
@@ -21,11 +23,13 @@ def slow_loss(velocity, x0, noise):
     return [np.mean((v - (n - x)) ** 2) for v, x, n in zip(velocity, x0, noise, strict=True)]
 
 
-def test_value_is_one_number_per_example():
-    arrays = normal(0), normal(1), normal(2)
-    loss = flow_matching_loss(*arrays)
-    assert loss.shape == (3,) and loss.dtype == jnp.float32
-    np.testing.assert_allclose(loss, slow_loss(*arrays), rtol=1e-5)
+class Value(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_value_is_one_number_per_example(self):
+        arrays = normal(0), normal(1), normal(2)
+        loss = self.variant(flow_matching_loss)(*arrays)
+        assert loss.shape == (3,) and loss.dtype == jnp.float32
+        np.testing.assert_allclose(loss, slow_loss(*arrays), rtol=1e-5)
 
 
 def test_examples_of_the_docstring_and_of_the_sign():
@@ -94,15 +98,18 @@ def slow_weights(shift):
     return np.array(levels), np.array(raised) * 1000 / sum(raised)
 
 
-@pytest.mark.parametrize("shift", [1.0, 5.0, 12.0])
-def test_the_weight_of_levels_is_that_of_the_table(shift):
-    levels, wanted = slow_weights(shift)
-    weight = midlevel_weight(jnp.asarray(levels, jnp.float32), shift)
-    np.testing.assert_allclose(weight, wanted, atol=2e-5)
-    assert float(weight.mean()) == pytest.approx(1.0, abs=1e-5) and weight[0] == pytest.approx(
-        0.0, abs=1e-6
-    )
-    assert weight.min() >= -1e-6
+class Weight(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters(1.0, 5.0, 12.0)
+    def test_the_weight_of_levels_is_that_of_the_table(self, shift):
+        levels, wanted = slow_weights(shift)
+        weigh = self.variant(midlevel_weight, static_argnums=1)
+        weight = weigh(jnp.asarray(levels, jnp.float32), shift)
+        np.testing.assert_allclose(weight, wanted, atol=2e-5)
+        assert float(weight.mean()) == pytest.approx(1.0, abs=1e-5) and weight[0] == pytest.approx(
+            0.0, abs=1e-6
+        )
+        assert weight.min() >= -1e-6
 
 
 def test_the_weight_at_shift_five_is_largest_in_the_middle_and_nothing_at_pure_noise():

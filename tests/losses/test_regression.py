@@ -1,5 +1,6 @@
 """The endpoint loss against numpy: its value, its minimiser, and what carries its gradient."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,10 +21,12 @@ def slow_loss(x0, target):
     ]
 
 
-def test_value_is_one_number_per_example():
-    loss = endpoint_loss(normal(0), normal(1))
-    assert loss.shape == (3,) and loss.dtype == jnp.float32
-    np.testing.assert_allclose(loss, slow_loss(normal(0), normal(1)), rtol=1e-5)
+class Value(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_value_is_one_number_per_example(self):
+        loss = self.variant(endpoint_loss)(normal(0), normal(1))
+        assert loss.shape == (3,) and loss.dtype == jnp.float32
+        np.testing.assert_allclose(loss, slow_loss(normal(0), normal(1)), rtol=1e-5)
 
 
 def test_example_of_the_docstring():

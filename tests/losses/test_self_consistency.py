@@ -4,10 +4,12 @@ What a stop-gradient means is said here without automatic differentiation: param
 (`live`) and parameters that do not (`held`), and finite differences.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import parameterized
 
 from salt_jax.flow.schedule import grid
 from salt_jax.flow.transition import composed_endpoint, direct_endpoint, euler
@@ -107,10 +109,8 @@ def test_agrees_with_explicit_stop_gradients_on_our_endpoints(stop):
         return ((x1 - x2) ** 2).mean()
 
     expected = jax.value_and_grad(through_endpoints)(jnp.array(THETA))
-    for got, want in zip(
-        jax.value_and_grad(our_loss)(jnp.array(THETA), x_s, stop), expected, strict=True
-    ):
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+    got = jax.value_and_grad(our_loss)(jnp.array(THETA), x_s, stop)
+    chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -135,13 +135,16 @@ def test_pull_on_the_two_velocities_by_hand(stop, to_v_s, to_v_m):
     np.testing.assert_allclose(got[1], common * to_v_m(s, m, e), rtol=1e-4, atol=1e-7)
 
 
-@each_choice
-def test_value_is_one_number_per_example(stop):
-    v_s, v_m = normal(0), normal(1)
-    got = self_consistency_loss(jnp.array(v_s), jnp.array(v_m), *levels(), stop)
-    assert got.shape == (3,) and got.dtype == jnp.float32
-    expected = [np.mean(((M[b] - E[b]) * (v_m[b] - v_s[b])) ** 2) for b in range(3)]
-    np.testing.assert_allclose(got, expected, rtol=1e-5)
+class Value(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters(*CHOICES)
+    def test_value_is_one_number_per_example(self, stop):
+        v_s, v_m = normal(0), normal(1)
+        loss = self.variant(self_consistency_loss, static_argnums=5)
+        got = loss(jnp.array(v_s), jnp.array(v_m), *levels(), stop)
+        assert got.shape == (3,) and got.dtype == jnp.float32
+        expected = [np.mean(((M[b] - E[b]) * (v_m[b] - v_s[b])) ** 2) for b in range(3)]
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
 @each_choice

@@ -7,21 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from salt_jax.models.image_encoder import (
-    PRESETS,
-    ImageEncoderConfig,
-    encode_image,
-    init_image_encoder,
-)
+from salt_jax.models.image_encoder import PRESETS, encode_image, init_image_encoder
+from tests.helpers import shapes_of
+from tests.models.oracles import CLIP, clip_from_transformers, clip_of_transformers
 
 encode = jax.jit(encode_image, static_argnums=(2, 3))
-SMALL = ImageEncoderConfig(
-    dim=32, num_layers=3, num_heads=2, mlp_dim=64, image_size=42, patch_size=14
-)
 
 
 def shapes(config):
-    return jax.eval_shape(lambda k: init_image_encoder(k, config), jax.random.key(0))
+    return shapes_of(config, init_image_encoder)
 
 
 def random_params(seed=0):
@@ -30,7 +24,7 @@ def random_params(seed=0):
     gain = lambda path: path[-1].key == "scale"
     return jax.tree_util.tree_map_with_path(
         lambda path, w: jnp.asarray(gain(path) + rng.normal(0, 0.2, w.shape), jnp.float32),
-        shapes(SMALL),
+        shapes(CLIP),
     )
 
 
@@ -38,58 +32,11 @@ def random_pixels(batch=2):
     return jnp.asarray(np.random.default_rng(1).normal(size=(batch, 42, 42, 3)), jnp.float32)
 
 
-def from_transformers(state, num_layers):
-    """CLIPVisionModel's state dict -> our tree, `num_layers` of its layers.
-
-    Reads every tensor once.
-    """
-    state = {name.removeprefix("vision_model."): w for name, w in state.items()}
-    for name in [
-        n for n in state if n.startswith(("post_layernorm.", f"encoder.layers.{num_layers}."))
-    ]:
-        del state[name]
-    norm = lambda name: {"scale": state.pop(name + ".weight"), "bias": state.pop(name + ".bias")}
-    dense = lambda name: {
-        "kernel": state.pop(name + ".weight").T,
-        "bias": state.pop(name + ".bias"),
-    }
-    parts = {"norm1": (norm, "layer_norm1"), "norm2": (norm, "layer_norm2")}
-    parts |= {name: (dense, f"self_attn.{name}_proj") for name in "qkv"}
-    parts |= {
-        "o": (dense, "self_attn.out_proj"),
-        "fc_in": (dense, "mlp.fc1"),
-        "fc_out": (dense, "mlp.fc2"),
-    }
-    layers = [
-        {ours: read(f"encoder.layers.{i}.{theirs}") for ours, (read, theirs) in parts.items()}
-        for i in range(num_layers)
-    ]
-    tree = {
-        "class_embedding": state.pop("embeddings.class_embedding"),
-        "patch_embedding": {
-            "kernel": state.pop("embeddings.patch_embedding.weight").transpose(2, 3, 1, 0)
-        },
-        "position_embedding": state.pop("embeddings.position_embedding.weight"),
-        "norm_in": norm("pre_layrnorm"),
-        "blocks": jax.tree.map(lambda *ws: np.stack(ws), *layers),
-    }
-    state.pop("embeddings.position_ids", None)  # a buffer of older versions
-    assert not state, f"tensors without a place: {sorted(state)}"
-    return tree
-
-
 @pytest.mark.slow
 @pytest.mark.parity
 def test_equals_transformers_behind_the_last_layer_but_one():
     torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    oracle = transformers.CLIPVisionModel(
-        transformers.CLIPVisionConfig(
-            hidden_size=32, intermediate_size=64, projection_dim=24, num_hidden_layers=4,
-            num_attention_heads=2, image_size=42, patch_size=14, hidden_act="gelu",
-            layer_norm_eps=1e-5,
-        )
-    ).eval()  # fmt: skip
+    oracle = clip_of_transformers()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, w in oracle.named_parameters():
@@ -99,14 +46,14 @@ def test_equals_transformers_behind_the_last_layer_but_one():
                 is_gain
                 + (0.5 if "fc1" in name else 0.1) * torch.randn(w.shape, generator=generator)
             )
-    params = from_transformers({k: v.numpy() for k, v in oracle.state_dict().items()}, 3)
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes(SMALL))
+    params = clip_from_transformers({k: v.numpy() for k, v in oracle.state_dict().items()}, 3)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes(CLIP))
 
     pixels = random_pixels()
     with torch.no_grad():
         seen = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2)
         want = oracle(pixel_values=seen, output_hidden_states=True).hidden_states[-2].numpy()
-    got = encode(jax.tree.map(jnp.asarray, params), pixels, SMALL)
+    got = encode(jax.tree.map(jnp.asarray, params), pixels, CLIP)
     np.testing.assert_allclose(got, want, atol=2e-5, rtol=1e-5)
     assert np.abs(want).max() > 1  # the tolerance is judged against outputs of order one
 
@@ -145,8 +92,8 @@ def test_patches_are_read_row_by_row_behind_the_class_token():
         [0, 1, 2, 7, 4, 5, 6, 3, 8, 9]
     )  # patch 2 is on the right of row 0, patch 6 on the left of row 2
     moved = {**params, "position_embedding": params["position_embedding"][order]}
-    features = encode(params, pixels, SMALL)
-    np.testing.assert_allclose(encode(moved, swapped, SMALL), features[:, order], atol=1e-5)
+    features = encode(params, pixels, CLIP)
+    np.testing.assert_allclose(encode(moved, swapped, CLIP), features[:, order], atol=1e-5)
     assert np.abs(features[:, 3] - features[:, 7]).max() > 0.1
 
 
@@ -154,9 +101,9 @@ def test_half_precision_stays_near_float32():
     """Weights stored in float16, as published, run in float32 and in bfloat16."""
     params, pixels = random_params(), random_pixels()
     stored = jax.tree.map(lambda w: w.astype(jnp.float16), params)
-    exact = np.asarray(encode(params, pixels, SMALL))
+    exact = np.asarray(encode(params, pixels, CLIP))
     for dtype, rounding in ((jnp.float32, jnp.float16), (jnp.bfloat16, jnp.bfloat16)):
-        rough = encode(stored, pixels, SMALL, dtype)
+        rough = encode(stored, pixels, CLIP, dtype)
         assert rough.dtype == dtype
         error = np.abs(np.asarray(rough, np.float32) - exact).mean()
         assert 0 < error < 4 * float(jnp.finfo(rounding).eps) * exact.std()
@@ -164,4 +111,4 @@ def test_half_precision_stays_near_float32():
 
 def test_a_picture_of_another_size_is_refused():
     with pytest.raises(ValueError, match=r"reads 42 x 42 pixels, got \(28, 42\)"):
-        encode_image(shapes(SMALL), jnp.zeros((1, 28, 42, 3)), SMALL)
+        encode_image(shapes(CLIP), jnp.zeros((1, 28, 42, 3)), CLIP)

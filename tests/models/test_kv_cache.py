@@ -19,7 +19,6 @@ from salt_jax.models.kv_cache import KVCache, append, flush, grow, plan_next_chu
 from salt_jax.models.presets import Compute, WanConfig
 from salt_jax.models.rope import rope_angles
 from salt_jax.models.visibility import AttentionPlan, KeysValues, QueryGroup, chunk_groups
-from salt_jax.models.wan import init_wan
 from salt_jax.rollout.causal import (
     Trajectory,
     commit,
@@ -28,11 +27,11 @@ from salt_jax.rollout.causal import (
     replay,
 )
 from salt_jax.types import Conditioning
-from tests.helpers import diffusers_sizes, randomised, to_diffusers
+from tests.helpers import diffusers_sizes, randomised, shapes_of, to_diffusers
 
 SMALL = WanConfig(48, 2, 2, 64, 4, 4, (1, 2, 2), 16, 4, 32, 0, 1e-6)
 NETWORK = wan_denoiser(SMALL, Compute(), 9, 3)
-PARAMS = randomised(init_wan(jax.random.key(0), SMALL), 1)
+PARAMS = randomised(shapes_of(SMALL), 1)
 PLACE = (4, 6, 4)  # rows, columns, channels of a frame
 TOKENS = 6  # of a frame
 

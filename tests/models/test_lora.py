@@ -10,11 +10,10 @@ from flax.traverse_util import flatten_dict
 
 from salt_jax.models.lora import init_lora, merge
 from salt_jax.models.presets import PRESETS, WanConfig
-from salt_jax.models.wan import init_wan
-from tests.helpers import randomised
+from tests.helpers import randomised, shapes_of
 
 SMALL = WanConfig(48, 2, 2, 64, 3, 3, (1, 2, 2), 8, 4, 32, 0, 1e-6)
-BASE = randomised(jax.eval_shape(lambda: init_wan(jax.random.key(0), SMALL)), 1)
+BASE = randomised(shapes_of(SMALL), 1)
 RANK, ALPHA = 4, 6.0
 LORA = SimpleNamespace(rank=RANK, alpha=ALPHA)
 
@@ -95,7 +94,7 @@ def test_without_a_rank_parameters_are_the_network():
 
 def test_full_size_adapters_are_small():
     """Rank 256 on the 14B model: ten matrices in each of 40 layers."""
-    base = jax.eval_shape(lambda: init_wan(jax.random.key(0), PRESETS["wan2.1-t2v-14b"]))
+    base = shapes_of(PRESETS["wan2.1-t2v-14b"])
     params = jax.eval_shape(lambda p: init_lora(jax.random.key(0), p, 256), base)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert count == 40 * 256 * (8 * (5120 + 5120) + 2 * (5120 + 13824))

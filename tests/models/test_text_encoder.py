@@ -8,25 +8,9 @@ import numpy as np
 import pytest
 
 from salt_jax.models import text_encoder
-from salt_jax.models.text_encoder import (
-    PRESETS,
-    TextEncoderConfig,
-    encode_prompts,
-    encode_text,
-    init_text_encoder,
-)
-
-# `num_buckets` and `max_distance` are umT5's, so that a text of 160 tokens reaches the last bucket.
-SMALL = TextEncoderConfig(
-    vocab_size=100, dim=32, num_layers=3, num_heads=4, head_dim=16, ffn_dim=48
-)
-
-
-def random_tokens(lengths, width, seed=0):
-    tokens = np.random.default_rng(seed).integers(2, SMALL.vocab_size, (len(lengths), width))
-    return jnp.asarray(
-        np.where(np.arange(width) < np.array(lengths)[:, None], tokens, 0), jnp.int32
-    )
+from salt_jax.models.text_encoder import PRESETS, encode_prompts, encode_text, init_text_encoder
+from tests.helpers import shapes_of
+from tests.models.oracles import UMT5, random_tokens, umt5_of_transformers
 
 
 def random_params(seed=0, std=0.2):
@@ -35,7 +19,7 @@ def random_params(seed=0, std=0.2):
     gain = lambda path: path[-1].key == "scale"
     return jax.tree_util.tree_map_with_path(
         lambda path, w: jnp.asarray(gain(path) + rng.normal(0, std, w.shape), jnp.float32),
-        jax.eval_shape(lambda k: init_text_encoder(k, SMALL), jax.random.key(0)),
+        shapes_of(UMT5, init_text_encoder),
     )
 
 
@@ -74,15 +58,7 @@ def from_transformers(state, config):
 @pytest.mark.parity
 def test_equals_transformers_with_padding():
     torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    oracle = transformers.UMT5EncoderModel(
-        transformers.UMT5Config(
-            vocab_size=100, d_model=32, d_kv=16, d_ff=48, num_layers=3, num_heads=4,
-            dropout_rate=0.0, relative_attention_num_buckets=32,
-            relative_attention_max_distance=128, layer_norm_epsilon=1e-6,
-            feed_forward_proj="gated-gelu",
-        )
-    ).eval()  # fmt: skip
+    oracle = umt5_of_transformers()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, w in oracle.named_parameters():
@@ -90,15 +66,15 @@ def test_equals_transformers_with_padding():
                 1.0 if "bias" in name or "wi_0" in name else 0.1
             )  # wide enough to tell GELU's two forms apart
             w.copy_(("norm" in name) + std * torch.randn(w.shape, generator=generator))
-    params = from_transformers({k: v.numpy() for k, v in oracle.state_dict().items()}, SMALL)
-    fresh = jax.eval_shape(lambda k: init_text_encoder(k, SMALL), jax.random.key(0))
+    params = from_transformers({k: v.numpy() for k, v in oracle.state_dict().items()}, UMT5)
+    fresh = shapes_of(UMT5, init_text_encoder)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, fresh)
 
     tokens = random_tokens([160, 37, 1], 160)
     with torch.no_grad():
         ids = torch.from_numpy(np.array(tokens)).long()
         want = oracle(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state.numpy()
-    got = np.asarray(encode_text(jax.tree.map(jnp.asarray, params), tokens, SMALL))
+    got = np.asarray(encode_text(jax.tree.map(jnp.asarray, params), tokens, UMT5))
     is_text = np.asarray(tokens) != 0
     np.testing.assert_allclose(got[is_text], want[is_text], atol=2e-5, rtol=1e-5)
     assert np.abs(want[is_text]).max() > 1  # the tolerance is judged against outputs of order one
@@ -110,30 +86,30 @@ def test_buckets_are_the_published_ones():
         [-200, -128, -64, -16, -9, -8, -7, -1, 0, 1, 7, 8, 9, 16, 64, 127, 128, 200]
     )
     want = [15, 15, 14, 10, 8, 8, 7, 1, 0, 17, 23, 24, 24, 26, 30, 31, 31, 31]
-    buckets = text_encoder.relative_buckets(401, SMALL)  # [query, key], relative = key - query
+    buckets = text_encoder.relative_buckets(401, UMT5)  # [query, key], relative = key - query
     np.testing.assert_array_equal(buckets[200, 200 + relative], want)
 
 
 def test_full_size_has_the_published_parameter_count():
-    params = jax.eval_shape(lambda k: init_text_encoder(k, PRESETS["umt5-xxl"]), jax.random.key(0))
+    params = shapes_of(PRESETS["umt5-xxl"], init_text_encoder)
     assert sum(w.size for w in jax.tree.leaves(params)) == 5_680_910_336
 
 
 def test_padding_changes_nothing_but_adds_zero_rows():
     params = random_params()
     tokens = random_tokens([20, 9], 20)
-    padded = encode_text(params, tokens, SMALL)
-    alone = encode_text(params, tokens[1:, :9], SMALL)
+    padded = encode_text(params, tokens, UMT5)
+    alone = encode_text(params, tokens[1:, :9], UMT5)
     np.testing.assert_allclose(padded[1, :9], alone[0], atol=1e-5)
     assert (np.asarray(padded)[1, 9:] == 0).all()
 
 
 def test_gradient_reaches_every_layer_and_only_the_tokens_used():
     tokens = random_tokens([12, 5], 16)
-    target = np.random.default_rng(1).normal(size=(2, 16, SMALL.dim))
-    grads = jax.grad(lambda p: jnp.sum(encode_text(p, tokens, SMALL) * target))(random_params())
+    target = np.random.default_rng(1).normal(size=(2, 16, UMT5.dim))
+    grads = jax.grad(lambda p: jnp.sum(encode_text(p, tokens, UMT5) * target))(random_params())
     for path, g in jax.tree_util.tree_leaves_with_path(grads["blocks"]):
-        per_layer = np.abs(np.asarray(g)).reshape(SMALL.num_layers, -1).max(1)
+        per_layer = np.abs(np.asarray(g)).reshape(UMT5.num_layers, -1).max(1)
         assert ((per_layer > 0) & (per_layer < np.inf)).all(), jax.tree_util.keystr(path)
     moved = np.flatnonzero(np.abs(np.asarray(grads["shared"]["embedding"])).sum(1))
     assert set(moved) == set(np.unique(tokens)) - {0}
@@ -158,8 +134,8 @@ def test_fresh_sub_layers_put_out_values_of_order_one():
 
 def test_bfloat16_stays_near_float32():
     params, tokens = random_params(), random_tokens([20, 9], 20)
-    exact = encode_text(params, tokens, SMALL)
-    rough = encode_text(params, tokens, SMALL, dtype=jnp.bfloat16)
+    exact = encode_text(params, tokens, UMT5)
+    rough = encode_text(params, tokens, UMT5, dtype=jnp.bfloat16)
     assert rough.dtype == jnp.bfloat16
     assert (
         np.abs(np.asarray(rough, np.float32) - np.asarray(exact)).mean() < 0.05
@@ -177,9 +153,9 @@ def test_prompts_cost_their_longest_and_equal_the_padded_encoding(monkeypatch):
     params = random_params(std=0.1)
     for lengths, width in (((64, 3), 64), ((65, 1), 100)):
         tokens = random_tokens(lengths, 100)
-        got = encode_prompts(params, np.asarray(tokens), SMALL)
+        got = encode_prompts(params, np.asarray(tokens), UMT5)
         assert widths.pop() == width
-        np.testing.assert_allclose(got, encode_text(params, tokens, SMALL), atol=1e-5)
+        np.testing.assert_allclose(got, encode_text(params, tokens, UMT5), atol=1e-5)
 
 
 def arrays_of(jaxpr):
@@ -202,9 +178,9 @@ def test_weights_stored_in_bfloat16_stay_so():
         jax.tree.map(lambda w: w.astype(jnp.bfloat16), random_params()),
         random_tokens([20, 9], 20),
     )
-    encode = lambda p: encode_text(p, tokens, SMALL, dtype=jnp.bfloat16)
+    encode = lambda p: encode_text(p, tokens, UMT5, dtype=jnp.bfloat16)
     matrices = {
-        w.shape[-2:] for w in jax.tree.leaves(params) if w.shape[-1] >= SMALL.dim and w.ndim > 1
+        w.shape[-2:] for w in jax.tree.leaves(params) if w.shape[-1] >= UMT5.dim and w.ndim > 1
     }
     made = [
         shape
@@ -214,7 +190,7 @@ def test_weights_stored_in_bfloat16_stay_so():
     assert made and not matrices & set(made)
     assert jax.eval_shape(encode, params).dtype == jnp.bfloat16
 
-    widened = encode_text(jax.tree.map(lambda w: w.astype(jnp.float32), params), tokens, SMALL)
-    stored = encode_text(params, tokens, SMALL)  # the default computes in float32
+    widened = encode_text(jax.tree.map(lambda w: w.astype(jnp.float32), params), tokens, UMT5)
+    stored = encode_text(params, tokens, UMT5)  # the default computes in float32
     assert stored.dtype == jnp.float32
     np.testing.assert_allclose(stored, widened, atol=1e-5)

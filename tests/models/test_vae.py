@@ -2,7 +2,6 @@
 
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,8 @@ import pytest
 
 from salt_jax.models import vae, vae_blocks
 from salt_jax.models.vae import PRESETS, VAEConfig, init_vae
+from tests.helpers import shapes_of
+from tests.models.oracles import from_diffusers, make_oracle
 
 TINY = PRESETS["tiny"]
 # config, dtype, tile, overlap
@@ -31,9 +32,7 @@ def random_params(config=TINY, seed=0):
         std *= 0.5 if path[0].key == "decoder" and path[1].key == "conv_out" else 1
         return jnp.asarray((path[-1].key == "scale") + std * rng.normal(size=w.shape), jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(
-        draw, jax.eval_shape(lambda k: init_vae(k, config), jax.random.key(0))
-    )
+    return jax.tree_util.tree_map_with_path(draw, shapes_of(config, init_vae))
 
 
 def random_video(frames, height=16, width=24, batch=2, seed=0):
@@ -45,80 +44,6 @@ def random_latents(frames, height=2, width=3, batch=2, seed=0):
     return jnp.asarray(
         np.random.default_rng(seed).normal(size=(batch, frames, height, width, 16)), jnp.float32
     )
-
-
-def from_diffusers(state):
-    """AutoencoderKLWan's state dict -> our tree. Reads every tensor once."""
-    state = {name: np.asarray(w) for name, w in state.items()}
-
-    def conv(name):
-        kernel = state.pop(name + ".weight")
-        return {
-            "kernel": kernel.transpose(*range(2, kernel.ndim), 1, 0),
-            "bias": state.pop(name + ".bias"),
-        }
-
-    norm = lambda name: {"scale": state.pop(name + ".gamma").reshape(-1)}
-
-    def res(name):
-        parts = {f"{part}{i}": read(f"{name}.{part}{i}") for i in "12" for part, read in _NORM_CONV}
-        shortcut = f"{name}.conv_shortcut"
-        return parts | ({"shortcut": conv(shortcut)} if shortcut + ".weight" in state else {})
-
-    def sampler(name):
-        time = (
-            {"time_conv": conv(name + ".time_conv")} if name + ".time_conv.weight" in state else {}
-        )
-        return {"conv": conv(name + ".resample.1")} | time
-
-    def middle(name):
-        attention = name + ".attentions.0."
-        return {
-            "res_in": res(name + ".resnets.0"),
-            "attention": {
-                "norm": norm(attention + "norm"),
-                "qkv": conv(attention + "to_qkv"),
-                "proj": conv(attention + "proj"),
-            },
-            "res_out": res(name + ".resnets.1"),
-        }
-
-    _NORM_CONV = (("norm", norm), ("conv", conv))
-    down = {i: (sampler if i in (2, 5, 8) else res)(f"encoder.down_blocks.{i}") for i in range(11)}
-    names = [f"{level}.resnets.{i}" for level in range(4) for i in range(3)]
-    for place, level in ((3, 0), (7, 1), (11, 2)):
-        names.insert(place, f"{level}.upsamplers.0")
-    up = {
-        i: (sampler if "upsamplers" in n else res)(f"decoder.up_blocks.{n}")
-        for i, n in enumerate(names)
-    }
-    tree: Any = {"to_moments": conv("quant_conv"), "from_latent": conv("post_quant_conv")}
-    for part, key, blocks in (("encoder", "down", down), ("decoder", "up", up)):
-        tree[part] = {
-            "conv_in": conv(f"{part}.conv_in"),
-            key: {str(i): block for i, block in blocks.items()},
-            "middle": middle(f"{part}.mid_block"),
-            "norm_out": norm(f"{part}.norm_out"),
-            "conv_out": conv(f"{part}.conv_out"),
-        }
-    assert not state, f"tensors without a place: {sorted(state)}"
-    return tree
-
-
-def make_oracle(config, **kwargs):
-    """A diffusers VAE with every weight random, and the same weights as our tree."""
-    torch = pytest.importorskip("torch")
-    diffusers = pytest.importorskip("diffusers")
-    module = diffusers.AutoencoderKLWan(**kwargs).eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    for name, w in module.named_parameters():
-        # in full width, 0.08 would make all else vanish beside the residual branches
-        std = 0.02 if config.dim > 8 else 0.05 if "decoder.conv_out" in name else 0.08
-        w.copy_(("gamma" in name) + std * torch.randn(w.shape, generator=generator))
-    params = from_diffusers(module.state_dict())
-    fresh = jax.eval_shape(lambda k: init_vae(k, config), jax.random.key(0))
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, fresh)
-    return module, jax.tree.map(jnp.asarray, params)
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +109,7 @@ def test_full_size_equals_diffusers():
 
 
 def test_full_size_has_the_published_parameter_count():
-    params = jax.eval_shape(lambda k: init_vae(k, PRESETS["wan2.1"]), jax.random.key(0))
+    params = shapes_of(PRESETS["wan2.1"], init_vae)
     count = lambda tree: sum(w.size for w in jax.tree.leaves(tree))
     assert (count(params["encoder"]), count(params["decoder"])) == (53_595_872, 73_295_331)
     assert (count(params), len(jax.tree.leaves(params))) == (126_892_531, 194)

@@ -15,11 +15,11 @@ from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.denoiser import guided, wan_denoiser
 from salt_jax.models.position_channels import POSITION_CHANNELS, position_channels
 from salt_jax.models.presets import PRESETS, Compute, Remat, WanConfig
-from salt_jax.models.wan import Inputs, apply_wan, init_wan
+from salt_jax.models.wan import Inputs, apply_wan
 from salt_jax.rollout.causal import plan_teacher_forcing
 from salt_jax.sharding import make_mesh
 from salt_jax.types import Conditioning
-from tests.helpers import randomised, to_diffusers, wan_inputs, wan_of_diffusers
+from tests.helpers import randomised, shapes_of, to_diffusers, wan_inputs, wan_of_diffusers
 
 SMALL = WanConfig(48, 2, 2, 96, 16, 16, (1, 2, 2), 32, 12, 64, 0, 1e-6)
 I2V = PRESETS["wan2.1-i2v-tiny"]
@@ -49,7 +49,7 @@ def test_image_to_video_equals_diffusers(config):
     """diffusers takes text to have 512 rows and the image to be what is before them."""
     torch = pytest.importorskip("torch")
     theirs = wan_of_diffusers(config)
-    params = randomised(init_wan(jax.random.key(0), config), 1)
+    params = randomised(shapes_of(config), 1)
     assert not theirs.load_state_dict(to_diffusers(params, config), strict=True).missing_keys
     told = image_text(3, config, (2, 3, 4, 6), 512)
     x = (
@@ -75,7 +75,7 @@ def test_image_to_video_is_told_a_picture():
     """Each part of what it is told matters; guidance nulls the text alone; its parts of a prompt
     can be read once.
     """
-    params = randomised(init_wan(jax.random.key(0), I2V), 1)
+    params = randomised(shapes_of(I2V), 1)
     network = wan_denoiser(I2V, Compute(), 3, 3)
     told, sigma = image_text(3, I2V, (1, 3, 4, 4), 5), jnp.array([0.9])
     x = jnp.asarray(np.random.default_rng(2).standard_normal((1, 3, 4, 4, 16)), jnp.float32)
@@ -109,7 +109,7 @@ def test_image_to_video_is_told_a_picture():
 def test_equals_diffusers(config, shape):
     torch = pytest.importorskip("torch")
     network = wan_of_diffusers(config)
-    params = randomised(init_wan(jax.random.key(0), config), 1)
+    params = randomised(shapes_of(config), 1)
     missing = network.load_state_dict(to_diffusers(params, config), strict=True)
     assert not missing.missing_keys
     x, timestep, text = wan_inputs(2, config, 2, *shape, rows=config.text_length)
@@ -134,7 +134,7 @@ def test_equals_diffusers(config, shape):
 )
 def test_real_sizes_trace(preset, count):
     config = PRESETS[preset]
-    params = jax.eval_shape(lambda key: init_wan(key, config), jax.random.key(0))
+    params = shapes_of(config)
     assert sum(p.size for p in jax.tree.leaves(params)) == count
     spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     text = spec(1, 512, 4096)
@@ -151,7 +151,7 @@ def run(params, x, timestep, text, **how):
 
 
 def test_one_sigma_per_frame_equals_one_per_clip():
-    params, (x, t, text) = randomised(init_wan(jax.random.key(0), SMALL), 3), wan_inputs(4, SMALL)
+    params, (x, t, text) = randomised(shapes_of(SMALL), 3), wan_inputs(4, SMALL)
     per_clip, per_frame = run(params, x, t, text), run(params, x, np.repeat(t[:, None], 3, 1), text)
     np.testing.assert_allclose(per_clip, per_frame, atol=1e-5)
     other = np.repeat(t[:, None], 3, 1) * np.array([[1.0, 1.0, 0.5]], np.float32)
@@ -163,7 +163,7 @@ def test_padding_rows_of_text_are_seen():
     changes the output.
     """
     params, (x, t, text) = (
-        randomised(init_wan(jax.random.key(0), SMALL), 5),
+        randomised(shapes_of(SMALL), 5),
         wan_inputs(6, SMALL, rows=5),
     )
     padded = np.pad(text, ((0, 0), (0, 7), (0, 0)))
@@ -186,7 +186,7 @@ def test_remat_changes_nothing(remat, kernel):
 
 @functools.cache
 def gradient(**how):
-    params, (x, t, text) = randomised(init_wan(jax.random.key(0), SMALL), 7), wan_inputs(8, SMALL)
+    params, (x, t, text) = randomised(shapes_of(SMALL), 7), wan_inputs(8, SMALL)
     loss = lambda p: (run(p, x, t, text, **how) ** 2).mean()
     return jax.jit(jax.grad(loss))(params)
 
@@ -205,7 +205,7 @@ def test_tokens_rounded_between_blocks_change_a_gradient_less_than_products_in_b
 
 @pytest.mark.slow
 def test_bfloat16_changes_little():
-    params, (x, t, text) = randomised(init_wan(jax.random.key(0), SMALL), 7), wan_inputs(8, SMALL)
+    params, (x, t, text) = randomised(shapes_of(SMALL), 7), wan_inputs(8, SMALL)
     full, half = run(params, x, t, text), run(params, x, t, text, dtype=jnp.bfloat16)
     assert half.dtype == jnp.float32
     assert 1e-5 < np.abs(half - full).mean() / np.abs(full).mean() < 0.03
@@ -213,7 +213,7 @@ def test_bfloat16_changes_little():
 
 def test_guidance_has_one_convention():
     """w = 1 is the conditional network; the peers' g = 3, c + g (c - u), is w = 4."""
-    params, (x, _, text) = randomised(init_wan(jax.random.key(0), SMALL), 9), wan_inputs(10, SMALL)
+    params, (x, _, text) = randomised(shapes_of(SMALL), 9), wan_inputs(10, SMALL)
     network, null = wan_denoiser(SMALL, Compute(), 3, 3), jnp.zeros((1, 12, 32))
     x, sigma, cond = jnp.asarray(x), jnp.array([0.9, 0.3]), Conditioning(jnp.asarray(text))
 
@@ -231,7 +231,7 @@ def test_guidance_has_one_convention():
     ("frames", "height", "message"), [(3, 7, "does not split"), (3, 8, "at most text_length")]
 )
 def test_wrong_shapes_are_named(frames, height, message):
-    params = jax.eval_shape(lambda key: init_wan(key, SMALL), jax.random.key(0))
+    params = shapes_of(SMALL)
     rows = 12 if message.startswith("does") else 13
     x, t, text = wan_inputs(0, SMALL, frames=frames, height=height, rows=rows)
     with pytest.raises(ValueError, match=message):
@@ -247,7 +247,7 @@ def test_position_channels_tell_every_place_apart():
     )
     config = WanConfig(**{**SMALL.__dict__, "in_channels": 16 + POSITION_CHANNELS})
     params, (x, _, text) = (
-        randomised(init_wan(jax.random.key(0), config), 11),
+        randomised(shapes_of(config), 11),
         wan_inputs(12, SMALL),
     )
     sigma = jnp.array([0.9, 0.3])
@@ -271,7 +271,7 @@ def test_tokens_cut_along_context_change_nothing(axes):
     """
     config = WanConfig(**{**SMALL.__dict__, "dim": 48, "num_heads": 4, "patch_size": (1, 2, 2)})
     mesh = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1} | axes, jax.devices())
-    params = randomised(init_wan(jax.random.key(0), config), 1)
+    params = randomised(shapes_of(config), 1)
     keys = jax.random.split(jax.random.key(2), 3)
     x = jax.random.normal(keys[0], (4, 4, 4, 8, config.in_channels))
     clean = jax.random.normal(keys[1], x.shape)

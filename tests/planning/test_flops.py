@@ -18,7 +18,7 @@ from salt_jax.models.attention import choose_kernel, is_flash
 from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.presets import PRESETS, Compute, Remat
 from salt_jax.models.visibility import chunk_pairs
-from salt_jax.models.wan import Inputs, apply_wan, init_wan
+from salt_jax.models.wan import Inputs, apply_wan
 from salt_jax.planning.bench import random_batch
 from salt_jax.planning.flops import (
     forward_flops,
@@ -38,6 +38,7 @@ from salt_jax.stages.distil_passes import mean_mix, mix_of
 from salt_jax.stages.stage import Update
 from salt_jax.train.step import Call, train_step
 from salt_jax.types import Conditioning
+from tests.helpers import shapes_of
 
 S = jax.ShapeDtypeStruct
 SMALL, LARGE, IMAGE = (PRESETS[f"wan2.1-{name}"] for name in ("t2v-1.3b", "t2v-14b", "i2v-14b"))
@@ -62,7 +63,7 @@ def mean_flops(r, learner, flash=True):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_parameters_are_those_that_are_made(preset):
-    shapes = jax.eval_shape(lambda: init_wan(jax.random.key(0), PRESETS[preset]))
+    shapes = shapes_of(PRESETS[preset])
     assert params_count(PRESETS[preset]) == sum(x.size for x in jax.tree.leaves(shapes))
 
 
@@ -114,7 +115,7 @@ def network_shapes(c, frames, height, width):
         image = S((1, image_tokens(c), c.image_dim), jnp.float32)
         channels = S((1, frames, height, width, c.condition_channels), jnp.float32)
         cond = cond._replace(image=image, channels=channels)
-    params = jax.eval_shape(lambda: init_wan(jax.random.key(0), c))
+    params = shapes_of(c)
     x = S((1, frames, height, width, c.in_channels), jnp.float32)
     return params, x, S((1,), jnp.float32), cond
 
@@ -183,7 +184,7 @@ def test_a_trace_counts_scans_as_often_as_they_run_loops_as_told_and_convolution
 @pytest.mark.slow
 def test_decoding_81_frames_costs_what_was_estimated():
     config = vae.PRESETS["wan2.1"]
-    params = jax.eval_shape(lambda: vae.init_vae(jax.random.key(0), config))
+    params = shapes_of(config, vae.init_vae)
     decode = lambda p, z: vae.decode_video(p, z, config, jnp.bfloat16)
     assert traced_flops(decode, params, S((1, 21, 60, 104, 16), jnp.float32)) == pytest.approx(
         275e12, rel=0.02

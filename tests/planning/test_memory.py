@@ -16,7 +16,7 @@ from salt_jax.config.reading import read_recipe
 from salt_jax.errors import UserError
 from salt_jax.models.denoiser import wan_denoiser
 from salt_jax.models.presets import PRESETS, Compute, Remat, WanConfig
-from salt_jax.models.wan import Inputs, apply_wan, init_wan
+from salt_jax.models.wan import Inputs, apply_wan
 from salt_jax.planning.bench import forms, random_batch
 from salt_jax.planning.memory import (
     block_bytes,
@@ -33,7 +33,7 @@ from salt_jax.stages.stage import Update
 from salt_jax.train.setup import setup
 from salt_jax.train.step import Call, compile_step
 from salt_jax.types import Conditioning
-from tests.helpers import form
+from tests.helpers import form, shapes_of
 from tests.placing import place
 
 S = jax.ShapeDtypeStruct
@@ -207,7 +207,7 @@ def test_what_a_policy_keeps_is_what_jax_keeps(remat, kernel):
     """
     c = WanConfig(256, 4, 6, 1024, 16, 16, (1, 2, 2), 32, 4, 64, 0, 1e-6)
     compute = Compute(jnp.bfloat16, remat, kernel=kernel)
-    params = jax.eval_shape(lambda: init_wan(jax.random.key(0), c))
+    params = shapes_of(c)
     text = Conditioning(S((1, 4, 32), jnp.float32))
     seen = Inputs(S((1, 2, 64, 64, 16), jnp.float32), S((1,), jnp.float32), text)
     back = lambda p, seen: jax.vjp(lambda p: apply_wan(p, seen, c, compute), p)[1]

@@ -12,9 +12,9 @@ from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.denoiser import wan_denoiser
 from salt_jax.models.kv_cache import plan_next_chunk
 from salt_jax.models.presets import Compute, WanConfig
-from salt_jax.models.wan import init_wan
 from salt_jax.rollout.causal import Origin, Steps, commit, generate_chunk, replay, rollout
 from salt_jax.types import Conditioning
+from tests.helpers import shapes_of
 
 CONFIG = WanConfig(192, 4, 6, 768, 16, 16, (1, 2, 2), 32, 16, 64, 0, 1e-6)
 NETWORK = wan_denoiser(CONFIG, Compute(remat="all"), 21, 3)
@@ -47,7 +47,7 @@ def one_after_the_other(params, cond, keys, exit_step):
 
 
 def temporary_bytes(loss):
-    shapes = jax.eval_shape(lambda: init_wan(jax.random.key(0), CONFIG))
+    shapes = shapes_of(CONFIG)
     cond = Conditioning(jax.ShapeDtypeStruct((CLIPS, 16, 32), jnp.float32))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), CLIPS))
     exit_step = jax.ShapeDtypeStruct((), jnp.int32)

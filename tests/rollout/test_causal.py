@@ -17,7 +17,6 @@ from salt_jax.models.kv_cache import append, plan_next_chunk, trim
 from salt_jax.models.position_channels import POSITION_CHANNELS
 from salt_jax.models.presets import Compute, WanConfig
 from salt_jax.models.visibility import AttentionPlan, QueryGroup
-from salt_jax.models.wan import init_wan
 from salt_jax.rollout.causal import (
     Origin,
     Steps,
@@ -30,11 +29,11 @@ from salt_jax.rollout.causal import (
 )
 from salt_jax.rollout.parallel import noise_at
 from salt_jax.types import Conditioning
-from tests.helpers import randomised
+from tests.helpers import randomised, shapes_of
 
 SMALL = WanConfig(48, 2, 2, 64, 4, 4, (1, 2, 2), 16, 4, 32, 0, 1e-6)
 NETWORK = wan_denoiser(SMALL, Compute(), 9, 3)
-PARAMS = randomised(init_wan(jax.random.key(0), SMALL), 1)
+PARAMS = randomised(shapes_of(SMALL), 1)
 PLACE = (4, 4, 4)  # rows, columns, channels of a frame
 KEYS = jax.random.split(jax.random.key(5), 2)
 LONGEST = 8  # updates; shorter schedules are padded to it
@@ -301,7 +300,7 @@ def test_replay_says_what_the_rollout_said_with_position_channels():
     """
     config = WanConfig(**{**SMALL.__dict__, "in_channels": 4 + POSITION_CHANNELS})
     network = wan_denoiser(config, Compute(), 6, 3)
-    params = randomised(init_wan(jax.random.key(0), config), 1)
+    params = randomised(shapes_of(config), 1)
     policy = CachePolicy(3, 3, 6, 0, "relative")
 
     @jax.jit

@@ -17,12 +17,11 @@ from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.denoiser import guided, wan_denoiser
 from salt_jax.models.position_channels import POSITION_CHANNELS
 from salt_jax.models.presets import Compute, WanConfig
-from salt_jax.models.wan import init_wan
 from salt_jax.rollout.parallel import noise_at
 from salt_jax.rollout.sampler import Cue, Sampler, clip_keys, generate
 from salt_jax.stages.causal import forced_velocity
 from salt_jax.types import Conditioning
-from tests.helpers import randomised
+from tests.helpers import randomised, shapes_of
 
 WAN = WanConfig(24, 2, 2, 32, 4, 4, (1, 2, 2), 8, 4, 16, 0, 1e-6)
 SHAPES = WanConfig(24, 2, 2, 32, 3 + POSITION_CHANNELS, 3, (1, 2, 2), 8, 4, 16, 0, 1e-6)
@@ -35,7 +34,7 @@ COND, NULL, OTHER = (
 
 def make(config, policy, w, cues=None, given=None):
     network = wan_denoiser(config, Compute(), FRAMES, 3)
-    params = randomised(init_wan(jax.random.key(0), config), 1)
+    params = randomised(shapes_of(config), 1)
     sampler = Sampler(UPDATES, SHIFT, "euler", policy)
     shape = (FRAMES, 2, 4, config.out_channels)
     told = (cues or {0: Cue(COND)}, clip_keys(0, 2), shape, given)

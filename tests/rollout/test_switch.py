@@ -12,15 +12,14 @@ from hypothesis import strategies as st
 from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.denoiser import wan_denoiser
 from salt_jax.models.presets import Compute, WanConfig
-from salt_jax.models.wan import init_wan
 from salt_jax.rollout.causal import commit, recache
 from salt_jax.rollout.sampler import Cue, Sampler, clip_keys, generate
 from salt_jax.types import Conditioning
-from tests.helpers import randomised
+from tests.helpers import randomised, shapes_of
 
 CONFIG = WanConfig(24, 2, 2, 32, 4, 4, (1, 2, 2), 8, 4, 16, 0, 1e-6)
 NETWORK = wan_denoiser(CONFIG, Compute(), 9, 3)
-PARAMS = randomised(init_wan(jax.random.key(0), CONFIG), 1)
+PARAMS = randomised(shapes_of(CONFIG), 1)
 PLACE = (2, 4, 4)
 COND, OTHER = (
     Conditioning(np.random.default_rng(i).normal(size=(1, 4, 8)).astype(np.float32)) for i in (2, 3)

@@ -16,7 +16,6 @@ from salt_jax.flow.prediction import from_velocity
 from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.denoiser import WanDenoiser
 from salt_jax.models.presets import Compute, WanConfig
-from salt_jax.models.wan import init_wan
 from salt_jax.rollout.causal import plan_teacher_forcing
 from salt_jax.rollout.draws import Terms, draw_rollout
 from salt_jax.stages import make_stage
@@ -31,6 +30,7 @@ from tests.helpers import (
     host,
     layout,
     randomised,
+    shapes_of,
     with_networks,
 )
 from tests.stages import toys
@@ -77,7 +77,7 @@ class Judge(Toy):
 
 @functools.cache
 def wan(seed):
-    return randomised(jax.eval_shape(lambda: init_wan(jax.random.key(0), SMALL)), seed)
+    return randomised(shapes_of(SMALL), seed)
 
 
 STUDENT, BASE, EMA = wan(1), wan(2), wan(3)

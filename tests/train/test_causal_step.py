@@ -12,14 +12,22 @@ import pytest
 from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.denoiser import wan_denoiser
 from salt_jax.models.presets import PRESETS, Compute
-from salt_jax.models.wan import init_wan
 from salt_jax.rollout.draws import Terms
 from salt_jax.stages import make_stage
 from salt_jax.stages.stage import Batch, Update, Weights
 from salt_jax.train.loop import Run, iterate
 from salt_jax.train.step import Call, compile_step, train_step
 from salt_jax.types import Conditioning
-from tests.helpers import assert_all_moved, bits, close, form, host, layout, with_networks
+from tests.helpers import (
+    assert_all_moved,
+    bits,
+    close,
+    form,
+    host,
+    layout,
+    shapes_of,
+    with_networks,
+)
 from tests.placing import place
 from tests.stages.small import (
     ALIGNED,
@@ -186,7 +194,7 @@ def test_full_size_rollouts_trace(update, window):
     )
     network = wan_denoiser(config, Compute(jnp.bfloat16, "all"), 21, 3)
     stage = with_networks(make_stage(recipe), student=network, critic=network, teacher=network)
-    params = jax.eval_shape(lambda: init_wan(jax.random.key(0), config))
+    params = shapes_of(config)
     spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     null = spec(1, 512, 4096)
     state = jax.eval_shape(stage.first_state, Weights(params, None, params, params, null))

@@ -5,7 +5,6 @@ the log.
 import functools
 import os
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -16,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import pytest
-from tensorboardX.proto.event_pb2 import Event
 
 from configs import base
 from salt_jax.checkpoint import open_checkpoints, save
@@ -25,8 +23,9 @@ from salt_jax.errors import UserError
 from salt_jax.optimizer import make_optimizer
 from salt_jax.state import init_learner, init_state
 from salt_jax.train.loop import resume
+from tests.helpers import ROOT
+from tests.same_bits import arrays, scalars
 
-ROOT = Path(__file__).parents[2]
 SMALL = {"weights": "", "batch_size": 4, "log_every": 1, "ema.start": 2}
 SMALL |= {"data.num_train": 24, "data.num_test": 1}  # an epoch is two or three iterations
 CAUSAL = {
@@ -134,32 +133,6 @@ def runs(tmp_path_factory):
         return root / name
 
     return run
-
-
-def scalars(file):
-    """{(name, update): value} of a TensorBoard file: records of length, checksum, event,
-    checksum.
-    """
-    data, found, at = file.read_bytes(), {}, 0
-    while at < len(data):
-        (size,) = struct.unpack("<Q", data[at : at + 8])
-        event = Event.FromString(data[at + 12 : at + 12 + size])
-        found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
-        at += 16 + size
-    return found
-
-
-def arrays(workdir, step):
-    """Every array of a checkpoint, as bytes."""
-    with open_checkpoints(workdir, 2) as manager:
-        assert manager.latest_step() == step
-        names = ("student", "student_opt", "ema", "critic", "critic_opt", "stream")
-        there = [name for name in names if (workdir / "checkpoints" / str(step) / name).is_dir()]
-        trees = {name: manager.restore(step)[name] for name in there}
-    return {
-        jax.tree_util.keystr(path): x.tobytes()
-        for path, x in jax.tree_util.tree_leaves_with_path(jax.device_get(trees))
-    }
 
 
 def assert_same_end(whole, other, updates):

@@ -27,7 +27,7 @@ from salt_jax.stages.stage import Weights
 from salt_jax.stages.weights import student_start
 from salt_jax.state import init_learner, init_state
 from salt_jax.train.setup import first_state, setup
-from tests.helpers import form, mesh_of
+from tests.helpers import form, mesh_of, shapes_of
 from tests.placing import place
 
 MESH = mesh_of()
@@ -56,7 +56,7 @@ def workdir(path, made, average=EMA):
 
 def exported(path, made, **metadata):
     """What launch.export writes."""
-    shapes = jax.eval_shape(lambda: init_text_encoder(jax.random.key(0), made.text))
+    shapes = shapes_of(made.text, init_text_encoder)
     text = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
     save_weights(
         path, {"wan": EMA, "text_encoder": text}, "float16", {"config": to_json(made)} | metadata

@@ -31,6 +31,7 @@ from tests.helpers import (
     form,
     host,
     layout,
+    shapes_of,
     with_networks,
 )
 from tests.placing import place
@@ -243,7 +244,7 @@ def test_full_size_steps_trace(who, preset):
         teacher=replace(RECIPE.teacher, guidance=4.0),
     )
     stage = with_network(recipe, wan_denoiser(config, Compute(jnp.bfloat16, "all"), 21, 3))
-    params = jax.eval_shape(lambda: init_wan(jax.random.key(0), config))
+    params = shapes_of(config)
     make = lambda p: first_state(recipe, {"student": p, "critic": p})
     state, spec = jax.eval_shape(make, params), jax.ShapeDtypeStruct
     cond = Conditioning(spec((1, 512, 4096), jnp.float32))
