@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -54,17 +55,28 @@ def host(tree):
     return jax.tree.map(np.array, tree)
 
 
+close = functools.partial(chex.assert_trees_all_close, rtol=1e-4, atol=1e-6)
+
+
 def bits(tree):
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
-def close(found, wanted, rtol=1e-4, atol=1e-6):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), found, wanted)
+def same_bits(found, wanted):
+    """Also types, signs of zeros, and NaN that is itself."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, wanted)
+    chex.assert_trees_all_equal(found, wanted)  # it names the array
+    assert bits(found) == bits(wanted)
 
 
-def form(tree):
-    """Shape and type of every array."""
-    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+def lies(tree, shardings):
+    """Every array as its sharding says."""
+    chex.assert_trees_all_equal_comparator(
+        lambda x, where: x.sharding.is_equivalent_to(where, x.ndim),
+        lambda x, where: f"{x.sharding} is not {where}",
+        tree,
+        shardings,
+    )
 
 
 def mesh_of(**sizes):
@@ -86,6 +98,12 @@ def with_networks(stage: Stage, **networks):
     """The same stage with other denoisers as its `student`, `critic` or `teacher`."""
     kind = type(stage)
     return type(kind.__name__, (kind,), networks)(stage.recipe, stage.mesh)
+
+
+def traced(stage: Stage, n: int):
+    """The same stage with a loss that may be traced so often."""
+    chex.clear_trace_counter()
+    return with_networks(stage, loss=chex.assert_max_traces(type(stage).loss, n))
 
 
 def wan_inputs(seed, config, batch=2, frames=3, height=8, width=6, rows=12):

@@ -33,6 +33,7 @@ from salt_jax.models.kv_cache import KVCache
 from salt_jax.optimizer import make_optimizer
 from salt_jax.sharding import make_mesh, state_shardings
 from salt_jax.state import Stream, apply_gradients, init_learner, init_state
+from tests.helpers import same_bits
 
 # Orbax abandons its other reads when one fails; Python reports those coroutines when it collects
 # them.
@@ -86,12 +87,6 @@ def abstract(mesh, make=make, **how):
     )
 
 
-def assert_same_bits(found, wanted):
-    assert jax.tree.structure(found) == jax.tree.structure(wanted)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
 def meta_of(step):
     return {
         "config": json.dumps({"seed": step}),
@@ -133,7 +128,7 @@ def test_round_trip_is_bit_exact_on_this_and_on_another_mesh(saved, count):
     wanted = abstract(mesh_of(count))
     with open_checkpoints(saved, keep=3) as manager:
         state, meta = restore(manager, wanted)
-    assert_same_bits(state, make(step=2))
+    same_bits(state, make(step=2))
     assert meta == meta_of(2)
     for x, like in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
         assert x.sharding == like.sharding
@@ -156,7 +151,7 @@ def test_videos_under_way_come_back_bit_for_bit_on_this_and_on_another_mesh(tmp_
         manager.wait_until_finished()
         for count in (8, 1):
             state, _ = restore(manager, abstract(mesh_of(count), streaming))
-            assert_same_bits(state, streaming())
+            same_bits(state, streaming())
             assert state.stream.cache.k.addressable_shards[0].data.shape[1] == 8 // count
         with pytest.raises(
             UserError, match=r"stream/cache/end is int32\[\] there and absent in this"
@@ -167,7 +162,7 @@ def test_videos_under_way_come_back_bit_for_bit_on_this_and_on_another_mesh(tmp_
         ):
             restore(manager, abstract(mesh_of(1), streaming, slots=3))
     # needs none of them
-    assert_same_bits(restore_params(tmp_path, "ema", mesh_of(1)), make(step=5).ema)
+    same_bits(restore_params(tmp_path, "ema", mesh_of(1)), make(step=5).ema)
 
 
 def test_a_step_whose_videos_under_way_are_lost_is_damaged(tmp_path):
@@ -176,7 +171,7 @@ def test_a_step_whose_videos_under_way_are_lost_is_damaged(tmp_path):
             save(manager, on(mesh_of(1), streaming, step=step), meta_of(step))
     (tmp_path / "checkpoints" / "5" / "stream" / "commit_success.txt").unlink()
     with open_checkpoints(tmp_path, keep=2) as manager:
-        assert_same_bits(restore(manager, abstract(mesh_of(1), streaming))[0], streaming(4))
+        same_bits(restore(manager, abstract(mesh_of(1), streaming))[0], streaming(4))
 
 
 def test_a_teacher_in_the_making_has_no_critic(tmp_path):
@@ -184,7 +179,7 @@ def test_a_teacher_in_the_making_has_no_critic(tmp_path):
         save(manager, on(mesh_of(1), step=7, critic=False), meta_of(7))
         manager.wait_until_finished()
         state, _ = restore(manager, abstract(mesh_of(1), critic=False))
-    assert_same_bits(state, make(step=7, critic=False))
+    same_bits(state, make(step=7, critic=False))
 
 
 def test_what_is_saved_does_not_change_when_the_next_step_overwrites_the_donated_state(tmp_path):
@@ -245,7 +240,7 @@ def test_a_damaged_step_is_named_set_aside_and_the_one_before_it_is_used(copy, c
             path.write_bytes(data[: len(data) // 2] if damage == "array cut in half" else b"")
     with caplog.at_level(logging.WARNING), open_checkpoints(copy, keep=3) as manager:
         state, meta = restore(manager, abstract(mesh_of(8)))
-        assert_same_bits(state, make(step=1))
+        same_bits(state, make(step=1))
         assert meta == meta_of(1)
         told = [r.getMessage() for r in caplog.records if "is damaged" in r.getMessage()]
         assert len(told) == 1 and "checkpoint step 2 in" in told[0] and "the one before" in told[0]
@@ -255,7 +250,7 @@ def test_a_damaged_step_is_named_set_aside_and_the_one_before_it_is_used(copy, c
     names = sorted(path.name for path in (copy / "checkpoints").iterdir())
     assert names[:2] == ["1", "2"] and re.fullmatch(r"2\.damaged\.\d+", names[2])
     with open_checkpoints(copy, keep=3) as manager:
-        assert_same_bits(restore(manager, abstract(mesh_of(8)))[0], make(step=2))
+        same_bits(restore(manager, abstract(mesh_of(8)))[0], make(step=2))
 
 
 @pytest.mark.slow
@@ -275,7 +270,7 @@ def test_whatever_file_is_cut_or_lost_a_state_comes_back_whole_or_from_the_step_
             path.write_bytes(data[: int(len(data) * left)])
         with open_checkpoints(copy / "trial", keep=3) as manager:
             state, meta = restore(manager, wanted)
-        assert_same_bits(state, make(step=int(state.iteration)))
+        same_bits(state, make(step=int(state.iteration)))
         assert meta == meta_of(int(state.iteration))
         steps.append(int(state.iteration))
         shutil.rmtree(copy / "trial")
@@ -336,7 +331,7 @@ def test_a_first_moment_of_earlier_versions_is_left_where_it_is(tmp_path):
         for mu in (tmp_path / "checkpoints" / "2").rglob("*mu*"):
             shutil.rmtree(mu)  # not read, so not missed
         state, _ = restore(manager, abstract(mesh_of(4), step=2, tx=now))
-        assert_same_bits(state, make(step=2, tx=now))
+        same_bits(state, make(step=2, tx=now))
         with pytest.raises(UserError, match=r"opt_state/1/0/mu/\S+ is absent there and float32"):
             save(manager, on(mesh_of(8), step=3, tx=now), meta_of(3))
             manager.wait_until_finished()
@@ -350,7 +345,7 @@ def test_parameters_load_alone_and_nothing_is_written(copy, what):
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
     params = restore_params(copy, what, mesh_of(4))
     state = make(step=2)
-    assert_same_bits(params, state.ema if what == "ema" else state.learners["student"].params)
+    same_bits(params, state.ema if what == "ema" else state.learners["student"].params)
     assert params["blocks"]["self_attn"]["q"]["kernel"].addressable_shards[0].data.shape == (
         2,
         16,
@@ -362,13 +357,13 @@ def test_parameters_load_alone_and_nothing_is_written(copy, what):
 def test_parameters_of_a_damaged_step_come_from_the_one_before(copy, caplog):
     path = largest_file(copy / "checkpoints" / "2" / "ema")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    assert_same_bits(restore_params(copy, "ema", mesh_of(1)), make(step=1).ema)
+    same_bits(restore_params(copy, "ema", mesh_of(1)), make(step=1).ema)
     assert "checkpoint step 2" in caplog.text and (copy / "checkpoints" / "2").is_dir()
 
 
 def test_a_step_that_is_named_is_read_or_refused(copy):
     for step in (1, 2):
-        assert_same_bits(
+        same_bits(
             restore_params(copy, "student", mesh_of(1), step),
             make(step=step).learners["student"].params,
         )

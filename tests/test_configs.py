@@ -5,6 +5,7 @@ trace.
 import ast
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,7 @@ from salt_jax.stages.stage import Batch
 from salt_jax.train.step import Call, train_step
 from salt_jax.types import Conditioning
 from tests.every_config import CASES, OPTIONS, WAN, get_config
-from tests.helpers import ROOT, form
+from tests.helpers import ROOT
 
 CONFIGS = ROOT / "configs"
 
@@ -111,8 +112,7 @@ def test_full_size_steps_trace(name, options):
     for update, draw in programs(stage).items():
         run = lambda s, f, b, c, update=update: train_step(stage, update, s, f, b, c)
         after, metrics = jax.eval_shape(run, state, frozen, batch, call._replace(draw=draw))
-        assert jax.tree.structure(after) == jax.tree.structure(state)
-        assert form(after) == form(state)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
         learnt = jax.tree.leaves(after.learners["student"].params)
         assert {x.dtype for x in learnt} == {np.dtype(np.float32)}
         assert all(metric.shape == () for metric in metrics.values())

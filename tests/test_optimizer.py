@@ -1,5 +1,6 @@
 """AdamW as optax has it, without the moment that b1 = 0 has no use for."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,9 +62,9 @@ def test_without_a_first_moment_every_bit_of_the_parameters_is_adamws(schedule, 
     o = Optimizer(b1=0.0, b2=0.99, warmup=warmup, decay=decay, **HOW)
     found, state = run(make_optimizer(o, UPDATES), jit)
     wanted, full = run(reference(o, UPDATES), jit)
-    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    chex.assert_trees_all_equal(found, wanted)
     assert not np.array_equal(found[0]["kernel"], found[-1]["kernel"])
-    jax.tree.map(np.testing.assert_array_equal, state[1][0].nu, full[1][0].nu)
+    chex.assert_trees_all_equal(state[1][0].nu, full[1][0].nu)
     saved = {"kernel": (7, 5), "bias": (5,)}
     sizes = lambda tree: sum(np.size(x) for x in jax.tree.leaves(tree))
     assert sizes(full) - sizes(state) == sum(map(np.prod, saved.values()))
@@ -73,7 +74,7 @@ def test_where_b1_is_not_zero_the_moment_is_there():
     o = Optimizer(b1=0.9, b2=0.99, warmup=0, decay=False, **HOW)
     found, state = run(make_optimizer(o, UPDATES), True)
     wanted, full = run(reference(o, UPDATES), True)
-    jax.tree.map(np.testing.assert_array_equal, (found, state), (wanted, full))
+    chex.assert_trees_all_equal((found, state), (wanted, full))
 
 
 def test_the_configs_keep_none():

@@ -89,14 +89,6 @@ def come_in(files, path, dtype=None):
     return found, load_weights(write(found, path / "ours.safetensors", dtype), like, None)
 
 
-def same_bits(a, b):
-    a, b = flatten_dict(a, sep="/"), flatten_dict(b, sep="/")
-    assert a.keys() == b.keys()
-    for name in a:
-        x, y = np.asarray(a[name]), np.asarray(b[name])
-        assert (x.shape, x.dtype) == (y.shape, y.dtype) and x.tobytes() == y.tobytes(), name
-
-
 def lora_file(path, params, rank, seed=3):
     """LongLive's: {"generator_lora": PEFT's names}, all matrices of the blocks."""
     rng, out = np.random.default_rng(seed), {}

@@ -31,11 +31,17 @@ from tests.convert.networks import (
     come_in,
     from_table,
     official,
-    same_bits,
     save_torch,
     slow,
 )
-from tests.helpers import randomised, shapes_of, to_diffusers, wan_inputs, wan_of_diffusers
+from tests.helpers import (
+    randomised,
+    same_bits,
+    shapes_of,
+    to_diffusers,
+    wan_inputs,
+    wan_of_diffusers,
+)
 from tests.models.oracles import (
     CLIP,
     UMT5,

@@ -30,7 +30,6 @@ from tests.convert.networks import (
     come_in,
     from_table,
     official,
-    same_bits,
     save_torch,
     slow,
 )
@@ -46,7 +45,7 @@ from tests.convert.pickles import (
     tensor,
     text,
 )
-from tests.helpers import randomised, shapes_of
+from tests.helpers import randomised, same_bits, shapes_of
 
 PARAMS = {config: randomised(shapes_of(config), 1) for config in (T2V, I2V)}
 ones = lambda *shape: np.ones(shape, np.float32)

@@ -5,6 +5,7 @@ it.
 import itertools
 from collections import Counter
 
+import chex
 import numpy as np
 import pytest
 
@@ -32,13 +33,6 @@ def read(source, count, **changes):
     return list(itertools.islice(pipeline.batches(source, **(settings | changes)), count))
 
 
-def assert_same(batches, others):
-    for batch, other in zip(batches, others, strict=True):
-        assert batch.keys() == other.keys()
-        for name in batch:
-            np.testing.assert_array_equal(batch[name], other[name])
-
-
 def test_batch_has_the_promised_form(source):
     (batch,) = read(source, 1)
     assert {name: (value.shape, value.dtype) for name, value in batch.items()} == {
@@ -58,7 +52,9 @@ def test_batch_has_the_promised_form(source):
 @pytest.mark.parametrize("process_index, process_count", [(0, 1), (1, 2)])
 def test_reading_from_start_is_the_rest_of_the_stream(source, start, process_index, process_count):
     share = {"process_index": process_index, "process_count": process_count}
-    assert_same(read(source, 4, start=start, **share), read(source, start + 4, **share)[start:])
+    chex.assert_trees_all_equal(
+        read(source, 4, start=start, **share), read(source, start + 4, **share)[start:]
+    )
 
 
 @pytest.mark.parametrize("process_count", [2, 4])
@@ -72,7 +68,7 @@ def test_shares_of_processes_are_the_batch_of_one(source, process_count):
         for step in zip(*shares, strict=True)
     ]
     assert shares[0][0]["video"].shape[0] == BATCH // process_count
-    assert_same(joined, whole)
+    chex.assert_trees_all_equal(joined, whole)
 
 
 def test_every_epoch_has_every_example_once_in_another_order():
@@ -101,7 +97,7 @@ def test_each_caption_is_encoded_once(source):
 
 def test_reads_from_disk_what_it_reads_from_memory(source, tmp_path):
     train, _ = dataset.build(tmp_path, WORLD, NUM, 1, 0)
-    assert_same(read(train, 4), read(source, 4))
+    chex.assert_trees_all_equal(read(train, 4), read(source, 4))
 
 
 def test_latents_stay_as_they_are_and_states_come_with_their_clip():

@@ -1,5 +1,6 @@
 """Velocity, x0 and score say the same thing; guidance has one convention."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,16 +100,13 @@ def predictions():
 def test_guidance_1_is_none_and_0_forgets_the_text():
     conditional, unconditional = predictions()
     for w, expected in ((1.0, conditional), (0.0, unconditional)):
-        for got, want in zip(guide(conditional, unconditional, w), expected, strict=True):
-            np.testing.assert_allclose(got, want, atol=1e-6)
+        chex.assert_trees_all_close(guide(conditional, unconditional, w), expected, atol=1e-6)
 
 
 def test_the_peers_guidance_scale_3_is_4_here():
     conditional, unconditional = predictions()
-    for got, c, u in zip(
-        guide(conditional, unconditional, 4.0), conditional, unconditional, strict=True
-    ):
-        np.testing.assert_allclose(got, c + 3.0 * (c - u), atol=1e-5)
+    expected = jax.tree.map(lambda c, u: c + 3.0 * (c - u), conditional, unconditional)
+    chex.assert_trees_all_close(guide(conditional, unconditional, 4.0), expected, atol=1e-5)
 
 
 def test_a_guided_prediction_still_agrees_with_itself():

@@ -22,6 +22,7 @@ from salt_jax.io.tensor_files import (
     write_tensors,
 )
 from salt_jax.sharding import make_mesh
+from tests.helpers import same_bits
 
 
 def tree():
@@ -48,9 +49,7 @@ def refused(path, like, told):
 
 def test_float32_comes_back_bit_for_bit_from_shapes_alone(file):
     found = load_weights(file, jax.eval_shape(tree))
-    assert jax.tree.structure(found) == jax.tree.structure(tree())
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(tree()), strict=True):
-        assert a.dtype == jnp.float32 and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    same_bits(found, tree())
     with safe_open(file, "numpy") as stored:
         assert (
             stored.metadata() == {"made_by": "a test"}

@@ -6,6 +6,7 @@ No time is judged.
 import json
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
@@ -150,7 +151,7 @@ def test_random_weights_have_the_form_that_is_asked():
     r = tiny()
     shapes = bench.shapes_of(bench.init_wan, r.wan)
     params = bench.random_params(shapes, jnp.bfloat16, 0)
-    assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(lambda x: x.shape, shapes)
+    chex.assert_trees_all_equal_shapes(params, shapes)
     leaves = jax.tree.leaves(params)
     assert {x.dtype for x in leaves} == {jnp.dtype(jnp.bfloat16)} and all(x.any() for x in leaves)
 

@@ -30,9 +30,9 @@ from salt_jax.models import image_encoder, text_encoder, vae
 from salt_jax.models.lora import init_lora
 from salt_jax.models.presets import PRESETS
 from salt_jax.state import init_learner, init_state
-from tests.convert.networks import I2V, T2V, from_table, lora_file, official, same_bits, save_torch
+from tests.convert.networks import I2V, T2V, from_table, lora_file, official, save_torch
 from tests.convert.pickles import Shell
-from tests.helpers import ROOT, randomised, shapes_of
+from tests.helpers import ROOT, randomised, same_bits, shapes_of
 from tests.launch.programs import program as run_program
 
 CONFIGS = {

@@ -21,8 +21,8 @@ from salt_jax.models.presets import PRESETS
 from salt_jax.models.wan import init_wan
 from salt_jax.rollout.pixels import to_bytes
 from salt_jax.sharding import all_devices
-from tests.convert.networks import from_table, official, same_bits, save_torch
-from tests.helpers import randomised, shapes_of, to_diffusers
+from tests.convert.networks import from_table, official, save_torch
+from tests.helpers import randomised, same_bits, shapes_of, to_diffusers
 from tests.launch.programs import frames, program, succeed
 
 SMALL = ["--size=32x32", "--frames=9"]

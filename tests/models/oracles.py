@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,7 +84,7 @@ def make_oracle(config, **kwargs):
         w.copy_(("gamma" in name) + std * torch.randn(w.shape, generator=generator))
     params = from_diffusers(module.state_dict())
     fresh = shapes_of(config, init_vae)
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, fresh)
+    chex.assert_trees_all_equal_shapes(params, fresh)
     return module, jax.tree.map(jnp.asarray, params)
 
 

@@ -4,6 +4,7 @@ device.
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,8 +145,7 @@ def test_a_mesh_changes_nothing(axes, text):
         loss = lambda *x: (attention(*x, mesh=mesh) ** 2).sum()
         return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v)
 
-    for ours, expected in zip(jax.tree.leaves(run(mesh)), jax.tree.leaves(run(None)), strict=True):
-        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(run(mesh), run(None), rtol=1e-5, atol=1e-5)
 
 
 def test_along_context_tokens_are_exchanged_for_heads():

@@ -2,6 +2,7 @@
 relies on.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +48,7 @@ def test_equals_transformers_behind_the_last_layer_but_one():
                 + (0.5 if "fc1" in name else 0.1) * torch.randn(w.shape, generator=generator)
             )
     params = clip_from_transformers({k: v.numpy() for k, v in oracle.state_dict().items()}, 3)
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes(CLIP))
+    chex.assert_trees_all_equal_shapes(params, shapes(CLIP))
 
     pixels = random_pixels()
     with torch.no_grad():

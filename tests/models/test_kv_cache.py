@@ -27,7 +27,7 @@ from salt_jax.rollout.causal import (
     replay,
 )
 from salt_jax.types import Conditioning
-from tests.helpers import diffusers_sizes, randomised, shapes_of, to_diffusers
+from tests.helpers import close, diffusers_sizes, randomised, shapes_of, to_diffusers
 
 SMALL = WanConfig(48, 2, 2, 64, 4, 4, (1, 2, 2), 16, 4, 32, 0, 1e-6)
 NETWORK = wan_denoiser(SMALL, Compute(), 9, 3)
@@ -387,9 +387,7 @@ def test_commit_is_reading_and_appending():
     whole = jax.jit(lambda params, cache: commit(NETWORK, params, cache, x0, COND, policy))(
         PARAMS, cache
     )
-    jax.tree.map(
-        partial(np.testing.assert_allclose, atol=1e-5), whole, committed(cache, x0, COND, policy)
-    )
+    close(whole, committed(cache, x0, COND, policy), atol=1e-5)
 
 
 def test_what_stands_in_empty_slots_never_matters():
@@ -448,10 +446,7 @@ def test_a_cached_text_gives_what_the_text_gives():
     policy, x = CachePolicy(3, 3, 7, 1, "absolute"), clip(3, seed=4)
     cache = fill(policy, clip(3), 4)
     told = jax.jit(NETWORK.read)(PARAMS, COND)
-    for ours, theirs in zip(
-        *(denoise(x, SIGMA, z, cache, policy) for z in (told, COND)), strict=True
-    ):
-        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    close(*(denoise(x, SIGMA, z, cache, policy) for z in (told, COND)))
     ours, theirs = (committed(cache, x, z, policy) for z in (told, COND))
     np.testing.assert_allclose(ours.k, theirs.k, atol=1e-5)
 

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +26,7 @@ def trained(seed=2):
 
 def test_the_network_starts_unchanged():
     start = init_lora(jax.random.key(3), BASE, RANK)
-    jax.tree.map(np.testing.assert_array_equal, merge(BASE, start, LORA), BASE)
+    chex.assert_trees_all_equal(merge(BASE, start, LORA), BASE)
 
 
 def test_every_matrix_of_the_blocks_gets_its_product_and_nothing_else_changes():
@@ -101,6 +102,4 @@ def test_full_size_adapters_are_small():
     merged = jax.eval_shape(
         lambda b, p: merge(b, p, SimpleNamespace(rank=256, alpha=256.0)), base, params
     )
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), merged) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), base
-    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(merged, base)

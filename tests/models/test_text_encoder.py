@@ -2,6 +2,7 @@
 on.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,7 +69,7 @@ def test_equals_transformers_with_padding():
             w.copy_(("norm" in name) + std * torch.randn(w.shape, generator=generator))
     params = from_transformers({k: v.numpy() for k, v in oracle.state_dict().items()}, UMT5)
     fresh = shapes_of(UMT5, init_text_encoder)
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, fresh)
+    chex.assert_trees_all_equal_shapes(params, fresh)
 
     tokens = random_tokens([160, 37, 1], 160)
     with torch.no_grad():

@@ -2,6 +2,7 @@
 nothing is better.
 """
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -115,7 +116,7 @@ def test_hardly_any_noise_gives_the_nearest_clip(sigma):
     x0, x, level = noised(sigma)
     prediction = BEST.denoise(PARAMS, x, level, COND)
     np.testing.assert_allclose(prediction.x0, x0, atol=1e-5)
-    assert np.isfinite(prediction.velocity).all()
+    chex.assert_tree_all_finite(prediction)
 
 
 @pytest.mark.parametrize("sigma", [1.0, 0.5, 0.001])
@@ -123,7 +124,7 @@ def test_finite_far_from_all_clips(sigma):
     """Where a student may well bring it: no clip is near, and the likelihoods underflow."""
     x = jnp.full((4, *SHAPE), 50.0)
     prediction = BEST.denoise(PARAMS, x, jnp.full(4, sigma), COND)
-    assert np.isfinite(prediction.x0).all() and np.isfinite(prediction.velocity).all()
+    chex.assert_tree_all_finite(prediction)
 
 
 def test_expected_error_is_the_distance_to_the_optimum():

@@ -5,6 +5,7 @@ compiled updates.
 import math
 from typing import get_args
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +34,7 @@ from salt_jax.stages.stage import Update
 from salt_jax.train.setup import setup
 from salt_jax.train.step import Call, compile_step
 from salt_jax.types import Conditioning
-from tests.helpers import form, shapes_of
+from tests.helpers import shapes_of
 from tests.placing import place
 
 S = jax.ShapeDtypeStruct
@@ -70,8 +71,8 @@ def test_what_is_counted_is_what_a_run_starts_from(start):
     stage = make_stage(read_recipe(c), sharding.make_mesh(ONE, jax.devices()[:1]))
     parts = setup(stage)
     state, frozen = jax.eval_shape(lambda: fresh_state(stage))
-    assert form(state) == form(parts.fresh()) == form(parts.state)
-    assert form(frozen) == form(parts.frozen)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, parts.fresh(), parts.state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(frozen, parts.frozen)
 
 
 @pytest.mark.parametrize("sizes", [(2, 4, 1, 1), (1, 2, 2, 2)])

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -66,15 +67,13 @@ def test_starts_are_uniform_and_the_rest_is_eq_9_given_the_start():
 
 def test_the_key_decides_everything():
     once, again, other = drawn(3), drawn(3), drawn(4)
-    for a, b in zip(once, again, strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(once, again)
     assert np.mean(once.sigma_s == other.sigma_s) == pytest.approx(1 / 8, abs=0.02)
 
 
 def test_the_same_inside_a_compiled_step():
     compiled = jax.jit(lambda key: draw_triples(key, 64, grid(8, 5.0), 4))(jax.random.key(5))
-    for a, b in zip(compiled, draw_triples(jax.random.key(5), 64, grid(8, 5.0), 4), strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(compiled, draw_triples(jax.random.key(5), 64, grid(8, 5.0), 4))
 
 
 def test_no_key_is_used_twice():

@@ -2,6 +2,7 @@
 constant memory.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,7 +73,8 @@ def test_a_long_video_runs_one_program_on_a_cache_of_fixed_size(params, policy):
     programs = make_chunk._cache_size()
     longer = video(params, 120, policy)
     assert make_chunk._cache_size() == programs
-    assert longer.shape == (2, 120, *PICTURE) and np.isfinite(longer).all()
+    assert longer.shape == (2, 120, *PICTURE)
+    chex.assert_tree_all_finite(longer)
     np.testing.assert_array_equal(longer[:, :12], before)
     assert policy.capacity(120) == policy.capacity(12) == policy.window - policy.chunk
 

@@ -3,6 +3,7 @@
 Under the same prompt that changes nothing, whatever the memory.
 """
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -89,7 +90,7 @@ def test_an_empty_slot_keeps_nothing_that_would_spread():
     """A slot without a frame is masked, which multiplies it by zero: it must hold numbers."""
     policy = CachePolicy(3, 3, 12, 3, "relative")
     again = read_again(filled(policy, (), 9, COND), COND, policy)
-    assert np.isfinite(again.k).all() and np.isfinite(again.v).all()
+    chex.assert_tree_all_finite((again.k, again.v))
 
 
 def video(policy, frames, cues):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from salt_jax.checkpoint import open_checkpoints, restore, save
 from salt_jax.sharding import state_shardings
 from salt_jax.stages.stage import Update
 from salt_jax.train.step import compile_step
-from tests.helpers import arguments, bits, host, layout, mesh_of
+from tests.helpers import arguments, layout, mesh_of, same_bits, traced
 from tests.stages import small, toys
 
 HOSTED = replace(toys.RECIPE, host_state=True)
@@ -35,14 +36,13 @@ def hosted_layout(state, frozen, sizes=(), hosted=True):
 def run(who, recipe, updates=2):
     sizes = {"data": 2, "fsdp": 4}
     shardings = hosted_layout(toys.toy_state(), toys.FROZEN, sizes, recipe.host_state)
-    step = compile_step(toys.stage_of(recipe), toys.UPDATES[who], shardings)
+    step = compile_step(traced(toys.stage_of(recipe), 1), toys.UPDATES[who], shardings)
     args = arguments(shardings, toys.toy_state(), toys.FROZEN, toys.batch_of(0))
     state, frozen, batch, call = args
     for index in range(updates):
         with jax.transfer_guard("disallow"):
             put = jax.device_put(np.int32(index), shardings[3])
             state, metrics = step(state, frozen, batch, call._replace(index=put))
-    assert step._cache_size() == 1
     return state, metrics
 
 
@@ -56,8 +56,7 @@ def test_an_update_is_the_same_and_what_waits_goes_back(who):
     whose = {path.split("/")[1] for path in on_host(found) if path.startswith("learners/")}
     assert whose == {"student", "critic"}
     assert all("/nu/" in path or path.startswith("ema/") for path in on_host(found))
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
-    jax.tree.map(close, host((found, same)), host((wanted, told)))
+    chex.assert_trees_all_close((found, same), (wanted, told), rtol=1e-6, atol=1e-9)
 
 
 def test_a_checkpoint_comes_back_to_where_it_was_and_to_the_devices(tmp_path):
@@ -70,7 +69,7 @@ def test_a_checkpoint_comes_back_to_where_it_was_and_to_the_devices(tmp_path):
             where = state_shardings(mesh, state, hosted)
             form = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
             found, _ = restore(manager, jax.tree.map(form, state, where))
-            assert bits(host(found)) == bits(host(state))
+            same_bits(found, state)
             assert on_host(found) == (on_host(state) if hosted else set())
 
 

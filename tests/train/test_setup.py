@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +28,7 @@ from salt_jax.stages.stage import Weights
 from salt_jax.stages.weights import student_start
 from salt_jax.state import init_learner, init_state
 from salt_jax.train.setup import first_state, setup
-from tests.helpers import form, mesh_of, shapes_of
+from tests.helpers import mesh_of, shapes_of
 from tests.placing import place
 
 MESH = mesh_of()
@@ -64,8 +65,7 @@ def exported(path, made, **metadata):
     return str(path)
 
 
-def same(found, wanted):
-    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+same = chex.assert_trees_all_equal
 
 
 def refused(told, **changes):
@@ -198,7 +198,7 @@ def parts_of(**changes):
 def started(**changes):
     parts = parts_of(**changes)
     state = parts.fresh()
-    assert form(state) == form(parts.state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, parts.state)
     return Started(state, parts.frozen, parts.encode_caption, parts.records)
 
 
@@ -320,28 +320,27 @@ def encoded(path, *names, channels=16):
 @pytest.mark.slow
 def test_a_student_of_wan_starts_at_its_weights_and_has_the_teacher_that_is_named(tmp_path):
     wan = {"model.preset": "wan2.1-t2v-tiny", "data.dir": encoded(tmp_path / "data", "latent")}
-    same = started(**ENCODED, **wan)
-    same_tree = lambda a, b: all(map(np.array_equal, *map(jax.tree.leaves, (a, b))))
-    assert same_tree(same.frozen["teacher"], same.state.learners["student"].params)
-    assert len(same.records) == 2 and same.records[1]["caption"] == "clip 1"
+    first = started(**ENCODED, **wan)
+    same(first.frozen["teacher"], first.state.learners["student"].params)
+    assert len(first.records) == 2 and first.records[1]["caption"] == "clip 1"
     file = tmp_path / "wan.safetensors"
     told = {"config": json.dumps(dataclasses.asdict(PRESETS["wan2.1-t2v-tiny"]))}
-    save_weights(file, jax.tree.map(lambda w: w + 1, same.frozen["teacher"]), "bfloat16", told)
+    save_weights(file, jax.tree.map(lambda w: w + 1, first.frozen["teacher"]), "bfloat16", told)
     other = started(**ENCODED, **wan, **{"teacher.weights": str(tmp_path)})
-    assert same_tree(other.state.learners["student"].params, same.state.learners["student"].params)
+    same(other.state.learners["student"].params, first.state.learners["student"].params)
     assert {w.dtype for w in jax.tree.leaves(other.frozen["teacher"])} == {np.dtype(jnp.bfloat16)}
     wide = parts_of(
         **ENCODED, **wan, **{"teacher.weights": str(tmp_path), "teacher.dtype": "float32"}
     )
-    assert same_tree(wide.frozen["teacher"], other.frozen["teacher"])
+    same(wide.frozen["teacher"], other.frozen["teacher"])
     assert {w.dtype for w in jax.tree.leaves(wide.frozen["teacher"])} == {np.dtype(np.float32)}
     again = started(**ENCODED | {"weights": str(tmp_path)}, **wan)
-    assert same_tree(again.state.learners["student"].params, other.frozen["teacher"])
+    same(again.state.learners["student"].params, other.frozen["teacher"])
     learnt = jax.tree.leaves(again.state.learners["student"].params)
     assert {w.dtype for w in learnt} == {np.dtype(np.float32)}
     causal = {"teacher.weights": "", "init_from": str(tmp_path), "stage": "teacher_forcing"}
     begun = started(**ENCODED, **wan | causal)
-    assert same_tree(begun.state.learners["student"].params, other.frozen["teacher"])
+    same(begun.state.learners["student"].params, other.frozen["teacher"])
     with pytest.raises(
         UserError, match=r"the weights in .* are WanConfig.*presets and weights of config\.model"
     ):
