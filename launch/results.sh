@@ -46,14 +46,14 @@ sweep() {
             cp -r "$before/checkpoints" "$before/config.json" "$dir/copy $name"
             mv "$dir/copy $name" "$work"
         fi
-        run "$work" shapes_sc_dmd --config.iterations=$updates "$@"
+        run "$work" sc_dmd --config.iterations=$updates "$@"
         before=$work
     done
 }
 
 # Students of whole clips.
 whole() {
-    local weight stop seed teacher method
+    local weight stop seed teacher config
     for weight in 0 0.1 0.3 1 3 10; do
         sweep "lambda $weight" --config.loss.self_consistency=$weight --config.loss.stop_gradient=none
     done
@@ -63,16 +63,16 @@ whole() {
     # Network, seed 0: dmd8 and sc_dmd are two of the sweep's students again, never stopped at 30: their numbers must agree.
     for seed in 0 1 2; do
         for teacher in network closed_form; do
-            for method in dmd4 dmd8 sc_dmd; do
+            for config in sc_dmd:dmd4 sc_dmd:dmd8 sc_dmd; do
                 mine || continue
-                run "$dir/main/$teacher/$method/$seed" "shapes_$method" \
+                run "$dir/main/$teacher/${config#*:}/$seed" $config \
                     --config.teacher.kind=$teacher --config.seed=$seed
             done
         done
     done
     # Where every student starts: the teacher's own network, without guidance, in few steps.
     if mine; then
-        run "$dir/main/network/undistilled/0" shapes_dmd8 --config.iterations=1 \
+        run "$dir/main/network/undistilled/0" sc_dmd:dmd8 --config.iterations=1 \
             --config.student_optimizer.learning_rate=0
     fi
 }
@@ -82,22 +82,22 @@ causal() {
     local seed row start=$dir/causal
     evaluate=(--solvers=cm)
     if [ "${part%/*}" = 1 ]; then
-        run "$start/stages/teacher_forcing/0" shapes_teacher_forcing
-        run "$start/stages/consistency/0" shapes_consistency --config.init_from="$start/stages/teacher_forcing/0"
+        run "$start/stages/teacher_forcing/0" teacher_forcing
+        run "$start/stages/consistency/0" consistency --config.init_from="$start/stages/teacher_forcing/0"
     fi
     until [ -f "$start/stages/consistency/0/evaluation.json" ]; do sleep 10; done
     for seed in 0 1 2; do
         # Alignment in every update of a short rollout: three times as many as after a warm-up and by a coin.
         if mine; then
             evaluate=(--solvers=cm)
-            run "$dir/causal/main/salt_always/$seed" shapes_self_forcing:salt --config.seed=$seed \
+            run "$dir/causal/main/salt_always/$seed" self_forcing:salt --config.seed=$seed \
                 --config.init_from="$start/stages/consistency/0" --config.align.start=0 --config.align.probability=1.0
         fi
         for row in plain naive mixed mixed_sc salt; do
             mine || continue
             evaluate=(--solvers=cm)
             case $row in plain | salt) evaluate+=(--memory=0:0:absolute,6:0:absolute,9:3:absolute,6:1:relative) ;; esac
-            run "$start/main/$row/$seed" "shapes_self_forcing:$row" \
+            run "$start/main/$row/$seed" "self_forcing:${row/plain/}" \
                 --config.init_from="$start/stages/consistency/0" --config.seed=$seed
         done
     done
@@ -108,25 +108,25 @@ recipes() {
     local variant stages=$dir/causal/stages to=$dir/recipes
     if mine; then # frame by frame
         evaluate=(--solvers=cm --count=48)
-        run "$to/teacher_forcing_frame/0" shapes_teacher_forcing:frame
-        run "$to/consistency_frame/0" shapes_consistency:frame --config.init_from="$to/teacher_forcing_frame/0"
-        for variant in frame frame_salt two one; do
-            run "$to/causal_forcing_$variant/0" "shapes_causal_forcing:$variant" \
+        run "$to/teacher_forcing_frame/0" teacher_forcing:frame
+        run "$to/consistency_frame/0" consistency:frame --config.init_from="$to/teacher_forcing_frame/0"
+        for variant in frame frame,salt two one; do
+            run "$to/causal_forcing_${variant/,/_}/0" "causal_forcing:$variant" \
                 --config.init_from="$to/consistency_frame/0" --config.sample.num_steps="(1,2,4,8)"
         done
     fi
     if mine; then
         # Streaming: window and sink, then one video over many updates.
         evaluate=(--solvers=cm --memory=9:3:absolute)
-        run "$to/longlive_init/0" shapes_longlive_init --config.init_from="$stages/consistency/0"
-        run "$to/longlive_plain/0" shapes_longlive --config.init_from="$to/longlive_init/0"
+        run "$to/longlive_init/0" longlive_init --config.init_from="$stages/consistency/0"
+        run "$to/longlive_plain/0" longlive --config.init_from="$to/longlive_init/0"
         evaluate=(--solvers=cm --count=48)
-        run "$to/ode/0" shapes_ode --config.init_from="$stages/teacher_forcing/0"
+        run "$to/ode/0" ode_regression --config.init_from="$stages/teacher_forcing/0"
         for variant in plain salt; do
-            run "$to/causvid_$variant/0" "shapes_causvid:$variant" --config.init_from="$to/ode/0"
+            run "$to/causvid_$variant/0" "causvid:${variant/plain/}" --config.init_from="$to/ode/0"
         done
         evaluate=(--solvers=cm --memory=9:3:absolute)
-        run "$to/longlive_salt/0" shapes_longlive:salt --config.init_from="$to/longlive_init/0"
+        run "$to/longlive_salt/0" longlive:salt --config.init_from="$to/longlive_init/0"
     fi
 }
 
