@@ -21,14 +21,12 @@ from salt_jax.losses.self_consistency import self_consistency_loss
 from salt_jax.models.denoiser import WanDenoiser, guided
 from salt_jax.models.kv_cache import trim
 from salt_jax.models.lora import init_lora, merge
-from salt_jax.moving_shapes.exact import ClosedForm
 from salt_jax.rollout.causal import Origin, recache
 from salt_jax.rollout.draws import Draw, Terms, as_reference, draw_rollout
 from salt_jax.rollout.parallel import midpoint
-from salt_jax.stages import contradictions, distil_passes
+from salt_jax.stages import contradictions, distil_passes, teachers
 from salt_jax.stages.networks import denoiser_of
 from salt_jax.stages.stage import (
-    CLOSED_FORM,
     Aux,
     Batch,
     Frozen,
@@ -75,17 +73,11 @@ class Distil:
     @property
     def teacher(self) -> Denoiser:
         """Without guidance."""
-        if self.recipe.teacher.kind == "closed_form":
-            return ClosedForm()
-        return denoiser_of(self.recipe, self.mesh, self.recipe.teacher_wan)
+        return teachers.denoiser(self.recipe, self.mesh)
 
     def contradictions(self) -> Iterator[str]:
         r = self.recipe
-        if r.teacher.kind == "data":
-            yield (
-                "config.teacher.kind=data leaves no teacher to distil; "
-                "set it to network or closed_form"
-            )
+        yield from teachers.contradictions(r)
         if r.video == "rollout":
             checks = contradictions.rollouts, contradictions.alignment, contradictions.streams
         else:
@@ -94,10 +86,8 @@ class Distil:
             yield from check(r)
 
     def parts(self) -> Parts:
-        r, t = self.recipe, self.recipe.teacher
-        own = t.weights or (r.weights if r.teacher_wan == r.wan else "")
-        parts = [("critic", r.weights)]
-        parts.append(("teacher", own if t.kind == "network" else CLOSED_FORM))
+        r = self.recipe
+        parts = [("critic", r.weights), teachers.part(r)]
         return parts + [("alignment", r.weights)] * self._looks_at_base
 
     @property

@@ -8,6 +8,7 @@ from salt_jax.config.schema import Recipe
 from salt_jax.flow.schedule import triples
 from salt_jax.models.visibility import chunk_pairs
 from salt_jax.rollout.draws import Draw, as_reference
+from salt_jax.stages import teachers
 from salt_jax.stages.stage import Gradient, Memory, Pass, Update
 
 
@@ -81,8 +82,6 @@ def passes(recipe: Recipe, moves: str, mix: Mix) -> list[Pass]:
         if recipe.video != "rollout":
             made += video_passes(recipe, "student: one step", 1.0, mix)
         return [*made, Pass("critic", wan, whole, 1.0, "weights")]
-    guided = 1 + (recipe.teacher.guidance != 1.0)
-    teachers = 0 if recipe.teacher.kind == "closed_form" else guided
     seen = mix.alignment
     made += video_passes(recipe, "student: replay", 1.0, mix, "weights")
     made += video_passes(recipe, "student: self-consistency", mix.self_consistency, mix, "weights")
@@ -91,7 +90,7 @@ def passes(recipe: Recipe, moves: str, mix: Mix) -> list[Pass]:
     )
     made += [
         Pass("critic: score", wan, whole, 1.0),
-        Pass("teacher: score", recipe.teacher_wan, whole, teachers),
+        *teachers.passes(recipe),
         Pass("features", wan, whole, seen, "activations", layers),
         Pass("features: forward", wan, whole, seen, "none", layers),
     ]
