@@ -110,7 +110,8 @@ def build(
     """The train and test sources; written under `data_dir` on the first call, read from there
     afterwards.
 
-    `source[i]` is what `example` returns. Writing that was interrupted is never taken for complete.
+    `source[i]` is what `example` returns. Writing that was interrupted is never taken for complete;
+    of runs that start at once each writes, and all read what the first has written.
 
     Raises:
       UserError: a split would be empty, or the data on disk differs from what
@@ -122,8 +123,12 @@ def build(
         )
     tfds.disable_progress_bar()  # ours knows the total, so it has an ETA
     config = MovingShapesConfig(world, num_train, num_test, seed)
-    builder = MovingShapes(config=config, data_dir=data_dir, file_format="array_record")
-    builder.download_and_prepare()
+    opened = lambda: MovingShapes(config=config, data_dir=data_dir, file_format="array_record")
+    builder = opened()
+    try:
+        builder.download_and_prepare()
+    except FileExistsError:  # another run was done first; ours is gone already
+        builder = opened()
     # The decorators of TFDS hide from a type checker which arguments these two calls take.
     decoders = {"caption": _text()}  # pyright: ignore[reportCallIssue]
     read = lambda split: builder.as_data_source(

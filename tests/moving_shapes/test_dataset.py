@@ -109,6 +109,21 @@ def test_interrupted_build_starts_again(tmp_path, monkeypatch):
     assert_same(train[5], dataset.example(World(), 0, 5))
 
 
+def test_runs_that_start_at_once_read_what_the_first_wrote(tmp_path, monkeypatch):
+    """Another run begins and ends while this one renders."""
+    generate = dataset.MovingShapes._generate_examples
+
+    def overtaken(self, *args):
+        monkeypatch.setattr(dataset.MovingShapes, "_generate_examples", generate)
+        dataset.build(tmp_path, World(), 6, 2, 0)
+        yield from generate(self, *args)
+
+    monkeypatch.setattr(dataset.MovingShapes, "_generate_examples", overtaken)
+    train, test = dataset.build(tmp_path, World(), 6, 2, 0)
+    assert (len(train), len(test)) == (6, 2)
+    assert not list(tmp_path.rglob("incomplete*"))
+
+
 def test_data_of_another_renderer_is_refused(tmp_path, monkeypatch):
     dataset.build(tmp_path, World(), 3, 1, 0)
     monkeypatch.setattr(shapes, "COLOURS", dict.fromkeys(shapes.COLOURS, (0.5, 0.5, 0.5)))
