@@ -15,28 +15,26 @@ changes and is never saved. Missing and cut-off files are noticed; flipped bits 
 not: Orbax keeps no checksum of it.
 """
 
-import hashlib
 import logging
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers as managers
 
+from salt_jax.checkpoint_files import JSONS, directory_of, refuse_uncommitted, trees
 from salt_jax.errors import UserError
-from salt_jax.io.tensor_files import digest
-from salt_jax.sharding import state_shardings
+from salt_jax.sharding import laid_out, state_shardings
 from salt_jax.state import TrainState, by_path, from_items, nested, to_items
-from salt_jax.types import Params
+from salt_jax.types import JsonObject, Params
 
 log = logging.getLogger(__name__)
 
-JSONS = ("data", "meta")
 T = TypeVar("T")
 
 
@@ -49,7 +47,7 @@ def open_checkpoints(workdir: str | Path, keep: int, keep_every: int = 0) -> ocp
     Raises:
         UserError: the workdir cannot be written to.
     """
-    directory = _directory(workdir)
+    directory = directory_of(workdir)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=directory).close()
@@ -67,7 +65,7 @@ def open_checkpoints(workdir: str | Path, keep: int, keep_every: int = 0) -> ocp
     return _manager(directory, options)
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState, meta: dict[str, Any]) -> None:
+def save(manager: ocp.CheckpointManager, state: TrainState, meta: JsonObject) -> None:
     """Start writing `state` as step `state.iteration`; a step that is already there is left alone.
 
     Returns once the arrays are copied, so `state` may be donated to the next step; a failed write
@@ -84,7 +82,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, meta: dict[str, Any]
 
 def restore(
     manager: ocp.CheckpointManager, abstract_state: TrainState
-) -> tuple[TrainState, dict[str, Any]] | None:
+) -> tuple[TrainState, JsonObject] | None:
     """The newest whole state and its meta, or None where nothing was saved yet. Complete or
     refused, never a part.
 
@@ -101,7 +99,7 @@ def restore(
     """
     expected = to_items(abstract_state)
 
-    def read(step: int) -> tuple[TrainState, dict[str, Any]]:
+    def read(step: int) -> tuple[TrainState, JsonObject]:
         _refuse_mismatch(manager, step, expected)
         items = {name: _told(tree) for name, tree in expected.items()}
         items |= {name: ocp.args.JsonRestore() for name in JSONS}
@@ -136,11 +134,10 @@ def restore_step(
 
     def read(step: int) -> tuple[int, Params]:
         stored = nested(_stored(manager, step)[what])
-        target = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-        abstract = jax.tree.map(target, stored, state_shardings(mesh, stored))
+        abstract = laid_out(stored, state_shardings(mesh, stored))
         return step, manager.restore(step, args=ocp.args.Composite(**{what: _told(abstract)}))[what]
 
-    found, directory = None, _directory(workdir)
+    found, directory = None, directory_of(workdir)
     if directory.is_dir():
         options = ocp.CheckpointManagerOptions(create=False, save_root_metadata=False)
         with _manager(directory, options) as manager:
@@ -157,50 +154,6 @@ def restore_step(
     return found
 
 
-def newest_step(workdir: str | Path) -> int:
-    """The newest step whose writer, or a copy, finished. Its arrays are not looked at.
-
-    Raises:
-        UserError: there is none.
-    """
-    directory, found = _directory(workdir), []
-    for path in directory.glob("*"):
-        if path.name.isascii() and path.name.isdigit():
-            try:
-                _refuse_uncommitted(path)
-                found.append(int(path.name))
-            except OSError as error:
-                log.warning(
-                    "checkpoint step %s in %s is passed over (%s)", path.name, directory, error
-                )
-    if not found:
-        raise UserError(
-            f"there is no whole checkpoint in {directory}; train there first, or name another "
-            "workdir"
-        )
-    return max(found)
-
-
-def checkpoint_digest(
-    workdir: str | Path, step: int, what: str, report: Callable[[int], Any] = lambda nbytes: None
-) -> str:
-    """SHA-256 of an item of a step, in hexadecimal digits: over the names of its files, sorted, and
-    what is in them.
-
-    `report` is called with the bytes of each piece that was read.
-
-    Raises:
-        UserError: there is no such item.
-    """
-    item, state = _directory(workdir) / str(step) / what, hashlib.sha256()
-    files = {path.relative_to(item).as_posix(): path for path in item.rglob("*") if path.is_file()}
-    if not files:
-        raise UserError(f"there is no {item}; name a step that is there, or another workdir")
-    for name in sorted(files):
-        state.update(f"{name}\0{digest(files[name], report)}\0".encode())
-    return state.hexdigest()
-
-
 def _named(step: int, there: Sequence[int], directory: Path, read: Callable[[int], T]) -> T:
     """`read(step)`. Raises UserError, with the steps there are, where it is absent or damaged."""
     others = [str(s) for s in sorted(there, reverse=True) if s != step]
@@ -211,7 +164,7 @@ def _named(step: int, there: Sequence[int], directory: Path, read: Callable[[int
     if step not in there:
         raise UserError(f"there is no checkpoint of step {step} in {directory}; there are {told}")
     try:
-        _refuse_uncommitted(directory / str(step))
+        refuse_uncommitted(directory / str(step))
         return read(step)
     except Exception as error:
         raise UserError(
@@ -240,7 +193,7 @@ def _newest_readable(
     root, damaged = Path(manager.directory), {}
     for step in sorted(manager.all_steps(), reverse=True):
         try:
-            _refuse_uncommitted(root / str(step))
+            refuse_uncommitted(root / str(step))
             value = read(step)
         except Exception as error:
             damaged[step] = why = _damage(error)
@@ -266,42 +219,25 @@ def _newest_readable(
     return None
 
 
-def _refuse_uncommitted(directory: Path) -> None:
-    """Orbax takes a half-copied directory for a step; only these files say that its writer, or a
-    copy, finished.
-    """
-    for item in ("", *JSONS, *_trees(directory)):
-        if not (directory / item / "commit_success.txt").is_file():
-            raise OSError(f"{directory / item}/commit_success.txt is missing")
-
-
-def _trees(directory: Path) -> list[str]:
-    """The items that a whole step has, judged by those that are there: a learner has parameters and
-    moments, and there is a student and its average.
-    """
-    there = {path.name for path in directory.glob("*") if path.is_dir() and "." not in path.name}
-    learners = {name.removesuffix("_opt") for name in there - {"ema", "stream", *JSONS}}
-    parts = (f"{name}{part}" for name in sorted(learners | {"student"}) for part in ("", "_opt"))
-    return [*parts, "ema", *({"stream"} & there)]
-
-
-def _stored(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+def _stored(manager: ocp.CheckpointManager, step: int) -> dict[str, Params]:
     """What is on disk, as trees of shapes and dtypes. No array is read."""
-    metadata, trees = manager.item_metadata(step), _trees(Path(manager.directory) / str(step))
-    if lost := [name for name in trees if metadata[name] is None]:
+    metadata, names = manager.item_metadata(step), trees(Path(manager.directory) / str(step))
+    if lost := [name for name in names if metadata[name] is None]:
         raise OSError(f"{lost[0]}/_METADATA is missing")
-    return {name: metadata[name].tree for name in trees}
+    return {name: metadata[name].tree for name in names}
 
 
-def _told(abstract: dict[str, Any]) -> ocp.args.PyTreeRestore:
-    """Restore arguments: read these arrays with their shardings, and ignore others on disk: see
+def _told(abstract: dict[str, Params]) -> ocp.args.PyTreeRestore:
+    """To read these arrays, laid out as they say, and to leave what else is there: see
     `_refuse_mismatch`.
     """
     how = ocp.checkpoint_utils.construct_restore_args(abstract)
     return ocp.args.PyTreeRestore(abstract, restore_args=how, partial_restore=True)
 
 
-def _refuse_mismatch(manager: ocp.CheckpointManager, step: int, expected: dict[str, Any]) -> None:
+def _refuse_mismatch(
+    manager: ocp.CheckpointManager, step: int, expected: dict[str, Params]
+) -> None:
     """A first moment that is not kept (b1 = 0) may be there: earlier versions wrote it, and it is
     not read.
     """
@@ -323,20 +259,15 @@ def _refuse_mismatch(manager: ocp.CheckpointManager, step: int, expected: dict[s
             )
 
 
-def _directory(workdir: str | Path) -> Path:
-    return Path(workdir).absolute() / "checkpoints"
-
-
 def _manager(directory: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
     # Learners are known by their files alone. Of a step that is being written Orbax goes by what it
     # is given, of one that is there by the names of its items.
-    trees, jsons = ocp.PyTreeCheckpointHandler(), ocp.JsonCheckpointHandler()
-    steps = [step for step in directory.glob("*") if step.name.isdigit()]
-    names = {None, *(name for step in steps for name in _trees(step))}
+    arrays, jsons = ocp.PyTreeCheckpointHandler(), ocp.JsonCheckpointHandler()
+    items = {path.name for path in directory.glob("*/*") if path.is_dir()}
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    for name in names:
-        registry.add(name, ocp.args.PyTreeSave, trees)
-        registry.add(name, ocp.args.PyTreeRestore, trees)
+    for name in (None, *(items - {*JSONS})):
+        registry.add(name, ocp.args.PyTreeSave, arrays)
+        registry.add(name, ocp.args.PyTreeRestore, arrays)
     for name in JSONS:
         registry.add(name, ocp.args.JsonSave, jsons)
         registry.add(name, ocp.args.JsonRestore, jsons)

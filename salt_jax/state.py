@@ -47,7 +47,7 @@ class TrainState:
     iteration: Leaf  # int32[], how many are finished
     learners: dict[str, Learner]  # "student" and, in distillation, "critic"
     ema: Params  # float32, the averaged student
-    stream: Leaf = None  # a Stream, in streaming long tuning
+    stream: Leaf = None  # a Stream, in streaming long tuning; jit puts marks where there is none
 
 
 def init_learner(params: Params, tx: optax.GradientTransformation) -> Learner:

@@ -4,11 +4,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from salt_jax.checkpoint import checkpoint_digest, restore_step
+from salt_jax.checkpoint import restore_step
+from salt_jax.checkpoint_files import checkpoint_digest
 from salt_jax.config.reading import from_json, read_workdir, to_json
 from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
@@ -22,7 +23,7 @@ from salt_jax.stages.roles import read_roles, refuse_another_base
 from salt_jax.stages.stage import Stage
 from salt_jax.stages.texts import embed
 from salt_jax.stages.weights import initial_weights, student_start
-from salt_jax.types import Params
+from salt_jax.types import JsonObject, Params
 
 ITEMS = {"ema": "ema", "none": "student"}  # whether averaged -> what a checkpoint calls it
 
@@ -31,7 +32,7 @@ class Trained(NamedTuple):
     """A network and the run that made it."""
 
     stage: Stage
-    made_with: dict[str, Any]  # which one: step, average, and sha256 of what was read
+    made_with: JsonObject  # which one: step, average, and sha256 of what was read
     params: Params  # of the student, averaged or not, or teacher-to-be
     weights: Params  # {"wan", "text_encoder"} of the teacher that belongs to it; {} of kind latents
     text_file: str  # where the text encoder is from; "": trained or fresh

@@ -19,14 +19,8 @@ import numpy as np
 import optax
 import pytest
 
-from salt_jax.checkpoint import (
-    checkpoint_digest,
-    newest_step,
-    open_checkpoints,
-    restore,
-    restore_params,
-    save,
-)
+from salt_jax.checkpoint import open_checkpoints, restore, restore_params, save
+from salt_jax.checkpoint_files import checkpoint_digest, newest_step
 from salt_jax.config.sections import Optimizer
 from salt_jax.errors import UserError
 from salt_jax.models.kv_cache import KVCache
@@ -224,7 +218,11 @@ def test_every_so_many_updates_a_checkpoint_stays_beside_the_newest(tmp_path, ke
 
 
 @pytest.mark.parametrize(
-    "damage", ["array cut in half", "array empty", "array gone", "no commit", "item lost"]
+    "damage",
+    [
+        *("array cut in half", "array empty", "array gone", "no commit", "item lost"),
+        *("learner lost", "record lost"),
+    ],
 )
 def test_a_damaged_step_is_named_set_aside_and_the_one_before_it_is_used(copy, caplog, damage):
     step, item = copy / "checkpoints" / "2", copy / "checkpoints" / "2" / "student"
@@ -232,6 +230,11 @@ def test_a_damaged_step_is_named_set_aside_and_the_one_before_it_is_used(copy, c
         (step / "commit_success.txt").unlink()
     elif damage == "item lost":
         shutil.rmtree(step / "ema")
+    elif damage == "learner lost":  # and not another preset's
+        shutil.rmtree(step / "critic")
+        shutil.rmtree(step / "critic_opt")
+    elif damage == "record lost":
+        (step / "_CHECKPOINT_METADATA").unlink()
     else:
         path = largest_file(item)
         data = path.read_bytes()

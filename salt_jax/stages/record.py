@@ -6,15 +6,16 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from salt_jax.checkpoint import newest_step
+from salt_jax.checkpoint_files import newest_step
 from salt_jax.config.reading import resolved
 from salt_jax.config.schema import CAUSAL, works_causally
 from salt_jax.errors import UserError
 from salt_jax.io.header import read_metadata
 from salt_jax.io.model_folder import WAN, part_file
 from salt_jax.io.tensor_files import digest
+from salt_jax.types import JsonObject
 
 # What students stand under in training checkpoints of the Self-Forcing family; "state_dict" and the
 # like tell nothing.
@@ -24,7 +25,7 @@ STUDENT_KEY = r"generator|student|^model$"
 class Record(NamedTuple):
     """Empty where nothing is recorded."""
 
-    config: dict[str, Any]  # of the run that made it, in the keys of today
+    config: JsonObject  # of the run that made it, in the keys of today
     step: int | None
     converted: str  # how launch.convert_wan took it in
     student: bool  # causal or of few steps: no teacher
@@ -128,19 +129,19 @@ def same_file(one: str, other: str) -> bool:
     )
 
 
-def _today(config: dict[str, Any], where: Path) -> dict[str, Any]:
+def _today(config: JsonObject, where: Path) -> JsonObject:
     return resolved(config, where) if isinstance(config.get("stage"), str) else {}
 
 
-def _student(config: dict[str, Any]) -> bool:
+def _student(config: JsonObject) -> bool:
     return config.get("stage") in (*CAUSAL, "distil")
 
 
-def _dict(value: Any) -> dict[str, Any]:
+def _dict(value: object) -> JsonObject:
     return value if isinstance(value, dict) else {}
 
 
-def _json(text: Any) -> dict[str, Any]:
+def _json(text: object) -> JsonObject:
     """A JSON object, also one that is there already; {} for anything else."""
     try:
         return _dict(json.loads(text) if isinstance(text, str | bytes) else text)

@@ -6,17 +6,15 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from salt_jax.checkpoint import checkpoint_digest
+from salt_jax.checkpoint_files import Report, checkpoint_digest, unheard
 from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
 from salt_jax.io.model_folder import TEXT, WAN, part_file
 from salt_jax.io.tensor_files import digest
 from salt_jax.stages.record import is_workdir, read_record, starts
 from salt_jax.stages.stage import CLOSED_FORM, NO_TEACHER, Stage
-
-Report = Callable[[int], Any]  # is called with the bytes that were read
 
 
 class Role(NamedTuple):
@@ -60,7 +58,7 @@ def refuse_roles(stage: Stage) -> None:
         )
 
 
-def roles(stage: Stage, report: Report = lambda nbytes: None) -> list[Role]:
+def roles(stage: Stage, report: Report = unheard) -> list[Role]:
     """The parts of a run as it begins. Every file that is named is read for its digest.
 
     Raises:
@@ -83,12 +81,16 @@ def refuse_another_base(workdir: str | Path, recipe: Recipe) -> None:
     run began.
     """
     if recipe.lora.rank and (was := read_roles(workdir)):
-        refuse_changed(was, _student(recipe, _reader(recipe, lambda nbytes: None)), str(workdir))
+        refuse_changed(was, _student(recipe, _reader(recipe, unheard)), str(workdir))
 
 
 def _reader(recipe: Recipe, report: Report) -> Part:
-    network = functools.cache(lambda where: _network(where, recipe.seed, report))
-    return lambda name, where: network(where)._replace(name=name)
+    network = functools.cache(functools.partial(_network, seed=recipe.seed, report=report))
+
+    def part(name: str, where: str) -> Role:
+        return network(where)._replace(name=name)
+
+    return part
 
 
 def _student(recipe: Recipe, part: Part) -> list[Role]:
@@ -138,14 +140,17 @@ def _text_encoder(recipe: Recipe, part: Part) -> Role:
 
 def going_on(found: list[Role], recipe: Recipe, workdir: str | Path, step: int) -> list[Role]:
     """The parts of a resumed run: what is in training comes from its own checkpoint."""
-    student = "causal" if recipe.causal else "bidirectional"
-    now = lambda r: r._replace(
-        source=str(workdir),
-        step=step,
-        digest=checkpoint_digest(workdir, step, r.name),
-        sees=student if r.name == "student" else "bidirectional",
-        trained=f"this run, from {r.source}",
-    )
+
+    def now(r: Role) -> Role:
+        causal = recipe.causal and r.name == "student"
+        return r._replace(
+            source=str(workdir),
+            step=step,
+            digest=checkpoint_digest(workdir, step, r.name),
+            sees="causal" if causal else "bidirectional",
+            trained=f"this run, from {r.source}",
+        )
+
     return [now(r) if r.name in ("student", "critic") else r for r in found]
 
 
@@ -187,15 +192,18 @@ def refuse_changed(was: list[Role], now: list[Role], run: str = "") -> None:
     `run`: the workdir, where it is another one than that of the run that starts.
     """
     before = {r.name: r for r in was}
-    say = lambda r: f"{r.source} (sha256 {r.digest[:12] or 'none'})"
     for r in now:
         told = before.get(r.name, r)
         if told.digest != r.digest:
             raise UserError(
-                f"the {r.name} of {run or 'this run'} is {say(r)} and was {say(told)} when it "
-                "began; put the old file "
-                f"back, or {'start from another workdir' if run else 'pass a new --workdir'}"
+                f"the {r.name} of {run or 'this run'} is {_file(r)} and was {_file(told)} when it "
+                "began; put the old file back, or "
+                f"{'start from another workdir' if run else 'pass a new --workdir'}"
             )
+
+
+def _file(r: Role) -> str:
+    return f"{r.source} (sha256 {r.digest[:12] or 'none'})"
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -4,16 +4,17 @@ stage before.
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
-from salt_jax.checkpoint import newest_step, restore_params
+from salt_jax.checkpoint import restore_params
+from salt_jax.checkpoint_files import newest_step
 from salt_jax.config.migrate import flat
 from salt_jax.config.reading import from_json, read_workdir
 from salt_jax.config.schema import Recipe
@@ -37,7 +38,7 @@ from salt_jax.types import Params
 CHUNKS = ("memory.chunk", "memory.first")
 
 
-def initial_weights(recipe: Recipe, mesh: Mesh, dtype: Any = jnp.float32) -> Params:
+def initial_weights(recipe: Recipe, mesh: Mesh, dtype: DTypeLike | None = jnp.float32) -> Params:
     """{"wan", "text_encoder"}: from the file or folder that the recipe names, or fresh, cut over
     the mesh.
 
@@ -63,7 +64,7 @@ def initial_weights(recipe: Recipe, mesh: Mesh, dtype: Any = jnp.float32) -> Par
     return load_weights(located(recipe.weights), like, dtype, shardings)
 
 
-def open_wan(recipe: Recipe, where: str, mesh: Mesh, dtype: Any) -> Params:
+def open_wan(recipe: Recipe, where: str, mesh: Mesh, dtype: DTypeLike | None) -> Params:
     """The transformer in a folder or file of launch.convert_wan; "" is a fresh one.
 
     Raises:
@@ -94,8 +95,9 @@ def in_dtype(params: Params, dtype: str) -> Params:
     """The same parameters; those of this dtype are the same arrays, and all are if `dtype` is
     "stored".
     """
-    cast = lambda x: x if x.dtype == jnp.dtype(dtype) else x.astype(dtype)
-    return params if dtype == "stored" else jax.tree.map(cast, params)
+    if dtype == "stored":
+        return params
+    return jax.tree.map(lambda x: x if x.dtype == jnp.dtype(dtype) else x.astype(dtype), params)
 
 
 def student_start(recipe: Recipe, base: Params, mesh: Mesh) -> Params:
@@ -154,7 +156,7 @@ def student_start(recipe: Recipe, base: Params, mesh: Mesh) -> Params:
 
 
 def _refuse_difference(
-    key: str, before: dict[str, Any], recipe: Recipe, names: Sequence[str]
+    key: str, before: Mapping[str, object], recipe: Recipe, names: Sequence[str]
 ) -> None:
     here = flat(asdict(recipe))
     for name in names:
@@ -177,13 +179,12 @@ def load(stage: Stage, mesh: Mesh) -> tuple[Weights, Texts]:
     base, text_encoder = loaded["wan"], loaded.get("text_encoder")
     texts = read_texts(stage, text_encoder)
     start = base if "tokens" in stage.needs else student_start(recipe, base, mesh)
-    null_text: Any = texts.null_text  # of a stage that trains the text encoder None
     source = dict(stage.parts()).get("teacher", NO_TEACHER)
     if source == CLOSED_FORM:
         teacher = closed_form(recipe, texts.encode_caption)
     else:
         teacher = None if source == NO_TEACHER else teacher_weights(recipe, base, mesh)
-    return Weights(base, text_encoder, start, teacher, null_text), texts
+    return Weights(base, text_encoder, start, teacher, texts.null_text), texts
 
 
 def fresh(stage: Stage) -> Weights:

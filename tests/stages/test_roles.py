@@ -11,7 +11,8 @@ import optax
 import pytest
 
 from configs import base
-from salt_jax.checkpoint import checkpoint_digest, open_checkpoints, save
+from salt_jax.checkpoint import open_checkpoints, save
+from salt_jax.checkpoint_files import checkpoint_digest
 from salt_jax.config.reading import read_recipe, to_json
 from salt_jax.errors import UserError
 from salt_jax.io.shipped import located

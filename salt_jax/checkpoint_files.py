@@ -1,0 +1,92 @@
+"""A checkpoint as files, WORKDIR/checkpoints/STEP/ITEM: which steps are whole, and what is in them.
+No array is read, and Orbax is not asked.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from salt_jax.errors import UserError
+from salt_jax.io.tensor_files import digest
+
+log = logging.getLogger(__name__)
+
+JSONS = ("data", "meta")
+RECORD = "_CHECKPOINT_METADATA"  # in which Orbax says what it has written
+
+Report = Callable[[int], object]
+"""Is told the bytes that were read."""
+
+
+def directory_of(workdir: str | Path) -> Path:
+    return Path(workdir).absolute() / "checkpoints"
+
+
+def trees(step: Path) -> list[str]:
+    """The items of arrays that a step was written with, whether or not they are there still.
+
+    Raises:
+        OSError: Orbax' record of them is lost or damaged.
+    """
+    try:
+        return sorted(set(json.loads((step / RECORD).read_text())["item_handlers"]) - {*JSONS})
+    except (ValueError, KeyError, TypeError) as error:
+        raise OSError(f"{step / RECORD} is damaged") from error
+
+
+def refuse_uncommitted(step: Path) -> None:
+    """Orbax takes a half-copied directory for a step; only these files say that its writer, or a
+    copy, finished.
+
+    Raises:
+        OSError: one of them is missing.
+    """
+    for item in ("", *JSONS, *trees(step)):
+        if not (step / item / "commit_success.txt").is_file():
+            raise OSError(f"{step / item}/commit_success.txt is missing")
+
+
+def newest_step(workdir: str | Path) -> int:
+    """The newest step whose writer, or a copy, finished. Its arrays are not looked at.
+
+    Raises:
+        UserError: there is none.
+    """
+    directory, found = directory_of(workdir), []
+    for path in directory.glob("*"):
+        if path.name.isascii() and path.name.isdigit():
+            try:
+                refuse_uncommitted(path)
+                found.append(int(path.name))
+            except OSError as error:
+                log.warning(
+                    "checkpoint step %s in %s is passed over (%s)", path.name, directory, error
+                )
+    if not found:
+        raise UserError(
+            f"there is no whole checkpoint in {directory}; train there first, or name another "
+            "workdir"
+        )
+    return max(found)
+
+
+def unheard(nbytes: int) -> None:
+    """A report to nobody."""
+
+
+def checkpoint_digest(workdir: str | Path, step: int, what: str, report: Report = unheard) -> str:
+    """SHA-256 of an item of a step, in hexadecimal digits: over the names of its files, sorted, and
+    what is in them; `report` is told of each piece.
+
+    Raises:
+        UserError: there is no such item.
+    """
+    item, state = directory_of(workdir) / str(step) / what, hashlib.sha256()
+    files = {path.relative_to(item).as_posix(): path for path in item.rglob("*") if path.is_file()}
+    if not files:
+        raise UserError(f"there is no {item}; name a step that is there, or another workdir")
+    for name in sorted(files):
+        state.update(f"{name}\0{digest(files[name], report)}\0".encode())
+    return state.hexdigest()
