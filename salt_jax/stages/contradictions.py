@@ -8,7 +8,7 @@ from salt_jax.config.schema import Recipe
 
 NO_ALIGNMENT = (
     "config.align.weight={} aligns rollouts of different numbers of steps; set it to 0, or "
-    "config.video=rollout and more than one of config.rollout.num_steps"
+    "config.stage=distil, config.video=rollout and more than one of config.rollout.num_steps"
 )
 NO_STREAM = (
     "config.stream.max_frames continues rollouts on a cache of fixed size: set "

@@ -19,7 +19,7 @@ from salt_jax.losses.dmd import dmd_loss
 from salt_jax.losses.flow_matching import flow_matching_loss
 from salt_jax.losses.self_consistency import self_consistency_loss
 from salt_jax.models.denoiser import WanDenoiser, guided
-from salt_jax.models.kv_cache import trim
+from salt_jax.models.kv_cache import KVCache, trim
 from salt_jax.models.lora import init_lora, merge
 from salt_jax.rollout.causal import Origin, recache
 from salt_jax.rollout.draws import Draw, Terms, as_reference, draw_rollout
@@ -163,7 +163,10 @@ class Distil:
             return Origin(cond._replace(text=stream.text), stream.cache)
         # A branch, not a program of its own: that would be half as many programs again.
         cond = cond._replace(text=jnp.where(draw.switch, cond.text, stream.text))
-        again = lambda cache: recache(self.student, params, cache, cond, self.recipe.memory)
+
+        def again(cache: KVCache) -> KVCache:
+            return recache(self.student, params, cache, cond, self.recipe.memory)
+
         return Origin(cond, jax.lax.cond(draw.switch, again, lambda c: c, stream.cache))
 
     def start(

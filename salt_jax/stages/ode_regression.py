@@ -4,7 +4,6 @@ teacher's trajectory, which is not the data's clip.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +70,7 @@ class OdeRegression:
         """Trajectories of the clips, made where they are missing in the workdir."""
         trajectory = jax.jit(self.trajectory)
 
-        def make(records: list[dict[str, Any]], number: int) -> dict[str, np.ndarray]:
+        def make(records: Sequence, number: int) -> dict[str, np.ndarray]:
             arrays = collate(records, source.encode_caption)
             cond = Conditioning(jnp.asarray(arrays["text"]))
             batch = Batch(cond, video=jnp.asarray(arrays["video"]))

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from salt_jax.config.schema import Recipe
 from salt_jax.models.denoiser import WanDenoiser
@@ -24,7 +24,8 @@ from salt_jax.types import Conditioning, Latent, Params, PRNGKey, TextEmb, Token
 Frozen = dict[str, Params]
 """Parameters that no update moves: "teacher", and what a stage reads besides: "null_text", ..."""
 
-Metrics = dict[str, Float[Array, ""]]
+Metrics = dict[str, Num[Array, ""]]
+"""Means of losses and the like; the counters of skipped updates are integers."""
 
 Noise = Any
 """What a stage draws on the device for an update: a tree of arrays of the whole batch, which are
@@ -39,7 +40,8 @@ CLOSED_FORM = "closed form of the world"
 NO_TEACHER = "none: the clips themselves"
 
 
-ABSENT: Any = None  # of a field that a stage does not have
+# Of a field that a stage does not have. Any, since who reads the field is told there is a value.
+ABSENT: Any = None
 
 
 class Batch(NamedTuple):

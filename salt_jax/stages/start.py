@@ -117,10 +117,9 @@ def self_rollout(
     before = made.x[:, :0]
     if origin.cache is not None:
         before = origin.cache.x0[:, origin.cache.slots - overlap :]
-    level = lambda value: jnp.full(made.x.shape[:2], value)
+    sigma_m, sigma_e = (jnp.full(made.x.shape[:2], level) for level in (draw.sigma_m, draw.sigma_e))
     plan = plan_replay(made, recipe.memory)
-    triple = made.sigma, level(draw.sigma_m), level(draw.sigma_e)
-    return StartState(made.x, *triple, plan, before, made)
+    return StartState(made.x, made.sigma, sigma_m, sigma_e, plan, before, made)
 
 
 def as_steps(draw: Draw, recipe: Recipe) -> Steps:

@@ -1,8 +1,8 @@
 """Captions and prompts as the networks of a run read them, and the records that bring them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ from salt_jax.io.tokenizer import byte_tokenize
 from salt_jax.models.image_condition import condition_latents
 from salt_jax.models.text_encoder import encode_text
 from salt_jax.moving_shapes import shapes
-from salt_jax.stages.stage import Batch, Stage
-from salt_jax.types import Conditioning, Params, TextEmb
+from salt_jax.stages.stage import ABSENT, Batch, Stage
+from salt_jax.types import Conditioning, Leaf, Params, TextEmb
 
 _encode = jax.jit(encode_text, static_argnums=2)
 
@@ -27,7 +27,7 @@ class Texts(NamedTuple):
 
     # how a caption enters a batch: tokens or rows; pure numpy, safe in a loader thread
     encode_caption: Callable[[str], np.ndarray]
-    null_text: TextEmb | None  # [1, T, D]
+    null_text: TextEmb  # [1, T, D]; `ABSENT` where the stage trains the text encoder
     # of encoded videos or prompts, which bring their text's embedding; None: Moving Shapes
     records: Sequence | None
 
@@ -58,7 +58,7 @@ def read_texts(stage: Stage, text_encoder: Params | None) -> Texts:
     """
     recipe = stage.recipe
     if "tokens" in stage.needs:
-        return Texts(partial(tokenize, recipe), None, None)
+        return Texts(partial(tokenize, recipe), ABSENT, None)
     if recipe.data.kind == "moving_shapes":
         captions = ["", *map(shapes.caption, shapes.scenes(recipe.world))]
         table = dict(zip(captions, embed(recipe, text_encoder, captions), strict=True))
@@ -84,7 +84,7 @@ def read_texts(stage: Stage, text_encoder: Params | None) -> Texts:
     return Texts({}.__getitem__, jnp.asarray(null_text[None]), records)
 
 
-def to_batch(stage: Stage, arrays: dict[str, Any]) -> Batch:
+def to_batch(stage: Stage, arrays: Mapping[str, Leaf]) -> Batch:
     """What `data.pipeline.batches` yields, as a stage reads it; of what it does not read nothing
     goes to the devices.
     """

@@ -1,7 +1,8 @@
 """The logs of a run, and its stop where updates are not finite."""
 
 import logging
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import SupportsFloat
 
 import numpy as np
 from tensorboardX import SummaryWriter
@@ -12,13 +13,13 @@ from salt_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 
-def summarize(recent: list[dict[str, Any]]) -> dict[str, float]:
+def summarize(recent: Sequence[Mapping[str, SupportsFloat]]) -> dict[str, float]:
     """The mean of each term over the updates that had it; of counters the last value."""
     names = {name for metrics in recent for name in metrics}
     series = {name: [float(m[name]) for m in recent if name in m] for name in sorted(names)}
-    last = lambda name: name.endswith(("skipped", "in_a_row"))
+    counters = ("skipped", "in_a_row")
     return {
-        name: values[-1] if last(name) else float(np.mean(values))
+        name: values[-1] if name.endswith(counters) else float(np.mean(values))
         for name, values in series.items()
     }
 

@@ -9,10 +9,11 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from orbax.checkpoint import CheckpointManager
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -33,6 +34,7 @@ from salt_jax.train.preview import make_preview, show
 from salt_jax.train.provenance import keep_config, keep_roles
 from salt_jax.train.setup import Setup, setup
 from salt_jax.train.step import Call, compile_step
+from salt_jax.types import JsonObject
 
 
 class Run(NamedTuple):
@@ -40,12 +42,12 @@ class Run(NamedTuple):
 
     stage: Stage
     frozen: Frozen
-    program: Callable[[Update], Callable]
+    program: Callable[[Update], jax.stages.Wrapped]
     key: jax.Array
     feed: Iterator[Batch]  # positioned at the batch of the next call
 
 
-def train(recipe: Recipe, workdir: str | Path, made_by: dict[str, Any] | None = None) -> TrainState:
+def train(recipe: Recipe, workdir: str | Path, made_by: JsonObject | None = None) -> TrainState:
     """Trains until `recipe.iterations`, resuming what the workdir holds.
 
     The workdir gets roles.json, config.json, TensorBoard events and checkpoints, and changes.jsonl
@@ -101,7 +103,7 @@ def train(recipe: Recipe, workdir: str | Path, made_by: dict[str, Any] | None = 
 
 
 def resume(
-    manager: Any, state: TrainState, recipe: Recipe, files_may_move: bool = False
+    manager: CheckpointManager, state: TrainState, recipe: Recipe, files_may_move: bool = False
 ) -> TrainState:
     """The newest checkpoint, laid out as `state`, which is its form, says.
 
@@ -127,7 +129,7 @@ def make_run(parts: Setup, start: int, workdir: str | Path, files_may_move: bool
     )
     everywhere, over_batch = sharding.replicated(stage.mesh), sharding.batch_sharding(stage.mesh)
     shardings = states, frozen, over_batch, everywhere
-    program = functools.cache(lambda update: compile_step(stage, update, shardings))
+    program = functools.cache(functools.partial(compile_step, stage, shardings=shardings))
     d, source = recipe.data, parts.records
     if source is None:
         source, _ = dataset.build(d.dir, recipe.world, d.num_train, d.num_test, d.seed)

@@ -59,7 +59,11 @@ def make_preview(parts: Setup) -> Callable[[Params], np.ndarray] | None:
         return rollout(stage.student, params, *args).x0
 
     base = parts.frozen.get("student")
-    return lambda ema: shapes.to_pixels(jax.device_get(clips(ema, base)))
+
+    def preview(ema: Params) -> np.ndarray:
+        return shapes.to_pixels(jax.device_get(clips(ema, base)))
+
+    return preview
 
 
 def show(writer: SummaryWriter, clips: np.ndarray, sizes: tuple[int, ...], step: int) -> None:
@@ -72,13 +76,14 @@ def show(writer: SummaryWriter, clips: np.ndarray, sizes: tuple[int, ...], step:
     scale = visible_scale(frames.shape[1], 96)
     gif = encode_gif(frames, shapes.FPS, scale)
     height, width = (scale * n for n in frames.shape[1:3])
-    # its classes are made when it is imported, out of a type checker's plan
+    # Any: its classes are made when it is imported, where no type checker sees them
     proto: Any = summary_pb2
     picture = proto.Summary.Image(
         height=height, width=width, colorspace=3, encoded_image_string=gif
     )
-    file: Any = writer.file_writer
-    file.add_summary(proto.Summary(value=[proto.Summary.Value(tag="clips", image=picture)]), step)
+    summary = proto.Summary(value=[proto.Summary.Value(tag="clips", image=picture)])
+    assert writer.file_writer is not None
+    writer.file_writer.add_summary(summary, step)
     for name, value in looks(clips).items():
         writer.add_scalar(f"looks/{name}", value, step)
     ends = np.cumsum(sizes)

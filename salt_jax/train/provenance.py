@@ -1,7 +1,6 @@
 """What a run keeps in its workdir beside checkpoints: its config, and who is who."""
 
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -16,6 +15,7 @@ from salt_jax.stages.roles import (
     table,
     write_roles,
 )
+from salt_jax.types import JsonObject
 
 
 def keep_roles(
@@ -37,7 +37,7 @@ def keep_roles(
 
 
 def keep_config(
-    workdir: str | Path, recipe: Recipe, step: int, made_by: dict[str, Any] | None = None
+    workdir: str | Path, recipe: Recipe, step: int, made_by: JsonObject | None = None
 ) -> None:
     """Writes config.json; changes on resume are printed and added to changes.jsonl."""
     path = Path(workdir) / "config.json"

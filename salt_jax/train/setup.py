@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from salt_jax.sharding import state_shardings
+from salt_jax.sharding import laid_out, state_shardings
 from salt_jax.stages import weights
 from salt_jax.stages.roles import refuse_roles
 from salt_jax.stages.stage import Frozen, Stage, Weights
@@ -55,17 +55,14 @@ def first_state(
     loaded = loaded._replace(start=None) if both else loaded
     shardings = state_shardings(mesh, like, stage.recipe.host_state)
     stay = {id(x) for x in jax.tree.leaves(frozen)}
-    is_free = lambda tree: stay.isdisjoint(map(id, jax.tree.leaves(tree)))
-    free = [is_free(part) for part in loaded]
+    free = [stay.isdisjoint(map(id, jax.tree.leaves(part))) for part in loaded]
 
     def make(given_up, read):
         pairs = zip(free, given_up, read, strict=True)
         weights = Weights(*(a if is_free else b for is_free, a, b in pairs))
         return stage.first_state(weights._replace(start=weights.base) if both else weights)
 
-    split = lambda wanted: tuple(
-        part if is_free == wanted else None for part, is_free in zip(loaded, free, strict=True)
-    )
+    given_up = tuple(part if is_free else None for part, is_free in zip(loaded, free, strict=True))
+    read = tuple(None if is_free else part for part, is_free in zip(loaded, free, strict=True))
     fresh = jax.jit(make, out_shardings=shardings, donate_argnums=0)
-    form = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-    return jax.tree.map(form, like, shardings), functools.partial(fresh, split(True), split(False))
+    return laid_out(like, shardings), functools.partial(fresh, given_up, read)

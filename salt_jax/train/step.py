@@ -1,11 +1,11 @@
 """One optimizer call as a program: the same for every stage and every learner."""
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import optax
+from jax.sharding import NamedSharding
 
 from salt_jax.optimizer import optimizer_of
 from salt_jax.rollout.draws import Draw
@@ -62,14 +62,15 @@ def train_step(
     return state, metrics
 
 
-def compile_step(stage: Stage, update: Update, shardings: Any) -> Callable:
+Shardings = tuple[TrainState, Frozen, NamedSharding, NamedSharding]
+"""Of state and frozen, array by array, and of all of a batch and of a call."""
+
+
+def compile_step(stage: Stage, update: Update, shardings: Shardings) -> jax.stages.Wrapped:
     """Jits one optimizer call: `(state, frozen, batch, call) -> state, metrics`.
 
     The state is donated, what is frozen never. Shardings are fixed on both sides, so nothing
     recompiles or moves.
-
-    Args:
-      shardings: (state, frozen, batch, replicated), trees of NamedSharding.
     """
     *_, everywhere = shardings
 

@@ -394,7 +394,7 @@ CONTRADICTIONS = {
             {"align.weight": 0.5},
         ),
         (
-            r"config\.align\.weight=0\.5 aligns rollouts",
+            r"config\.align\.weight=0\.5 aligns rollouts .*config\.stage=distil",
             {"stage": "teacher_forcing", "align.weight": 0.5},
         ),
         (
