@@ -228,7 +228,7 @@ def _stored(manager: ocp.CheckpointManager, step: int) -> dict[str, Params]:
 
 
 def _told(abstract: dict[str, Params]) -> ocp.args.PyTreeRestore:
-    """To read these arrays, laid out as they say, and to leave what else is there: see
+    """Restore arguments: read these arrays with their shardings, and ignore others on disk: see
     `_refuse_mismatch`.
     """
     how = ocp.checkpoint_utils.construct_restore_args(abstract)

@@ -32,7 +32,7 @@ def mean_gradient(
     stream: Stream | None,
     count: int,
 ) -> tuple[tuple[Float[Array, ""], More], Params]:
-    """What `jax.value_and_grad(loss, has_aux=True)` says of the whole batch, from `count`
+    """What `jax.value_and_grad(loss, has_aux=True)` returns for the whole batch, from `count`
     micro-batches in turn.
 
     Micro-batch i has the examples i, i + count, ... So a device that holds a run of the batch has
