@@ -27,8 +27,8 @@ def shift(u, amount: float):
 def grid(num_steps: int, shift_amount: float) -> np.ndarray:
     """T(K): K + 1 noise levels from 1 down to 0, float32.
 
-    >>> grid(4, 5.0)
-    array([1.       , 0.9375   , 0.8333333, 0.625    , 0.       ], dtype=float32)
+    >>> grid(2, 5.0)
+    array([1.       , 0.8333333, 0.       ], dtype=float32)
     """
     if num_steps < 1:
         raise ValueError(f"a schedule needs at least one step, got num_steps={num_steps}")
