@@ -3,11 +3,10 @@
 Other configs are deltas of this one; an unknown key is an error.
 """
 
-from typing import Any
-
 from salt_jax.config.reading import to_config_dict
 from salt_jax.config.schema import Recipe
+from salt_jax.keys import Config
 
 
-def get_config() -> Any:  # a ConfigDict; its attributes are not known to a type checker
+def get_config() -> Config:
     return to_config_dict(Recipe())

@@ -9,12 +9,11 @@ Variants after a colon behind the file's name: `salt` is Salt (Eq. 13) instead, 
 with `salt` runs/wan_ode_causvid_salt, which is :wan,causvid,salt there.
 """
 
-from typing import Any
-
 from configs import parts
+from salt_jax.keys import Config
 
 
-def get_config(options: str = "") -> Any:
+def get_config(options: str = "") -> Config:
     size, variants = parts.read_options(options, "salt")
     c = parts.causal(size)
     c.init_from = "runs/shapes_ode"
@@ -32,7 +31,7 @@ def get_config(options: str = "") -> Any:
     return c
 
 
-def numbers_of_causvid(c: Any) -> Any:
+def numbers_of_causvid(c: Config) -> Config:
     c.init_from = "runs/wan_ode_causvid"
     c.schedule.shift = c.renoise.shift = 8.0  # CV
     # CV: 1.3B; guidance_scale 2 in its config of 4 warped levels

@@ -9,9 +9,8 @@ updates, five to one of the student: ours are student updates, so 600 of theirs 
 is arXiv:2604.03118; where it is silent a row of docs/algorithm.md 9 is named.
 """
 
-from typing import Any
-
 from configs import base
+from salt_jax.keys import Config
 
 SIZES = ("shapes", "wan")
 
@@ -32,15 +31,15 @@ def read_options(text: str, *variants: str) -> tuple[str, set[str]]:
     return (sizes or ["shapes"])[0], set(names) - set(sizes)
 
 
-def causal(size: str) -> Any:
-    """The base of the chunk-by-chunk recipes at a size."""
+def causal(size: str) -> Config:
+    """What the chunk-by-chunk recipes of a size start from."""
     c = base.get_config()
     c.video = "rollout"
     c.schedule.shift = 5.0  # SF, CF, LL
     return c if size == "shapes" else wan(c)
 
 
-def wan(c: Any) -> Any:
+def wan(c: Config) -> Config:
     """Wan 2.1 1.3B under a 14B teacher at 480p: 21 latent frames of 60 x 104, 7 chunks of 3."""
     c.model.update(preset="wan2.1-t2v-1.3b", dtype="bfloat16", remat="all")
     c.text_encoder = "umt5-xxl"
@@ -60,7 +59,7 @@ def wan(c: Any) -> Any:
     return c
 
 
-def stage(size: str, variants: set[str], name: str, before: str) -> Any:
+def stage(size: str, variants: set[str], name: str, before: str) -> Config:
     """A stage that makes a student causal, from the workdir of the one before."""
     c = causal(size)
     c.stage, c.init_from = name, before
@@ -73,7 +72,7 @@ def stage(size: str, variants: set[str], name: str, before: str) -> Any:
     return c
 
 
-def four_steps(c: Any) -> Any:
+def four_steps(c: Config) -> Config:
     """Rollouts of 4 steps and DMD alone: what the peers train."""
     c.rollout.update(num_steps=(4,), probabilities=(1.0,))
     c.schedule.update(train_levels=4, anchor_levels=4)
@@ -81,7 +80,7 @@ def four_steps(c: Any) -> Any:
     return c
 
 
-def listed_levels(c: Any, levels: tuple) -> Any:
+def listed_levels(c: Config, levels: tuple) -> Config:
     """A student of a published list of levels (timesteps, 1000 sigma), trained and sampled at these
     alone.
     """
@@ -91,7 +90,7 @@ def listed_levels(c: Any, levels: tuple) -> Any:
     return c
 
 
-def salt(c: Any, align_start: int) -> Any:
+def salt(c: Config, align_start: int) -> Config:
     """Salt's full objective, Eq. 13: mixed steps, self-consistency at K = 8, cache alignment at
     K = 2 and 4.
 
@@ -105,7 +104,7 @@ def salt(c: Any, align_start: int) -> Any:
     return c
 
 
-def frame_wise(c: Any) -> Any:
+def frame_wise(c: Config) -> Config:
     """One frame at a time (CF's frame-wise models)."""
     c.memory.update(chunk=1, first=1)
     return c

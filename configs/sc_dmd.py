@@ -11,12 +11,11 @@ Neither ever ran at this size; for the cost see launch.plan. On Moving Shapes
 `--config.teacher.kind=closed_form` distils the exact optimum instead. Results: docs/results.md.
 """
 
-from typing import Any
-
 from configs import base, parts
+from salt_jax.keys import Config
 
 
-def get_config(options: str = "") -> Any:
+def get_config(options: str = "") -> Config:
     size, variants = parts.read_options(options, "dmd8", "dmd4", "i2v")
     c = base.get_config()
     if size == "wan":
@@ -36,7 +35,7 @@ def get_config(options: str = "") -> Any:
     return c
 
 
-def whole_clips_of_wan(c: Any) -> Any:
+def whole_clips_of_wan(c: Config) -> Config:
     """Salt App. B; backward simulation is off, the training grid that of inference (row 10)."""
     c = parts.wan(c)
     c.batch_size = 16  # Salt App. B

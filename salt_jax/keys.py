@@ -6,7 +6,18 @@ No jax in here, as in `choices`.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, Literal, TypeVar
+
+Json = dict[str, Any]
+"""A JSON object: by name strings, numbers, booleans, None, and lists and objects of these."""
+
+Config = Any
+"""A ConfigDict of ml_collections, which files in `configs/` edit. A type checker takes each of its
+attributes for a section and a value at once, so it gets no type.
+"""
+
+T = TypeVar("T")
+T_contra = TypeVar("T_contra", contravariant=True)
 
 Resume = Literal["same", "free", "file"]
 """What a run that goes on may do with a key: nothing, change its value, or name the same file by
@@ -14,34 +25,37 @@ another path.
 """
 
 
-class Must(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Must(Generic[T_contra]):
     """What a value has to be."""
 
     words: str
-    holds: Callable[[Any], bool]
+    holds: Callable[[T_contra], bool]
 
 
-COUNT = Must("at least 1", lambda x: x >= 1)
-POSITIVE = Must("above 0", lambda x: x > 0)
-NOT_NEGATIVE = Must("at least 0", lambda x: x >= 0)
-DECAY = Must("at least 0 and below 1", lambda x: 0 <= x < 1)
-SHARE = Must("from 0 to 1", lambda x: 0 <= x <= 1)
-LEVEL = Must("above 0 and up to 1, a noise level", lambda x: 0 < x <= 1)
-SEED = Must(f"from 0 to {2**32 - 1}", lambda x: 0 <= x < 2**32)
-STEPS = Must("one or more numbers of steps, each at least 1", lambda x: bool(x) and min(x) >= 1)
-NUMBERS = Must("at least one number", bool)
-FEW_LEVELS = Must(
+COUNT: Must[int] = Must("at least 1", lambda x: x >= 1)
+POSITIVE: Must[float] = Must("above 0", lambda x: x > 0)
+NOT_NEGATIVE: Must[float] = Must("at least 0", lambda x: x >= 0)
+DECAY: Must[float] = Must("at least 0 and below 1", lambda x: 0 <= x < 1)
+SHARE: Must[float] = Must("from 0 to 1", lambda x: 0 <= x <= 1)
+LEVEL: Must[float] = Must("above 0 and up to 1, a noise level", lambda x: 0 < x <= 1)
+SEED: Must[int] = Must(f"from 0 to {2**32 - 1}", lambda x: 0 <= x < 2**32)
+STEPS: Must[tuple[int, ...]] = Must(
+    "one or more numbers of steps, each at least 1", lambda x: bool(x) and min(x) >= 1
+)
+NUMBERS: Must[tuple[float, ...]] = Must("at least one number", bool)
+FEW_LEVELS: Must[int] = Must(
     "at least 1 and at most 128, since triples are tabulated", lambda x: 1 <= x <= 128
 )
 
 
 def key(
-    default: Any,
+    default: T,
     doc: str,
-    must: Must | None = None,
+    must: Must[T] | None = None,
     resume: Resume = "same",
     path: bool = False,
-) -> Any:
+) -> T:
     """A field of a frozen dataclass of the config.
 
     Args:
@@ -56,7 +70,7 @@ def key(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def is_finite(value: Any) -> bool:
+def is_finite(value: object) -> bool:
     """Whether a number, or each of several, is finite; anything else is."""
     several = value if isinstance(value, tuple) else (value,)
     return all(math.isfinite(x) for x in several if isinstance(x, float))

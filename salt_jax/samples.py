@@ -10,13 +10,14 @@ written before its file, so work that was stopped leaves no file without.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from salt_jax.errors import UserError
 from salt_jax.io.video import write_bytes
+from salt_jax.keys import Json
 
 NAME = "samples.jsonl"
 
@@ -26,7 +27,7 @@ class Sample(NamedTuple):
 
     file: Path
     source: str  # where the network is: a workdir, a file or a folder
-    made_with: Mapping[str, Any]  # JSON values: all that decides its content
+    made_with: Json  # all that decides its content
 
 
 class Found(NamedTuple):
@@ -43,7 +44,7 @@ def look_up(index: Path, wanted: Sequence[Sample]) -> Found:
       UserError: a file is there that nothing is recorded of, or whose bytes have changed since, or
         that another source made.
     """
-    lines: dict[tuple[str, str], dict[str, Any]] = {}
+    lines: dict[tuple[str, str], Json] = {}
     for line in _read(index):
         lines[line["file"], line["sha256"]] = line
     there, older, others = set(), set(), []
@@ -67,7 +68,7 @@ def look_up(index: Path, wanted: Sequence[Sample]) -> Found:
 
 def put(index: Path, sample: Sample, content: bytes) -> None:
     """Writes a file, at once or not at all, and its line in the index."""
-    told = {
+    record = {
         "file": sample.file.name,
         "sha256": hashlib.sha256(content).hexdigest(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -75,28 +76,28 @@ def put(index: Path, sample: Sample, content: bytes) -> None:
         "made_with": sample.made_with,
     }
     index.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(told, ensure_ascii=False).encode(errors="surrogatepass") + b"\n"
+    line = json.dumps(record, ensure_ascii=False).encode(errors="surrogatepass") + b"\n"
     with open(index, "ab+") as lines:  # one write: processes may share an index
         cut_off = lines.seek(0, 2) and lines.seek(-1, 2) >= 0 and lines.read(1) != b"\n"
         lines.write(b"\n" * cut_off + line)
     write_bytes(sample.file, content)
 
 
-def _read(index: Path) -> list[dict[str, Any]]:
+def _read(index: Path) -> list[Json]:
     """The lines that can be read; one may have been cut off when a process was killed."""
     if not index.exists():
         return []
     found = []
     for line in index.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            told = json.loads(line)
+            record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(told, dict) and {"file", "sha256", "source", "made_with"} <= told.keys():
-            found.append(told)
+        if isinstance(record, dict) and {"file", "sha256", "source", "made_with"} <= record.keys():
+            found.append(record)
     return found
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Json) -> Json:
     """As it would be read back."""
     return json.loads(json.dumps(value))

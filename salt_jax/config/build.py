@@ -60,20 +60,17 @@ def _value(value, hint, where):
     """
     several = typing.get_origin(hint) is tuple
     kind = typing.get_args(hint)[0] if several else hint
-    value = tuple(value) if several and isinstance(value, list) else value
-    for one in value if several and isinstance(value, tuple) else [value]:
+    given = isinstance(value, list | tuple)
+    values = list(value) if several and given else [value]
+    for one in values:
         fits = isinstance(one, (int, float) if kind is float else kind)
-        if (
-            not fits
-            or isinstance(one, bool) != (kind is bool)
-            or several != isinstance(value, tuple)
-        ):
+        if not fits or isinstance(one, bool) != (kind is bool) or several != given:
             raise UserError(
                 f"{where} is {value!r}; it has to be {'several' if several else 'one'} "
                 f"{kind.__name__}"
             )
-    typed = lambda one: float(one) if kind is float else one
-    return tuple(map(typed, value)) if several else typed(value)
+    typed = tuple(float(one) if kind is float else one for one in values)
+    return typed if several else typed[0]
 
 
 def _refuse_value(value, must, where):

@@ -7,11 +7,12 @@ import datetime
 import json
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from salt_jax.config.build import all_keys
 from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
+from salt_jax.keys import Json
 
 MADE_BY = "made_by"  # beside the keys in config.json: what wrote it
 # What 0.1 called a key or section.
@@ -34,11 +35,11 @@ class Change(NamedTuple):
     """A value that is not what it was."""
 
     key: str
-    before: Any
-    now: Any
+    before: object
+    now: object
 
 
-def as_of_today(values: dict[str, Any]) -> dict[str, Any]:
+def as_of_today(values: Json) -> Json:
     """A config that was written to a workdir or file, in the keys of today.
 
     Keys added since have their defaults, which are what old runs did.
@@ -114,9 +115,9 @@ def record_changes(workdir: str | Path, before: str, r: Recipe, step: int) -> No
             file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: Json, prefix: str = "") -> Json:
     """Values of a nested dict by keys that are joined with dots."""
-    found: dict[str, Any] = {}
+    found: Json = {}
     for name, value in tree.items():
         found |= (
             flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
@@ -124,9 +125,9 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def nested(values: dict[str, Any]) -> dict[str, Any]:
+def nested(values: Json) -> Json:
     """The inverse of `flat`."""
-    found: dict[str, Any] = {}
+    found: Json = {}
     for path, value in values.items():
         *sections, key = path.split(".")
         place = found

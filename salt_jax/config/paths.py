@@ -9,17 +9,18 @@ nearest folder at or above that file in which it is found.
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 from salt_jax.config.build import all_keys
 from salt_jax.config.migrate import flat
 from salt_jax.config.schema import Recipe
 from salt_jax.io.shipped import located
+from salt_jax.keys import Config
 
 PATHS = [path for path, field in all_keys(Recipe) if field.metadata["path"]]
 
 
-def make_absolute(config: Any, file: Path, overridden: Collection[str]) -> None:
+def make_absolute(config: Config, file: Path, overridden: Collection[str]) -> None:
     """Relative paths of a ConfigDict, in place.
 
     Args:
@@ -41,7 +42,7 @@ def make_absolute(config: Any, file: Path, overridden: Collection[str]) -> None:
     )
 
 
-def beside(value: Any, file: str | Path) -> Any:
+def beside(value: object, file: str | Path) -> object:
     """A path that stands in a file of a run."""
     if not is_relative(value):
         return value
@@ -49,7 +50,7 @@ def beside(value: Any, file: str | Path) -> Any:
     return next((str(path) for path in found if path.exists()), value)
 
 
-def is_relative(value: Any) -> bool:
+def is_relative(value: object) -> TypeGuard[str]:
     """Whether it is a path that depends on a folder."""
     if not isinstance(value, str) or not value or "://" in value:
         return False

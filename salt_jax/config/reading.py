@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -13,10 +12,11 @@ from salt_jax.config.paths import PATHS, beside
 from salt_jax.config.schema import Recipe
 from salt_jax.config.validate import refuse_contradictions
 from salt_jax.errors import UserError
+from salt_jax.keys import Config, Json
 from salt_jax.models.presets import PRESETS, TEXT_PRESETS
 
 
-def to_config_dict(recipe: Recipe) -> ConfigDict:
+def to_config_dict(recipe: Recipe) -> Config:
     """A recipe as the ConfigDict that a file in `configs/` edits."""
     return ConfigDict(dataclasses.asdict(recipe))
 
@@ -40,7 +40,7 @@ def read_recipe(config: ConfigDict) -> Recipe:
     return recipe
 
 
-def to_json(recipe: Recipe, made_by: dict[str, Any] | None = None) -> str:
+def to_json(recipe: Recipe, made_by: Json | None = None) -> str:
     """The config as it is written to a workdir; `made_by`: config file, commit, versions."""
     more = {MADE_BY: made_by} if made_by else {}
     return json.dumps(dataclasses.asdict(recipe) | more, indent=2)
@@ -81,7 +81,7 @@ def from_json(text: str, where: str | Path = "config.json") -> Recipe:
         raise UserError(f"{where}: {error}") from error
 
 
-def resolved(values: dict[str, Any], where: str | Path) -> dict[str, Any]:
+def resolved(values: Json, where: str | Path) -> Json:
     """The JSON values of a config in the file `where`, in the keys of today, paths absolute."""
     there = flat(as_of_today(values))
     return nested(there | {path: beside(there[path], where) for path in PATHS if path in there})

@@ -8,7 +8,7 @@ No jax in here, as in `choices`.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
@@ -184,6 +184,6 @@ class Recipe:
         return TEXT_PRESETS[self.text_encoder]
 
 
-def works_causally(stage: Any, video: Any) -> bool:
+def works_causally(stage: object, video: object) -> bool:
     """Whether a student of this stage works chunk by chunk; of distil its videos decide."""
     return stage in CAUSAL or (stage, video) in {("distil", "noised_chunks"), ("distil", "rollout")}

@@ -11,18 +11,9 @@ from salt_jax.flow.schedule import explicit
 
 def refuse_contradictions(r: Recipe) -> None:
     """Raises UserError for the first contradiction."""
-    checks = (
-        _batch,
-        _ranges,
-        _lora,
-        _clip,
-        _schedule,
-        _levels,
-        _optimizers,
-    )
-    for check in checks:
-        for told in check(r):
-            raise UserError(told)
+    for check in (_batch, _ranges, _lora, _clip, _schedule, _levels, _optimizers):
+        for contradiction in check(r):
+            raise UserError(contradiction)
 
 
 def refuse_uneven(r: Recipe, ways: int) -> None:
