@@ -101,7 +101,7 @@ def restore(
 
     def read(step: int) -> tuple[TrainState, JsonObject]:
         _refuse_mismatch(manager, step, expected)
-        items = {name: _told(tree) for name, tree in expected.items()}
+        items = {name: _restore_args(tree) for name, tree in expected.items()}
         items |= {name: ocp.args.JsonRestore() for name in JSONS}
         found = dict(manager.restore(step, args=ocp.args.Composite(**items)).items())
         if found["data"] != {"step": step}:
@@ -134,8 +134,10 @@ def restore_step(
 
     def read(step: int) -> tuple[int, Params]:
         stored = nested(_stored(manager, step)[what])
-        abstract = laid_out(stored, state_shardings(mesh, stored))
-        return step, manager.restore(step, args=ocp.args.Composite(**{what: _told(abstract)}))[what]
+        target = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        abstract = jax.tree.map(target, stored, state_shardings(mesh, stored))
+        args = ocp.args.Composite(**{what: _restore_args(abstract)})
+        return step, manager.restore(step, args=args)[what]
 
     found, directory = None, directory_of(workdir)
     if directory.is_dir():
@@ -154,15 +156,59 @@ def restore_step(
     return found
 
 
+def newest_step(workdir: str | Path) -> int:
+    """The newest step whose writer, or a copy, finished. Its arrays are not looked at.
+
+    Raises:
+        UserError: there is none.
+    """
+    directory, found = _directory(workdir), []
+    for path in directory.glob("*"):
+        if path.name.isascii() and path.name.isdigit():
+            try:
+                _refuse_uncommitted(path)
+                found.append(int(path.name))
+            except OSError as error:
+                log.warning(
+                    "checkpoint step %s in %s is passed over (%s)", path.name, directory, error
+                )
+    if not found:
+        raise UserError(
+            f"there is no whole checkpoint in {directory}; train there first, or name another "
+            "workdir"
+        )
+    return max(found)
+
+
+def checkpoint_digest(
+    workdir: str | Path, step: int, what: str, report: Callable[[int], Any] = lambda nbytes: None
+) -> str:
+    """SHA-256 of an item of a step, in hexadecimal digits: over the names of its files, sorted, and
+    what is in them.
+
+    `report` gets the bytes of each piece that was read.
+
+    Raises:
+        UserError: there is no such item.
+    """
+    item, state = _directory(workdir) / str(step) / what, hashlib.sha256()
+    files = {path.relative_to(item).as_posix(): path for path in item.rglob("*") if path.is_file()}
+    if not files:
+        raise UserError(f"there is no {item}; name a step that is there, or another workdir")
+    for name in sorted(files):
+        state.update(f"{name}\0{digest(files[name], report)}\0".encode())
+    return state.hexdigest()
+
+
 def _named(step: int, there: Sequence[int], directory: Path, read: Callable[[int], T]) -> T:
     """`read(step)`. Raises UserError, with the steps there are, where it is absent or damaged."""
     others = [str(s) for s in sorted(there, reverse=True) if s != step]
-    told = (
+    those = (
         ", ".join(others[:10]) + (f" ... and {len(others) - 10} more" if len(others) > 10 else "")
         or "no other"
     )
     if step not in there:
-        raise UserError(f"there is no checkpoint of step {step} in {directory}; there are {told}")
+        raise UserError(f"there is no checkpoint of step {step} in {directory}; there are {those}")
     try:
         refuse_uncommitted(directory / str(step))
         return read(step)
@@ -170,7 +216,7 @@ def _named(step: int, there: Sequence[int], directory: Path, read: Callable[[int
         raise UserError(
             f"checkpoint step {step} in {directory} is damaged ({_damage(error)}); put a copy of "
             "it back, or choose "
-            f"another step ({told})"
+            f"another step ({those})"
         ) from error
 
 
@@ -210,9 +256,9 @@ def _newest_readable(
             manager.reload()
         return value
     if damaged:
-        told = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
+        reasons = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
         raise UserError(
-            f"no checkpoint in {root} could be read ({told}); put back a copy of one, move the "
+            f"no checkpoint in {root} could be read ({reasons}); put back a copy of one, move the "
             "directories of damaged "
             "steps away, or pass a new --workdir"
         )
@@ -227,8 +273,8 @@ def _stored(manager: ocp.CheckpointManager, step: int) -> dict[str, Params]:
     return {name: metadata[name].tree for name in names}
 
 
-def _told(abstract: dict[str, Params]) -> ocp.args.PyTreeRestore:
-    """Restore arguments: read these arrays with their shardings, and ignore others on disk: see
+def _restore_args(abstract: dict[str, Any]) -> ocp.args.PyTreeRestore:
+    """To read these arrays, laid out as they say, and to leave what else is there: see
     `_refuse_mismatch`.
     """
     how = ocp.checkpoint_utils.construct_restore_args(abstract)

@@ -74,13 +74,13 @@ def axis_sizes(sizes: Mapping[str, object], count: int) -> dict[str, int]:
         UserError: an axis is missing, unknown or not a positive number, or the sizes do not make up
           the devices.
     """
-    asked = {axis: sizes.get(axis) for axis in AXES} | dict(sizes)
-    told = ", ".join(f"{axis}={size}" for axis, size in asked.items())
-    known = {axis: n for axis, n in asked.items() if isinstance(n, int) and n > 0}
-    left = [axis for axis, size in asked.items() if size == -1]
-    if set(asked) != set(AXES) or len(left) > 1 or {*known, *left} != set(AXES):
+    asked: dict[str, Any] = {axis: sizes.get(axis) for axis in AXES} | dict(sizes)
+    shown = ", ".join(f"{axis}={size}" for axis, size in asked.items())
+    known = [size for size in asked.values() if size != -1]
+    whole = all(isinstance(size, int) and size > 0 for size in known)
+    if set(asked) != set(AXES) or len(known) < len(AXES) - 1 or not whole:
         raise UserError(
-            f"config.mesh is ({told}), but it needs {', '.join(AXES)} and no other, each a whole "
+            f"config.mesh is ({shown}), but it needs {', '.join(AXES)} and no other, each a whole "
             "number >= 1; "
             "one of them may be -1, which takes the devices that are left"
         )
@@ -88,8 +88,8 @@ def axis_sizes(sizes: Mapping[str, object], count: int) -> dict[str, int]:
     found = known | dict.fromkeys(left, count // taken)
     if math.prod(found.values()) != count:
         raise UserError(
-            f"config.mesh ({told}) does not fit {count} device(s): the product of the sizes has to "
-            f"be {count}; "
+            f"config.mesh ({shown}) does not fit {count} device(s): the product of the sizes has "
+            f"to be {count}; "
             "set one of them to -1 to take the devices that are left, or change the others"
         )
     return {axis: found[axis] for axis in AXES}

@@ -31,7 +31,7 @@ TextEmb = Float[Array | np.ndarray, "b t d"]
 
 
 class Conditioning(NamedTuple):
-    """What a network is conditioned on, for each clip."""
+    """What a network is given with each clip."""
 
     text: TextEmb
     image: Float[Array | np.ndarray, "b n e"] | None = None

@@ -100,5 +100,5 @@ def record(run: Trained) -> dict[str, str]:
     come and go.
     """
     config = to_json(run.recipe)
-    told = {"config": json.loads(config), **run.made_with}
-    return {"config": config, "salt_jax": json.dumps(told)}
+    origin = {"config": json.loads(config), **run.made_with}
+    return {"config": config, "salt_jax": json.dumps(origin)}

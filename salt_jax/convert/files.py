@@ -64,7 +64,7 @@ def _open(path: Path) -> tuple[dict[str, TensorRef], dict[str, str]]:
     what = (
         ""
         if headed
-        else next((told for first, told in NO_WEIGHTS.items() if start.startswith(first)), "")
+        else next((what for first, what in NO_WEIGHTS.items() if start.startswith(first)), "")
     )
     if what or not start:
         raise UserError(f"{path} is {what or 'empty; download it again'}")

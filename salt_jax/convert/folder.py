@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from salt_jax.convert.files import open_tensors
-from salt_jax.convert.foreign import told_by_names
+from salt_jax.convert.foreign import foreign_by_names
 from salt_jax.convert.reading import Found, networks_in
 from salt_jax.convert.sizes import PARTS
 from salt_jax.errors import UserError, listed
@@ -27,7 +27,7 @@ def find_networks(src: Path, unused: Callable[[Path], Any], key: str = "") -> di
     """The networks in a folder with everything below it, or in a file, by what they are.
 
     Args:
-      unused: is called with each file that has no network of Wan 2.1.
+      unused: gets files that hold something else.
       key: which network of a file that holds several of one kind; "": the averaged student.
 
     Raises:
@@ -52,11 +52,11 @@ def find_networks(src: Path, unused: Callable[[Path], Any], key: str = "") -> di
                 )
             networks[one.network] = one
     if not networks:
-        told = told_by_names(seen) or (
+        reason = foreign_by_names(seen) or (
             f"its names are {listed(seen)}" if seen else "there are no weights in it"
         )
         raise UserError(
-            f"{src} holds none of {', '.join(PARTS)} of Wan 2.1: {told}; name another folder or "
+            f"{src} holds none of {', '.join(PARTS)} of Wan 2.1: {reason}; name another folder or "
             "file"
         )
     students = {one.student for one in networks.values()} - {""}

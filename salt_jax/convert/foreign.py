@@ -1,5 +1,5 @@
-"""Recognises models that look like Wan 2.1 and are not, by names in the file and by the files
-beside it.
+"""What looks like Wan 2.1 and is not, by what is seen: names in a file, and what stands beside
+it.
 """
 
 import re
@@ -39,10 +39,10 @@ KNOWN_CLASSES = (None, "WanModel", "CausalWanModel", "WanTransformer3DModel")
 WAN_2_2 = re.compile(r"(high|low)[_-]?noise|wan2[._-]?2|(?<![a-z])a14b", re.IGNORECASE)
 
 
-def told_by_names(names: Iterable[str]) -> str:
-    """A sentence about names that show another model or a quantised one; "" where none does."""
+def foreign_by_names(names: Iterable[str]) -> str:
+    """A sentence about names that tell another model or a quantised one; "" where none does."""
     names = sorted(names)
-    for table, told in (
+    for table, sentence in (
         (QUANTISED, "is quantised as {what}"),
         (FOREIGN, "is not Wan 2.1 but of {what}"),
     ):
@@ -50,7 +50,7 @@ def told_by_names(names: Iterable[str]) -> str:
             seen = [name for name in names if re.search(pattern, name)]
             if seen:
                 more = f" and {len(seen) - 1} more like it" if seen[1:] else ""
-                return f"{told.format(what=what)}: it has {seen[0]}{more}"
+                return f"{sentence.format(what=what)}: it has {seen[0]}{more}"
     return ""
 
 
@@ -68,16 +68,16 @@ def check_surroundings(files: Sequence[Path]) -> None:
     if named:
         raise UserError(f"{files[0]} is of Wan 2.2, as the name {named} says; only Wan 2.1 is read")
     config = path.with_name("config.json")
-    told = read_json(config)
+    stated = read_json(config)
     for key, known in (("model_type", KNOWN_TYPES), ("_class_name", KNOWN_CLASSES)):
-        if told.get(key) not in known:
+        if stated.get(key) not in known:
             raise UserError(
-                f"{files[0]} is not Wan 2.1: {config} says {key} {told[key]!r}; name another file"
+                f"{files[0]} is not Wan 2.1: {config} says {key} {stated[key]!r}; name another file"
             )
     for index in (path.with_name("model_index.json"), path.parent.with_name("model_index.json")):
-        told = read_json(index)
-        second = told.get("transformer_2") not in (None, [], [None, None])
-        if second or told.get("boundary_ratio") is not None:
+        stated = read_json(index)
+        second = stated.get("transformer_2") not in (None, [], [None, None])
+        if second or stated.get("boundary_ratio") is not None:
             raise UserError(
                 f"{files[0]} is one of two transformers of Wan 2.2, as {index} says; only Wan 2.1 "
                 "is read"

@@ -72,14 +72,14 @@ def rescaled(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
     return (rows * scale).reshape(weight.shape)
 
 
-def _check_format(told: bytes, where: str, name: str) -> None:
+def _check_format(text: bytes, where: str, name: str) -> None:
     """ComfyUI tells the format of a layer as JSON in a tensor beside it, or of all layers in the
     metadata.
     """
-    if not told:
+    if not text:
         return
     try:
-        read = json.loads(told)
+        read = json.loads(text)
         layers = list(read["layers"].values()) if "layers" in read else [read]
         other = [
             layer

@@ -9,7 +9,7 @@ import numpy as np
 
 from salt_jax.convert.files import open_tensors
 from salt_jax.convert.lora_names import Modules, read_modules
-from salt_jax.convert.lora_scale import kohya_alpha, number, read_told, scale_of
+from salt_jax.convert.lora_scale import kohya_alpha, number, read_stated, scale_of
 from salt_jax.convert.reading import Delta, Found
 from salt_jax.errors import UserError, listed
 from salt_jax.io.tensor_files import TensorRef, TensorWriter, view
@@ -62,7 +62,7 @@ def find_lora(path: Path, found: Found, key: str = "") -> Lora:
     where = str(path)
     opened = open_tensors([path])
     modules = read_modules(opened.tensors, where, key)
-    told = read_told(path, opened.metadata)
+    stated = read_stated(path, opened.metadata)
     spelled = any(".lora_down" in name for name in opened.tensors)
     kohya = kohya_alpha(opened.metadata, where) if spelled else None
     _check_network(modules, found, where)
@@ -87,7 +87,7 @@ def find_lora(path: Path, found: Found, key: str = "") -> Lora:
                 if "alpha" in parts
                 else None
             )
-            scale = scale_of(module, down.shape[0], own, told, kohya, where)
+            scale = scale_of(module, down.shape[0], own, stated, kohya, where)
         for part, slot, by in (
             ("up", "weight", scale),
             ("weight", "weight", 1.0),
@@ -141,8 +141,8 @@ def lora_alpha(lora: Lora) -> tuple[int, float]:
     elif apart:
         reason = f"adapts {listed(apart)} outside of the blocks"
     elif len(lora.ranks) > 1 or len(scales) > 1:
-        told = listed(f"{scale:g}" for scale in scales)
-        reason = f"has ranks {listed(map(str, lora.ranks))} and scales {told}"
+        listed_scales = listed(f"{scale:g}" for scale in scales)
+        reason = f"has ranks {listed(map(str, lora.ranks))} and scales {listed_scales}"
     if reason:
         raise UserError(
             f"{lora.path} {reason}, which lora.safetensors cannot tell; leave out --keep_lora to "

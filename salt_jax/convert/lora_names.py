@@ -17,7 +17,7 @@ from salt_jax.convert.places import bare, choose
 from salt_jax.errors import UserError, listed
 from salt_jax.io.tensor_files import TensorRef
 
-MAX_LAYERS = 100  # more than any network here has, so that a LoRA of a deeper one is recognised
+MAX_LAYERS = 100  # more than any network here has: a LoRA of a deeper one is known by its layers
 
 _ADAPTER = r"(\.(?!weight|bias)\w+)?"  # PEFT's name of the adapter, such as "default"
 KINDS = {
@@ -64,8 +64,8 @@ def read_modules(tensors: Mapping[str, TensorRef], where: str, key: str = "") ->
     read = {name: _parse(name, targets, flat) for name in tensors}
     known = {name: part for name, part in read.items() if part}
     if not known:
-        told = _method(read) or (f"its names are {listed(read)}" if read else "it is empty")
-        raise UserError(f"{where} is no LoRA of this network: {told}; name another file")
+        reason = _method(read) or (f"its names are {listed(read)}" if read else "it is empty")
+        raise UserError(f"{where} is no LoRA of this network: {reason}; name another file")
     paths = sorted({front.rpartition("/")[0] for front, _, _ in known.values()})
     path = paths[choose([f"{path}/" for path in paths], key, f"{where} as LoRA")]
     here = {name: part for name, part in read.items() if name.rpartition("/")[0] == path}
@@ -77,8 +77,8 @@ def read_modules(tensors: Mapping[str, TensorRef], where: str, key: str = "") ->
         )
     left = [name for name, part in here.items() if not part or part[0] != front]
     if left:
-        told = _method(left) or f"unexpected {listed(left)}"
-        raise UserError(f"{where} is no LoRA of this network: {told}; name another file")
+        reason = _method(left) or f"unexpected {listed(left)}"
+        raise UserError(f"{where} is no LoRA of this network: {reason}; name another file")
     parts: dict[str, dict[str, TensorRef]] = {}
     for name, part in here.items():
         _, module, kind = part or ("", "", "")

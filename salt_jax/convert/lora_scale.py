@@ -42,7 +42,7 @@ FLAT = {
 }
 
 
-class Told(NamedTuple):
+class Stated(NamedTuple):
     """What one source says."""
 
     source: str
@@ -53,32 +53,32 @@ class Told(NamedTuple):
     alphas: dict[str, float]
 
 
-def read_told(path: Path, metadata: Mapping[str, str]) -> list[Told]:
+def read_stated(path: Path, metadata: Mapping[str, str]) -> list[Stated]:
     """What adapter_config.json beside a file and the file's metadata say of its scale.
 
     Raises:
       UserError: one cannot be read, or asks for what is not applied here.
     """
     beside = path.with_name("adapter_config.json")
-    told = []
+    found = []
     if beside.is_file():
-        told.append(_told(_json(beside.read_bytes(), beside), str(beside), strict=True))
+        found.append(_stated(_json(beside.read_bytes(), beside), str(beside), strict=True))
     for key, text in metadata.items():
         if key == DIFFUSERS:
-            told.append(
-                _told(
+            found.append(
+                _stated(
                     _json(text, f"{path}, metadata {key}"), f"{path}, metadata {key}", strict=True
                 )
             )
         elif text.lstrip().startswith("{") and re.search(r"lora_alpha|use_rslora|use_dora", text):
-            told.append(
-                _told(
+            found.append(
+                _stated(
                     _json(text, f"{path}, metadata {key}"), f"{path}, metadata {key}", strict=False
                 )
             )
     flat = {FLAT[key]: _plain(text) for key, text in metadata.items() if key in FLAT}
-    told += [_told(flat, f"{path}, metadata", strict=False)] if flat else []
-    return told
+    found += [_stated(flat, f"{path}, metadata", strict=False)] if flat else []
+    return found
 
 
 def kohya_alpha(metadata: Mapping[str, str], where: str) -> float | None:
@@ -86,15 +86,15 @@ def kohya_alpha(metadata: Mapping[str, str], where: str) -> float | None:
 
     The alpha of each module counts; tools leave these metadata as they were.
     """
-    told = _plain(metadata.get("ss_network_alpha", "None"))
-    return None if told in (None, "None", "") else number(told, f"ss_network_alpha of {where}")
+    alpha = _plain(metadata.get("ss_network_alpha", "None"))
+    return None if alpha in (None, "None", "") else number(alpha, f"ss_network_alpha of {where}")
 
 
 def scale_of(
     module: str,
     rank: int,
     alpha: float | None,
-    told: Sequence[Told],
+    stated: Sequence[Stated],
     kohya: float | None,
     where: str,
 ) -> float:
@@ -109,7 +109,7 @@ def scale_of(
       UserError: two sources contradict each other.
     """
     options = {} if alpha is None else {f"{where}, {module}.alpha": alpha / rank}
-    for one in told:
+    for one in stated:
         r = one.ranks.get(_pattern(one.ranks, module), one.rank)
         a = one.alphas.get(_pattern(one.alphas, module), one.alpha)
         if r is not None and r != rank:
@@ -151,8 +151,8 @@ def number(value: Any, what: str) -> float:
     return read
 
 
-def _told(told: Any, source: str, strict: bool) -> Told:
-    config = _component(told, source)
+def _stated(found: Any, source: str, strict: bool) -> Stated:
+    config = _component(found, source)
     asked = {key: value for key, value in config.items() if value not in NO}
     passed = APPLIED | HARMLESS if strict else config.keys() - MATTERS
     other = {key: value for key, value in asked.items() if key not in passed}
@@ -182,15 +182,15 @@ def _told(told: Any, source: str, strict: bool) -> Told:
         raise UserError(
             f"use_rslora of {source} is {str(rslora)[:40]!r}, neither true nor false; correct it"
         )
-    return Told(source, number_of("r"), number_of("lora_alpha"), bool(rslora), *patterns.values())
+    return Stated(source, number_of("r"), number_of("lora_alpha"), bool(rslora), *patterns.values())
 
 
-def _component(told: Any, source: str) -> dict[str, Any]:
+def _component(found: Any, source: str) -> dict[str, Any]:
     """The keys of the transformer: diffusers writes "transformer." in front of each."""
-    if not isinstance(told, dict):
+    if not isinstance(found, dict):
         raise UserError(f"{source} is no JSON object; correct or remove it")
     parts: dict[str, dict[str, Any]] = {}
-    for key, value in told.items():
+    for key, value in found.items():
         front, _, last = key.rpartition(".")
         parts.setdefault(front, {})[last] = value
     front = next((front for front in ("transformer", "", *parts) if front in parts), "")

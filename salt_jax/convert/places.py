@@ -1,4 +1,6 @@
-"""Where in a file the networks of Wan 2.1 are: found by the names in it, under any prefix."""
+"""Where in a file the networks of Wan 2.1 are, by the names in it, whatever stands in front of
+these.
+"""
 
 import itertools
 import math
@@ -77,8 +79,8 @@ def choose(prefixes: Sequence[str], key: str, where: str) -> int:
     rank = lambda i: min((names.STUDENTS.index(known(p)) for p in parts[i] if known(p)), default=99)
     first = [i for i in able if rank(i) == min(map(rank, able))] if able else []
     if len(first) != 1:
-        told = listed(prefixes[i].strip("./") or "the top" for i in first or range(len(prefixes)))
-        raise UserError(f"{where} may be what stands under {told}; choose with --key")
+        places = listed(prefixes[i].strip("./") or "the top" for i in first or range(len(prefixes)))
+        raise UserError(f"{where} may be what stands under {places}; choose with --key")
     return first[0]
 
 

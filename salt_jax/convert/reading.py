@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict
 
 from salt_jax.convert import names
 from salt_jax.convert.files import Opened, open_tensors
-from salt_jax.convert.foreign import check_surroundings, told_by_names
+from salt_jax.convert.foreign import check_surroundings, foreign_by_names
 from salt_jax.convert.fp8 import FP8, fits, rescaled, split_scales
 from salt_jax.convert.names import TABLES
 from salt_jax.convert.places import (
@@ -167,12 +167,12 @@ def _match(
         )
     ignored = names.IGNORED[network].replace("LAST", str(used))
     unexpected = [name for name in left if not re.fullmatch(ignored, name)]
-    if unexpected and told_by_names(unexpected):
-        raise UserError(f"{where} {told_by_names(unexpected)}; name another file")
+    if unexpected and foreign_by_names(unexpected):
+        raise UserError(f"{where} {foreign_by_names(unexpected)}; name another file")
     if missing or unexpected:
-        told = ((f"{len(missing)} missing ({listed(set(missing))})", missing),)
-        told += ((f"{len(unexpected)} unexpected ({listed(unexpected)})", unexpected),)
-        what = " and ".join(text for text, some in told if some)
+        counts = ((f"{len(missing)} missing ({listed(set(missing))})", missing),)
+        counts += ((f"{len(unexpected)} unexpected ({listed(unexpected)})", unexpected),)
+        what = " and ".join(text for text, some in counts if some)
         raise UserError(
             f"{where} looks like a {network} with {layout} names, but has {what}; "
             "download it again, or name another file"

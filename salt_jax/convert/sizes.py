@@ -39,20 +39,20 @@ class Size(NamedTuple):
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty where there is none."""
     try:
-        told = json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return told if isinstance(told, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
 def infer_config(
-    network: str, sizes: Mapping[str, Size], told: Mapping[str, Any], where: str
+    network: str, sizes: Mapping[str, Size], stated: Mapping[str, Any], where: str
 ) -> Any:
     """The config of a network of `PARTS`.
 
     Args:
       sizes: by our path.
-      told: what the config.json beside the file says.
+      stated: what the config.json beside the file says.
 
     Raises:
       UserError: no config has these shapes, or they do not tell it all.
@@ -64,31 +64,31 @@ def infer_config(
         "image_encoder": _image_encoder,
     }
     try:
-        return infer[network](sizes, told, where)
+        return infer[network](sizes, stated, where)
     except (TypeError, ValueError, LookupError, ZeroDivisionError) as error:
         raise UserError(
             f"{where} has shapes that no {network} has ({error}); name another file"
         ) from error
 
 
-def _wan(sizes: Mapping[str, Size], told: Mapping[str, Any], where: str) -> Any:
+def _wan(sizes: Mapping[str, Size], stated: Mapping[str, Any], where: str) -> Any:
     layers, _, (_, dim) = sizes["blocks/modulation"]
     _, channels, frames, rows, columns = sizes["patch_embedding/kernel"].theirs
     known = {c.dim: c.num_heads for c in presets.PRESETS.values() if c.text_dim == 4096}
     image = sizes.get("image_embedding/norm_in/scale")
     config = model_folder.WAN.config(
         dim=dim,
-        num_heads=_heads(told, ("num_heads", "num_attention_heads"), known.get(dim), where),
+        num_heads=_heads(stated, ("num_heads", "num_attention_heads"), known.get(dim), where),
         num_layers=layers,
         ffn_dim=sizes["blocks/ffn_in/kernel"].ours[1],
         in_channels=channels,
         out_channels=sizes["head/linear/bias"].ours[0] // (frames * rows * columns),
         patch_size=(frames, rows, columns),
         text_dim=sizes["text_embedding/in/kernel"].ours[0],
-        text_length=int(told.get("text_len", 512)),
+        text_length=int(stated.get("text_len", 512)),
         freq_dim=sizes["time_embedding/in/kernel"].ours[0],
         image_dim=image.ours[0] if image else 0,
-        eps=float(told.get("eps", 1e-6)),
+        eps=float(stated.get("eps", 1e-6)),
     )
     _check_channels(config, where)
     return config
@@ -107,20 +107,20 @@ def _check_channels(config: Any, where: str) -> None:
     )
 
 
-def _vae(sizes: Mapping[str, Size], told: Mapping[str, Any], where: str) -> Any:
+def _vae(sizes: Mapping[str, Size], stated: Mapping[str, Any], where: str) -> Any:
     return model_folder.VAE.config(
         sizes["encoder/conv_in/bias"].ours[0], sizes["from_latent/bias"].ours[0]
     )
 
 
-def _text_encoder(sizes: Mapping[str, Size], told: Mapping[str, Any], where: str) -> Any:
+def _text_encoder(sizes: Mapping[str, Size], stated: Mapping[str, Any], where: str) -> Any:
     layers, _, (buckets, heads) = sizes["blocks/relative_attention_bias/embedding"]
     vocabulary, dim = sizes["shared/embedding"].ours
     width, ffn = (sizes[f"blocks/{name}/kernel"].ours[1] for name in ("q", "wi_0"))
     return model_folder.TEXT.config(vocabulary, dim, layers, heads, width // heads, ffn, buckets)
 
 
-def _image_encoder(sizes: Mapping[str, Size], told: Mapping[str, Any], where: str) -> Any:
+def _image_encoder(sizes: Mapping[str, Size], stated: Mapping[str, Any], where: str) -> Any:
     rows, dim = sizes["position_embedding"].ours
     layers, _, (_, mlp) = sizes["blocks/fc_in/kernel"]
     patch = sizes["patch_embedding/kernel"].ours[0]
@@ -128,12 +128,12 @@ def _image_encoder(sizes: Mapping[str, Size], told: Mapping[str, Any], where: st
     # The official release keeps it in one folder with the transformer, whose config.json tells
     # other heads.
     known = published.num_heads if dim == published.dim else None
-    heads = known or _heads(told, ("num_attention_heads",), None, where)
+    heads = known or _heads(stated, ("num_attention_heads",), None, where)
     return model_folder.IMAGE.config(dim, layers, heads, mlp, math.isqrt(rows - 1) * patch, patch)
 
 
-def _heads(told: Mapping[str, Any], keys: Sequence[str], known: int | None, where: str) -> int:
-    value = next((told[key] for key in keys if isinstance(told.get(key), int)), known)
+def _heads(stated: Mapping[str, Any], keys: Sequence[str], known: int | None, where: str) -> int:
+    value = next((stated[key] for key in keys if isinstance(stated.get(key), int)), known)
     if not value:
         raise UserError(
             f"{where} is of a size not published, and shapes do not tell the number of heads; put "

@@ -112,13 +112,13 @@ def _read_pickle(path: Path, root: str, entries: Mapping[str, tuple[int, int]]) 
 def _storages(root: str, entries: Mapping[str, tuple[int, int]]) -> Callable[[Any], Storage]:
     """From what the pickle says of a storage to its place in the file."""
 
-    def storage(told):
-        match told:
+    def storage(there):
+        match there:
             case ("storage", Name(kind), str(key), str(_), int(count)) if kind in STORAGES:
                 dtype, name = STORAGES[kind], f"{root}data/{key}"
             case _:
                 raise Refused(
-                    f"it refers to {short(told)} outside of itself, which is no storage of numbers"
+                    f"it refers to {short(there)} outside of itself, which is no storage of numbers"
                 )
         if not (key.isascii() and key.isdecimal()):
             raise Refused(f"it names a storage {key!r}, torch.save numbers them")

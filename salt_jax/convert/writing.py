@@ -48,7 +48,7 @@ def write_official(
         memory at a time.
       dtype: how to store it; None: as it is.
       max_shard: bytes; what is larger goes into several files with an index.
-      report: is called with the bytes of each array that was written.
+      report: gets the bytes of each array that was written.
       record: metadata of each file under the key salt_jax.
 
     Raises:

@@ -79,9 +79,9 @@ def write_lora(
                 )
     metadata = {"format": "pt"} | ({"salt_jax": record} if record else {})
     if layout == "diffusers":
-        told = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": modules}
+        adapter = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": modules}
         metadata[DIFFUSERS] = json.dumps(
-            {f"transformer.{key}": value for key, value in told.items()}
+            {f"transformer.{key}": value for key, value in adapter.items()}
         )
     with all_or_nothing(dst) as folder:
         write_tensors(folder / file.name, tensors, metadata, report)
@@ -95,8 +95,8 @@ def open_lora(path: str | Path) -> tuple[Params, int, float] | None:
     """
     try:
         tensors, metadata = list_tensors(path)
-        told = json.loads(metadata["config"])
-        rank, alpha = int(told["rank"]), float(told["alpha"])
+        config = json.loads(metadata["config"])
+        rank, alpha = int(config["rank"]), float(config["alpha"])
     except (OSError, SafetensorError, ValueError, TypeError, LookupError):
         return None
     return unflatten_dict(tensors, sep="/"), rank, alpha

@@ -225,8 +225,8 @@ def _decode(file: str | Path) -> Iterator[Shown]:
                     yield Shown(shown, decoding, frame.duration * unit, frame, tags)
                     count += 1
     except (FFmpegError, OSError) as error:
-        told = getattr(error, "strerror", None) or error
-        raise ValueError(f"it cannot be decoded after {count} frames ({told})") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"it cannot be decoded after {count} frames ({reason})") from error
 
 
 def _tags(stream) -> Tags:

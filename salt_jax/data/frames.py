@@ -78,9 +78,9 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     Raises ValueError where the profile is no use.
     """
     try:
-        told = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         return (
-            ImageCms.profileToProfile(image, told, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
             or image
         )
     except (ImageCms.PyCMSError, OSError, ValueError) as error:
@@ -136,12 +136,12 @@ def _rgb(frame: VideoFrame, tags: Tags) -> np.ndarray:
         )
     if matrix == UNKNOWN:
         matrix = HD if frame.height >= 720 or frame.width >= 1280 else SD
-    told: dict[str, Any] = {"src_colorspace": MATRICES[matrix], "dst_color_range": FULL}
+    options: dict[str, Any] = {"src_colorspace": MATRICES[matrix], "dst_color_range": FULL}
     limits = frame.color_range or tags.range
     if limits and not form.is_rgb:
-        told["src_color_range"] = limits
+        options["src_color_range"] = limits
     clear = form.has_palette or any(part.is_alpha for part in form.components)
-    pixels = frame.reformat(format="rgba" if clear else "rgb24", **told).to_ndarray()
+    pixels = frame.reformat(format="rgba" if clear else "rgb24", **options).to_ndarray()
     if len(form.components) < 3 and limits == LIMITED and not form.has_palette:
         pixels[..., :3] = _stretched(pixels[..., :3])
     pixels = over_background(pixels) if clear else pixels

@@ -242,9 +242,9 @@ def _write_part(directory, part, count, features, names, records, bar) -> int:
             if isinstance(stored, str):
                 rejected.append((name, stored))
             else:
-                told = features.serialize_example(stored)
-                writer.write(told)
-                length, size = length + 1, size + len(told)
+                data = features.serialize_example(stored)
+                writer.write(data)
+                length, size = length + 1, size + len(data)
             bar.update()
     finally:
         writer.close()

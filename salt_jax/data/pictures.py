@@ -42,17 +42,17 @@ def read_picture(path: str | Path) -> np.ndarray:
             with Image.open(file) as image:
                 return _pixels(image, head)
     except Exception as error:  # whatever a file does to a decoder
-        told = " ".join((getattr(error, "strerror", None) or str(error)).split())
+        reason = " ".join((getattr(error, "strerror", None) or str(error)).split())
         if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
-            told = f"it has more than {Image.MAX_IMAGE_PIXELS} pixels"
+            reason = f"it has more than {Image.MAX_IMAGE_PIXELS} pixels"
         elif isinstance(error, UnidentifiedImageError):
-            told = next(
+            reason = next(
                 (what for mark, what in FOREIGN.items() if re.match(mark, head, re.DOTALL)), ""
             )
-            told = told or ("it is of no kind that is read" if head else "it is empty")
-        told = told or type(error).__name__
+            reason = reason or ("it is of no kind that is read" if head else "it is empty")
+        reason = reason or type(error).__name__
         raise UserError(
-            f"cannot read the picture {path} ({told}); give one in PNG or JPEG, in sRGB"
+            f"cannot read the picture {path} ({reason}); give one in PNG or JPEG, in sRGB"
         ) from error
 
 

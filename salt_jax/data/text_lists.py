@@ -124,13 +124,13 @@ def read_prompts(file: str | Path) -> list[Prompt]:
     if file.suffix.lower() in TABLES:
         rows = read_table(file)
         name = find_column(rows, CAPTION_COLUMNS, file)
-        told = [(row.name, *cell(row, name)) for row in rows]
+        entries = [(row.name, *cell(row, name)) for row in rows]
     else:
-        told = [("", line, "") for line in read_lines(file)]
-    told = [(place, text, problem) for place, text, problem in told if text or problem]
+        entries = [("", line, "") for line in read_lines(file)]
+    entries = [(place, text, problem) for place, text, problem in entries if text or problem]
     prompts = [
         Prompt(f"prompt {i}", text, f"{place} of {file.name}: {problem}" if problem else "")
-        for i, (place, text, problem) in enumerate(told, 1)
+        for i, (place, text, problem) in enumerate(entries, 1)
     ]
     if all(prompt.problem for prompt in prompts):
         first = f" ({prompts[0].problem})" if prompts else ""
@@ -207,11 +207,11 @@ def _separated(text: str, file: Path) -> Iterator[Row]:
                 _refuse_twice(header, f"the header of {file}")
                 continue
             number += 1
-            told = (
+            uneven = (
                 f"it has {len(cells)} cells, the header {len(header)}; "
                 f"quote captions that have a {mark!r}"
             )
-            problem = "" if len(cells) == len(header) else told
+            problem = "" if len(cells) == len(header) else uneven
             yield Row(f"row {number}", dict(zip(header, cells, strict=False)), problem)
     except csv.Error as error:
         where = f"near row {number + 1}"
@@ -240,7 +240,7 @@ def _objects(text: str, file: Path) -> Iterator[Row]:
                 f'{place} of {file} is no JSON object; write {{"file": ..., "caption": ...}}'
             )
         if value:
-            yield Row(place, {_key(name): told for name, told in value.items()}, "")
+            yield Row(place, {_key(name): field for name, field in value.items()}, "")
 
 
 def _json(text: str, place: str) -> Any:
@@ -251,10 +251,10 @@ def _json(text: str, place: str) -> Any:
     try:
         return json.loads(text.strip(BLANKS), object_pairs_hook=pairs)
     except (ValueError, RecursionError) as error:
-        told = (
+        reason = (
             error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(";")[0]
         )
-        raise UserError(f"{place} is not JSON ({told}); mend or delete it") from error
+        raise UserError(f"{place} is not JSON ({reason}); mend or delete it") from error
 
 
 def _key(name: str) -> str:

@@ -66,10 +66,10 @@ def open_trajectories(
     mine = parts[jax.process_index() :: jax.process_count()]
     missing = [path for path in mine if not path.exists()]
     for path in sorted(set(mine) - set(missing)):
-        told = read_metadata(path).get("config")
-        if not told:
+        config = read_metadata(path).get("config")
+        if not config:
             raise UserError(f"{path} has no config in it; delete it, or pass a new --workdir")
-        refuse_another_run(told, recipe, files_may_move)
+        refuse_another_run(config, recipe, files_may_move)
     for path in tqdm(missing, desc="trajectories", unit="batch", disable=not missing):
         number = int(path.stem)
         arrays = make([record(number * size + i) for i in range(size)], number)

@@ -57,7 +57,7 @@ class Prompt(NamedTuple):
     """One prompt of VBench."""
 
     text: str  # in the file's name
-    generate: str  # the prompt of the model: `text`, or its extension
+    generate: str  # what the model is given: `text`, or its extension
     samples: int
 
 
@@ -162,13 +162,13 @@ def read_prompts(path: Path, extended: Path | None = None) -> list[Prompt]:
         entries = _read_entries(path)
     else:
         entries = [(line, [path.stem]) for line in _read_lines(path)]
-    told = _read_lines(extended) if extended else [text for text, _ in entries]
-    if len(told) != len(entries):
+    texts = _read_lines(extended) if extended else [text for text, _ in entries]
+    if len(texts) != len(entries):
         raise UserError(
-            f"{extended} has {len(told)} lines but {path} has {len(entries)} prompts; align them"
+            f"{extended} has {len(texts)} lines but {path} has {len(entries)} prompts; align them"
         )
     prompts: dict[str, Prompt] = {}
-    for (text, dimensions), generate in zip(entries, told, strict=True):
+    for (text, dimensions), generate in zip(entries, texts, strict=True):
         _refuse_name(path, text)
         samples = FLICKER_SAMPLES if "temporal_flickering" in dimensions else SAMPLES
         before = prompts[text].samples if text in prompts else 0

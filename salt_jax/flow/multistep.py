@@ -44,7 +44,7 @@ class SolverStep(NamedTuple):
     """
 
     sigma: Float[Array | np.ndarray, "n"]  # of the state
-    seen: Float[Array | np.ndarray, "n"]  # the level that the network is given
+    seen: Float[Array | np.ndarray, "n"]  # what the network takes it for
     correct: Float[Array | np.ndarray, "n 4"]
     predict: Float[Array | np.ndarray, "n 3"]
 

@@ -5,9 +5,9 @@ A grid of K steps has K + 1 levels. Level i is u_i = 1 - i / K, bent towards noi
     sigma = s u / (1 + (s - 1) u)                                                      (1)
 
 so sigma_0 = 1 (noise) and sigma_K = 0 (clean). Grids nest: T(2) is in T(4), T(4) in T(8). The time
-that Wan's time embedding reads is 1000 sigma: see `models.denoiser`, `flow.multistep`, and
-`explicit`, since published students list their levels so. No jax in here, as in `choices`; `draws`
-has what is drawn.
+that Wan's time embedding reads is 1000 sigma; that number exists only in `models.denoiser`, and in
+`explicit`, because published students name it. No jax in here, as in `choices`; `draws` has what is
+drawn.
 """
 
 from collections.abc import Sequence
@@ -49,21 +49,21 @@ def explicit(timesteps: Sequence[object]) -> np.ndarray:
     >>> explicit((1000, 757, 522))
     array([1.   , 0.757, 0.522, 0.   ], dtype=float32)
     """
-    told = f"levels {tuple(timesteps)} must be"
+    must = f"levels {tuple(timesteps)} must be"
     try:
         listed = np.array(list(timesteps), np.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{told} numbers") from error
+        raise ValueError(f"{must} numbers") from error
     if listed.ndim != 1 or not np.isfinite(listed).all():
-        raise ValueError(f"{told} a list of finite numbers")
+        raise ValueError(f"{must} a list of finite numbers")
     listed = listed[:-1] if listed.size and listed[-1] == 0 else listed
     if not listed.size or listed.min() <= 0 or listed.max() > 1000:
-        raise ValueError(f"{told} timesteps above 0 and up to 1000, at least one")
+        raise ValueError(f"{must} timesteps above 0 and up to 1000, at least one")
     sigmas = np.append(listed / 1000, 0).astype(np.float32)
     if np.any(np.diff(sigmas) >= 0):
-        raise ValueError(f"{told} falling, no two the same")
+        raise ValueError(f"{must} falling, no two the same")
     if sigmas[0] < np.float32(0.99):
-        raise ValueError(f"{told} 1000 sigma and begin at 990 or above: a video starts from noise")
+        raise ValueError(f"{must} 1000 sigma and begin at 990 or above: a video starts from noise")
     return sigmas
 
 

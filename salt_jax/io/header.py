@@ -31,10 +31,10 @@ def stored_sizes(path: Path, kind: Any) -> Any:
     """
     if not path.is_file():
         raise UserError(f"there is no {path}; make it with launch.convert_wan")
-    told = read_metadata(path).get("config")
+    config = read_metadata(path).get("config")
     try:
         sizes = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(told or "").items()
+            k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(config or "").items()
         }
         return kind(**sizes)
     except (TypeError, ValueError, AttributeError) as error:

@@ -95,7 +95,7 @@ def list_tensors(path: str | Path) -> tuple[dict[str, TensorRef], dict[str, str]
 def digest(path: Path, report: Callable[[int], Any] = lambda nbytes: None) -> str:
     """SHA-256 of a file, in hexadecimal digits.
 
-    `report` is called with the bytes of each piece that was read.
+    `report` gets the bytes of each piece that was read.
     """
     state = hashlib.sha256()
     with open(path, "rb") as file:
@@ -114,7 +114,7 @@ def write_tensors(
     """Writes a safetensors file part by part; a file of that name appears when all of it is on the
     disk, or not at all.
 
-    `report` is called with the bytes of each part. Raises UserError where the disk refuses.
+    `report` gets the bytes of each part. Raises UserError where the disk refuses.
     """
     codes = {dtype: code for code, dtype in CODES.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -127,12 +127,12 @@ def write_tensors(
             "shape": tensor.shape,
             "data_offsets": [start, end],
         }
-    told = json.dumps(header).encode()
-    told += b" " * (-len(told) % 8)
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
     temporary = Path(f"{path}.partial")
     try:
         with open(temporary, "wb") as file:
-            file.write(len(told).to_bytes(8, "little") + told)
+            file.write(len(head).to_bytes(8, "little") + head)
             for name in order:
                 left = tensors[name].nbytes
                 for part in tensors[name].parts():

@@ -168,11 +168,11 @@ def _clip(frames: np.ndarray) -> np.ndarray:
     return frames
 
 
-def _tag_bt709(told: Any) -> None:
+def _tag_bt709(tags: Any) -> None:
     """Says of a frame or a codec that it is BT.709 in limited range; 1 is both in ITU-T H.273 and
     FFmpeg.
     """
-    told.color_primaries = told.color_trc = told.colorspace = told.color_range = 1
+    tags.color_primaries = tags.color_trc = tags.colorspace = tags.color_range = 1
 
 
 def _h264_encoder() -> str:

@@ -20,7 +20,7 @@ from salt_jax.types import Conditioning, Params
 
 
 class Given(NamedTuple):
-    """What a video begins with: the conditioning on a picture, or frames to continue."""
+    """What a video begins with: what the network is given of a picture, or frames to go on from."""
 
     image: tuple[Any, Any] | None = None  # `Conditioning.image`, `Conditioning.channels`
     latents: np.ndarray | None = None  # [1, f, H, W, C]
