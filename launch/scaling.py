@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from absl import flags
 
@@ -20,6 +20,7 @@ from salt_jax.compile.target import GIB, GPU_SHARE, read_target
 from salt_jax.config.reading import read_recipe
 from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
+from salt_jax.keys import Json
 from salt_jax.planning.memory import needed
 from salt_jax.sharding import axis_sizes
 from salt_jax.stages import make_stage
@@ -123,40 +124,39 @@ def compile_row(row: Row, file: Path) -> None:
         raise UserError(f"{' '.join(command)} ended with {done.returncode}; see above")
 
 
-def lines(row: Row, told: dict[str, Any]) -> list[str]:
+def lines(row: Row, file: Json) -> list[str]:
     """One line of a table for each program."""
     return [
-        f"| {row.config.removeprefix('wan_')} | {row.target} | {cells(row, program)} |"
-        for program in told["programs"]
+        f"| {row.config} | {row.target} | {cells(row, program)} |" for program in file["programs"]
     ]
 
 
-def cells(row: Row, p: dict[str, Any]) -> str:
+def cells(row: Row, p: Json) -> str:
     """What was found of a program, between bars."""
     if "peak_bytes" not in p:
         return f"{p['program']} | **{p['problem']}**" + " | " * 8
-    gib = lambda name: "-" if p.get(name) is None else f"{p[name] / GIB:.2f}"
     limit = row.most or p["memory_bytes"] / GIB * (GPU_SHARE if row.target.startswith("gpu") else 1)
     over, most = in_all(p) - limit, f"{limit:.1f}"
     verdict = "yes" if over <= 0 and not p["problem"] else f"**no, by {over:.1f}**"
     sent = sum(moved["bytes"] for moved in p.get("collectives", {}).values()) / GIB
     seconds = f"{p['compile_seconds']:.0f}" if "compile_seconds" in p else "-"
-    numbers = [gib(f"{name}_bytes") for name in ("argument", "temporary", "peak", "beside")]
+    sizes = [p.get(f"{name}_bytes") for name in ("argument", "temporary", "peak", "beside")]
+    numbers = ["-" if size is None else f"{size / GIB:.2f}" for size in sizes]
     return " | ".join(
         [p["program"], *numbers, f"{p['share']:.0%}", most, verdict, f"{sent:.2f}", seconds]
     )
 
 
-def in_all(p: dict[str, Any]) -> float:
+def in_all(p: Json) -> float:
     """GiB of a device at a program's peak, with what waits beside it; 0 where it did not
     compile.
     """
     return (p.get("peak_bytes", 0) + p.get("beside_bytes", 0)) / GIB
 
 
-def plan_line(row: Row, told: dict[str, Any]) -> list[str]:
+def plan_line(row: Row, file: Json) -> list[str]:
     """Its largest update beside what launch.plan counts; none where no update compiled."""
-    largest = max((p for p in told["programs"] if " step" in p["program"]), key=in_all, default={})
+    largest = max((p for p in file["programs"] if " step" in p["program"]), key=in_all, default={})
     if not in_all(largest):
         return []
     found, plan = in_all(largest), planned(row) / GIB
@@ -179,10 +179,10 @@ def recipe_of(row: Row) -> Recipe:
     config = importlib.import_module(f"configs.{module.removesuffix('.py')}").get_config(
         *variant.split()
     )
-    told = (
+    changed = (
         o.removeprefix("--config.").split("=") for o in row.command if o.startswith("--config.")
     )
-    config.update_from_flattened_dict({name: int(value) for name, value in told})
+    config.update_from_flattened_dict({name: int(value) for name, value in changed})
     return read_recipe(config)
 
 
@@ -202,24 +202,26 @@ HEAD = (
 )
 
 
-def document(found: dict[Row, dict[str, Any]]) -> str:
-    """The tables, how each row is made, and the largest buffers of programs that do not fit."""
+def document(found: dict[Row, Json]) -> str:
+    """The tables, and under them how each row is made and what stands in the way of those that do
+    not fit.
+    """
     table = [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
-    table += [line for row, told in found.items() for line in lines(row, told)]
+    table += [line for row, file in found.items() for line in lines(row, file)]
     absent = [row.name for row in ROWS if row not in found]
     table += [f"\nNot compiled yet: {', '.join(absent)}."] if absent else []
     table += [
         "\n| row | its largest update | by the compiler | by launch.plan | ratio |",
         "|---|---|---|---|---|",
     ]
-    table += [line for row, told in found.items() for line in plan_line(row, told)]
+    table += [line for row, file in found.items() for line in plan_line(row, file)]
     table += ["\n| file | commit | command |", "|---|---|---|"]
     table += [
-        f"| [{row.name}](scaling/{row.name}.json) | {told['commit']} | `{' '.join(row.command)}` |"
-        for row, told in found.items()
+        f"| [{row.name}](scaling/{row.name}.json) | {file['commit']} | `{' '.join(row.command)}` |"
+        for row, file in found.items()
     ]
-    for row, told in found.items():
-        for p in told["programs"]:
+    for row, file in found.items():
+        for p in file["programs"]:
             if p["problem"] or (row.most and in_all(p) > row.most):
                 buffers = [
                     f"{b['shape']} {b['bytes'] / GIB:.2f} GiB (`{b['source']}`)"

@@ -7,6 +7,8 @@ DIR/defect_stop.png.
 
 import json
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,12 @@ from salt_jax.cli.app import run_main
 from salt_jax.errors import UserError
 from salt_jax.evaluate.report import curves
 from salt_jax.io.video import write_bytes
+from salt_jax.keys import Json
 
 DIR = flags.DEFINE_string("dir", None, "where launch/results.sh worked", required=True)
 SCORES = ("all", "shape", "direction", "clean", "coverage_ratio", "off_grid", "sharpness", "motion")
+LOOKS = ("saturation", "contrast", "brightness")
+Read = Callable[[Json], Iterable[float]]  # a result -> its row's numbers
 
 
 def cell(values: list[float], digits: int) -> str:
@@ -27,7 +32,7 @@ def cell(values: list[float], digits: int) -> str:
     return f"{np.mean(values):.{digits}f}" + (f" ± {spread:.{digits}f}" if len(values) > 1 else "")
 
 
-def row(name: str, runs: list[dict], read, digits: int) -> str:
+def row(name: str, runs: Sequence[Json], read: Read, digits: int) -> str:
     columns = zip(*(read(run) for run in runs), strict=True)
     return (
         f"| {name} | {len(runs)} | "
@@ -36,14 +41,20 @@ def row(name: str, runs: list[dict], read, digits: int) -> str:
     )
 
 
-def table(title: str, columns, groups, read, digits: int = 3) -> str:
+def table(
+    title: str,
+    columns: Sequence[str],
+    groups: Mapping[str, Sequence[Json]],
+    read: Read,
+    digits: int = 3,
+) -> str:
     head = f"| run | seeds | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 2)}"
     return "\n".join(
         (f"\n{title}\n", head, *(row(name, runs, read, digits) for name, runs in groups.items()))
     )
 
 
-def defect_over_length(groups: dict[str, list[dict]], kind: str) -> dict[str, tuple]:
+def defect_over_length(groups: dict[str, list[Json]], kind: str) -> dict[str, tuple]:
     """Per variant of the sweep: numbers of student updates, and the defect on the Euler path after
     each.
     """
@@ -59,17 +70,17 @@ def defect_over_length(groups: dict[str, list[dict]], kind: str) -> dict[str, tu
     return {name: tuple(zip(*sorted(points), strict=True)) for name, points in from_top}
 
 
-def long_rows(groups: dict[str, list[dict]]):
-    """(name of the run, memory) -> the long videos of all its seeds."""
+def long_rows(groups: dict[str, list[Json]]) -> dict[str, list[Json]]:
+    """Name of the run and cache policy -> the long videos of all its seeds."""
     rows = defaultdict(list)
     for name, runs in groups.items():
         for run in runs:
-            for memory, result in run.get("long", {}).items():
-                rows[f"{name}, memory {memory}"].append(result)
+            for policy, result in run.get("long", {}).items():
+                rows[f"{name}, memory {policy}"].append(result)
     return rows
 
 
-def print_students(groups: dict[str, list[dict]], solver: str) -> None:
+def print_students(groups: dict[str, list[Json]], solver: str) -> None:
     """Scores by number of steps, then defect and distances, of the runs measured under one
     solver.
     """
@@ -78,25 +89,26 @@ def print_students(groups: dict[str, list[dict]], solver: str) -> None:
     }
     if not groups:
         return
-    of = lambda run: run["student"][solver]
-    first = of(next(iter(groups.values()))[0])
+    students = {name: [run["student"][solver] for run in runs] for name, runs in groups.items()}
+    first = next(iter(students.values()))[0]
     for k in first["score"]:
-        read = lambda run, k=k: [of(run)["score"][k][name] for name in SCORES]
-        print(table(f"Shapes score, {k} steps, {solver}", SCORES, groups, read))
+        scores = {name: [s["score"][k] for s in found] for name, found in students.items()}
+        print(table(f"Shapes score, {k} steps, {solver}", SCORES, scores, itemgetter(*SCORES)))
     columns = (
         "defect",
         *(f"interval {i}" for i in (1, 2, 3, 4)),
         *(f"distance {p}" for p in first["cross_step"]),
     )
-    read = lambda run: [
-        of(run)["defect"]["mean"],
-        *of(run)["defect"]["per_interval"],
-        *of(run)["cross_step"].values(),
-    ]
-    print(table(f"Semigroup defect and cross-step distance, {solver}", columns, groups, read, 4))
+    title = f"Semigroup defect and cross-step distance, {solver}"
+    print(table(title, columns, students, defect_and_distances, 4))
 
 
-def print_long(groups: dict[str, list[dict]]) -> None:
+def defect_and_distances(student: Json) -> list[float]:
+    defect = student["defect"]
+    return [defect["mean"], *defect["per_interval"], *student["cross_step"].values()]
+
+
+def print_long(groups: dict[str, list[Json]]) -> None:
     """How long videos hold: one column for each segment of a training clip, then the looks of both
     ends.
     """
@@ -107,10 +119,12 @@ def print_long(groups: dict[str, list[dict]]) -> None:
     for name in ("all", "clean", "sharpness", "motion"):
         read = lambda result, name=name: [segment[name] for segment in result["segments"]]
         print(table(f"Long videos, {name}", [f"segment {i}" for i in segments], rows, read))
-    looks = ("saturation", "contrast", "brightness")
-    read = lambda result: [result["looks"][i][name] for name in looks for i in (0, -1)]
-    columns = [f"{name}, {end} chunk" for name in looks for end in ("first", "last")]
-    print(table("Long videos, drift", columns, rows, read))
+    columns = [f"{name}, {end} chunk" for name in LOOKS for end in ("first", "last")]
+    print(table("Long videos, drift", columns, rows, looks_of_both_ends))
+
+
+def looks_of_both_ends(result: Json) -> list[float]:
+    return [result["looks"][i][name] for name in LOOKS for i in (0, -1)]
 
 
 def main(_):

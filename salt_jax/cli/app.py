@@ -1,6 +1,6 @@
 """What all programs do with their command line.
 
-No jax in here: an invalid command line is refused at once.
+No jax in here: what is wrong with it is said at once.
 """
 
 import importlib.metadata
@@ -14,7 +14,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -23,12 +23,13 @@ from salt_jax.config.paths import make_absolute
 from salt_jax.config.reading import read_recipe, read_workdir, to_json
 from salt_jax.errors import UserError
 from salt_jax.io.cache import cache_home
+from salt_jax.keys import Config, Json
 
 PACKAGES = ("salt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 flags.DEFINE_bool("print_config", False, "print the resolved config as JSON, and do nothing else")
 
 
-def read_config(flag: flags.FlagHolder | flags.Flag) -> Any:
+def read_config(flag: flags.FlagHolder | flags.Flag) -> Config:
     """The ConfigDict of a flag that ml_collections defined, its paths made absolute.
 
     Raises UserError if there is no such file.
@@ -36,7 +37,7 @@ def read_config(flag: flags.FlagHolder | flags.Flag) -> Any:
     this = flags.FLAGS[flag.name]
     name = config_flags.get_config_filename(this)
     try:
-        config: Any = flag.value
+        config: Config = flag.value
         config.keys()
     except OSError as error:
         raise UserError(f"cannot load the config file {name}; check --{flag.name}") from error
@@ -44,9 +45,9 @@ def read_config(flag: flags.FlagHolder | flags.Flag) -> Any:
     return config
 
 
-def config_made_by(flag: flags.FlagHolder) -> dict[str, Any]:
-    """The origin of a config for its config.json: file, variants, command-line changes, commit and
-    versions.
+def config_made_by(flag: flags.FlagHolder) -> Json:
+    """What a config.json says of itself: file, what stood after its colon, what the command line
+    changed, commit and versions.
     """
     this = flags.FLAGS[flag.name]
     name, _, options = str(config_flags.get_config_filename(this)).partition(":")
@@ -59,8 +60,8 @@ def config_made_by(flag: flags.FlagHolder) -> dict[str, Any]:
     }
 
 
-def made_with(module: str, packages: Collection[str]) -> dict[str, Any]:
-    """The origin of a file of measurements: command, commit, host, and versions of the packages
+def made_with(module: str, packages: Collection[str]) -> Json:
+    """What a file of figures says of itself: command, commit, host, and versions of the packages
     that are installed.
     """
     return {
@@ -74,7 +75,10 @@ def made_with(module: str, packages: Collection[str]) -> dict[str, Any]:
 def commit() -> str | None:
     """Git commit of the checkout that this package is in; None: it is installed."""
     here = Path(__file__).parent
-    git = lambda *args: subprocess.run(["git", "-C", here, *args], capture_output=True, text=True)
+
+    def git(*args: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", here, *args], capture_output=True, text=True)
+
     if git("ls-files", "--error-unmatch", __file__).returncode:
         return None
     # Figures are written to docs/, so that may have changed.
@@ -117,9 +121,9 @@ def refuse_pairs(
     there = {name for name in flags.FLAGS if flags.FLAGS[name].present}
     for name, others in needs.items():
         if name in there and not there & set(others):
-            told = " or ".join(f"--{other}" for other in others)
+            needed = " or ".join(f"--{other}" for other in others)
             raise UserError(
-                f"--{name} has no meaning without {told}; give that too, or leave it out"
+                f"--{name} has no meaning without {needed}; give that too, or leave it out"
             )
     for name, others in excludes.items():
         for other in others:
@@ -142,8 +146,8 @@ def run_main(main: Callable[[list[str]], None], doc: str | None = None) -> None:
         # from ml_collections, which names the key alone
         except (AttributeError, KeyError) as error:
             key, hint = re.search(r"\w+", str(error)), re.search(r"Did you mean.*\?", str(error))
-            told = hint[0] if hint else "configs/base.py lists every key."
-            fail(f"unknown config key {key and key[0]!r} in {' '.join(argv[1:])}. {told}")
+            remedy = hint[0] if hint else "configs/base.py lists every key."
+            fail(f"unknown config key {key and key[0]!r} in {' '.join(argv[1:])}. {remedy}")
         except OSError as error:  # a config file that is not there, with keys of it changed
             fail(f"cannot load the config: {str(error).splitlines()[-1].strip()}; check --config")
         except (flags.Error, TypeError, ValueError) as error:

@@ -11,7 +11,7 @@ from absl import flags
 
 from salt_jax.cli.app import read_config, run_main
 from salt_jax.cli.compile_flags import CONFIG, read_flags
-from salt_jax.compile.measure import compile_program, devices_of, memory_of
+from salt_jax.compile.measure import compile_program, devices_of
 from salt_jax.compile.programs import parts
 from salt_jax.config.reading import read_recipe
 from salt_jax.config.validate import refuse_uneven
@@ -32,7 +32,8 @@ def main(_):
     if part in ("student", "critic", "teacher"):
         refuse_uneven(recipe, mesh.shape["data"] * mesh.shape["fsdp"])
     program = parts(make_stage(recipe, mesh), part)[PROGRAM.value]()
-    memory = memory_of(target, devices[0])
+    # None where a device does not say, as a CPU
+    memory = target.memory or (devices[0].memory_stats() or {}).get("bytes_limit")
     row = compile_program(program, devices[0].platform, memory, Path(DUMP.value))
     row |= {
         "mesh": dict(mesh.shape),

@@ -1,4 +1,6 @@
-"""Runs launch.compile: one program after another, each in its own process, and their report."""
+"""The programs of launch.compile one after another, each in a process of its own, and what is
+said of them.
+"""
 
 import json
 import subprocess
@@ -7,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -18,15 +19,14 @@ from salt_jax.compile.surroundings import last_line
 from salt_jax.compile.target import GIB
 from salt_jax.config.reading import read_recipe
 from salt_jax.errors import UserError
+from salt_jax.keys import Config, Json
 from salt_jax.stages import make_stage
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin", "nvidia-cudnn-cu13")
 COLUMNS = ("argument", "temporary", "output", "alias", "peak", "beside")  # GiB of a device
 
 
-def compile_all(
-    config: Any, what: list[str], environment: Mapping[str, str]
-) -> list[dict[str, Any]]:
+def compile_all(config: Config, what: list[str], environment: Mapping[str, str]) -> list[Json]:
     """One row for each program of the named parts.
 
     Args:
@@ -49,8 +49,9 @@ def compile_all(
     return rows
 
 
-def compile_one(part: str, name: str, environment: Mapping[str, str], bar: tqdm) -> dict[str, Any]:
-    """The row that a child process reports for one program; of one that died, the end of its log.
+def compile_one(part: str, name: str, environment: Mapping[str, str], bar: tqdm) -> Json:
+    """What a child process says of one program; a child that dies has said it with the end of its
+    log.
 
     Raises:
       UserError: the child refused its flags.
@@ -73,25 +74,27 @@ def compile_one(part: str, name: str, environment: Mapping[str, str], bar: tqdm)
                         bar.refresh()
             finally:
                 child.kill()  # a compiler does not hear an interrupt
-        told = log.read_text(errors="replace")
-        if child.returncode == 2 and last_line(told).startswith("error: "):
-            raise UserError(last_line(told).removeprefix("error: "))
+        output = log.read_text(errors="replace")
+        if child.returncode == 2 and last_line(output).startswith("error: "):
+            raise UserError(last_line(output).removeprefix("error: "))
         if child.returncode or not result.exists():
             code = child.returncode
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            return {"problem": f"does not compile: its process ended with {how}: {last_line(told)}"}
+            return {
+                "problem": f"does not compile: its process ended with {how}: {last_line(output)}"
+            }
         return json.loads(result.read_text())
 
 
-def sentence(row: Mapping[str, Any], target: str) -> str:
-    """The problem of a program, and its largest buffers."""
+def sentence(row: Json, target: str) -> str:
+    """What is wrong with a program, and which buffers stand in the way."""
     buffers = ", ".join(str(Buffer(**buffer)) for buffer in row.get("largest", ()))
     return f"{row['program']} for {target} {row['problem']}" + (
         f"; largest: {buffers}" if buffers else ""
     )
 
 
-def show(rows: list[dict[str, Any]]) -> str:
+def show(rows: list[Json]) -> str:
     """The table."""
     head = "".join(f"{name:>11}" for name in ("compile s", *COLUMNS, "of device", "code MiB"))
     lines = [f"{'GiB a device':36}{head}"]
@@ -111,26 +114,27 @@ def show(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def details(row: Mapping[str, Any]) -> list[str]:
+def details(row: Json) -> list[str]:
     """Kernels, collectives and loops of a program that compiled."""
     if "kernels" not in row:
         return []
     kernels = ", ".join(f"{count} x {name}" for name, count in row["kernels"].items())
     lines = [f"attention kernels: {kernels or 'none'}; peak is {row['peak_is']}"]
     for kind, moved in row["collectives"].items():
-        told = f"{moved['calls']} in the program, {moved['runs']} in a run"
-        lines.append(f"{kind}: {told}, {moved['bytes'] / GIB:.3f} GiB sent by a device")
+        counts = f"{moved['calls']} in the program, {moved['runs']} in a run"
+        lines.append(f"{kind}: {counts}, {moved['bytes'] / GIB:.3f} GiB sent by a device")
     if row["open_loops"] and row["collectives"]:
         lines.append(f"{row['open_loops']} loops of unknown length count once")
     return lines
 
 
-def tell(rows: list[dict[str, Any]], target: str, file: str | None) -> int:
-    """Prints the table and the problems, writes all figures; returns the exit code."""
+def tell(rows: list[Json], target: str, file: str | None) -> int:
+    """Prints the table and what is wrong, writes all figures; the exit code."""
     print(show(rows))
-    told = made_with("launch.compile", PACKAGES) | {"target": target, "programs": rows}
     if file:
-        Path(file).write_text(json.dumps(told, indent=2))
+        found = {"target": target, "programs": rows}
+        figures = made_with("launch.compile", PACKAGES) | found
+        Path(file).write_text(json.dumps(figures, indent=2))
     wrong = [row for row in rows if row["problem"]]
     for row in wrong:
         print(f"error: {sentence(row, target)}", file=sys.stderr)

@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 from tqdm import tqdm
 
@@ -22,17 +22,21 @@ from salt_jax.errors import UserError
 from salt_jax.io.header import read_metadata
 from salt_jax.io.model_folder import TOKENIZERS
 from salt_jax.io.tensor_files import TensorWriter, all_or_nothing, digest, view, write_tensors
+from salt_jax.keys import Json
 from salt_jax.sharding import all_devices
+from salt_jax.types import Params
 from salt_jax.workdir import ITEMS, open_workdir, record
+
+Layout = Literal["official", "diffusers", "comfyui"]  # of --to
 
 
 class Job(NamedTuple):
     """A file to write."""
 
     arrays: dict[str, TensorWriter]
-    config: dict[str, Any]
+    config: Json
     read: tuple[Path, ...]  # what it is made of
-    told: str  # how
+    how: str  # it is read
     student: str = ""  # the key it stood under
     loras: Sequence[tuple[Lora, float]] = ()  # what was added, and how strongly
     record: str = ""
@@ -60,11 +64,11 @@ def plan(networks: dict[str, Found], src: Path) -> dict[str, Job]:
         networks["wan"] = merge_lora(networks["wan"], lora, strength)
     for name, found in networks.items():
         added = loras if name == "wan" else []
-        told = f"{found.layout} names" + (f", {found.student} of the file" if found.student else "")
+        how = f"{found.layout} names" + (f", {found.student} of the file" if found.student else "")
         config = dataclasses.asdict(found.config)
         read = found.files + tuple(dict.fromkeys(lora.path for lora, _ in added))
         arrays = writers(found, f.DTYPE.value)
-        jobs[PARTS[name].file] = Job(arrays, config, read, told, found.student, added, found.record)
+        jobs[PARTS[name].file] = Job(arrays, config, read, how, found.student, added, found.record)
     return jobs
 
 
@@ -72,17 +76,17 @@ def read_loras(networks: dict[str, Found], src: Path) -> list[tuple[Lora, float]
     """The LoRAs of --lora with their strengths."""
     paths = [
         Path(name)
-        for told in f.LORA.value
-        for name in ([told] if Path(told).exists() else told.split(","))
+        for names in f.LORA.value
+        for name in ([names] if Path(names).exists() else names.split(","))
     ]
-    told = f.STRENGTH.value.split(",")
+    numbers = f.STRENGTH.value.split(",")
     try:
-        strengths = [float(number) for number in told]
+        strengths = [float(number) for number in numbers]
     except ValueError as error:
         raise UserError(
             f"--lora_strength={f.STRENGTH.value} is no number; write such as 0.8"
         ) from error
-    if len(told) == 1:
+    if len(numbers) == 1:
         strengths *= len(paths)
     if len(strengths) != len(paths) or not all(abs(number) < float("inf") for number in strengths):
         raise UserError(
@@ -107,11 +111,9 @@ def read_loras(networks: dict[str, Found], src: Path) -> list[tuple[Lora, float]
 
 def take_in(src: Path, dst: Path) -> None:
     """Converts everything in `src`, or nothing."""
-    networks = find_networks(
-        src, lambda path: print(f"not used: {path}, no network of Wan 2.1"), f.KEY.value
-    )
+    networks = find_networks(src, print_unused, f.KEY.value)
     jobs, tokenizer = plan(networks, src), tokenizer_files(src)
-    read = dict.fromkeys(path for job in jobs.values() for path in job.read)
+    read = list(dict.fromkeys(path for job in jobs.values() for path in job.read))
     size = sum(array.nbytes for job in jobs.values() for array in job.arrays.values())
     there = next(folder for folder in (dst, *dst.absolute().parents) if folder.exists())
     if size > shutil.disk_usage(there).free:
@@ -120,11 +122,12 @@ def take_in(src: Path, dst: Path) -> None:
         )
     total = size + sum(path.stat().st_size for path in read)
     with all_or_nothing(dst) as folder, tqdm(total=total, unit="B", unit_scale=True) as bar:
+        digests = {}
         for path in read:
-            read[path] = digest(path, bar.update)
-            tqdm.write(f"{read[path]}  {path}")
+            digests[path] = digest(path, bar.update)
+            tqdm.write(f"{digests[path]}  {path}")
         for name, job in jobs.items():
-            write_tensors(folder / name, job.arrays, metadata(job, read), bar.update)
+            write_tensors(folder / name, job.arrays, metadata(job, digests), bar.update)
         for path in tokenizer:
             shutil.copyfile(path, folder / path.name)
         inner = [found.tokenizer for found in networks.values() if found.tokenizer]
@@ -133,7 +136,7 @@ def take_in(src: Path, dst: Path) -> None:
             tokenizer = [networks["text_encoder"].files[0]]
     for name, job in jobs.items():
         sizes = ", ".join(f"{key}={value}" for key, value in job.config.items())
-        print(f"wrote {dst / name} ({sizes}) from {job.read[0]} ({job.told})")
+        print(f"wrote {dst / name} ({sizes}) from {job.read[0]} ({job.how})")
     for path in tokenizer:
         print(
             f"wrote {dst / path.name if path.name in TOKENIZERS else dst / 'spiece.model'} from "
@@ -141,20 +144,24 @@ def take_in(src: Path, dst: Path) -> None:
         )
 
 
-def metadata(job: Job, digests: dict[Path, Any]) -> dict[str, str]:
-    """Metadata of a file that we write: its origin."""
+def print_unused(path: Path) -> None:
+    print(f"not used: {path}, no network of Wan 2.1")
+
+
+def metadata(job: Job, digests: dict[Path, str]) -> dict[str, str]:
+    """What a file of ours says about itself and about what it is made of."""
     added = []
     for lora, strength in job.loras:
-        told = {"file": lora.path.name, "sha256": digests[lora.path], "strength": strength}
-        added.append(told | {"rank": lora.ranks, "alpha": lora.alphas})
+        file = {"file": lora.path.name, "sha256": digests[lora.path], "strength": strength}
+        added.append(file | {"rank": lora.ranks, "alpha": lora.alphas})
     sha256 = {path.name: digests[path] for path in job.read}
-    source = {"told": job.told, "student": job.student, "sha256": sha256, "lora": added}
-    told = {"format": "salt_jax", "config": json.dumps(job.config), "source": json.dumps(source)}
-    return told | ({"salt_jax": job.record} if job.record else {})
+    source = {"told": job.how, "student": job.student, "sha256": sha256, "lora": added}
+    own = {"format": "salt_jax", "config": json.dumps(job.config), "source": json.dumps(source)}
+    return own | ({"salt_jax": job.record} if job.record else {})
 
 
-def give_back(src: Path, dst: Path, layout: Any, workdir: bool) -> None:
-    """Writes one of our transformers or LoRAs in the layout of another project."""
+def give_back(src: Path, dst: Path, layout: Layout, workdir: bool) -> None:
+    """Writes a transformer or a LoRA of ours as others do."""
     ours = src / PARTS["wan"].file if src.is_dir() else src
     if src.is_dir() and not workdir and not ours.is_file() and not f.KEEP.value:
         raise UserError(
@@ -174,15 +181,15 @@ def give_back(src: Path, dst: Path, layout: Any, workdir: bool) -> None:
         )
     if workdir:
         run = open_workdir(str(src), f.STEP.value, f.AVERAGE.value)
-        config, params, told = run.recipe.wan, run.params, record(run)["salt_jax"]
+        config, params, origin = run.recipe.wan, run.params, record(run)["salt_jax"]
     else:
-        (config, params), told = open_wan(ours), read_metadata(ours).get("salt_jax", "")
+        (config, params), origin = open_wan(ours), read_metadata(ours).get("salt_jax", "")
     with tqdm(unit="B", unit_scale=True) as bar:
-        write_official(params, config, dst, layout, f.DTYPE.value, report=bar.update, record=told)
+        write_official(params, config, dst, layout, f.DTYPE.value, report=bar.update, record=origin)
     print(f"wrote {dst} with {layout} names")
 
 
-def adapter_of(src: Path, workdir: bool) -> tuple[Any, int, float] | None:
+def adapter_of(src: Path, workdir: bool) -> tuple[Params, int, float] | None:
     """Parameters, rank and alpha of a kept LoRA, or with --keep_lora of the adapter of a workdir;
     None: neither.
     """
@@ -210,6 +217,6 @@ def convert(wanted: f.Wanted) -> None:
       UserError: what is read does not fit, or cannot be written as others have it.
     """
     if f.TO.value:
-        give_back(*wanted[:2], f.TO.value, wanted.workdir)
+        give_back(*wanted[:2], cast(Layout, f.TO.value), wanted.workdir)
     else:
         take_in(*wanted[:2])

@@ -8,22 +8,24 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from salt_jax.choices import TeacherSolver
 from salt_jax.cli import encode_flags as f
 from salt_jax.data.clips import READER, read_clip
-from salt_jax.data.latents import Report, in_groups, write_records
+from salt_jax.data.latents import Record, Report, in_groups, write_records
 from salt_jax.data.video_folder import Video
 from salt_jax.errors import UserError
 from salt_jax.io import model_folder
 from salt_jax.io.model_folder import IMAGE, TEXT, VAE, WAN, Part, Source
 from salt_jax.io.tensor_files import digest
 from salt_jax.io.tokenizer import PAD
+from salt_jax.keys import Json
 from salt_jax.models.attention import compute_here
 from salt_jax.models.denoiser import guided, wan_denoiser
 from salt_jax.models.image_condition import squash_for_clip
@@ -48,10 +50,12 @@ class Loaded(NamedTuple):
     number: int
     caption: str
     tokens: np.ndarray  # int32 [L], padded
-    clip: Any  # uint8 [T, H, W, 3], or None
+    clip: np.ndarray | None  # uint8 [T, H, W, 3]; None: a prompt alone
 
 
-Encode = Callable[[Sequence[Loaded]], list[dict[str, Any]]]
+Tokenize = Callable[[str, int], np.ndarray]  # (text, length) -> int32 [length], padded
+Embed = Callable[[Sequence[np.ndarray]], list[np.ndarray]]  # tokens -> [n, D], without padding
+Encode = Callable[[Sequence[Loaded]], list[Record]]
 
 
 def encode_all(wanted: f.Wanted) -> None:
@@ -84,9 +88,7 @@ def encode_all(wanted: f.Wanted) -> None:
     elif f.VIDEOS.value:
         encode, more = clip_encoder(source, embed, latent)
         shapes, parts = shapes | more, [TEXT, VAE] + ([IMAGE] if f.PICTURE.value else [])
-    read_file = (
-        partial(read_whole, wanted.height, wanted.width) if f.VIDEOS.value else lambda file: None
-    )
+    read_file = partial(read_whole, wanted.height, wanted.width) if f.VIDEOS.value else None
     load = partial(load_source, videos, tokenize, read_file)
     report = write_records(
         f.DST.value,
@@ -95,41 +97,42 @@ def encode_all(wanted: f.Wanted) -> None:
         null_text,
         [video.name for video in videos],
         f.PER_PART.value,
-        lambda numbers: in_groups(numbers, load, encode, batch),
+        partial(in_groups, load=load, encode=encode, size=batch),
         index,
         count,
     )
     print_report(report, len(videos))
 
 
-def settings(
-    source: Source, parts: Sequence[Part], videos: Sequence[Video], negative: str
-) -> dict[str, Any]:
+def settings(source: Source, parts: Sequence[Part], videos: Sequence[Video], negative: str) -> Json:
     """Everything the records depend on."""
-    size = lambda file: os.path.getsize(file) if os.path.isfile(file) else 0
-    listed = [(v.name, v.caption, size(v.file)) for v in videos]
-    told: dict[str, Any] = {
+    sizes = [os.path.getsize(v.file) if os.path.isfile(v.file) else 0 for v in videos]
+    listed = [(v.name, v.caption, size) for v, size in zip(videos, sizes, strict=True)]
+    found: Json = {
         "kind": "teacher" if f.TEACHER.value else "videos" if f.VIDEOS.value else "prompts",
         "sources_sha256": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
         "negative_prompt": negative,
         "dtype": f.DTYPE.value,
     }
     for part in tqdm(parts, desc="checksums of the weights", unit="file", delay=1):
-        told[part.file] = (
+        found[part.file] = (
             "random" if not source.folder else digest(model_folder.part_file(part, source.folder))
         )
     if f.VIDEOS.value:
-        told |= {"reader": READER}
+        found |= {"reader": READER}
     if f.VIDEOS.value or f.TEACHER.value:
-        told |= {"size": f.SIZE.value, "frames": f.FRAMES.value, "fps": FPS}
+        found |= {"size": f.SIZE.value, "frames": f.FRAMES.value, "fps": FPS}
     if f.TEACHER.value:
         of_teacher = (f.NUM_STEPS, f.GUIDANCE, f.SHIFT, f.SOLVER, f.SEED)
-        told |= {flag.name: flag.value for flag in of_teacher}
-    return told
+        found |= {flag.name: flag.value for flag in of_teacher}
+    return found
 
 
 def load_source(
-    videos: Sequence[Video], tokenize, read_file: Callable[[Path], Any], number: int
+    videos: Sequence[Video],
+    tokenize: Tokenize,
+    read_file: Callable[[Path], np.ndarray] | None,
+    number: int,
 ) -> Loaded | str:
     """A source's tokens and pixels, or why it cannot be used."""
     video = videos[number]
@@ -137,9 +140,8 @@ def load_source(
         return video.problem
     try:
         video.caption.encode()  # half a pair of surrogates cannot be stored
-        return Loaded(
-            number, video.caption, tokenize(video.caption, TINY.text_length), read_file(video.file)
-        )
+        tokens = tokenize(video.caption, TINY.text_length)
+        return Loaded(number, video.caption, tokens, read_file and read_file(video.file))
     except Exception as error:  # whatever a file does to a decoder must not stop the others
         return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
@@ -157,10 +159,8 @@ def read_whole(height: int, width: int, file: Path) -> np.ndarray:
     return clip
 
 
-def text_reader(
-    source: Source,
-) -> tuple[Callable[[str, int], np.ndarray], Callable[[Sequence[np.ndarray]], list]]:
-    """(text, length) -> tokens, and rows of tokens -> their embeddings [n, D] without padding.
+def text_reader(source: Source) -> tuple[Tokenize, Embed]:
+    """Tokenizer and text encoder.
 
     Beside a teacher the text encoder is in memory only while it reads.
     """
@@ -175,9 +175,7 @@ def text_reader(
     return model_folder.open_tokenizer(source), embed
 
 
-def encode_texts(
-    embed: Callable[[Sequence[np.ndarray]], list], group: Sequence[Loaded]
-) -> list[dict[str, Any]]:
+def encode_texts(embed: Embed, group: Sequence[Loaded]) -> list[Record]:
     texts = embed([item.tokens for item in group])
     return [
         {"caption": item.caption, "text": text} for item, text in zip(group, texts, strict=True)
@@ -185,42 +183,47 @@ def encode_texts(
 
 
 def clip_encoder(
-    source: Source, embed, latent: tuple[int, ...]
+    source: Source, embed: Embed, latent: tuple[int, ...]
 ) -> tuple[Encode, dict[str, tuple[int, ...]]]:
     """Clips and captions -> records; and the shapes of what they hold besides text."""
     sizes, vae = model_folder.open_part(VAE, source)
-    to_latents = jax.jit(lambda params, video: encode_video(params, video, sizes, jnp.float32))
-    shapes = {"latent": latent}
-    eye_sizes: Any = None
-    eye: Any = None
+    to_latents = jax.jit(partial(encode_video, config=sizes, dtype=jnp.float32))
+    shapes, see = {"latent": latent}, None
     if f.PICTURE.value:
-        eye_sizes, eye = model_folder.open_part(IMAGE, source)
-        shapes |= {"condition": latent, "image": (eye_sizes.num_tokens, eye_sizes.dim)}
-        see = jax.jit(
-            lambda params, pixels: encode_image(params, pixels, eye_sizes, jnp.dtype(f.DTYPE.value))
-        )
+        see, features = picture_reader(source)
+        shapes |= {"condition": latent, "image": features}
 
-    def encode(group: Sequence[Loaded]) -> list[dict[str, Any]]:
-        pixels = np.stack([item.clip for item in group])
+    def encode(group: Sequence[Loaded]) -> list[Record]:
+        pixels = np.stack([item.clip for item in group if item.clip is not None])
         video = jnp.asarray(pixels, jnp.float32) / 127.5 - 1
         arrays = {"latent": to_latents(vae, video)}
-        if f.PICTURE.value:
-            # The condition on the first frame: the frame, then mid-grey. CLIP sees it in
-            # the clip's size.
+        if see:
+            # What the model is given of its first frame: the frame, then mid-grey.
             arrays["condition"] = to_latents(vae, video.at[:, 1:].set(0))
-            squashed = np.stack([squash_for_clip(clip[0], eye_sizes.image_size) for clip in pixels])
-            arrays["image"] = see(eye, jnp.asarray(squashed))
+            arrays["image"] = see(pixels[:, 0])
         host = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
         records = encode_texts(embed, group)
         return [
-            record | {name: a[i] for name, a in host.items()} for i, record in enumerate(records)
+            {**record, **{k: a[i] for k, a in host.items()}} for i, record in enumerate(records)
         ]
 
     return encode, shapes
 
 
+def picture_reader(source: Source) -> tuple[Callable[[np.ndarray], jax.Array], tuple[int, int]]:
+    """Pictures, uint8 [B, H, W, 3] of the size of the clips -> features of CLIP; their shape."""
+    sizes, params = model_folder.open_part(IMAGE, source)
+    encode = jax.jit(partial(encode_image, config=sizes, dtype=jnp.dtype(f.DTYPE.value)))
+
+    def see(pictures: np.ndarray) -> jax.Array:
+        squashed = [squash_for_clip(picture, sizes.image_size) for picture in pictures]
+        return encode(params, jnp.asarray(np.stack(squashed)))
+
+    return see, (sizes.num_tokens, sizes.dim)
+
+
 def teacher_encoder(
-    source: Source, embed, null_text: np.ndarray, latent: tuple[int, ...]
+    source: Source, embed: Embed, null_text: np.ndarray, latent: tuple[int, ...]
 ) -> Encode:
     """Prompts -> records with clips of the guided teacher. Noise is a function of the seed and the
     prompt's number.
@@ -235,23 +238,28 @@ def teacher_encoder(
         )
     compute = compute_here(config, jnp.dtype(f.DTYPE.value))
     network = wan_denoiser(config, compute, latent[0], latent[0])
-    pad = lambda text: np.pad(text, ((0, config.text_length - len(text)), (0, 0)))
     params = model_folder.open_part(
         WAN, source, config, shardings=partial(state_shardings, all_devices())
     )[1]
-    null = jnp.asarray(pad(null_text))[None]
+    null = jnp.asarray(padded(null_text, config.text_length))[None]
     teacher, params = guided(network, params, null, f.GUIDANCE.value)
-    solver: Any = f.SOLVER.value
+    solver = cast(TeacherSolver, f.SOLVER.value)
     sampler = Sampler(f.NUM_STEPS.value, f.SHIFT.value, solver, stepwise=True)
 
-    def encode(group: Sequence[Loaded]) -> list[dict[str, Any]]:
+    def encode(group: Sequence[Loaded]) -> list[Record]:
         records = encode_texts(embed, group)
-        text = jnp.asarray(np.stack([pad(record["text"]) for record in records]))
+        texts = [padded(record["text"], config.text_length) for record in records]
         keys = numbered_keys(f.SEED.value, np.array([item.number for item in group]))
-        clips = whole_clips(sampler, teacher, params, Conditioning(text), keys, latent)
-        return [record | {"latent": clip} for record, clip in zip(records, clips, strict=True)]
+        cond = Conditioning(jnp.asarray(np.stack(texts)))
+        clips = whole_clips(sampler, teacher, params, cond, keys, latent)
+        return [{**record, "latent": clip} for record, clip in zip(records, clips, strict=True)]
 
     return encode
+
+
+def padded(text: np.ndarray, length: int) -> np.ndarray:
+    """[n, D] -> [length, D], with rows of 0."""
+    return np.pad(text, ((0, length - len(text)), (0, 0)))
 
 
 def print_report(report: Report, sources: int) -> None:
@@ -262,8 +270,8 @@ def print_report(report: Report, sources: int) -> None:
         "left to other "
         "processes, or to a next start"
     )
-    told = f"{sources} sources = {written} records + {rejected} left out"
-    print(f"{f.DST.value}: {told}{left if report.missing else ''}")
+    counts = f"{sources} sources = {written} records + {rejected} left out"
+    print(f"{f.DST.value}: {counts}{left if report.missing else ''}")
     for name, reason in report.rejected[:LISTED]:
         # file names may not be valid text
         print(f"  {name}: {reason}".encode(errors="replace").decode())

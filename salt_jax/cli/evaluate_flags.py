@@ -1,16 +1,16 @@
 """The flags of launch.evaluate, and which of them belong together.
 
-No jax in here: an invalid value is refused at once.
+No jax in here: a wrong one is refused at once.
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, cast, get_args
 
 from absl import flags
 
 from salt_jax.choices import Solver
 from salt_jax.cli.app import refuse_flags
-from salt_jax.cli.parsing import read_memory, read_workdir, refuse_not_finite
+from salt_jax.cli.parsing import read_cache_policy, read_workdir, refuse_not_finite
 from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
 from salt_jax.models.cache_policy import CachePolicy, refuse_overflow
@@ -62,8 +62,8 @@ class Wanted(NamedTuple):
 
     out: Path
     recipe: Recipe
-    solvers: list[Any]
-    memories: dict[str, CachePolicy]  # of long videos, as written on the command line
+    solvers: list[Solver]
+    policies: dict[str, CachePolicy]  # of long videos, by the words of --memory
 
 
 def read_wanted() -> Wanted:
@@ -83,32 +83,32 @@ def read_wanted() -> Wanted:
     refuse_not_finite("guidance", GUIDANCE.value)
     solvers = read_solvers() if not recipe.makes_teacher else []
     return Wanted(
-        out, recipe, solvers, read_memories(recipe) if recipe.causal and LONG.value else {}
+        out, recipe, solvers, read_policies(recipe) if recipe.causal and LONG.value else {}
     )
 
 
-def read_memories(recipe: Recipe) -> dict[str, CachePolicy]:
+def read_policies(recipe: Recipe) -> dict[str, CachePolicy]:
     """--memory, or the recipe's. Raises UserError where the long videos do not fit one."""
     m = recipe.memory
     found = {
-        told: read_memory(told, m)
-        for told in MEMORY.value or [f"{m.window}:{m.sink}:{m.positions}"]
+        words: read_cache_policy(words, m)
+        for words in MEMORY.value or [f"{m.window}:{m.sink}:{m.positions}"]
     }
     frames = LONG.value * recipe.clip_shape[0]
-    for told, policy in found.items():
+    for words, policy in found.items():
         try:
             policy.sizes(frames)
             refuse_overflow(policy, policy.capacity(frames), frames)
         except ValueError as error:
-            raise UserError(f"--long={LONG.value} under --memory={told}: {error}") from error
+            raise UserError(f"--long={LONG.value} under --memory={words}: {error}") from error
     return found
 
 
-def read_solvers() -> list[Any]:
+def read_solvers() -> list[Solver]:
     """--solvers. Raises UserError for one that does not exist, or for none."""
     if not SOLVERS.value:
         raise UserError(f"--solvers is empty; choose from {', '.join(get_args(Solver))}")
     for name in SOLVERS.value:
         if name not in get_args(Solver):
             raise UserError(f"--solvers names {name!r}; choose from {', '.join(get_args(Solver))}")
-    return SOLVERS.value
+    return cast(list[Solver], SOLVERS.value)

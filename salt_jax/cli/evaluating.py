@@ -62,17 +62,17 @@ def measure_teacher(run: Trained, task: shapes_suite.Task) -> tuple[dict, np.nda
 
 
 def measure_long(
-    run: Trained, task: shapes_suite.Task, memories: dict[str, CachePolicy]
+    run: Trained, task: shapes_suite.Task, policies: dict[str, CachePolicy]
 ) -> tuple[dict, dict[str, np.ndarray]]:
-    """By cache policy: scores of videos of several times the training length, and the videos."""
+    """By cache policy: how videos of several times the training length hold, and the videos."""
     numbers, made = {}, {}
-    for told, policy in memories.items():
+    for words, policy in policies.items():
         shape = (f.LONG.value * task.shape[0], *task.shape[1:])
         this = task._replace(sampler=task.sampler._replace(memory=policy), shape=shape)
         num_steps = len(task.sampler.levels) or LONG_STEPS
         solver = run.recipe.sample.solver
-        made[told] = shapes_suite.clips(run.stage.student, run.params, this, num_steps, solver)
-        numbers[told] = shapes_suite.drift(made[told], this)
+        made[words] = shapes_suite.clips(run.stage.student, run.params, this, num_steps, solver)
+        numbers[words] = shapes_suite.drift(made[words], this)
     return numbers, made
 
 
@@ -110,9 +110,9 @@ def evaluate(wanted: f.Wanted) -> None:
             )
             if solver == wanted.recipe.sample.solver:
                 columns += [(f"{k} steps", made[k]) for k in num_steps]
-        if wanted.memories:
+        if wanted.policies:
             bar.set_description("long videos")
-            long, videos = measure_long(run, task, wanted.memories)
+            long, videos = measure_long(run, task, wanted.policies)
         bar.update()
     numbers = {**origin(run), "teacher": teacher, "student": results, "long": long}
     write_bytes(wanted.out / "evaluation.json", json.dumps(numbers, indent=2).encode())

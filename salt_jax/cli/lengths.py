@@ -20,12 +20,12 @@ FRAMES = 81  # usual ones of Wan
 
 
 def read_lengths(
-    wan: bool, trained: int | None, memory: CachePolicy | None, place: tuple[int, int]
+    wan: bool, trained: int | None, policy: CachePolicy | None, place: tuple[int, int]
 ) -> tuple[int, np.ndarray | None]:
     """Latent frames of the video, and the frames it continues, uint8 [T, H, W, 3] of whole chunks.
 
-    Without --frames: the longest video up to the usual length, behind the given frames, that splits
-    into chunks.
+    A length that is not given is what splits into chunks nearest below the usual length, behind the
+    prefix.
 
     Args:
       wan: frames are Wan 2.1's; otherwise a frame is a latent frame.
@@ -36,55 +36,54 @@ def read_lengths(
       UserError: --frames has no latent, does not split into chunks, or has more frames than
         positions.
     """
-    told, shown = f.FRAMES.value, shown_by(wan)
-    if told and wan:
-        refuse_frames(told)
-    frames = told and (latent_frames(told) if wan else told)
+    wanted, shown = f.FRAMES.value, shown_by(wan)
+    if wanted and wan:
+        refuse_frames(wanted)
+    frames = wanted and (latent_frames(wanted) if wan else wanted)
     if frames:
-        refuse_length(frames, memory, shown)
+        refuse_length(frames, policy, shown)
     given, prefix = 0, None
-    if f.PREFIX.value and memory:
-        given, prefix = read_prefix(wan, memory, place)
+    if f.PREFIX.value and policy:
+        given, prefix = read_prefix(wan, policy, place)
         if frames and frames <= given:
             raise UserError(
-                f"--frames={told} is the length of the whole video and --prefix has {len(prefix)} "
-                "frames; "
-                f"give at least {shown(given + memory.chunk)}"
+                f"--frames={wanted} is the length of the whole video and --prefix has "
+                f"{len(prefix)} frames; give at least {shown(given + policy.chunk)}"
             )
     if not frames:
         frames = given + (trained or latent_frames(FRAMES))
-        if memory:
-            frames = max(memory.nearest(frames)[0], given + memory.chunk * bool(given))
-        refuse_length(frames, memory, shown)
+        if policy:
+            frames = max(policy.nearest(frames)[0], given + policy.chunk * bool(given))
+        refuse_length(frames, policy, shown)
     return frames, prefix
 
 
 def shown_by(wan: bool) -> Callable[[int], int]:
     """Latent frames -> frames that they show; also the first one shown by the next latent frame."""
-    return pixel_frames if wan else lambda latents: latents
+    return pixel_frames if wan else int  # of Moving Shapes as many
 
 
-def refuse_length(frames: int, memory: CachePolicy | None, shown: Callable[[int], int]) -> None:
+def refuse_length(frames: int, policy: CachePolicy | None, shown: Callable[[int], int]) -> None:
     """Raises UserError for so many latent frames that do not split into chunks, or that have no
     positions.
     """
-    if memory and frames not in (both := memory.nearest(frames)):
-        told = " and ".join(str(shown(n)) for n in dict.fromkeys(both))
+    if policy and frames not in (both := policy.nearest(frames)):
+        nearest = " and ".join(str(shown(n)) for n in dict.fromkeys(both))
         raise UserError(
             f"--frames={shown(frames)} are {frames} latent frames, which do not split into a chunk "
-            f"of {memory.first} "
-            f"and chunks of {memory.chunk}; the nearest that do: {told}"
+            f"of {policy.first} "
+            f"and chunks of {policy.chunk}; the nearest that do: {nearest}"
         )
-    if frames > MAX_FRAMES and not (memory and memory.positions == "relative"):
-        most = memory.nearest(MAX_FRAMES)[0] if memory else MAX_FRAMES
+    if frames > MAX_FRAMES and not (policy and policy.positions == "relative"):
+        most = policy.nearest(MAX_FRAMES)[0] if policy else MAX_FRAMES
         raise UserError(
             f"--frames={shown(frames)} are {frames} latent frames, more than there are positions; "
             "at most "
-            f"{shown(most)}" + (", or a --memory with relative positions" if memory else "")
+            f"{shown(most)}" + (", or a --memory with relative positions" if policy else "")
         )
 
 
-def read_prefix(wan: bool, memory: CachePolicy, place: tuple[int, int]) -> tuple[int, np.ndarray]:
+def read_prefix(wan: bool, policy: CachePolicy, place: tuple[int, int]) -> tuple[int, np.ndarray]:
     """The end of the clip that is continued, as long as whole chunks allow: latent frames, and
     frames.
 
@@ -97,32 +96,32 @@ def read_prefix(wan: bool, memory: CachePolicy, place: tuple[int, int]) -> tuple
     except ValueError as error:
         raise UserError(f"cannot use --prefix={file}: {error}; name another clip") from error
     latents = latent_frames(len(clip)) if wan else len(clip)
-    if latents < memory.first:
+    if latents < policy.first:
         raise UserError(
             f"--prefix={file} has {len(clip)} frames at {FPS} a second, and the first chunk "
-            f"{shown(memory.first)}; "
+            f"{shown(policy.first)}; "
             "name a longer clip"
         )
-    latents = memory.nearest(latents)[0]
+    latents = policy.nearest(latents)[0]
     return latents, clip[-shown(latents) :]
 
 
-def read_switches(wan: bool, memory: CachePolicy | None, frames: int) -> dict[int, Switch]:
+def read_switches(wan: bool, policy: CachePolicy | None, frames: int) -> dict[int, Switch]:
     """--switch by latent frame.
 
     Raises:
       UserError: one is not FRAME:PROMPT, or its frame begins no chunk.
     """
     switches: dict[int, Switch] = {}
-    if not memory:
+    if not policy:
         return switches
-    starts = np.cumsum(memory.sizes(frames))[:-1].tolist()
+    starts = np.cumsum(policy.sizes(frames))[:-1].tolist()
     latent = {shown_by(wan)(start): start for start in starts}
-    for told in f.SWITCH.value:
-        number, _, prompt = told.partition(":")
+    for text in f.SWITCH.value:
+        number, _, prompt = text.partition(":")
         if not (number.isascii() and number.isdigit()) or not prompt.strip():
             raise UserError(
-                f"--switch={told!r} is not FRAME:PROMPT, such as 9:'A red circle moves up.'"
+                f"--switch={text!r} is not FRAME:PROMPT, such as 9:'A red circle moves up.'"
             )
         frame = int(number)
         if frame not in latent:
@@ -132,7 +131,7 @@ def read_switches(wan: bool, memory: CachePolicy | None, frames: int) -> dict[in
                 if near
                 else "this video has one"
             )
-            raise UserError(f"--switch={told!r}: frame {frame} begins no later chunk; {where}")
+            raise UserError(f"--switch={text!r}: frame {frame} begins no later chunk; {where}")
         if latent[frame] in switches:
             raise UserError(f"--switch names frame {frame} twice; a chunk has one prompt")
         switches[latent[frame]] = Switch(prompt.strip(), f.FLUSH.value, f.CUT.value)

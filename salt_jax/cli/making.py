@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -54,7 +54,10 @@ def make(request: Request) -> str:
     sheets = {} if request.world == "wan" else sheets_of(request, videos)
     wanted = [sample for video in videos for sample in video.files.values()]
     found = samples.look_up(request.index, wanted + list(sheets.values()))
-    missing = lambda video: any(sample.file not in found.there for sample in video.files.values())
+
+    def missing(video: Wanted) -> bool:
+        return any(sample.file not in found.there for sample in video.files.values())
+
     # A contact sheet shows all clips of a number of steps, so these are made together.
     pages = {k for k, sheet in sheets.items() if sheet.file not in found.there}
     pages |= {video.job.num_steps for video in videos if sheets and missing(video)}
@@ -76,13 +79,13 @@ def make(request: Request) -> str:
         page = contact_sheet(np.stack(clips[k]), prompts, visible_scale(request.shape[1], 64))
         samples.put(request.index, sheets[k], encode_png(page))
     replaced = sum(any(s.file in found.older for s in video.files.values()) for video in videos)
-    told = f"{made} videos made in {request.out}"
-    told += (
+    report = f"{made} videos made in {request.out}"
+    report += (
         f", {replaced} of them in place of others that were made with other settings"
         if replaced
         else ""
     )
-    return told + (f"; {len(videos) - made} were there already" if made < len(videos) else "")
+    return report + (f"; {len(videos) - made} were there already" if made < len(videos) else "")
 
 
 def files_of(request: Request, model: Model, job: Job) -> dict[str, Sample]:
@@ -151,7 +154,7 @@ def make_clips(
     first, given = request.picture, Given()
     first = request.prefix if first is None else first
     if first is not None:
-        given = model.parts.read_given(first, request.shape, request.memory is not None)
+        given = model.parts.read_given(first, request.shape, request.policy is not None)
     stepwise = request.sampler.stepwise
     total = sum(video.job.num_steps if stepwise else 1 for video in todo)
     with tqdm(total=total, desc="steps" if stepwise else "videos") as bar:
@@ -179,10 +182,10 @@ def open_model(request: Request) -> Model:
     student = f.STUDENT.value or ""
     name = workdir or student or folder or f"{f.MODEL.value}, small and random"
     source = WanSource(name, Source(folder), request.config, student, run)
-    fit: Any = f.PICTURE_FIT.value
+    fit = cast(Literal["squash", "crop"], f.PICTURE_FIT.value)
     options = WanOptions(f.DTYPE.value, f.TILE.value, fit, request.negative)
     frames = request.shape[0]
-    chunk = request.memory.chunk if request.memory else frames
+    chunk = request.policy.chunk if request.policy else frames
     parts = wan_parts(source, (frames, chunk), options)
     return Model(parts, request.sampler, request.shape, request.guidance)
 

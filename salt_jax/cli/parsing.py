@@ -1,6 +1,6 @@
 """Values of flags that are more than a number or a word.
 
-No jax in here: an invalid value is refused at once.
+No jax in here: a wrong one is refused at once.
 """
 
 import dataclasses
@@ -31,19 +31,19 @@ def read_workdir(workdir: Path, step: int | None = None) -> Recipe:
     recipe = reading.read_workdir(workdir)
     there = sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
     if step is not None and step not in there:
-        told = ", ".join(map(str, there)) or "none"
-        raise UserError(f"--step={step} is not in {workdir}/checkpoints; there are: {told}")
+        steps = ", ".join(map(str, there)) or "none"
+        raise UserError(f"--step={step} is not in {workdir}/checkpoints; there are: {steps}")
     return recipe
 
 
-def read_memory(told: str, policy: CachePolicy) -> CachePolicy:
-    """ "WINDOW:SINK:POSITIONS" -> `policy` with another memory.
+def read_cache_policy(text: str, policy: CachePolicy) -> CachePolicy:
+    """ "WINDOW:SINK:POSITIONS", as --memory has it -> `policy` with these.
 
     Raises:
       UserError: it is not of that form, or the numbers do not fit the chunks.
     """
     try:
-        window, sink, positions = told.split(":")
+        window, sink, positions = text.split(":")
         if positions not in get_args(Positions):
             raise ValueError(
                 f"positions is {positions!r}, not one of {', '.join(get_args(Positions))}"
@@ -51,22 +51,22 @@ def read_memory(told: str, policy: CachePolicy) -> CachePolicy:
         return dataclasses.replace(policy, window=int(window), sink=int(sink), positions=positions)
     except ValueError as error:
         raise UserError(
-            f"--memory {told}: {error}; write WINDOW:SINK:POSITIONS, such as 6:1:relative"
+            f"--memory {text}: {error}; write WINDOW:SINK:POSITIONS, such as 6:1:relative"
         ) from error
 
 
-def read_size(told: str) -> tuple[int, int]:
+def read_size(text: str) -> tuple[int, int]:
     """Width and height of "WIDTHxHEIGHT", in pixels of Wan 2.1.
 
     Raises:
       UserError: they have no latent.
     """
-    width, _, height = told.partition("x")
+    width, _, height = text.partition("x")
     step = SPACE * TOKEN
     sides = [int(side) for side in (width, height) if side.isascii() and side.isdigit()]
     if len(sides) != 2 or any(not side or side % step for side in sides):
         raise UserError(
-            f"--size={told} is not WIDTHxHEIGHT, both multiples of {step}, such as 832x480"
+            f"--size={text} is not WIDTHxHEIGHT, both multiples of {step}, such as 832x480"
         )
     return sides[0], sides[1]
 
@@ -80,22 +80,22 @@ def refuse_frames(frames: int) -> None:
         raise UserError(f"--frames={frames} must be {TIME}k + 1, such as {below} or {below + TIME}")
 
 
-def read_num_steps(told: Sequence[str]) -> list[int]:
+def read_num_steps(words: Sequence[str]) -> list[int]:
     """Numbers of steps, each once. Raises UserError for what are no numbers from 1 up."""
-    if not told or not all(k.isascii() and k.isdigit() and int(k) for k in told):
+    if not words or not all(k.isascii() and k.isdigit() and int(k) for k in words):
         raise UserError(
-            f"--num_steps={','.join(told)} must be whole numbers from 1 up, with commas"
+            f"--num_steps={','.join(words)} must be whole numbers from 1 up, with commas"
         )
-    return list(dict.fromkeys(int(k) for k in told))
+    return list(dict.fromkeys(int(k) for k in words))
 
 
-def read_levels(told: Sequence[str]) -> tuple[float, ...]:
+def read_levels(words: Sequence[str]) -> tuple[float, ...]:
     """Timesteps, see `flow.schedule.explicit`. Raises UserError for what are no numbers."""
     try:
-        return tuple(float(level) for level in told)
+        return tuple(float(level) for level in words)
     except ValueError as error:
         raise UserError(
-            f"--levels={','.join(told)} must be numbers with commas, such as 1000,757,522"
+            f"--levels={','.join(words)} must be numbers with commas, such as 1000,757,522"
         ) from error
 
 

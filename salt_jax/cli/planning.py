@@ -1,99 +1,43 @@
-"""python -m launch.plan --config=configs/X.py [--target=gpu:h100:8] [--mesh=data:8,fsdp:8]
-                      [--mfu=0.4]
-
-Says what a run costs before anything is allocated: numbers and bytes of every network, of moments,
-gradients, caches and activations, in all and on each device; FLOPs of an update by network and
-part; the time they take; whether it fits. Needs no accelerator. Means are over the run's draws,
-once cache alignment has begun. What XLA plans for the same run says launch.compile; docs/scaling.md
-has both.
-"""
+"""What launch.plan says of a run: the numbers, and the table."""
 
 import dataclasses
-import json
 import math
-from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
-from absl import flags
-from ml_collections import config_flags
 
-from salt_jax.cli.app import read_config, run_main
-from salt_jax.compile.target import GIB, GPU_SHARE, Target, read_target
-from salt_jax.config.reading import read_recipe
+from salt_jax.compile.target import GIB, Target
 from salt_jax.config.schema import Recipe
-from salt_jax.errors import UserError
+from salt_jax.keys import Json
 from salt_jax.models.attention import choose_kernel, is_flash
 from salt_jax.models.presets import Kernel
 from salt_jax.planning.flops import update_flops
 from salt_jax.planning.memory import needed
-from salt_jax.sharding import AXES, axis_sizes
+from salt_jax.sharding import axis_sizes
 from salt_jax.stages import make_stage
 from salt_jax.stages.networks import attention_kernel
-from salt_jax.stages.stage import Stage
-
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "which run; see configs/", lock_config=True
-)
-TARGET = flags.DEFINE_string(
-    "target",
-    "gpu:h100:8",
-    "the devices, as for launch.compile: tpu:v5p:2x2x4, gpu:h100:2x8 (hosts x devices)",
-)
-MESH = flags.DEFINE_list(
-    "mesh",
-    None,
-    "any number of such devices per axis, as data:8,fsdp:8; default: config.mesh on the target",
-)
-MEMORY = flags.DEFINE_float(
-    "memory_gb",
-    None,
-    "usable memory of a device, in 1e9 bytes; default: the target's",
-    lower_bound=0,
-)
-FLOPS = flags.DEFINE_float(
-    "flops",
-    None,
-    "peak FLOP/s of a device in bfloat16; default: the target's",
-    lower_bound=1,
-)
-MFU = flags.DEFINE_float(
-    "mfu",
-    0.4,
-    "share of the peak that is reached, recomputation counted as work",
-    lower_bound=1e-3,
-    upper_bound=1,
-)
-JSON = flags.DEFINE_string("json", None, "a file to write the same numbers to")
-
-
-def read_mesh(told: list[str]) -> dict[str, int]:
-    """["data:8", "fsdp:8"] -> the size of every axis.
-
-    Raises:
-      UserError: an axis is unknown or named twice, or a size is not a whole number >= 1.
-    """
-    sizes = dict.fromkeys(AXES, 1)
-    pairs = [entry.partition(":")[::2] for entry in told]
-    names = [name for name, _ in pairs]
-    if set(names) - set(AXES) or len(set(names)) < len(names):
-        raise UserError(f"--mesh={','.join(told)} must name each of {', '.join(AXES)} once at most")
-    for name, size in pairs:
-        if not size.isdigit() or int(size) < 1:
-            raise UserError(
-                f"--mesh={','.join(told)}: the size of {name} must be a whole number >= 1"
-            )
-    return sizes | {name: int(size) for name, size in pairs}
 
 
 def make_plan(
-    stage: Stage, target: Target, mesh: dict[str, int], memory: float, flops: float, mfu: float
-) -> dict[str, Any]:
-    """Everything the table says, as values for JSON.
+    recipe: Recipe,
+    target: Target,
+    mesh: dict[str, int] | None,
+    memory: float,
+    flops: float,
+    mfu: float,
+) -> Json:
+    """Everything the table says.
 
-    `memory`: bytes of a device that may be filled.
+    Args:
+      mesh: the size of every axis; None: the recipe's on the target.
+      memory: bytes of a device that may be filled.
+      flops: of a device at its best, a second.
+      mfu: the share of it that is reached.
+
+    Raises:
+      UserError: the stage or the mesh cannot do what the recipe asks.
     """
-    recipe = stage.recipe
+    stage = make_stage(recipe)
+    mesh = mesh or axis_sizes(dataclasses.asdict(recipe.mesh), target.devices)
     kernel = attention_kernel(recipe, recipe.wan, target.platform)
     rows, flash = needed(stage, mesh, kernel), is_flash(kernel)
     updates = {who: update_flops(recipe, stage.mean_passes(who), flash) for who in stage.learners}
@@ -120,9 +64,8 @@ def make_plan(
     }
 
 
-def show(plan: dict[str, Any]) -> str:
+def show(plan: Json) -> str:
     """The plan as text."""
-    gb = lambda n: f"{n / 1e9:12.3f}"
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
     lines = [f"{plan['devices']} x {plan['chip']}: {mesh}; batch of {plan['batch_size']}"]
     may = f"{plan['memory_per_device'] / GIB:.1f} GiB of a device may be filled"
@@ -175,27 +118,6 @@ def absent(recipe: Recipe, target: Target, kernel: Kernel) -> str | None:
     )
 
 
-def main(_):
-    stage, target = make_stage(read_recipe(read_config(CONFIG))), read_target(TARGET.value)
-    chip = target.described
-    if chip is None:
-        raise UserError(
-            "--target=here: name the devices, such as gpu:h100:8, or ask launch.compile about these"
-        )
-    sizes = (
-        axis_sizes(dataclasses.asdict(stage.recipe.mesh), target.devices)
-        if MESH.value is None
-        else read_mesh(MESH.value)
-    )
-    memory = chip.memory * (GPU_SHARE if target.platform == "gpu" else 1)
-    memory = memory if MEMORY.value is None else MEMORY.value * 1e9
-    plan = make_plan(stage, target, sizes, memory, FLOPS.value or chip.flops, MFU.value)
-    print(show(plan))
-    if JSON.value:
-        Path(JSON.value).write_text(json.dumps(plan, indent=2))
-
-
-def run() -> None:
-    """The program."""
-    flags.mark_flag_as_required("config")
-    run_main(main, __doc__)
+def gb(size: float) -> str:
+    """Bytes as a cell of the table."""
+    return f"{size / 1e9:12.3f}"

@@ -5,7 +5,7 @@ weights are read.
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, cast, get_args
 
 import numpy as np
 from absl import flags
@@ -16,8 +16,8 @@ from salt_jax.cli import sample_flags as f
 from salt_jax.cli.jobs import Job, read_jobs, read_out, refuse_own_input
 from salt_jax.cli.lengths import read_lengths, read_switches
 from salt_jax.cli.parsing import (
+    read_cache_policy,
     read_levels,
-    read_memory,
     read_num_steps,
     read_size,
     read_workdir,
@@ -55,7 +55,7 @@ class Request(NamedTuple):
     index: Path  # of records
 
     @property
-    def memory(self) -> CachePolicy | None:
+    def policy(self) -> CachePolicy | None:
         return self.sampler.memory
 
     def grids(self) -> dict[int, np.ndarray]:
@@ -85,17 +85,17 @@ def read_request() -> Request:
         raise UserError("--shift=0 makes every noise level 0; give a number above it")
     config = recipe.wan if recipe else converted_config()
     picture = read_picture(f.PICTURE.value) if f.PICTURE.value else None
-    memory = read_policy(mode, recipe, picture is not None)
-    refuse_picture(mode, config, memory, picture is not None)
+    policy = read_policy(mode, recipe, picture is not None)
+    refuse_picture(mode, config, policy, picture is not None)
     place = read_place(recipe, config, picture)
     wan = mode in f.WANS
-    frames, prefix = read_lengths(wan, recipe.clip_shape[0] if recipe else None, memory, place[:2])
+    frames, prefix = read_lengths(wan, recipe.clip_shape[0] if recipe else None, policy, place[:2])
     guidance = (5.0 if mode == f.TEACHER else 1.0) if f.GUIDANCE.value is None else f.GUIDANCE.value
     if f.NEGATIVE.value is not None and guidance == 1:
         raise UserError(
             "--negative_prompt has no meaning at guidance 1, which is none; give --guidance too"
         )
-    num_steps, sampler = read_sampler(mode, recipe, config, memory)
+    num_steps, sampler = read_sampler(mode, recipe, config, policy)
     out, jobs = read_out(), list(read_jobs(recipe, num_steps))
     refuse_own_input(out, jobs)
     index = out.with_name(f"{out.name}.{samples.NAME}") if f.VBENCH.value else out / samples.NAME
@@ -108,7 +108,7 @@ def read_request() -> Request:
         guidance=guidance,
         negative=f.NEGATIVE.value,
         jobs=jobs,
-        switches=read_switches(wan, memory, frames),
+        switches=read_switches(wan, policy, frames),
         picture=picture,
         prefix=prefix,
         out=out,
@@ -160,29 +160,29 @@ def read_policy(mode: str, recipe: Recipe | None, pictured: bool) -> CachePolicy
             raise UserError(
                 f"--chunk={chunk} with --recipe={f.RECIPE.value}: {error}; leave it out"
             ) from error
-    policy = read_memory(f.MEMORY.value, policy) if f.MEMORY.value else policy
+    policy = read_cache_policy(f.MEMORY.value, policy) if f.MEMORY.value else policy
     if f.CUT.value and policy.positions == "absolute":
         raise UserError("--cut moves relative positions; give a --memory with relative ones")
     return policy
 
 
 def refuse_picture(
-    mode: str, config: WanConfig, memory: CachePolicy | None, pictured: bool
+    mode: str, config: WanConfig, policy: CachePolicy | None, pictured: bool
 ) -> None:
     """Raises UserError where --image is asked for and not given, or given to a model that cannot
     use it.
     """
-    if config.image_dim and memory:
+    if config.image_dim and policy:
         raise UserError("image-to-video models make whole clips; leave --chunk and --recipe out")
     if config.image_dim and not pictured:
         raise UserError("this model needs --image=FILE")
-    if pictured and memory and memory.first != 1:
+    if pictured and policy and policy.first != 1:
         raise UserError(
             "--image is for students whose first chunk is one frame, and this one's has "
-            f"{memory.first}"
+            f"{policy.first}"
             " (config.memory.first); leave it out"
         )
-    if pictured and not memory and not config.image_dim:
+    if pictured and not policy and not config.image_dim:
         raise UserError("--image is for models that read it; leave it out")
     if flags.FLAGS["image_fit"].present and not config.image_dim:
         raise UserError("--image_fit is for models with an image encoder; leave it out")
@@ -208,7 +208,7 @@ def read_place(
 
 
 def read_sampler(
-    mode: str, recipe: Recipe | None, config: WanConfig, memory: CachePolicy | None
+    mode: str, recipe: Recipe | None, config: WanConfig, policy: CachePolicy | None
 ) -> tuple[list[int], Sampler]:
     """Numbers of steps, and how each is done.
 
@@ -218,19 +218,19 @@ def read_sampler(
     released = RELEASED[f.RECIPE.value] if f.RECIPE.value else None
     usual = recipe.schedule.shift if recipe else released.shift if released else 5.0
     shift = usual if f.SHIFT.value is None else f.SHIFT.value
-    told = f.NUM_STEPS.value
-    sampler = Sampler(0, shift, read_solver(recipe, mode != f.TEACHER), memory)
+    wanted = f.NUM_STEPS.value
+    sampler = Sampler(0, shift, read_solver(recipe, mode != f.TEACHER), policy)
     if mode == f.TEACHER:
-        steps = read_num_steps(told or [str(TEACHER_STEPS[bool(config.image_dim)])])
+        steps = read_num_steps(wanted or [str(TEACHER_STEPS[bool(config.image_dim)])])
         return steps, sampler._replace(stepwise=True)
-    if recipe and memory:
+    if recipe and policy:
         sampler = sampler._replace(first_steps=recipe.rollout.first_steps)
     if f.LEVELS.value is not None:
         levels = check_levels(read_levels(f.LEVELS.value))
         return [len(levels)], sampler._replace(levels=levels)
     own = recipe.schedule.levels if recipe else released.levels if released else ()
     usual = recipe.sample.num_steps if recipe else (released.num_steps if released else 4,)
-    steps = read_num_steps(told or [str(k) for k in usual])
+    steps = read_num_steps(wanted or [str(k) for k in usual])
     if own:
         if steps != [len(own)] or f.SHIFT.value is not None:
             raise UserError(
@@ -242,18 +242,18 @@ def read_sampler(
     return steps, sampler
 
 
-def check_levels(told: Sequence[float]) -> tuple[float, ...]:
+def check_levels(levels: Sequence[float]) -> tuple[float, ...]:
     try:
-        explicit(told)
-        return tuple(level for level in told if level)  # the 0 at the end may be given too
+        explicit(levels)
+        return tuple(level for level in levels if level)  # the 0 at the end may be there too
     except ValueError as error:
         raise UserError(f"--levels: {error}") from error
 
 
-def read_solver(recipe: Recipe | None, student: bool) -> Any:
+def read_solver(recipe: Recipe | None, student: bool) -> Solver | TeacherSolver:
     solvers = get_args(Solver) if student else get_args(TeacherSolver)
     solver = f.SOLVER.value or (recipe.sample.solver if recipe else "cm" if student else "unipc")
     if solver not in solvers:
         whose = "students" if student else "teachers"
         raise UserError(f"--solver={solver} is not for {whose}; choose from {', '.join(solvers)}")
-    return solver
+    return cast(Solver | TeacherSolver, solver)

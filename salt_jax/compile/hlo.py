@@ -13,17 +13,10 @@ from typing import NamedTuple
 
 # Of a number; others say it in their name: f32, u8, f8e4m3fn
 BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
-# Bytes sent, in those of the result: f(n), n devices take part
-SENT = {
-    "all-gather": lambda n: (n - 1) / n,
-    "reduce-scatter": lambda n: n - 1,
-    "all-reduce": lambda n: 2 * (n - 1) / n,
-    "all-to-all": lambda n: (n - 1) / n,
-    "ragged-all-to-all": lambda n: (n - 1) / n,
-    "collective-permute": lambda n: 1,
-    "collective-broadcast": lambda n: 1,
-}
-COLLECTIVE = re.compile(rf"({'|'.join(SENT)})(-start)?$")
+COLLECTIVE = re.compile(
+    r"(all-gather|reduce-scatter|all-reduce|(?:ragged-)?all-to-all|"
+    r"collective-permute|collective-broadcast)(-start)?$"
+)
 CALLED = re.compile(r"\b(calls|to_apply|body|condition|\w+_computations?)=\{?(%[^ ]+(?:, %[^ ]+)*)")
 # cuDNN's, and Pallas kernels for TPU (Mosaic) and GPU (Triton, Mosaic)
 KERNEL = re.compile(
@@ -68,19 +61,31 @@ def read(text: str) -> Read:
         for i in computations[name]:
             loop, length = i.opcode == "while", 1
             if loop:
-                length = _told_length(i) or lengths.get(_callees(i, "condition")[0])
+                length = _known_length(i) or lengths.get(_callees(i, "condition")[0])
                 open_loops += not length
             # they name again what their start has called
             if not i.opcode.endswith(("-done", "-update")):
                 for callee in _callees(i):
                     times[callee] += runs * ((length or 1) if loop else 1)
             if match := COLLECTIVE.match(i.opcode):
-                size = round(_bytes(_result(i)) * SENT[match[1]](_group(i.rest, everyone)))
+                size = round(_bytes(_result(i)) * _sent(match[1], _group(i.rest, everyone)))
                 was = found.get(match[1], Moved(0, 0, 0))
                 found[match[1]] = Moved(was.calls + 1, was.runs + runs, was.bytes + runs * size)
             if i.opcode == "custom-call" and (kernel := KERNEL.search(i.rest)):
                 kernels[_kernel(i, kernel[1])] += 1
     return Read(dict(sorted(found.items())), dict(sorted(kernels.items())), open_loops)
+
+
+def _sent(kind: str, devices: int) -> int | float:
+    """Bytes that one of the devices sends in a collective, in bytes of its result."""
+    match kind:
+        case "collective-permute" | "collective-broadcast":
+            return 1
+        case "reduce-scatter":
+            return devices - 1
+        case "all-reduce":
+            return 2 * (devices - 1) / devices
+    return (devices - 1) / devices
 
 
 def _computations(text: str) -> dict[str, list[Instruction]]:
@@ -120,13 +125,11 @@ def _everyone(text: str) -> int:
 
 
 def _callees(i: Instruction, attribute: str = "") -> list[str]:
-    told = CALLED.findall(i.rest)
-    return [
-        n.strip("{},") for kind, names in told if attribute in ("", kind) for n in names.split(", ")
-    ]
+    called = [names for kind, names in CALLED.findall(i.rest) if attribute in ("", kind)]
+    return [name.strip("{},") for names in called for name in names.split(", ")]
 
 
-def _told_length(i: Instruction) -> int | None:
+def _known_length(i: Instruction) -> int | None:
     match = re.search(r'"known_trip_count":\{"n":"(\d+)"', i.rest)
     return int(match[1]) if match else None
 

@@ -5,8 +5,9 @@ is none.
 import math
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +20,13 @@ from salt_jax.compile.programs import Program
 from salt_jax.compile.surroundings import version
 from salt_jax.compile.target import GIB, GPU_SHARE, GPUS, Target
 from salt_jax.errors import UserError
+from salt_jax.keys import Json
 
 SHOWN = 4  # largest buffers of a program
 
 
-def devices_of(target: Target) -> list[Any]:
-    """Devices to make a mesh of: described ones, which run nothing, or those that are here.
+def devices_of(target: Target) -> Sequence:
+    """Each a jax.Device, for a mesh: described ones, which run nothing, or those that are here.
 
     Raises:
       UserError: there is no such machine.
@@ -34,8 +36,8 @@ def devices_of(target: Target) -> list[Any]:
     grid = "x".join(map(str, target.grid))
     if target.platform == "gpu":
         gpu = GPUS[target.chip]
-        told = describe(gpu, version("nvidia-cudnn-cu13"), version("jax"))
-        more = {"target_config": told, "topology": f"1x{grid}"}
+        config = describe(gpu, version("nvidia-cudnn-cu13"), version("jax"))
+        more = {"target_config": config, "topology": f"1x{grid}"}
         return topologies.get_topology_desc(target.chip, platform="cuda", **more).devices
     try:
         return topologies.get_topology_desc(f"{target.chip}:{grid}", platform="tpu").devices
@@ -45,24 +47,16 @@ def devices_of(target: Target) -> list[Any]:
         ) from error
 
 
-def memory_of(target: Target, device: Any) -> int | None:
-    """Bytes of a device, None where it does not say, as a CPU."""
-    return target.memory or (device.memory_stats() or {}).get("bytes_limit")
-
-
-def compile_program(
-    program: Program, platform: str, memory: int | None, dump: Path
-) -> dict[str, Any]:
-    """Everything that is told of a program, as values for JSON. `problem` is a sentence's end, or
-    None.
+def compile_program(program: Program, platform: str, memory: int | None, dump: Path) -> Json:
+    """Everything that is found of a program. `problem` is a sentence's end, or None.
 
     Args:
       platform: of the devices: "cpu", "gpu" or "tpu".
       memory: bytes of a device.
-      dump: where XLA was told to write (`buffers.dump_flags`).
+      dump: where XLA writes (`buffers.dump_flags`).
     """
     start = time.perf_counter()
-    row: dict[str, Any] = {"problem": None, "memory_bytes": memory}
+    row: Json = {"problem": None, "memory_bytes": memory}
     try:
         lowered = program.jitted.lower(*program.args)
         row["trace_seconds"], start = time.perf_counter() - start, time.perf_counter()
@@ -71,9 +65,11 @@ def compile_program(
     except Exception as error:
         return row | refusal(error, dump)
     row["compile_seconds"] = time.perf_counter() - start
-    row |= memory_row(compiled.memory_analysis(), platform)
+    stats, text = compiled.memory_analysis(), compiled.as_text()
+    assert stats and text, "XLA's compilers give both"
+    row |= memory_row(stats, platform)
     row["beside_bytes"] = max(0, bytes_given(program) - row["argument_bytes"])
-    found = read(compiled.as_text())
+    found = read(text)
     row["collectives"] = {kind: moved._asdict() for kind, moved in found.collectives.items()}
     row |= {"kernels": found.kernels, "open_loops": found.open_loops}
     row["largest"] = [buffer._asdict() for buffer in largest(dump, SHOWN)]
@@ -97,7 +93,19 @@ def bytes_given(program: Program) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in here)
 
 
-def memory_row(m: Any, platform: str) -> dict[str, Any]:
+@runtime_checkable
+class MemoryStats(Protocol):
+    """What `jax.stages.Compiled.memory_analysis` gives: bytes on one device."""
+
+    argument_size_in_bytes: int
+    output_size_in_bytes: int
+    temp_size_in_bytes: int
+    alias_size_in_bytes: int
+    generated_code_size_in_bytes: int
+    peak_memory_in_bytes: int
+
+
+def memory_row(m: MemoryStats, platform: str) -> Json:
     """What XLA plans for one device. Its own peak is what a TPU's compiler refuses by, and the sum
     elsewhere.
 
@@ -109,19 +117,19 @@ def memory_row(m: Any, platform: str) -> dict[str, Any]:
     peak = getattr(m, "total_allocation_bytes", 0) or (
         m.peak_memory_in_bytes if platform == "tpu" else 0
     )
-    row = {f"{name}_bytes": size for name, size in parts.items()}
+    row: Json = {f"{name}_bytes": size for name, size in parts.items()}
     row["peak_bytes"] = peak or sum(parts.values()) - 2 * parts["alias"]
     row["peak_is"] = "the compiler's own" if peak else "arguments + outputs + temporaries - aliases"
     return row | {"code_bytes": m.generated_code_size_in_bytes}
 
 
-def refusal(error: Exception, dump: Path) -> dict[str, Any]:
+def refusal(error: Exception, dump: Path) -> Json:
     """Why there is no program: too large for a TPU, or else what the error begins with."""
-    told = one_line(error)
-    match = re.search(r"\(?([\d.]+)G\)? exceeds available HBM \(([\d.]+)G\)", told)
-    match = match or re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", told)
+    message = one_line(error)
+    match = re.search(r"\(?([\d.]+)G\)? exceeds available HBM \(([\d.]+)G\)", message)
+    match = match or re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", message)
     if not match:
-        return {"problem": f"does not compile: {type(error).__name__}: {told[:500]}"}
+        return {"problem": f"does not compile: {type(error).__name__}: {message[:500]}"}
     needed, there = (float(n) * GIB for n in match.groups())
     buffers = [buffer._asdict() for buffer in largest(dump, SHOWN)]
     row = {

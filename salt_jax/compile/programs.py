@@ -6,11 +6,12 @@ there.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.stages import Wrapped
 from jax.typing import DTypeLike
 
 from salt_jax import sharding
@@ -27,17 +28,19 @@ from salt_jax.rollout.causal import Steps
 from salt_jax.rollout.draws import Draw
 from salt_jax.stages.networks import denoiser_of
 from salt_jax.stages.ode_regression import OdeRegression
-from salt_jax.stages.stage import Stage, Update
+from salt_jax.stages.stage import ABSENT, Batch, Stage, Update
 from salt_jax.stages.weights import in_dtype
 from salt_jax.train.step import Call, compile_step
-from salt_jax.types import Conditioning, Params
+from salt_jax.types import Conditioning, Latent, Params, PRNGKey, Sigma, TextEmb
+
+T = TypeVar("T")
 
 
 class Program(NamedTuple):
     """A jitted function and what it is called with."""
 
-    jitted: Any  # of jax.jit
-    args: tuple[Any, ...]
+    jitted: Wrapped  # of jax.jit
+    args: tuple[object, ...]
 
 
 def parts(stage: Stage, what: str) -> dict[str, Callable[[], Program]]:
@@ -46,23 +49,22 @@ def parts(stage: Stage, what: str) -> dict[str, Callable[[], Program]]:
 
     `what`: "student", "critic", "teacher", "stream", "vae" or "text".
     """
-    return {
-        "student": lambda: _updates(stage, "student"),
-        "critic": lambda: _updates(stage, "critic"),
-        "teacher": lambda: _teacher(stage),
-        "stream": lambda: _streaming(stage) if stage.recipe.causal else {},
-        "vae": lambda: _vae(stage),
-        "text": lambda: {"text encoder": partial(_text_encoder, stage)},
-    }[what]()
+    if what in ("student", "critic"):
+        return _updates(stage, what)
+    if what == "text":
+        return {"text encoder": partial(_text_encoder, stage)}
+    return {"teacher": _teacher, "stream": _streaming, "vae": _vae}[what](stage)
 
 
-def place(tree: Any, shardings: Any) -> Any:
+def place(tree: T, shardings: object) -> T:
     """Shapes that also say where they lie. `shardings`: a tree of them, or one for all."""
     put = lambda s, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
     return jax.tree.map(put, jax.tree.broadcast(shardings, tree), tree)
 
 
-def _weights(init: Callable, config: Any, dtype: DTypeLike, mesh: Mesh) -> Params:
+def _weights(
+    init: Callable[[PRNGKey, T], Params], config: T, dtype: DTypeLike, mesh: Mesh
+) -> Params:
     shapes = bench.shapes_of(init, config)
     tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
     return place(tree, sharding.state_shardings(mesh, tree))
@@ -70,7 +72,10 @@ def _weights(init: Callable, config: Any, dtype: DTypeLike, mesh: Mesh) -> Param
 
 def _teacher_weights(recipe: Recipe, config: WanConfig, mesh: Mesh) -> Params:
     """A teacher in the dtype that it is kept in."""
-    init = lambda: in_dtype(init_wan(jax.random.key(0), config), recipe.teacher.dtype)
+
+    def init() -> Params:
+        return in_dtype(init_wan(jax.random.key(0), config), recipe.teacher.dtype)
+
     params = jax.eval_shape(init)
     return place(params, sharding.state_shardings(mesh, params))
 
@@ -88,8 +93,11 @@ def _step(stage: Stage, update: Update, draw: Draw | None) -> Program:
     """One update. `draw` has values, of which only shapes matter."""
     shapes, shardings = bench.forms(stage)
     over_batch, everywhere = shardings[2:]
-    call = lambda: Call(jax.random.key(0), jnp.int32(0), jax.tree.map(jnp.asarray, draw))
-    batch = place(jax.eval_shape(lambda: bench.random_batch(stage)), over_batch)
+
+    def call() -> Call:
+        return Call(jax.random.key(0), jnp.int32(0), jax.tree.map(jnp.asarray, draw))
+
+    batch = place(jax.eval_shape(partial(bench.random_batch, stage)), over_batch)
     rest = place(jax.eval_shape(call), everywhere)
     jitted = compile_step(stage, update, shardings)
     return Program(jitted, (*map(place, shapes, shardings[:2]), batch, rest))
@@ -106,26 +114,32 @@ def _teacher(stage: Stage) -> dict[str, Callable[[], Program]]:
     if recipe.teacher.kind != "network":
         return {}
 
-    def forward() -> Program:
-        mesh = _mesh(stage)
-        network = denoiser_of(recipe, mesh, recipe.teacher_wan)
-        cond = lambda: bench.random_cond(recipe, recipe.batch_size)
-        clips = lambda: jnp.zeros((recipe.batch_size, *recipe.clip_shape))
-        given = lambda: (clips(), jnp.zeros(recipe.batch_size), cond())
-        args = place(jax.eval_shape(given), sharding.batch_sharding(mesh))
-        jitted = jax.jit(lambda p, x, sigma, cond: network.denoise(p, x, sigma, cond).velocity)
-        return Program(jitted, (_teacher_weights(recipe, recipe.teacher_wan, mesh), *args))
+    return {"teacher forward": partial(_teacher_forward, stage)}
 
-    return {"teacher forward": forward}
+
+def _teacher_forward(stage: Stage) -> Program:
+    recipe, mesh = stage.recipe, _mesh(stage)
+    network = denoiser_of(recipe, mesh, recipe.teacher_wan)
+
+    def given() -> tuple[Latent, Sigma, Conditioning]:
+        size = recipe.batch_size
+        clips = jnp.zeros((size, *recipe.clip_shape))
+        return clips, jnp.zeros(size), bench.random_cond(recipe, size)
+
+    args = place(jax.eval_shape(given), sharding.batch_sharding(mesh))
+    jitted = jax.jit(lambda p, x, sigma, cond: network.denoise(p, x, sigma, cond).velocity)
+    return Program(jitted, (_teacher_weights(recipe, recipe.teacher_wan, mesh), *args))
 
 
 def _trajectories(stage: OdeRegression) -> Program:
     recipe, mesh = stage.recipe, _mesh(stage)
     params = _teacher_weights(recipe, recipe.wan, mesh)
-    null = lambda: jnp.zeros((1, recipe.wan.text_length, recipe.wan.text_dim))
-    batch = lambda: bench.random_batch(stage)._replace(states=None)
-    rest = jax.eval_shape(lambda: (null(), batch(), jax.random.key(0)))
-    null_text, *rest = place(rest, sharding.replicated(mesh))
+
+    def given() -> tuple[TextEmb, Batch, PRNGKey]:
+        null = jnp.zeros((1, recipe.wan.text_length, recipe.wan.text_dim))
+        return null, bench.random_batch(stage)._replace(states=ABSENT), jax.random.key(0)
+
+    null_text, *rest = place(jax.eval_shape(given), sharding.replicated(mesh))
     frozen = {"teacher": params, "null_text": null_text}
     return Program(jax.jit(stage.trajectory), (frozen, *rest))
 
@@ -140,12 +154,16 @@ def _streaming(stage: Stage) -> dict[str, Callable[[], Program]]:
     devices.
     """
     recipe = stage.recipe
+    if not recipe.causal:
+        return {}
     policy, shape, network = recipe.memory, recipe.clip_shape, stage.student
-    put = lambda make, *args: place(jax.eval_shape(make, *args), sharding.replicated(_mesh(stage)))
+
+    def put(make: Callable[..., T], *args: object) -> T:
+        return place(jax.eval_shape(make, *args), sharding.replicated(_mesh(stage)))
 
     def given() -> tuple[Params, KVCache, Conditioning]:
         params = _weights(init_wan, recipe.wan, jnp.bfloat16, _mesh(stage))
-        cache = put(lambda: network.empty_cache(1, policy.capacity(shape[0]), shape[1:]))
+        cache = put(partial(network.empty_cache, 1, policy.capacity(shape[0]), shape[1:]))
         words = (1, recipe.wan.text_length, recipe.wan.text_dim)
         return params, cache, put(lambda: Conditioning(jnp.zeros(words)))
 
@@ -156,8 +174,9 @@ def _streaming(stage: Stage) -> dict[str, Callable[[], Program]]:
     def chunk(size: int) -> Program:
         params, cache, cond = given()
         cross = put(network.read, params, cond)
-        levels = lambda: jnp.zeros(sampler.USUAL_STEPS + 1)
-        steps = put(lambda: Steps(levels(), jnp.int32(0), recipe.sample.solver))
+        steps = put(
+            lambda: Steps(jnp.zeros(sampler.USUAL_STEPS + 1), jnp.int32(0), recipe.sample.solver)
+        )
         call = put(lambda: (sampler.clip_keys(0, 1), jnp.int32(0)))
         spec = sampler.ChunkSpec(size, policy)
         return Program(sampler.make_chunk, (network, params, cache, cross, steps, call, spec))
@@ -183,19 +202,19 @@ def _vae(stage: Stage) -> dict[str, Callable[[], Program]]:
     sizes = recipe.memory.sizes(frames) if recipe.causal else (frames,)
     later = sorted({size - (not i) for i, size in enumerate(sizes)} - {0})
 
-    def latents(size: int) -> tuple[Any, Any]:
+    def given(size: int) -> tuple[Params, Latent]:
         values = lambda: (init_vae(jax.random.key(0), config), jnp.zeros((1, size, *picture)))
         return place(jax.eval_shape(values), sharding.replicated(_mesh(stage)))
 
     def first() -> Program:
-        return Program(pixels.decode_first_frame, (*latents(1), config, jnp.float32))
+        return Program(pixels.decode_first_frame, (*given(1), config, jnp.float32))
 
     def following(size: int) -> Program:
-        decode = lambda params, one: decode_first(params, one, config, jnp.float32)
-        _, memory = jax.eval_shape(decode, *latents(1))
-        params, chunk = latents(size)
-        memory = place(memory, sharding.replicated(_mesh(stage)))
-        return Program(pixels.decode_more, (params, memory, chunk, config, jnp.float32))
+        decode = partial(decode_first, config=config, dtype=jnp.float32)
+        _, cache = jax.eval_shape(decode, *given(1))
+        params, chunk = given(size)
+        cache = place(cache, sharding.replicated(_mesh(stage)))
+        return Program(pixels.decode_more, (params, cache, chunk, config, jnp.float32))
 
     more = {f"VAE decode: {size} more": partial(following, size=size) for size in later}
     return {"VAE decode: first frame": first, **more}
@@ -205,8 +224,7 @@ def _text_encoder(stage: Stage) -> Program:
     """One prompt of full length."""
     recipe, mesh = stage.recipe, _mesh(stage)
     dtype, everywhere = recipe.compute.dtype, sharding.replicated(mesh)
-    tokens = place(
-        jax.eval_shape(lambda: jnp.ones((1, recipe.wan.text_length), jnp.int32)), everywhere
-    )
+    shape = (1, recipe.wan.text_length)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=everywhere)
     encode = jax.jit(partial(encode_text, config=recipe.text, dtype=dtype))
     return Program(encode, (_weights(init_text_encoder, recipe.text, dtype, mesh), tokens))

@@ -128,9 +128,9 @@ def surroundings(target: Target, cache: Path, around: Mapping[str, str]) -> dict
         return dict(around)
     refuse_absent(target)
     # No device is touched, whatever this machine has: it must be set before jax is imported.
-    told = {**around, "JAX_PLATFORMS": "cpu"}
+    settings = {**around, "JAX_PLATFORMS": "cpu"}
     if target.platform == "tpu":
-        return told | {
+        return settings | {
             "TPU_SKIP_MDS_QUERY": "1",
             "TPU_WORKER_HOSTNAMES": "localhost",
             "TPU_ACCELERATOR_TYPE": TPUS[target.chip].accelerator,
@@ -147,7 +147,7 @@ def surroundings(target: Target, cache: Path, around: Mapping[str, str]) -> dict
             "--xla_gpu_cudnn_deviceless_compilation_mode=CUDNN_DEVICELESS_COMPILATION_ALWAYS"
         )
     libraries = [str(build_driver(cache)), *filter(None, [around.get("LD_LIBRARY_PATH")])]
-    return told | {
+    return settings | {
         "LD_LIBRARY_PATH": ":".join(libraries),
         "XLA_FLAGS": " ".join([around.get("XLA_FLAGS", ""), *options]).strip(),
     }

@@ -1,6 +1,6 @@
 """The machine that programs are compiled for, by name.
 
-No jax in here: an invalid name is refused at once.
+No jax in here: a wrong name is refused at once.
 """
 
 import math
@@ -74,20 +74,20 @@ class Target(NamedTuple):
         return {"tpu": TPUS, "gpu": GPUS, "here": {"": None}}[self.platform][self.chip]
 
 
-def read_target(told: str) -> Target:
+def read_target(name: str) -> Target:
     """ "tpu:v5p:2x2x4", "gpu:h100:8", "gpu:h200:2x8" or "here" -> the target.
 
     Raises:
       UserError: it is none of these.
     """
-    if told == "here":
+    if name == "here":
         return Target("here", "", ())
-    platform, chip, grid = [*told.split(":"), "", ""][:3]
-    if told.count(":") != 2 or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", grid):
-        raise UserError(f"--target={told} is no machine; {FORM}")
+    platform, chip, grid = [*name.split(":"), "", ""][:3]
+    if name.count(":") != 2 or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", grid):
+        raise UserError(f"--target={name} is no machine; {FORM}")
     sizes = tuple(map(int, grid.split("x")))
     if platform == "tpu" and chip in TPUS and len(sizes) == TPUS[chip].axes:
         return Target(platform, chip, sizes)
     if platform == "gpu" and chip in GPUS and len(sizes) <= 2:
         return Target(platform, chip, (1, *sizes)[-2:])
-    raise UserError(f"--target={told} is no machine; {FORM}")
+    raise UserError(f"--target={name} is no machine; {FORM}")

@@ -66,8 +66,8 @@ def _value(value, hint, where):
         fits = isinstance(one, (int, float) if kind is float else kind)
         if not fits or isinstance(one, bool) != (kind is bool) or several != given:
             raise UserError(
-                f"{where} is {value!r}; it has to be {'several' if several else 'one'} "
-                f"{kind.__name__}"
+                f"{where} is {tuple(value) if given else value!r}; it has to be "
+                f"{'several' if several else 'one'} {kind.__name__}"
             )
     typed = tuple(float(one) if kind is float else one for one in values)
     return typed if several else typed[0]

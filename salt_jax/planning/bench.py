@@ -5,15 +5,17 @@ A part is compiled, run once to warm up, then timed several times, each time unt
 there; the median stands for it. FLOPs are counted (`planning.flops`), never measured.
 """
 
-import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.stages import Wrapped
 from jax.typing import DTypeLike
 
 from salt_jax import sharding
@@ -30,9 +32,12 @@ from salt_jax.planning.updates import programs, update_name
 from salt_jax.rollout.pixels import stream_pixels
 from salt_jax.rollout.sampler import Cue, Sampler, clip_keys, generate
 from salt_jax.stages.networks import denoiser_of, runs_flash
-from salt_jax.stages.stage import Batch, Stage
+from salt_jax.stages.stage import Batch, Frozen, Stage
+from salt_jax.state import TrainState
 from salt_jax.train.step import Call, compile_step
-from salt_jax.types import Conditioning, Params
+from salt_jax.types import Conditioning, Params, PRNGKey
+
+T = TypeVar("T")
 
 
 class Result(NamedTuple):
@@ -45,10 +50,10 @@ class Result(NamedTuple):
     flops: float  # counted
     # arguments, results and temporaries by XLA's account, on one device; None: many programs
     xla_bytes: int | None
-    more: dict[str, Any]
+    more: dict[str, int | float]
 
 
-def time_runs(call: Callable[[], Any], runs: int) -> list[float]:
+def time_runs(call: Callable[[], object], runs: int) -> list[float]:
     """Seconds of each of `runs` calls after one that is not counted."""
     jax.block_until_ready(call())
     seconds = []
@@ -60,7 +65,7 @@ def time_runs(call: Callable[[], Any], runs: int) -> list[float]:
 
 
 def measure(
-    part: str, function: Callable, args: tuple, flops: float, runs: int, **more: Any
+    part: str, function: Wrapped, args: tuple, flops: float, runs: int, **more: int | float
 ) -> Result:
     """Times a jitted function. If argument 0 is donated, output 0 replaces it in the next call."""
     start = time.perf_counter()
@@ -77,8 +82,8 @@ def measure(
 
     every = time_runs(call, runs)
     m = compiled.memory_analysis()
-    used = m and sum((m.argument_size_in_bytes, m.output_size_in_bytes, m.temp_size_in_bytes))
-    used = used and used - m.alias_size_in_bytes
+    used = m and m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
+    used = m and used and used - m.alias_size_in_bytes
     return Result(part, median(every), tuple(every), compile_seconds, flops, used or None, more)
 
 
@@ -86,13 +91,15 @@ def _is_info(leaf):
     return hasattr(leaf, "donated")
 
 
-def matmul(size: int, dtype: Any, runs: int) -> Result:
-    """The reference rate: one square matrix product."""
+def matmul(size: int, dtype: DTypeLike, runs: int) -> Iterator[Result]:
+    """The rate that others are held against: one square product."""
     a = jnp.ones((size, size), dtype)
-    return measure("matmul", jax.jit(jnp.matmul), (a, a), 2.0 * size**3, runs, size=size)
+    yield measure("matmul", jax.jit(jnp.matmul), (a, a), 2.0 * size**3, runs, size=size)
 
 
-def random_params(shapes: Params, dtype: Any, seed: int, shardings: Any = None) -> Params:
+def random_params(
+    shapes: Params, dtype: DTypeLike | None, seed: int, shardings: Params = None
+) -> Params:
     """Weights of these shapes, of `dtype` if it is given, made without compiling anything: noise,
     over and over.
 
@@ -112,13 +119,13 @@ def random_params(shapes: Params, dtype: Any, seed: int, shardings: Any = None) 
     )
 
 
-def shapes_of(init: Callable, config: Any) -> Params:
-    """The shapes of a network's parameters."""
+def shapes_of(init: Callable[[PRNGKey, T], Params], config: T) -> Params:
+    """The shapes of a network's parameters; `config` is its sizes."""
     return jax.eval_shape(lambda: init(jax.random.key(0), config))
 
 
 def random_cond(recipe: Recipe, clips: int) -> Conditioning:
-    """Random conditioning of each clip."""
+    """What a network is given with each clip."""
     c, (frames, height, width, _) = recipe.wan, recipe.clip_shape
     noise = lambda *shape: jax.random.normal(jax.random.key(recipe.seed), (clips, *shape))
     text = noise(c.text_length, c.text_dim)
@@ -131,18 +138,18 @@ def random_cond(recipe: Recipe, clips: int) -> Conditioning:
 def random_batch(stage: Stage) -> Batch:
     """Of what the stage reads."""
     recipe, clips = stage.recipe, stage.recipe.batch_size
-    noise = lambda: jax.random.normal(jax.random.key(recipe.seed), (clips, *recipe.clip_shape))
-    steps = recipe.schedule.train_levels + 1
+    video = (clips, *recipe.clip_shape)
+    states = (clips, recipe.schedule.train_levels + 1, *recipe.clip_shape)
     every = {
-        "cond": lambda: random_cond(recipe, clips),
-        "tokens": lambda: jnp.zeros((clips, recipe.wan.text_length), jnp.int32),
-        "video": noise,
-        "states": lambda: jnp.zeros((clips, steps, *recipe.clip_shape)),
+        "cond": partial(random_cond, recipe, clips),
+        "tokens": partial(jnp.zeros, (clips, recipe.wan.text_length), jnp.int32),
+        "video": partial(jax.random.normal, jax.random.key(recipe.seed), video),
+        "states": partial(jnp.zeros, states),
     }
     return Batch(**{name: every[name]() for name in stage.needs})
 
 
-def teacher_forward(recipe: Recipe, dtype: DTypeLike, runs: int) -> Result:
+def teacher_forward(recipe: Recipe, dtype: DTypeLike, runs: int) -> Iterator[Result]:
     """One evaluation of the teacher's network on one clip, without guidance. `dtype`: of the
     weights.
     """
@@ -153,7 +160,7 @@ def teacher_forward(recipe: Recipe, dtype: DTypeLike, runs: int) -> Result:
     forward = jax.jit(lambda p, x, sigma, cond: network.denoise(p, x, sigma, cond).velocity)
     flops = sweep(c, recipe.clip_shape[1:3], [(frames, frames)]).total
     args = (params, x, jnp.full(1, 0.5), random_cond(recipe, 1))
-    return measure("teacher forward", forward, args, flops, runs)
+    yield measure("teacher forward", forward, args, flops, runs)
 
 
 def updates(stage: Stage, learner: str, runs: int) -> Iterator[Result]:
@@ -180,32 +187,35 @@ def updates(stage: Stage, learner: str, runs: int) -> Iterator[Result]:
         yield measure(update_name(update), jitted, args, flops, runs, **more)
 
 
-def forms(stage: Stage) -> tuple[tuple[Any, Any], tuple[Any, ...]]:
+Forms = tuple[TrainState, Frozen]  # with a shape in the place of each array
+
+
+def forms(stage: Stage) -> tuple[Forms, tuple[TrainState, Frozen, NamedSharding, NamedSharding]]:
     """Shapes of (state, frozen), and where (state, frozen, batch, everything else) lie: what
     `compile_step` takes.
     """
     mesh = stage.mesh
     assert mesh is not None
-    shapes = jax.eval_shape(lambda: fresh_state(stage))
+    shapes = jax.eval_shape(partial(fresh_state, stage))
     host = stage.recipe.host_state
     state, frozen = (sharding.state_shardings(mesh, tree, host) for tree in shapes)
     return shapes, (state, frozen, sharding.batch_sharding(mesh), sharding.replicated(mesh))
 
 
-def text_encoder(recipe: Recipe, dtype: Any, runs: int) -> tuple[Result, jax.Array]:
+def text_encoder(recipe: Recipe, dtype: DTypeLike, runs: int) -> tuple[Result, jax.Array]:
     """The embedding of one prompt of full length, and the embedding.
 
     `dtype`: of weights and products.
     """
     params = random_params(shapes_of(init_text_encoder, recipe.text), dtype, recipe.seed)
     tokens = jnp.ones((1, recipe.wan.text_length), jnp.int32)
-    encode = jax.jit(functools.partial(encode_text, config=recipe.text, dtype=dtype))
+    encode = jax.jit(partial(encode_text, config=recipe.text, dtype=dtype))
     flops = traced_flops(encode, params, tokens)
     return measure("text encoder", encode, (params, tokens), flops, runs), encode(params, tokens)
 
 
 def streaming(
-    recipe: Recipe, vae: VAEConfig | None, num_steps: int, dtype: Any, runs: int
+    recipe: Recipe, vae: VAEConfig | None, num_steps: int, dtype: DTypeLike, runs: int
 ) -> list[Result]:
     """A video chunk by chunk, as a viewer gets it: seconds in the text encoder, the transformer and
     the VAE.
@@ -237,30 +247,31 @@ def streaming(
     once()
     first_run = time.perf_counter() - start
     all_runs = [once() for _ in range(runs)]
-    middle = lambda f: median(f(latents, every) for latents, every, _ in all_runs)
-    frames, seconds = all_runs[0][2], middle(lambda latents, every: sum(every))
+    transformer = [sum(latents) for latents, _, _ in all_runs]
+    whole = [sum(every) for _, every, _ in all_runs]
+    first, last = ([every[i] for _, every, _ in all_runs] for i in (0, -1))
+    frames, seconds = all_runs[0][2], median(whole)
     pairs = chunk_pairs(policy, recipe.clip_shape[0])
     work = sweep(c, recipe.clip_shape[1:3], pairs)
     flops = work.context + (num_steps + 1) * (work.linear + work.attention)
     more = {
         "num_steps": num_steps,
         "frames": sum(frames),
-        "transformer_seconds": middle(lambda latents, every: sum(latents)),
-        "vae_seconds": middle(lambda latents, every: sum(every) - sum(latents)),
-        "first_chunk_seconds": text.seconds + middle(lambda latents, every: every[0]),
+        "transformer_seconds": median(transformer),
+        "vae_seconds": median(a - b for a, b in zip(whole, transformer, strict=True)),
+        "first_chunk_seconds": text.seconds + median(first),
         "frames_per_second": sum(frames) / seconds,
-        "last_chunk_frames_per_second": frames[-1] / middle(lambda latents, every: every[-1]),
+        "last_chunk_frames_per_second": frames[-1] / median(last),
     }
     if vae:
         clip = jax.ShapeDtypeStruct((1, *recipe.clip_shape), jnp.float32)
-        flops += traced_flops(
-            lambda p, z: decode_video(p, z, vae, recipe.compute.dtype), decoder, clip
-        )
-    every = tuple(sum(chunks) for _, chunks, _ in all_runs)
-    return [text, Result("streaming", seconds, every, first_run - seconds, flops, None, more)]
+        decode = partial(decode_video, config=vae, dtype=recipe.compute.dtype)
+        flops += traced_flops(decode, decoder, clip)
+    compiling = first_run - seconds
+    return [text, Result("streaming", seconds, tuple(whole), compiling, flops, None, more)]
 
 
-def _clocked(chunks: Iterable[Any], seconds: list[float]) -> Iterator[Any]:
+def _clocked(chunks: Iterable[T], seconds: list[float]) -> Iterator[T]:
     """The same chunks, with the time that each took to come."""
     start = time.perf_counter()
     for chunk in chunks:
@@ -279,6 +290,6 @@ def vae_parts(recipe: Recipe, vae: VAEConfig, runs: int) -> Iterator[Result]:
         ("VAE encode", encode_video, video),
         ("VAE decode", decode_video, jnp.zeros((1, *recipe.clip_shape))),
     ):
-        run = jax.jit(lambda p, x, code=code: code(p, x, vae, dtype))
+        run = jax.jit(partial(code, config=vae, dtype=dtype))
         flops = traced_flops(run, params, x)
         yield measure(name, run, (params, x), flops, runs, frames=video.shape[1])

@@ -15,11 +15,11 @@ a kernel that knows the length computes.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.extend.core import jaxprs_in_params
+from jax.extend.core import Jaxpr, jaxprs_in_params
 
 from salt_jax.config.schema import Recipe
 from salt_jax.models.image_encoder import PRESETS as IMAGE_PRESETS
@@ -44,12 +44,16 @@ def params_count(c: WanConfig) -> int:
         + 6 * d
         + bool(i) * (2 * d * d + 3 * d)
     )
-    linear = lambda into, out: (into + 1) * out
-    ends = linear(patch * c.in_channels, d) + linear(d, patch * c.out_channels) + 2 * d
-    text = linear(c.text_dim, d) + linear(d, d)
-    time = linear(c.freq_dim, d) + linear(d, d) + linear(d, 6 * d)
-    image = bool(i) * (2 * i + linear(i, i) + linear(i, d) + 2 * d)
+    ends = _linear(patch * c.in_channels, d) + _linear(d, patch * c.out_channels) + 2 * d
+    text = _linear(c.text_dim, d) + _linear(d, d)
+    time = _linear(c.freq_dim, d) + _linear(d, d) + _linear(d, 6 * d)
+    image = bool(i) * (2 * i + _linear(i, i) + _linear(i, d) + 2 * d)
     return c.num_layers * block + ends + text + time + image
+
+
+def _linear(into: int, out: int) -> int:
+    """Numbers in a layer's kernel and bias."""
+    return (into + 1) * out
 
 
 class Work(NamedTuple):
@@ -88,9 +92,9 @@ def sweep(c: WanConfig, picture: tuple[int, int], pairs: Pairs) -> Work:
     `picture` is (H, W) of the latent.
     """
     frame = picture[0] * picture[1] // (c.patch_size[1] * c.patch_size[2])
-    frames = lambda n: n * frame // c.patch_size[0]
+    tokens = [(q * frame // c.patch_size[0], k * frame // c.patch_size[0]) for q, k in pairs]
     context = (c.text_length, image_tokens(c))
-    each = [forward_flops(c, frames(q), frames(k), *context) for q, k in pairs]
+    each = [forward_flops(c, q, k, *context) for q, k in tokens]
     return Work(
         sum(w.linear for w in each), sum(w.attention for w in each), each[0].context if each else 0
     )
@@ -148,7 +152,7 @@ def work_of(p: Pass, picture: tuple[int, int]) -> Work:
     return Work(p.times * once.linear, p.times * once.attention, reads * once.context)
 
 
-def traced_flops(function: Callable, *args: Any, loops: int = 1) -> float:
+def traced_flops(function: Callable[..., object], *args: object, loops: int = 1) -> float:
     """FLOPs of the matrix products and convolutions of any function, read off its trace: nothing is
     compiled or run.
 
@@ -159,22 +163,25 @@ def traced_flops(function: Callable, *args: Any, loops: int = 1) -> float:
     return _jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr, loops)
 
 
-def _jaxpr_flops(jaxpr: Any, loops: int) -> float:
+def _jaxpr_flops(jaxpr: Jaxpr, loops: int) -> float:
     total = 0.0
     for eqn in jaxpr.eqns:
         name, p = eqn.primitive.name, eqn.params
         if name == "dot_general":
             (contracted, _), _ = p["dimension_numbers"]
-            total += (
-                2
-                * eqn.outvars[0].aval.size
-                * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
-            )
+            factors = math.prod(_shape(eqn.invars[0])[i] for i in contracted)
+            total += 2 * math.prod(_shape(eqn.outvars[0])) * factors
         elif name == "conv_general_dilated":
-            kernel, layout = eqn.invars[1].aval, p["dimension_numbers"].rhs_spec
-            total += 2 * eqn.outvars[0].aval.size * kernel.size / kernel.shape[layout[0]]
+            kernel, layout = _shape(eqn.invars[1]), p["dimension_numbers"].rhs_spec
+            size = math.prod(kernel)
+            total += 2 * math.prod(_shape(eqn.outvars[0])) * size / kernel[layout[0]]
         inner = [_jaxpr_flops(sub, loops) for sub in jaxprs_in_params(p)]
         if inner:
             times = p["length"] if name == "scan" else loops if name == "while" else 1
             total += times * (max(inner) if name == "cond" else sum(inner))
     return total
+
+
+def _shape(variable) -> tuple[int, ...]:
+    """Of an array in a trace."""
+    return variable.aval.shape

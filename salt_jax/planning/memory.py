@@ -1,15 +1,16 @@
 """Accelerator memory of a run, in total and on each device, before anything is allocated.
 
 Parameters, moments and what is frozen are counted exactly, by the shapes that a run has and the
-shardings of `sharding`. Activation memory is estimated, as described at `transient`
-and at `block_bytes`; XLA's own account of compiled updates is held against both in
+shardings of `sharding`. Activation memory is estimated, as `transient`
+and `block_bytes` say; XLA's own account of compiled updates is held against both in
 tests/planning/test_memory.py.
 """
 
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ def fresh_state(stage: Stage) -> tuple[TrainState, Frozen]:
     return stage.first_state(loaded), stage.frozen(loaded)
 
 
-def tree_bytes(tree: Any, mesh: Mapping[str, int]) -> dict[str, MemoryRow]:
+def tree_bytes(tree: TrainState | Frozen, mesh: Mapping[str, int]) -> dict[str, MemoryRow]:
     """Every array of a tree of shapes, by its path: its sharding decides what a device holds
     of it.
     """
@@ -60,7 +61,7 @@ def tree_bytes(tree: Any, mesh: Mapping[str, int]) -> dict[str, MemoryRow]:
     return held
 
 
-def _axes(entry: Any) -> tuple[str, ...]:
+def _axes(entry: str | Sequence[str] | None) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
@@ -82,7 +83,7 @@ def persistent(stage: Stage, mesh: Mapping[str, int]) -> list[MemoryRow]:
     are left out.
     """
     rows = []
-    trees = jax.eval_shape(lambda: fresh_state(stage))
+    trees = jax.eval_shape(partial(fresh_state, stage))
     for tree, names in zip(trees, kinds(stage), strict=True):
         leaves = tree_bytes(tree, mesh)
         for prefix, name in names.items():
@@ -206,8 +207,8 @@ def transient(
     if mesh["fsdp"] > 1:
         size = jnp.dtype(recipe.model.dtype).itemsize
         largest = max((p.network for p in _passes(stage)), key=lambda c: c.dim * c.ffn_dim)
-        weights = 8 * largest.dim**2 + 2 * largest.dim * largest.ffn_dim
-        gathered = 2 * size * weights // mesh["tensor"]
+        numbers = 8 * largest.dim**2 + 2 * largest.dim * largest.ffn_dim
+        gathered = 2 * size * numbers // mesh["tensor"]
         rows.append(MemoryRow("gathered blocks", 0, gathered, gathered))
     return rows
 

@@ -106,31 +106,20 @@ def test_a_stage_without_a_critic_has_a_step_of_the_student_alone(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ([*SIZE, "--what=everything"], "--what=everything has parts other than teacher_forward"),
-        (
-            ["--config=configs/sc_dmd.py", "--frames=3"],
-            "--frames, --height and --width are of latents",
-        ),
-        ([*SIZE[:1], "--frames=4"], "4 latent frames do not split"),
-        (["--config=configs/none.py"], "configs/none.py"),
-    ],
-)
-def test_what_cannot_be_measured_is_named(args, message):
-    done = run(*args)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+def test_what_cannot_be_measured_is_named():
+    done = run(*SIZE[:1], "--frames=4")
+    assert done.returncode == 2 and "4 latent frames do not split" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_what_is_donated_comes_back_for_the_next_run():
     step = jax.jit(lambda state, x: (state + x, x.sum()), donate_argnums=0)
-    found = bench.measure("sum", step, (jnp.zeros(3), jnp.ones(3)), 6.0, 3, kind="test")
+    found = bench.measure("sum", step, (jnp.zeros(3), jnp.ones(3)), 6.0, 3, size=3)
     assert (
         found.part == "sum"
         and found.flops == 6.0
         and len(found.every) == 3
-        and found.more == {"kind": "test"}
+        and found.more == {"size": 3}
     )
     # Two arguments and two results of 12, 12 and 4 bytes, of which the state is both; with
     # temporaries more.

@@ -1,11 +1,13 @@
-"""A mistake on the command line costs a fraction of a second: it is told before jax is imported."""
+"""Help, and a mistake on the command line, cost a fraction of a second: they are told before jax is
+imported.
+"""
 
 import subprocess
 import sys
 
 import pytest
 
-from tests.helpers import ROOT
+from salt_jax.cli.main import COMMANDS
 
 TINY = ["--preset_size=tiny", "--model=wan2.1-t2v-1.3b", "--prompt=A", "--out=o"]
 WAN = "--config=configs/sc_dmd.py:wan"
@@ -17,6 +19,14 @@ try:
 finally:
     assert "jax" not in sys.modules, "jax was imported"
 """
+
+
+@pytest.mark.parametrize("name", COMMANDS.values())
+def test_help_is_given_before_jax_is_imported(name):
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, name, "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and f"python -m launch.{name}" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -32,6 +42,15 @@ finally:
         ("compile", [WAN, "--json=/no/such/told.json"], "there is no folder /no/such"),
         ("compile", ["--config=configs/none.py"], "configs/none.py"),
         ("convert_wan", ["--src=a", "--dst=b", "--to=diffusers", "--lora=x"], "--lora"),
+        ("bench", ["--what=everything"], "--what=everything has parts other than teacher_forward"),
+        ("bench", ["--config=configs/sc_dmd.py", "--frames=3"], "--width are of latents"),
+        ("bench", ["--config=configs/none.py"], "configs/none.py"),
+        ("plan", ["--config=configs/none.py", "--mesh=data:1"], "configs/none.py"),
+        ("plan", [WAN, "--target=gpu:h100"], "--target=gpu:h100 is no machine"),
+        ("plan", [WAN, "--target=here"], "--target=here: name the devices"),
+        ("plan", [WAN, "--mesh=rows:8"], "each of data, fsdp, context, tensor once at most"),
+        ("plan", [WAN, "--mesh=data:2,data:2"], "--mesh=data:2,data:2 must name"),
+        ("plan", [WAN, "--mesh=data:0"], "the size of data must be a whole number >= 1"),
     ],
 )  # fmt: skip
 def test_a_flag_that_means_nothing_is_told_before_jax_is_imported(name, args, told):

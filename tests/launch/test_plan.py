@@ -87,24 +87,7 @@ def test_a_stage_without_a_critic_has_no_update_of_one(tmp_path):
     assert "student update, FLOPs" in done.stdout and "critic update, FLOPs" not in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ([SALT, "--target=gpu:h100"], "--target=gpu:h100 is no machine"),
-        ([SALT, "--target=here"], "--target=here: name the devices"),
-        (
-            [SALT, "--mesh=rows:8"],
-            "--mesh=rows:8 must name each of data, fsdp, context, tensor once at most",
-        ),
-        ([SALT, "--mesh=data:2,data:2"], "--mesh=data:2,data:2 must name"),
-        ([SALT, "--mesh=data:0"], "the size of data must be a whole number >= 1"),
-        (
-            [SALT, "--mesh=data:3"],
-            "config.batch_size=64 must be a multiple of mesh data x fsdp = 3",
-        ),
-        (["--config=configs/none.py", "--mesh=data:1"], "configs/none.py"),
-    ],
-)
-def test_what_cannot_be_planned_is_named(args, message):
-    done = plan(*args)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+def test_what_cannot_be_planned_is_named():
+    done = plan(SALT, "--mesh=data:3")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "config.batch_size=64 must be a multiple of mesh data x fsdp = 3" in done.stderr

@@ -37,7 +37,7 @@ for args in json.load(sys.stdin):
             "mode": asked.mode, "shape": asked.shape, "prefix": prefix, "jobs": len(asked.jobs),
             "levels": {k: v.tolist() for k, v in asked.grids().items()},
             "solver": asked.sampler.solver,
-            "memory": asked.memory and list(vars(asked.memory).values()),
+            "memory": asked.policy and list(vars(asked.policy).values()),
             "guidance": asked.guidance,
             "switches": {k: v.prompt for k, v in asked.switches.items()},
             "index": str(asked.index),

@@ -9,19 +9,9 @@ import zipfile
 
 import pytest
 
-from tests.helpers import ROOT
+from salt_jax.cli.main import COMMANDS
 
-COMMANDS = (
-    "train",
-    "sample",
-    "evaluate",
-    "export",
-    "convert",
-    "encode",
-    "plan",
-    "compile",
-    "bench",
-)
+ROOT = Path(__file__).parents[2]
 SNIPPET = """
 import salt_jax
 assert "site" in salt_jax.__file__, salt_jax.__file__

@@ -1,0 +1,76 @@
+"""The flags of launch.bench. No jax in here: a wrong one is refused at once."""
+
+from absl import flags
+from ml_collections import config_flags
+
+from salt_jax.cli.app import find_config, read_config
+from salt_jax.errors import UserError
+from salt_jax.keys import Config
+from salt_jax.models.presets import PRESETS, TEXT_PRESETS
+
+VAES = ("wan2.1", "tiny")  # the presets of models.vae, which needs jax
+PARTS = ("teacher_forward", "student_step", "critic_step", "streaming", "vae")
+CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    find_config("--config=configs/self_forcing.py:wan").partition("=")[2],
+    "whose updates; see configs/",
+    lock_config=True,
+)
+PRESET = flags.DEFINE_enum(
+    "preset", None, list(PRESETS), "of all networks, in place of the config's"
+)
+FRAMES = flags.DEFINE_integer("frames", None, "latent frames of a clip", lower_bound=1)
+HEIGHT = flags.DEFINE_integer("height", None, "latent rows", lower_bound=1)
+WIDTH = flags.DEFINE_integer("width", None, "latent columns", lower_bound=1)
+CLIPS = flags.DEFINE_integer(
+    "clips", None, "of an update; default one for each device", lower_bound=1
+)
+VAE = flags.DEFINE_enum("vae", "wan2.1", VAES, "sizes of the VAE")
+NUM_STEPS = flags.DEFINE_integer(
+    "num_steps", 4, "network evaluations of a chunk in streaming", lower_bound=1
+)
+WEIGHTS_DTYPE = flags.DEFINE_enum(
+    "weights_dtype",
+    "bfloat16",
+    ("float32", "bfloat16"),
+    "of a teacher timed alone, and of a student that generates; in updates config.teacher.dtype "
+    "counts",
+)
+MATMUL = flags.DEFINE_integer(
+    "matmul",
+    None,
+    "side of the product that rates are held against; default 8192, on a CPU 1024",
+    lower_bound=1,
+)
+WHAT = flags.DEFINE_list(
+    "what", list(PARTS), "parts to time; one alone gives its own peak of memory"
+)
+RUNS = flags.DEFINE_integer("runs", 5, "of each part, after one to warm up", lower_bound=1)
+JSON = flags.DEFINE_string("json", None, "a file to write the numbers to")
+
+
+def read_wanted() -> tuple[Config, list[str]]:
+    """The config with what the flags change, but for the number of clips; and the parts to time.
+
+    Raises:
+      UserError: there is no part of that name, or the config has no latents that have a size.
+    """
+    what = WHAT.value
+    if set(what) - set(PARTS):
+        raise UserError(f"--what={','.join(what)} has parts other than {', '.join(PARTS)}")
+    config = read_config(CONFIG).copy_and_resolve_references()
+    config.weights = config.init_from = ""
+    if PRESET.value:
+        config.model.preset, config.teacher.preset, config.teacher.weights = PRESET.value, "", ""
+        fits = [name for name, t in TEXT_PRESETS.items() if t.dim == PRESETS[PRESET.value].text_dim]
+        config.text_encoder = fits[0]
+    sizes = (FRAMES.value, HEIGHT.value, WIDTH.value)
+    if any(sizes):
+        if config.data.kind != "latents":
+            raise UserError(
+                "--frames, --height and --width are of latents, and this config has none; drop them"
+            )
+        config.data.clip = tuple(
+            new or old for new, old in zip(sizes, config.data.clip, strict=True)
+        )
+    return config, what
