@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.error import FFmpegError
 from av.format import Flags
 from av.stream import Disposition
@@ -26,8 +27,6 @@ LONGEST_STILL = 10  # seconds: a longer gap is taken for a break in the times, a
 # wrong with B-frames. So do files of any kind in which the two never differ: then they tell nothing
 # of frames that are stored out of order.
 DECODE_TIMES = {"avi", "asf"}
-# What PyAV 19 does by itself.
-OPEN: dict[str, Any] = {"metadata_errors": "replace"} if av.__version__.startswith("18.") else {}
 
 T = TypeVar("T")
 
@@ -46,6 +45,10 @@ class Shown(NamedTuple):
     tags: Tags
 
 
+Timed = Iterable[tuple[Fraction, Fraction, Shown]]
+"""Frames with time and duration, in seconds."""
+
+
 def read_clip(file: str | Path, max_frames: int, height: int, width: int, fps: int) -> np.ndarray:
     """The beginning of a video: its longest 4k + 1 frames up to `max_frames`,
     uint8 [T, height, width, 3].
@@ -57,9 +60,11 @@ def read_clip(file: str | Path, max_frames: int, height: int, width: int, fps: i
     Raises:
       ValueError: the reason why this file cannot be used.
     """
-    frames = _in_order(
-        file, lambda timed: list(islice(_fitted(timed, height, width, fps), max_frames))
-    )
+
+    def beginning(timed: Timed) -> list[np.ndarray]:
+        return list(islice(_fitted(timed, height, width, fps), max_frames))
+
+    frames = _in_order(file, beginning)
     return np.stack(frames[: (len(frames) - 1) // 4 * 4 + 1])
 
 
@@ -67,11 +72,14 @@ def read_ending(file: str | Path, max_frames: int, height: int, width: int, fps:
     """The last frames of a video, at most so many, uint8 [T, height, width, 3]; else as
     `read_clip`.
     """
-    keep = lambda timed: deque(_fitted(timed, height, width, fps), max_frames)
-    return np.stack(_in_order(file, keep))
+
+    def ending(timed: Timed) -> list[np.ndarray]:
+        return list(deque(_fitted(timed, height, width, fps), max_frames))
+
+    return np.stack(_in_order(file, ending))
 
 
-def _in_order(file: str | Path, take: Callable[[Iterable[Any]], Any]) -> Any:
+def _in_order(file: str | Path, take: Callable[[Timed], list[np.ndarray]]) -> list[np.ndarray]:
     """What `take` makes of the frames with their times.
 
     Raises ValueError: they have none, or there is no frame.
@@ -168,7 +176,7 @@ def by_decoding(frames: Iterable[Shown]) -> Iterator[tuple[Fraction, Fraction, S
         yield item.decoded, item.duration, item
 
 
-def _fitted(timed: Iterable[Any], height: int, width: int, fps: int) -> Iterator[np.ndarray]:
+def _fitted(timed: Timed, height: int, width: int, fps: int) -> Iterator[np.ndarray]:
     """Frames at a steady rate in one size; one that is shown twice is looked at once."""
     before, fitted = None, np.zeros(0)
     for item in resample(timed, fps):
@@ -185,8 +193,7 @@ def _decode(file: str | Path) -> Iterator[Shown]:
     """
     count = 0
     try:
-        # With the protocol named, no file's name is taken for the address of something else.
-        with av.open(f"file:{Path(file)}", **OPEN) as container:
+        with _open(file) as container:
             streams = [
                 s for s in container.streams.video if not s.disposition & Disposition.attached_pic
             ]
@@ -229,7 +236,15 @@ def _decode(file: str | Path) -> Iterator[Shown]:
         raise ValueError(f"it cannot be decoded after {count} frames ({reason})") from error
 
 
-def _tags(stream) -> Tags:
+def _open(file: str | Path) -> InputContainer:
+    # With the protocol named, no file's name is taken for the address of something else.
+    name = f"file:{Path(file)}"
+    if av.__version__.startswith("18."):  # later ones replace what is no UTF-8 by themselves
+        return av.open(name, metadata_errors="replace")  # pyright: ignore[reportCallIssue]
+    return av.open(name)
+
+
+def _tags(stream: av.VideoStream) -> Tags:
     """What the container says, before a decoder has overwritten it."""
     codec = stream.codec_context
     aspect = Fraction(stream.sample_aspect_ratio or 1)

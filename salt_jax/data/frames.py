@@ -7,7 +7,7 @@ others.
 
 import io
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from av import VideoFrame
@@ -93,9 +93,11 @@ def over_background(rgba: np.ndarray) -> np.ndarray:
     return ((colour * alpha + BACKGROUND * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
-def _side_data(frame: VideoFrame) -> dict[Type, bytes]:
-    data: Any = frame.side_data
-    return {item.type: bytes(item) for item in data}
+def _side_data(frame: VideoFrame, kind: Type) -> bytes | None:
+    try:  # the stub of PyAV 18 knows one kind of side data alone
+        return bytes(frame.side_data[kind])  # pyright: ignore[reportGeneralTypeIssues]
+    except KeyError:
+        return None
 
 
 def _first(frame_says: int, stream_says: int) -> int:
@@ -107,7 +109,7 @@ def _refuse_colours(frame: VideoFrame, tags: Tags) -> None:
         _first(frame.color_trc, tags.curve),
         _first(frame.color_primaries, tags.primaries),
     )
-    beside = set(_side_data(frame))
+    beside = {kind for kind in HDR_SIDE_DATA | MASTERED if kind in frame.side_data}
     hdr = HDR_CURVES.get(curve, "Dolby Vision or HDR10+" if beside & HDR_SIDE_DATA else "")
     if not hdr and curve == UNKNOWN and beside & MASTERED:
         hdr = "mastered for an HDR display"
@@ -136,16 +138,18 @@ def _rgb(frame: VideoFrame, tags: Tags) -> np.ndarray:
         )
     if matrix == UNKNOWN:
         matrix = HD if frame.height >= 720 or frame.width >= 1280 else SD
-    options: dict[str, Any] = {"src_colorspace": MATRICES[matrix], "dst_color_range": FULL}
     limits = frame.color_range or tags.range
-    if limits and not form.is_rgb:
-        options["src_color_range"] = limits
     clear = form.has_palette or any(part.is_alpha for part in form.components)
-    pixels = frame.reformat(format="rgba" if clear else "rgb24", **options).to_ndarray()
+    pixels = frame.reformat(
+        format="rgba" if clear else "rgb24",
+        src_colorspace=MATRICES[matrix],
+        src_color_range=limits if limits and not form.is_rgb else None,
+        dst_color_range=FULL,
+    ).to_ndarray()
     if len(form.components) < 3 and limits == LIMITED and not form.has_palette:
         pixels[..., :3] = _stretched(pixels[..., :3])
     pixels = over_background(pixels) if clear else pixels
-    profile = _side_data(frame).get(Type.ICC_PROFILE)
+    profile = _side_data(frame, Type.ICC_PROFILE)
     return np.asarray(to_srgb(Image.fromarray(pixels), profile)) if profile else pixels
 
 
@@ -158,7 +162,7 @@ def _upright(
     frame: VideoFrame, pixels: np.ndarray, aspect: Fraction
 ) -> tuple[np.ndarray, Fraction]:
     """Turned and mirrored by the display matrix: (x, y) is seen at (a x + c y, b x + d y)."""
-    data = _side_data(frame).get(Type.DISPLAYMATRIX)
+    data = _side_data(frame, Type.DISPLAYMATRIX)
     if data is None:
         return pixels, aspect
     rows = np.frombuffer(data, np.int32).reshape(3, 3)[:2, :2].astype(float)
