@@ -41,8 +41,11 @@ class MovingShapesConfig(tfds.core.BuilderConfig):
 
     def __init__(self, world: shapes.World, num_train: int, num_test: int, seed: int):
         values = dataclasses.asdict(world) | {"train": num_train, "test": num_test, "seed": seed}
-        text = lambda value: "_".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        super().__init__(name="-".join(f"{key}{text(value)}" for key, value in values.items()))
+        spelt = {
+            key: "_".join(map(str, value)) if isinstance(value, tuple) else value
+            for key, value in values.items()
+        }
+        super().__init__(name="-".join(f"{key}{value}" for key, value in spelt.items()))
         self.world, self.num_train, self.num_test, self.seed = world, num_train, num_test, seed
 
     def __repr__(self) -> str:  # TFDS logs it
@@ -131,11 +134,10 @@ def build(
         builder = opened()
     # The decorators of TFDS hide from a type checker which arguments these two calls take.
     decoders = {"caption": _text()}  # pyright: ignore[reportCallIssue]
-    read = lambda split: builder.as_data_source(
-        split,  # pyright: ignore[reportCallIssue]
+    train, test = builder.as_data_source(
+        ["train", "test"],  # pyright: ignore[reportCallIssue]
         decoders=decoders,
     )
-    train, test = read("train"), read("test")
     stored, expected = train[0], example(world, seed, 0)
     if not all(np.array_equal(stored[key], value) for key, value in expected.items()):
         raise UserError(

@@ -13,6 +13,7 @@ All functions are pure; positions and speeds are in pixels and pixels per frame,
 
 import functools
 import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,6 +120,16 @@ def spread(world: World, count: int) -> list[int]:
     return [i * total // count for i in range(count)]
 
 
+def table(named: Mapping[str, Sequence[float | int]]) -> np.ndarray:
+    """The values of COLOURS, DIRECTIONS or RELATIONS, float32 [names, components]."""
+    return np.array(list(named.values()), np.float32)
+
+
+def wrapped(difference: np.ndarray, world: World) -> np.ndarray:
+    """Of two positions on the torus, the way between them that is shorter."""
+    return (difference + world.size / 2) % world.size - world.size / 2
+
+
 def shape_mask(shape: str, x, y, world: World) -> np.ndarray:
     """Coverage in [0, 1] of a shape centred at (x, y) on the torus.
 
@@ -128,8 +139,7 @@ def shape_mask(shape: str, x, y, world: World) -> np.ndarray:
     """
     x, y = np.asarray(x, np.float32)[..., None, None], np.asarray(y, np.float32)[..., None, None]
     pixel = np.arange(world.size, dtype=np.float32)
-    wrap = lambda d: (d + world.size / 2) % world.size - world.size / 2
-    dx, dy = wrap(pixel[None, :] - x), wrap(pixel[:, None] - y)
+    dx, dy = wrapped(pixel[None, :] - x, world), wrapped(pixel[:, None] - y, world)
     area = np.pi * world.radius**2
     if shape == "circle":
         distance = np.hypot(dx, dy) - world.radius

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from salt_jax.moving_shapes import score, shapes
+from salt_jax.moving_shapes.reading import read
 from salt_jax.moving_shapes.shapes import Mode, World
 
 SINGLE, PAIR = World(), World(pair=True)
@@ -63,7 +64,7 @@ def averaged_with(other, videos, scene, mode, world: World):
 )
 def test_clean_clips_are_read_without_fault(world):
     videos, scene, mode = clips(world, 16 if world.pair and world.size == 24 else 96)
-    reading = score.read(videos, world)
+    reading = read(videos, world)
     for name, right in score.compare(reading, scene, world).items():
         assert right.mean() >= 0.99, name
     found, distance = score.nearest_mode(reading, scene, world)
@@ -82,7 +83,7 @@ def test_clean_clips_are_read_without_fault(world):
 def test_every_scene_is_read_without_fault(world):
     scene = np.arange(len(shapes.scenes(world)))
     mode = np.random.default_rng(1).integers(len(shapes.modes(world)), size=len(scene))
-    reading = score.read(render(scene, mode, world), world)
+    reading = read(render(scene, mode, world), world)
     assert score.compare(reading, scene, world)["all"].mean() >= 0.99
     assert (score.nearest_mode(reading, scene, world)[0] == mode).mean() >= 0.99
 
@@ -95,7 +96,7 @@ def test_reading_is_independent_of_the_table_of_statements():
     up, above = list(shapes.DIRECTIONS).index("up"), list(shapes.RELATIONS).index("above")
     mode = Mode(4.0, 2.0, 0.5)
     alone = shapes.render(shapes.Scene("square", "blue", "up"), mode, SINGLE)
-    got = score.read(alone[None], SINGLE)
+    got = read(alone[None], SINGLE)
     assert [int(f[0]) for f in got[:6]] == [shapes.SHAPES.index("square"), blue, up, -1, -1, -1]
     np.testing.assert_allclose(got.centres[0, 0], [(4, 2 - 0.5 * t) for t in range(SINGLE.frames)])
     # The red triangle is above the blue square, whichever of them the caption names first.
@@ -103,7 +104,7 @@ def test_reading_is_independent_of_the_table_of_statements():
         shapes.Scene("square", "blue", "up", "below", "triangle", "red"),
         shapes.Scene("triangle", "red", "up", "above", "square", "blue"),
     ):
-        got = score.read(shapes.render(scene, mode, PAIR)[None], PAIR)
+        got = read(shapes.render(scene, mode, PAIR)[None], PAIR)
         square, triangle = shapes.SHAPES.index("square"), shapes.SHAPES.index("triangle")
         assert [int(f[0]) for f in got[:6]] == [triangle, red, up, above, square, blue]
 
@@ -124,7 +125,7 @@ def test_places_and_speeds_between_the_modes(world):
     assert card["all"] >= 0.99
     assert card["off_grid"] == 1
     assert card["coverage"] == 0 and card["coverage_ratio"] == 0
-    np.testing.assert_allclose(score.read(videos, world).speed, speeds, atol=0.07)
+    np.testing.assert_allclose(read(videos, world).speed, speeds, atol=0.07)
 
 
 @pytest.mark.parametrize("world", [SINGLE, PAIR], ids=["single", "pair"])
@@ -168,7 +169,7 @@ def test_scales_of_sharpness_and_residual():
     ]
     assert 1 > blurred[0] and all(np.diff(blurred) < -0.05) and blurred[-1] < 0.3
     for left in (0.9, 0.7, 0.5):  # an object of this brightness misses the rest
-        dark = score.read(to_uint8(left * videos), SINGLE)
+        dark = read(to_uint8(left * videos), SINGLE)
         np.testing.assert_allclose(dark.residual, 1 - left, atol=0.01)
         np.testing.assert_allclose(dark.sharpness, left, atol=0.02)
     noise = np.random.default_rng(1).normal(0, 255 * 0.05, videos.shape)
@@ -202,7 +203,7 @@ def test_a_change_of_colour_or_shape_midway_breaks_identity():
     before = shapes.render(scene, mode, SINGLE)
     for after in (shapes.Scene("circle", "green", "left"), shapes.Scene("square", "red", "left")):
         broken = np.concatenate([before[:5], shapes.render(after, mode, SINGLE)[5:]])[None]
-        assert score.read(broken, SINGLE).identity[0] == pytest.approx(5 / 9)
+        assert read(broken, SINGLE).identity[0] == pytest.approx(5 / 9)
         card = score.score(broken, index, SINGLE)
         assert card["all"] == 0 and card["shape"] == card["colour"] == card["direction"] == 1
 
@@ -215,7 +216,7 @@ def test_time_out_of_order(world):
     assert card["motion"] == card["speed"] == card["direction"] == card["all"] == 0
     assert card["shape"] == card["colour"] == card["clean"] == 1 and card["off_grid"] == 1
     # Backwards: every direction is the opposite one.
-    forwards, backwards = score.read(videos, world), score.read(videos[:, ::-1], world)
+    forwards, backwards = read(videos, world), read(videos[:, ::-1], world)
     way = np.array(list(shapes.DIRECTIONS.values()))
     np.testing.assert_array_equal(way[backwards.direction], -way[forwards.direction])
     assert score.score(videos[:, ::-1], scene, world)["direction"] == 0
@@ -243,7 +244,7 @@ def test_a_pair_must_move_together():
         shapes.render(s, Mode(6.0 + 12 * i, 12.0, 0.5), World(size=24))
         for i, s in enumerate((one, two))
     ]
-    reading = score.read(np.maximum(*both)[None], World(size=24, pair=True))
+    reading = read(np.maximum(*both)[None], World(size=24, pair=True))
     assert (
         reading.direction[0] == -1
         and reading.speed[0] == 0
@@ -296,7 +297,7 @@ def test_wrong_input_is_refused_with_a_reason():
         videos[:0],
     ):
         with pytest.raises(ValueError, match="expected"):
-            score.read(wrong, SINGLE)
+            read(wrong, SINGLE)
     for wrong in (scene[:1], np.array([0, 48]), np.array([-1, 0])):
         with pytest.raises(ValueError, match="scene_index must hold"):
             score.score(videos, wrong, SINGLE)
