@@ -18,8 +18,8 @@ from tqdm import tqdm
 from salt_jax.choices import TeacherSolver
 from salt_jax.cli import encode_flags as f
 from salt_jax.data.clips import READER, read_clip
-from salt_jax.data.latents import Record, Report, in_groups, write_records
 from salt_jax.data.video_folder import Video
+from salt_jax.data.writing_latents import Plan, Report, in_groups, write_records
 from salt_jax.errors import UserError
 from salt_jax.io import model_folder
 from salt_jax.io.model_folder import IMAGE, TEXT, VAE, WAN, Part, Source
@@ -90,17 +90,15 @@ def encode_all(wanted: f.Wanted) -> None:
         shapes, parts = shapes | more, [TEXT, VAE] + ([IMAGE] if f.PICTURE.value else [])
     read_file = partial(read_whole, wanted.height, wanted.width) if f.VIDEOS.value else None
     load = partial(load_source, videos, tokenize, read_file)
-    report = write_records(
-        f.DST.value,
+    plan = Plan(
         settings(source, parts, videos, negative),
         shapes,
         null_text,
         [video.name for video in videos],
         f.PER_PART.value,
-        partial(in_groups, load=load, encode=encode, size=batch),
-        index,
-        count,
     )
+    make = partial(in_groups, load=load, encode=encode, size=batch)
+    report = write_records(f.DST.value, plan, make, index, count)
     print_report(report, len(videos))
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from salt_jax.data import latents, pipeline
-from salt_jax.data.latents import open_records, write_records
+from salt_jax.data import pipeline
+from salt_jax.data.latents import FORMAT, open_records
+from salt_jax.data.writing_latents import Plan, in_groups, write_records
 from salt_jax.errors import UserError
 
 CLIP, DIM = (3, 4, 6, 16), 8
@@ -33,16 +34,9 @@ def make(numbers):
         yield "too short" if i in (4, 5, 6, 7, 9) else example(i)
 
 
-def write(directory, make=make, **changes):
-    values = {
-        "settings": SETTINGS,
-        "shapes": SHAPES,
-        "null_text": NULL,
-        "names": NAMES,
-        "per_part": 4,
-    }
-    values |= {"process_index": 0, "process_count": 1}
-    return write_records(directory, make=make, **(values | changes))
+def write(directory, make=make, process_index=0, process_count=1, **changes):
+    plan = Plan(SETTINGS, SHAPES, NULL, NAMES, 4)._replace(**changes)
+    return write_records(directory, plan, make, process_index, process_count)
 
 
 KEPT = [0, 1, 2, 3, 8, 10]  # part 1, of 4 to 7, has no record at all
@@ -227,7 +221,7 @@ def test_data_that_do_not_fit_are_refused_on_reading(tmp_path):
     with pytest.raises(ValueError, match="a text has 4 tokens, the model reads 3"):
         records[3]
     settings = json.loads((tmp_path / "settings.json").read_text())
-    (tmp_path / "settings.json").write_text(json.dumps(settings | {"format": latents.FORMAT + 1}))
+    (tmp_path / "settings.json").write_text(json.dumps(settings | {"format": FORMAT + 1}))
     with pytest.raises(UserError, match="has format 2, this version of salt_jax reads 1"):
         open_records(tmp_path, CLIP, 6)
 
@@ -243,7 +237,7 @@ def test_groups_keep_the_order_and_one_size():
     load = lambda i: "bad" if i in (0, 4, 5, 6, 7, 13) else i
     for size in (1, 3, 4, 30):
         sizes.clear()
-        told = list(latents.in_groups(range(3, 15), load, encode, size))
+        told = list(in_groups(range(3, 15), load, encode, size))
         assert told == [load(i) if load(i) == "bad" else {"caption": str(i)} for i in range(3, 15)]
         assert set(sizes) == {size}
 
@@ -253,9 +247,9 @@ def test_what_fails_while_loading_or_encoding_is_not_hidden():
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        list(latents.in_groups(range(3), fails, list, 2))
+        list(in_groups(range(3), fails, list, 2))
     with pytest.raises(RuntimeError, match="out of memory"):
-        list(latents.in_groups(range(3), int, fails, 2))
+        list(in_groups(range(3), int, fails, 2))
 
 
 def test_what_another_reader_began_is_not_continued(tmp_path):

@@ -1,0 +1,274 @@
+"""Writes the data sets that `latents` reads.
+
+Writing is cut into parts, one file each. A part is a function of the settings and its number and is
+put in place whole, so work that was stopped goes on with the first part that is missing, and
+processes share parts without talking.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from tqdm import tqdm
+
+from salt_jax.data.latents import FORMAT, read_object
+from salt_jax.errors import UserError
+
+# Decoding and resizing videos release the interpreter lock; a clip of 81 frames at 832 x 480 is 97
+# MB.
+READ_AHEAD = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
+
+Record = Mapping[str, str | np.ndarray]
+"""What is to be written: `caption` str, `text` [n, D] without padding, and of `latent`, `image`,
+`condition` those the data set has.
+"""
+
+Shapes = Mapping[str, tuple[int | None, ...]]
+"""Of the arrays of every record, `text` as (None, D)."""
+
+T = TypeVar("T")
+
+
+class Plan(NamedTuple):
+    """What a data set is to hold."""
+
+    settings: Mapping[str, object]  # JSON values, all that records depend on besides their number
+    shapes: Shapes
+    null_text: np.ndarray  # [n, D], kept beside the records
+    names: Sequence[str]  # of the sources, in a fixed order; each becomes one record or is rejected
+    per_part: int  # sources
+
+    @property
+    def count(self) -> int:
+        """Of the parts."""
+        return -(-len(self.names) // self.per_part)
+
+    def numbers(self, part: int) -> range:
+        """The sources of a part."""
+        return range(part * self.per_part, min((part + 1) * self.per_part, len(self.names)))
+
+
+class Report(NamedTuple):
+    """How far the writing of a data set is, over all processes."""
+
+    written: int
+    rejected: list[tuple[str, str]]  # name and reason
+    missing: int  # parts
+
+
+class Written(NamedTuple):
+    """A part, as its note tells."""
+
+    length: int  # records
+    bytes: int
+    rejected: list[list[str]]  # name and reason of each
+
+
+def write_records(
+    directory: str | Path,
+    plan: Plan,
+    make: Callable[[range], Iterable[Record | str]],
+    process_index: int,
+    process_count: int,
+) -> Report:
+    """Writes this process's share of the parts that are missing, and completes the data set if none
+    is left.
+
+    Args:
+      make: sources' numbers -> for each of them its record, or the reason why there is none. Values
+        that float16 cannot hold are a reason too.
+
+    Raises:
+      UserError: the directory holds other settings, or no source became a record.
+    """
+    directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the directory {directory} ({error.strerror}); choose another"
+        ) from error
+    _keep_settings(directory, plan, process_index)
+    features = _features(plan.shapes)
+    mine = range(process_index, plan.count, process_count)
+    missing = [part for part in mine if not _part_file(directory, part).exists()]
+    total = sum(len(plan.numbers(part)) for part in mine)
+    done = total - sum(len(plan.numbers(part)) for part in missing)
+    with tqdm(total=total, initial=done, desc="encoding", unit="record") as bar:
+        left_out = 0
+        for part in missing:
+            left_out += _write_part(directory, part, plan, features, make, bar)
+            bar.set_postfix(rejected=left_out)
+    return _complete(directory, plan.count, features)
+
+
+def in_groups(
+    numbers: range,
+    load: Callable[[int], T | str],
+    encode: Callable[[Sequence[T]], Iterable[Record]],
+    size: int,
+) -> Iterator[Record | str]:
+    """For each number its record or the reason why there is none, a str that `load` gives; for
+    `write_records`.
+
+    `size` loaded ones are encoded together, while threads load the next. A group that is not full
+    is filled with its last one, so every program is compiled for one size.
+    """
+    loaded = iter(grain.MapDataset.source(numbers).map(load).to_iter_dataset(READ_AHEAD))
+    while group := list(itertools.islice(loaded, size)):
+        good = [item for item in group if not isinstance(item, str)]
+        records = iter(encode(good + good[-1:] * (size - len(good))) if good else ())
+        yield from (item if isinstance(item, str) else next(records) for item in group)
+
+
+def _features(shapes: Shapes) -> tfds.features.FeaturesDict:
+    arrays = {
+        name: tfds.features.Tensor(shape=shape, dtype=np.float16, encoding="bytes")
+        for name, shape in shapes.items()
+    }
+    return tfds.features.FeaturesDict({"caption": tfds.features.Text(), **arrays})
+
+
+def _keep_settings(directory: Path, plan: Plan, process_index: int) -> None:
+    """Writes the settings on the first call, compares afterwards."""
+    settings = {
+        **plan.settings,
+        "format": FORMAT,
+        "sources": len(plan.names),
+        "per_part": plan.per_part,
+        "clip": plan.shapes.get("latent"),
+        "shapes": dict(plan.shapes),
+    }
+    settings = json.loads(json.dumps(settings))
+    before = read_object(directory / "settings.json")
+    if before is not None:
+        for key in sorted(set(before) | set(settings)):
+            if before.get(key) != settings.get(key):
+                raise UserError(
+                    f"{directory} was begun with {key}={before.get(key)}, this run has "
+                    f"{settings.get(key)}; "
+                    "make them equal, or choose another --dst"
+                )
+        return
+    temporary = directory / f"null_text.{process_index}.npy"  # processes may start at the same time
+    np.save(temporary, plan.null_text.astype(np.float16))
+    temporary.replace(directory / "null_text.npy")
+    _write_json(directory / "settings.json", settings, process_index)
+
+
+def _write_part(
+    directory: Path,
+    part: int,
+    plan: Plan,
+    features: tfds.features.FeaturesDict,
+    make: Callable[[range], Iterable[Record | str]],
+    bar: tqdm,
+) -> int:
+    """One file of records, then the note that makes it count.
+
+    Returns how many sources were rejected.
+    """
+    file = Path(_template(directory).sharded_filepath(shard_index=part, num_shards=plan.count))
+    numbers = plan.numbers(part)
+    temporary = file.with_name(f"{file.name}.partial")
+    rejected, length, size = [], 0, 0
+    writer = ArrayRecordWriter(str(temporary), "group_size:1")
+    try:
+        for number, record in zip(numbers, make(numbers), strict=True):
+            stored = record if isinstance(record, str) else _halved(record)
+            if isinstance(stored, str):
+                rejected.append([plan.names[number], stored])
+            else:
+                told = features.serialize_example(stored)
+                writer.write(told)
+                length, size = length + 1, size + len(told)
+            bar.update()
+    finally:
+        writer.close()
+    temporary.replace(file)
+    _write_json(_part_file(directory, part), Written(length, size, rejected)._asdict(), part)
+    return len(rejected)
+
+
+def _halved(record: Record) -> dict[str, str | np.ndarray] | str:
+    """The arrays as float16, or why that cannot be."""
+    arrays = {name: value for name, value in record.items() if not isinstance(value, str)}
+    limit = float(np.finfo(np.float16).max)
+    for name, value in arrays.items():
+        largest = float(np.abs(value).max(initial=0))
+        if not largest <= limit:
+            return f"its {name} has values up to {largest:g}, float16 holds {limit:g}"
+    return {
+        "caption": record["caption"],
+        **{name: value.astype(np.float16) for name, value in arrays.items()},
+    }
+
+
+def _complete(directory: Path, count: int, features: tfds.features.FeaturesDict) -> Report:
+    """Sums up the parts and, when all are there, writes what TFDS needs to open them.
+
+    Raises:
+      UserError: all parts are there and no record is in them.
+    """
+    parts = [_read_part(_part_file(directory, part)) for part in range(count)]
+    found = [part for part in parts if part is not None]
+    rejected = [(name, reason) for part in found for name, reason in part.rejected]
+    report = Report(sum(part.length for part in found), rejected, count - len(found))
+    if report.missing:
+        return report
+    lines = [json.dumps({"source": name, "reason": reason}) + "\n" for name, reason in rejected]
+    (directory / "rejected.jsonl").write_text("".join(lines), encoding="utf-8")
+    if not report.written:
+        name, reason = rejected[0]
+        raise UserError(
+            f"none of {len(rejected)} sources could be encoded ({name}: {reason}); see "
+            f"{directory / 'rejected.jsonl'}"
+        )
+    split = tfds.core.SplitInfo(
+        name="train",
+        shard_lengths=[part.length for part in found],
+        num_bytes=sum(part.bytes for part in found),
+        filename_template=_template(directory),
+    )
+    tfds.folder_dataset.write_metadata(
+        data_dir=directory,
+        features=features,
+        split_infos=[split],
+        filename_template=_template(directory),
+        check_data=False,  # its check needs TensorFlow
+        description="Videos or prompts encoded by salt_jax for training.",
+        disable_shuffling=True,
+    )
+    return report
+
+
+def _template(directory: Path) -> tfds.core.ShardedFileTemplate:
+    return tfds.core.ShardedFileTemplate(
+        data_dir=tfds.core.Path(directory),
+        dataset_name="encoded",
+        split="train",
+        filetype_suffix="array_record",
+    )
+
+
+def _part_file(directory: Path, part: int) -> Path:
+    return directory / "parts" / f"{part:05d}.json"
+
+
+def _read_part(file: Path) -> Written | None:
+    told = read_object(file)
+    return None if told is None else Written(**told)  # pyright: ignore[reportArgumentType]
+
+
+def _write_json(file: Path, value: Mapping[str, object], writer: int) -> None:
+    """Atomic. `writer` keeps the temporary files of processes apart."""
+    file.parent.mkdir(exist_ok=True)
+    temporary = file.with_suffix(f".{writer}.partial")
+    temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    temporary.replace(file)
