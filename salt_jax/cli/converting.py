@@ -16,8 +16,8 @@ from salt_jax.convert.folder import find_networks, tokenizer_files
 from salt_jax.convert.lora import Lora, describe, find_lora, lora_alpha, lora_writers, merge_lora
 from salt_jax.convert.reading import Found, writers
 from salt_jax.convert.sizes import PARTS
-from salt_jax.convert.writing import open_wan, write_official
-from salt_jax.convert.writing_lora import open_lora, write_lora
+from salt_jax.convert.writing import Transformer, open_wan, write_official
+from salt_jax.convert.writing_lora import LowRank, open_lora, write_lora
 from salt_jax.errors import UserError
 from salt_jax.io.header import read_metadata
 from salt_jax.io.model_folder import TOKENIZERS
@@ -172,8 +172,8 @@ def give_back(src: Path, dst: Path, layout: Layout, workdir: bool) -> None:
         if layout == "official":
             raise UserError(f"{src} is a LoRA; write it with --to=diffusers or --to=comfyui")
         with tqdm(unit="B", unit_scale=True) as bar:
-            file = write_lora(*lora, dst, layout, f.DTYPE.value, report=bar.update)
-        print(f"wrote {file} with {layout} names, rank {lora[1]}, alpha {lora[2]:g}")
+            file = write_lora(lora, dst, layout, f.DTYPE.value, report=bar.update)
+        print(f"wrote {file} with {layout} names, rank {lora.rank}, alpha {lora.alpha:g}")
         return
     if layout == "comfyui":
         raise UserError(
@@ -181,18 +181,16 @@ def give_back(src: Path, dst: Path, layout: Layout, workdir: bool) -> None:
         )
     if workdir:
         run = open_workdir(str(src), f.STEP.value, f.AVERAGE.value)
-        config, params, origin = run.recipe.wan, run.params, record(run)["salt_jax"]
+        network, told = Transformer(run.recipe.wan, run.params), record(run)["salt_jax"]
     else:
-        (config, params), origin = open_wan(ours), read_metadata(ours).get("salt_jax", "")
+        network, told = open_wan(ours), read_metadata(ours).get("salt_jax", "")
     with tqdm(unit="B", unit_scale=True) as bar:
-        write_official(params, config, dst, layout, f.DTYPE.value, report=bar.update, record=origin)
+        write_official(network, dst, layout, f.DTYPE.value, report=bar.update, record=told)
     print(f"wrote {dst} with {layout} names")
 
 
-def adapter_of(src: Path, workdir: bool) -> tuple[Params, int, float] | None:
-    """Parameters, rank and alpha of a kept LoRA, or with --keep_lora of the adapter of a workdir;
-    None: neither.
-    """
+def adapter_of(src: Path, workdir: bool) -> LowRank | None:
+    """A kept LoRA, or with --keep_lora the adapter of a workdir; None: neither."""
     if not workdir:
         lora = open_lora(src / "lora.safetensors" if src.is_dir() and f.KEEP.value else src)
         if f.KEEP.value and lora is None:
@@ -203,11 +201,8 @@ def adapter_of(src: Path, workdir: bool) -> tuple[Params, int, float] | None:
     recipe = read_workdir(src, f.STEP.value)
     if not recipe.lora.rank:
         raise UserError(f"{src} has trained no LoRA; leave out --keep_lora")
-    return (
-        restore_params(src, ITEMS[f.AVERAGE.value], all_devices(), f.STEP.value),
-        recipe.lora.rank,
-        recipe.lora.alpha,
-    )
+    params = restore_params(src, ITEMS[f.AVERAGE.value], all_devices(), f.STEP.value)
+    return LowRank(params, recipe.lora.rank, recipe.lora.alpha)
 
 
 def convert(wanted: f.Wanted) -> None:

@@ -4,7 +4,7 @@ wrote.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from safetensors import SafetensorError
 
@@ -79,7 +79,7 @@ def _open(path: Path) -> tuple[dict[str, TensorRef], dict[str, str]]:
         ) from error
 
 
-def _flat(found: dict[Any, Any]) -> dict[str, TensorRef]:
+def _flat(found: dict[object, object]) -> dict[str, TensorRef]:
     """The tensors in dicts in dicts, each dict once."""
     tensors, seen, left = {}, {id(found)}, [("", found, 1)]
     while left:

@@ -6,7 +6,6 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from salt_jax.convert.files import open_tensors
 from salt_jax.convert.foreign import foreign_by_names
@@ -23,7 +22,7 @@ NO_NETWORK = (
 )
 
 
-def find_networks(src: Path, unused: Callable[[Path], Any], key: str = "") -> dict[str, Found]:
+def find_networks(src: Path, unused: Callable[[Path], object], key: str = "") -> dict[str, Found]:
     """The networks in a folder with everything below it, or in a file, by what they are.
 
     Args:

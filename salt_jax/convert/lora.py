@@ -1,11 +1,13 @@
 """LoRA weights in files of others: merged into a network, or kept apart."""
 
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from salt_jax.convert.files import open_tensors
 from salt_jax.convert.lora_names import Modules, read_modules
@@ -112,9 +114,12 @@ def merge_lora(found: Found, lora: Lora, strength: float = 1.0) -> Found:
     deltas = {
         place: Delta(one.scale, one.up, one.down) for place, one in lora.adapters.items()
     } | lora.differences
-    added = lambda place: (
-        (deltas[place]._replace(scale=strength * deltas[place].scale),) if place in deltas else ()
-    )
+
+    def added(place: Place) -> tuple[Delta, ...]:
+        if place not in deltas:
+            return ()
+        return (deltas[place]._replace(scale=strength * deltas[place].scale),)
+
     pieces = {
         ours: tuple(
             piece._replace(deltas=piece.deltas + added((ours, i))) for i, piece in enumerate(pieces)
@@ -151,7 +156,7 @@ def lora_alpha(lora: Lora) -> tuple[int, float]:
     return lora.ranks[0], scales.pop() * lora.ranks[0]
 
 
-def lora_writers(lora: Lora, layers: int, dtype: Any) -> dict[str, TensorWriter]:
+def lora_writers(lora: Lora, layers: int, dtype: DTypeLike | None) -> dict[str, TensorWriter]:
     """The LoRA as the tree of `models.lora`; `dtype` as for `reading.writers`.
 
     Raises:
@@ -170,8 +175,7 @@ def lora_writers(lora: Lora, layers: int, dtype: Any) -> dict[str, TensorWriter]
             kinds = {tensor.dtype for tensor in stored}
             exact = kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
             kind = np.dtype(dtype or (exact if exact.itemsize in (2, 4) else np.float32))
-            flat = lambda tensor: view(tensor).reshape(len(view(tensor)), -1)
-            parts = lambda stored=stored, flat=flat: (flat(tensor).T for tensor in stored)
+            parts = functools.partial(map, _transposed, stored)
             rows = stored[0].shape[0]
             arrays[f"{ours}/{ab}"] = TensorWriter(
                 kind, (layers, math.prod(stored[0].shape[1:]), rows), parts
@@ -179,15 +183,23 @@ def lora_writers(lora: Lora, layers: int, dtype: Any) -> dict[str, TensorWriter]
     return arrays
 
 
+def _transposed(tensor: TensorRef) -> np.ndarray:
+    """A factor as a matrix [I, R] or [R, O]."""
+    array = view(tensor)
+    return array.reshape(len(array), -1).T
+
+
 def describe(lora: Lora) -> str:
     """In one line."""
-    many = lambda numbers: (
-        f"{numbers[0]:g}" if len(numbers) == 1 else f"{numbers[0]:g} to {numbers[-1]:g}"
-    )
-    low = f"rank {many(lora.ranks)}, alpha {many(lora.alphas)}, " if lora.adapters else ""
+    low = f"rank {_span(lora.ranks)}, alpha {_span(lora.alphas)}, " if lora.adapters else ""
     whole = f", {len(lora.differences)} differences of whole arrays" if lora.differences else ""
     key = f", {lora.key} of the file" if lora.key else ""
     return f"{low}{len(lora.adapters)} matrices{whole}{key}"
+
+
+def _span(numbers: Sequence[float | int]) -> str:
+    first, last = f"{numbers[0]:g}", f"{numbers[-1]:g}"
+    return first if len(numbers) == 1 else f"{first} to {last}"
 
 
 def _value(tensor: TensorRef) -> float:

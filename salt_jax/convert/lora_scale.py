@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from salt_jax.errors import UserError
 
@@ -138,11 +138,11 @@ def scale_of(
     return next(reversed(options.values()), 1.0)
 
 
-def number(value: Any, what: str) -> float:
-    """A finite number other than zero. Raises UserError."""
+def number(value: object, what: str) -> float:
+    """A finite number other than zero, perhaps as text. Raises UserError."""
     try:
-        read = float(value)
-    except (TypeError, ValueError):
+        read = float(value) if isinstance(value, str | int | float) else math.nan
+    except (ValueError, OverflowError):
         read = math.nan
     if not math.isfinite(read) or not read or isinstance(value, bool):
         raise UserError(
@@ -151,8 +151,8 @@ def number(value: Any, what: str) -> float:
     return read
 
 
-def _stated(found: Any, source: str, strict: bool) -> Stated:
-    config = _component(found, source)
+def _told(told: object, source: str, strict: bool) -> Told:
+    config = _component(told, source)
     asked = {key: value for key, value in config.items() if value not in NO}
     passed = APPLIED | HARMLESS if strict else config.keys() - MATTERS
     other = {key: value for key, value in asked.items() if key not in passed}
@@ -166,8 +166,9 @@ def _stated(found: Any, source: str, strict: bool) -> Stated:
             f"{source} says {key} {str(other[key])[:60]!r}, which is not applied here; merge it "
             "with PEFT"
         )
-    number_of = lambda key: (
+    rank, alpha = (
         None if config.get(key) is None else number(config[key], f"{key} of {source}")
+        for key in ("r", "lora_alpha")
     )
     patterns = {}
     for key in ("rank_pattern", "alpha_pattern"):
@@ -182,15 +183,15 @@ def _stated(found: Any, source: str, strict: bool) -> Stated:
         raise UserError(
             f"use_rslora of {source} is {str(rslora)[:40]!r}, neither true nor false; correct it"
         )
-    return Stated(source, number_of("r"), number_of("lora_alpha"), bool(rslora), *patterns.values())
+    return Told(source, rank, alpha, bool(rslora), *patterns.values())
 
 
-def _component(found: Any, source: str) -> dict[str, Any]:
+def _component(told: object, source: str) -> dict[str, object]:
     """The keys of the transformer: diffusers writes "transformer." in front of each."""
     if not isinstance(found, dict):
         raise UserError(f"{source} is no JSON object; correct or remove it")
-    parts: dict[str, dict[str, Any]] = {}
-    for key, value in found.items():
+    parts: dict[str, dict[str, object]] = {}
+    for key, value in told.items():
         front, _, last = key.rpartition(".")
         parts.setdefault(front, {})[last] = value
     front = next((front for front in ("transformer", "", *parts) if front in parts), "")
@@ -211,14 +212,14 @@ def _pattern(patterns: Iterable[str], module: str) -> str:
         ) from error
 
 
-def _json(text: str | bytes, source: str | Path) -> Any:
+def _json(text: str | bytes, source: str | Path) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"cannot read {source} as JSON ({error}); correct or remove it") from error
 
 
-def _plain(text: str) -> Any:
+def _plain(text: str) -> object:
     try:
         return json.loads(text)
     except ValueError:

@@ -179,14 +179,17 @@ IMAGE_ENCODER = (
 def _residual(ours: str, official: str, diffusers: str, shortcut: bool) -> tuple[Row, ...]:
     pieces = (("conv1", "residual.2", "conv1"), ("conv2", "residual.6", "conv2"))
     pieces += (("shortcut", "shortcut", "conv_shortcut"),) if shortcut else ()
-    norm = lambda k, there: Row(
-        f"{ours}/norm{k}/scale",
-        f"{official}.residual.{there}.gamma",
-        f"{diffusers}.norm{k}.gamma",
-        GAIN3,
-    )
+    norms = [
+        Row(
+            f"{ours}/norm{k}/scale",
+            f"{official}.residual.{there}.gamma",
+            f"{diffusers}.norm{k}.gamma",
+            GAIN3,
+        )
+        for k, there in ((1, 0), (2, 3))
+    ]
     lines = "\n".join(f"{ours}/{a} {official}.{b} {diffusers}.{c}" for a, b, c in pieces)
-    return norm(1, 0), norm(2, 3), *_pairs(lines, CONV3)
+    return (*norms, *_pairs(lines, CONV3))
 
 
 def _sampler(ours: str, official: str, diffusers: str, in_time: bool) -> tuple[Row, ...]:

@@ -73,15 +73,19 @@ def choose(prefixes: Sequence[str], key: str, where: str) -> int:
         able = keyed
     else:
         able = [i for i, prefix in enumerate(prefixes) if not re.search(names.HELPERS, prefix)]
-    known = lambda part: (
-        part if part in names.STUDENTS else "ema" if re.search(names.AVERAGE, part) else ""
-    )
-    rank = lambda i: min((names.STUDENTS.index(known(p)) for p in parts[i] if known(p)), default=99)
-    first = [i for i in able if rank(i) == min(map(rank, able))] if able else []
+    ranks = {i: min(map(_rank, parts[i])) for i in able}
+    first = [i for i, rank in ranks.items() if rank == min(ranks.values())]
     if len(first) != 1:
         places = listed(prefixes[i].strip("./") or "the top" for i in first or range(len(prefixes)))
         raise UserError(f"{where} may be what stands under {places}; choose with --key")
     return first[0]
+
+
+def _rank(part: str) -> int:
+    """How soon a part of a prefix is taken for the student's; 99: not at all."""
+    if part not in names.STUDENTS and re.search(names.AVERAGE, part):
+        part = "ema"
+    return names.STUDENTS.index(part) if part in names.STUDENTS else 99
 
 
 def inside(
@@ -90,14 +94,13 @@ def inside(
     """What stands under a prefix, the prefix cut off, without what other networks there have and
     without counters.
     """
-    counter = lambda tensor: tensor.dtype.kind in "iu" and math.prod(tensor.shape) == 1
     other = tuple(other for other in others if other and other.startswith(prefix))
     inside = {
         name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()
         if name.startswith(prefix)
         and not (other and name.startswith(other))
-        and not counter(tensor)
+        and not (tensor.dtype.kind in "iu" and math.prod(tensor.shape) == 1)
     }
     for name, first in names.ALIASES.items():
         if name in inside:

@@ -9,13 +9,13 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import EinopsError, rearrange
 from flax.traverse_util import flatten_dict
+from jax.typing import DTypeLike
 
 from salt_jax.convert import names
 from salt_jax.convert.files import Opened, open_tensors
@@ -36,6 +36,7 @@ from salt_jax.convert.sizes import PARTS, Size, infer_config, read_json
 from salt_jax.errors import UserError, listed
 from salt_jax.io import model_folder
 from salt_jax.io.tensor_files import TensorRef, TensorWriter, view
+from salt_jax.types import Leaf
 
 FLOATS = tuple(map(np.dtype, (np.float32, np.float16, jnp.bfloat16)))  # stored as they are
 
@@ -69,7 +70,7 @@ class Found(NamedTuple):
     network: str
     layout: str
     student: str  # which of several networks in the file: a key of it, or ""
-    config: Any
+    config: model_folder.Sizes
     files: tuple[Path, ...]
     pieces: dict[str, tuple[Piece, ...]]  # by our path; one for each layer where ours are stacked
     record: str = ""  # what our export wrote about it, as JSON
@@ -124,7 +125,7 @@ def outgoing_dtype(piece: Piece) -> np.dtype:
     return piece.stored.dtype if piece.stored.dtype in FLOATS else np.dtype(np.float32)
 
 
-def writers(found: Found, dtype: Any) -> dict[str, TensorWriter]:
+def writers(found: Found, dtype: DTypeLike | None) -> dict[str, TensorWriter]:
     """Our arrays of a network, stored as `dtype`, or as they are stored there where it is None.
 
     Nothing is read yet.
@@ -134,7 +135,7 @@ def writers(found: Found, dtype: Any) -> dict[str, TensorWriter]:
         kinds = {outgoing_dtype(piece) for piece in pieces}
         kind = np.dtype(dtype or (kinds.pop() if len(kinds) == 1 else np.float32))
         stack = (len(pieces),) if ours.startswith("blocks/") else ()
-        parts = lambda pieces=pieces: (_read(piece) for piece in pieces)
+        parts = functools.partial(map, _read, pieces)
         arrays[ours] = TensorWriter(kind, stack + _shape(pieces[0]), parts)
     return arrays
 
@@ -202,12 +203,15 @@ def _shape(piece: Piece) -> tuple[int, ...]:
 
 
 @functools.cache
-def _like(part: model_folder.Part, config: Any) -> dict[Any, Any]:
-    return flatten_dict(jax.eval_shape(lambda: part.init(jax.random.key(0), config)), sep="/")
+def _like(part: model_folder.Part, config: model_folder.Sizes) -> dict[str, Leaf]:
+    return flatten_dict(model_folder.shapes(part, config), sep="/")
 
 
 def _check(
-    pieces: Mapping[str, Sequence[Piece]], part: model_folder.Part, config: Any, where: str
+    pieces: Mapping[str, Sequence[Piece]],
+    part: model_folder.Part,
+    config: model_folder.Sizes,
+    where: str,
 ) -> None:
     like, wrong = _like(part, config), []
     for ours, each in pieces.items():

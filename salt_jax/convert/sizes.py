@@ -6,13 +6,18 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from salt_jax.errors import UserError
 from salt_jax.io import model_folder
+from salt_jax.io.model_folder import Sizes
 from salt_jax.models import image_encoder, presets
+from salt_jax.models.image_encoder import ImageEncoderConfig
+from salt_jax.models.presets import WanConfig
+from salt_jax.models.text_encoder import TextEncoderConfig
+from salt_jax.models.vae import VAEConfig
 
-PARTS = {
+PARTS: dict[str, model_folder.Part] = {
     "wan": model_folder.WAN,
     "vae": model_folder.VAE,
     "text_encoder": model_folder.TEXT,
@@ -36,7 +41,7 @@ class Size(NamedTuple):
     ours: tuple[int, ...]  # empty where theirs cannot be made into ours
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, object]:
     """The JSON object in a file; empty where there is none."""
     try:
         found = json.loads(path.read_text())
@@ -46,8 +51,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def infer_config(
-    network: str, sizes: Mapping[str, Size], stated: Mapping[str, Any], where: str
-) -> Any:
+    network: str, sizes: Mapping[str, Size], told: Mapping[str, object], where: str
+) -> Sizes:
     """The config of a network of `PARTS`.
 
     Args:
@@ -71,12 +76,12 @@ def infer_config(
         ) from error
 
 
-def _wan(sizes: Mapping[str, Size], stated: Mapping[str, Any], where: str) -> Any:
+def _wan(sizes: Mapping[str, Size], told: Mapping[str, object], where: str) -> WanConfig:
     layers, _, (_, dim) = sizes["blocks/modulation"]
     _, channels, frames, rows, columns = sizes["patch_embedding/kernel"].theirs
     known = {c.dim: c.num_heads for c in presets.PRESETS.values() if c.text_dim == 4096}
     image = sizes.get("image_embedding/norm_in/scale")
-    config = model_folder.WAN.config(
+    config = WanConfig(
         dim=dim,
         num_heads=_heads(stated, ("num_heads", "num_attention_heads"), known.get(dim), where),
         num_layers=layers,
@@ -85,16 +90,23 @@ def _wan(sizes: Mapping[str, Size], stated: Mapping[str, Any], where: str) -> An
         out_channels=sizes["head/linear/bias"].ours[0] // (frames * rows * columns),
         patch_size=(frames, rows, columns),
         text_dim=sizes["text_embedding/in/kernel"].ours[0],
-        text_length=int(stated.get("text_len", 512)),
+        text_length=int(_number(told, "text_len", 512)),
         freq_dim=sizes["time_embedding/in/kernel"].ours[0],
         image_dim=image.ours[0] if image else 0,
-        eps=float(stated.get("eps", 1e-6)),
+        eps=float(_number(told, "eps", 1e-6)),
     )
     _check_channels(config, where)
     return config
 
 
-def _check_channels(config: Any, where: str) -> None:
+def _number(told: Mapping[str, object], key: str, usual: float | int) -> float | int:
+    value = told.get(key, usual)
+    if not isinstance(value, float | int):
+        raise ValueError(f"its config.json says {key} {value!r}")
+    return value
+
+
+def _check_channels(config: WanConfig, where: str) -> None:
     made, taken = config.out_channels, config.in_channels
     if made == CHANNELS and taken == CHANNELS + config.condition_channels:
         return
@@ -107,20 +119,22 @@ def _check_channels(config: Any, where: str) -> None:
     )
 
 
-def _vae(sizes: Mapping[str, Size], stated: Mapping[str, Any], where: str) -> Any:
-    return model_folder.VAE.config(
-        sizes["encoder/conv_in/bias"].ours[0], sizes["from_latent/bias"].ours[0]
-    )
+def _vae(sizes: Mapping[str, Size], told: Mapping[str, object], where: str) -> VAEConfig:
+    return VAEConfig(sizes["encoder/conv_in/bias"].ours[0], sizes["from_latent/bias"].ours[0])
 
 
-def _text_encoder(sizes: Mapping[str, Size], stated: Mapping[str, Any], where: str) -> Any:
+def _text_encoder(
+    sizes: Mapping[str, Size], told: Mapping[str, object], where: str
+) -> TextEncoderConfig:
     layers, _, (buckets, heads) = sizes["blocks/relative_attention_bias/embedding"]
     vocabulary, dim = sizes["shared/embedding"].ours
     width, ffn = (sizes[f"blocks/{name}/kernel"].ours[1] for name in ("q", "wi_0"))
-    return model_folder.TEXT.config(vocabulary, dim, layers, heads, width // heads, ffn, buckets)
+    return TextEncoderConfig(vocabulary, dim, layers, heads, width // heads, ffn, buckets)
 
 
-def _image_encoder(sizes: Mapping[str, Size], stated: Mapping[str, Any], where: str) -> Any:
+def _image_encoder(
+    sizes: Mapping[str, Size], told: Mapping[str, object], where: str
+) -> ImageEncoderConfig:
     rows, dim = sizes["position_embedding"].ours
     layers, _, (_, mlp) = sizes["blocks/fc_in/kernel"]
     patch = sizes["patch_embedding/kernel"].ours[0]
@@ -128,12 +142,13 @@ def _image_encoder(sizes: Mapping[str, Size], stated: Mapping[str, Any], where: 
     # The official release keeps it in one folder with the transformer, whose config.json tells
     # other heads.
     known = published.num_heads if dim == published.dim else None
-    heads = known or _heads(stated, ("num_attention_heads",), None, where)
-    return model_folder.IMAGE.config(dim, layers, heads, mlp, math.isqrt(rows - 1) * patch, patch)
+    heads = known or _heads(told, ("num_attention_heads",), None, where)
+    return ImageEncoderConfig(dim, layers, heads, mlp, math.isqrt(rows - 1) * patch, patch)
 
 
-def _heads(stated: Mapping[str, Any], keys: Sequence[str], known: int | None, where: str) -> int:
-    value = next((stated[key] for key in keys if isinstance(stated.get(key), int)), known)
+def _heads(told: Mapping[str, object], keys: Sequence[str], known: int | None, where: str) -> int:
+    said = (told.get(key) for key in keys)
+    value = next((count for count in said if isinstance(count, int)), known)
     if not value:
         raise UserError(
             f"{where} is of a size not published, and shapes do not tell the number of heads; put "

@@ -8,7 +8,6 @@ import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from salt_jax.convert.torch_pickle import STORAGES, Name, Refused, Storage, follow, short
 from salt_jax.errors import UserError
@@ -17,7 +16,7 @@ MAX_PICKLE = 2**26  # bytes; a network of 1300 tensors needs 2**18
 DAMAGED = (zipfile.BadZipFile, struct.error, EOFError, NotImplementedError)  # what zipfile raises
 
 
-def read_torch(path: str | Path) -> dict[Any, Any]:
+def read_torch(path: str | Path) -> dict[object, object]:
     """The dict that torch.save wrote: nested dicts with a `Stored` for each tensor; no tensor is
     read.
 
@@ -30,7 +29,7 @@ def read_torch(path: str | Path) -> dict[Any, Any]:
     path = Path(path)
     try:
         root, entries = _zip_entries(path)
-        found = follow(_read_pickle(path, root, entries), _storages(root, entries), path)
+        found = follow(_read_pickle(path, root, entries), _storages(path, root, entries))
     except Refused as error:
         raise UserError(
             f"{path} is refused: {error}. Nothing of it was run. If you trust the file, load it "
@@ -109,7 +108,9 @@ def _read_pickle(path: Path, root: str, entries: Mapping[str, tuple[int, int]]) 
         return read(f"{root}data.pkl")
 
 
-def _storages(root: str, entries: Mapping[str, tuple[int, int]]) -> Callable[[Any], Storage]:
+def _storages(
+    path: Path, root: str, entries: Mapping[str, tuple[int, int]]
+) -> Callable[[object], Storage]:
     """From what the pickle says of a storage to its place in the file."""
 
     def storage(there):
@@ -129,6 +130,6 @@ def _storages(root: str, entries: Mapping[str, tuple[int, int]]) -> Callable[[An
             raise ValueError(
                 f"storage {key} has {size} bytes, too few for {count} numbers of {dtype}"
             )
-        return Storage(start, dtype, count)
+        return Storage(path, start, dtype, count)
 
     return storage

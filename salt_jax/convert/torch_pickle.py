@@ -10,7 +10,7 @@ import math
 import pickletools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -69,9 +69,12 @@ CONSTANTS = {
     "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
     "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
 }  # fmt: skip
-EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list}
+EMPTY: dict[str, Callable[[], object]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list}
 TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 MAX_AXES, MAX_LENGTH = 16, 2**40
+
+
+T = TypeVar("T")
 
 
 class Name(NamedTuple):
@@ -81,6 +84,7 @@ class Name(NamedTuple):
 
 
 class Storage(NamedTuple):
+    path: Path
     offset: int  # bytes from the start of the file
     dtype: np.dtype
     count: int  # numbers
@@ -101,14 +105,13 @@ class Refused(Exception):
 EMPTY |= {"EMPTY_SET": Opaque, "MARK": Mark}
 
 
-def follow(pickle: bytes, storage: Callable[[Any], Storage], path: Path) -> Any:
+def follow(pickle: bytes, storage: Callable[[object], Storage]) -> object:
     """What the pickle describes.
 
     The opcodes are those that pickling dicts of tensors gives, in protocols 2 to 5.
     """
-    stack: list[Any] = []
-    memo: dict[Any, Any] = {}
-    value: Any
+    stack: list[object] = []
+    memo: dict[object, object] = {}
     for opcode, value, _ in pickletools.genops(pickle):
         match opcode.name:
             case "PROTO" | "FRAME":
@@ -138,13 +141,13 @@ def follow(pickle: bytes, storage: Callable[[Any], Storage], path: Path) -> Any:
             case "BINGET" | "LONG_BINGET":
                 stack.append(memo[value])
             case "GLOBAL":
-                stack.append(_name(value))
+                stack.append(_name(*str(value).split(" ", 1)))
             case "STACK_GLOBAL":
-                stack.append(_name(" ".join(_pop(stack, 2))))
+                stack.append(_name(*_pop(stack, 2)))
             case "BINPERSID":
                 stack.append(storage(*_pop(stack, 1)))
             case "REDUCE":
-                stack.append(_rebuild(path, *_pop(stack, 2)))
+                stack.append(_rebuild(*_pop(stack, 2)))
             case "NEWOBJ":
                 stack.append(_make(*_pop(stack, 2)))
             case "BUILD":  # attributes of an OrderedDict, such as a state_dict's: nobody reads them
@@ -157,7 +160,7 @@ def follow(pickle: bytes, storage: Callable[[Any], Storage], path: Path) -> Any:
     raise ValueError("the pickle has no end")
 
 
-def _pop(stack: list[Any], count: int) -> list[Any]:
+def _pop(stack: list[object], count: int) -> list[object]:
     if len(stack) < count:
         raise ValueError("the pickle takes more than it has put down")
     items = stack[len(stack) - count :]
@@ -167,7 +170,7 @@ def _pop(stack: list[Any], count: int) -> list[Any]:
     return items
 
 
-def _pop_to_mark(stack: list[Any]) -> list[Any]:
+def _pop_to_mark(stack: list[object]) -> list[object]:
     count = next((n for n, item in enumerate(reversed(stack)) if isinstance(item, Mark)), None)
     if count is None:
         raise ValueError("the pickle closes what it has not opened")
@@ -176,18 +179,19 @@ def _pop_to_mark(stack: list[Any]) -> list[Any]:
     return items
 
 
-def _top(stack: list[Any], *kinds: type) -> Any:
-    if not stack or not isinstance(stack[-1], kinds):
+def _top(stack: list[object], *kinds: type[T]) -> T:
+    top = stack[-1] if stack else None
+    if not stack or not isinstance(top, kinds):
         raise Refused(f"it changes {short(stack[-1:])}, which is no {kinds[0].__name__}")
-    return stack[-1]
+    return top
 
 
-def _put(into: list[Any] | Opaque, items: list[Any]) -> None:
+def _put(into: list[object] | Opaque, items: list[object]) -> None:
     if isinstance(into, list):
         into.extend(items)
 
 
-def _set_items(into: dict[Any, Any] | Opaque, items: list[Any]) -> None:
+def _set_items(into: dict[object, object] | Opaque, items: list[object]) -> None:
     if isinstance(into, Opaque):
         return
     if len(items) % 2 or not all(type(key) in (str, int) for key in items[::2]):
@@ -195,23 +199,26 @@ def _set_items(into: dict[Any, Any] | Opaque, items: list[Any]) -> None:
     into.update(zip(items[::2], items[1::2], strict=True))
 
 
-def _name(text: str) -> Name:
+def _name(module: object, name: object) -> Name:
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise TypeError(f"the pickle names {short(module)} and {short(name)}")
+    text = f"{module} {name}"
     if not any(text in table for table in (INERT, DATA, STORAGES, REBUILD)):
         raise Refused(f"it asks for {short(text)}, which is no part of a tensor")
     return Name(text)
 
 
-def _rebuild(path: Path, called: Any, args: Any) -> Any:
+def _rebuild(called: object, args: object) -> object:
     if not isinstance(called, Name) or not isinstance(args, tuple):
         raise Refused(f"it calls {short(called)} with {short(args)}")
     if called.text in DATA:
         return Opaque()
     if called.text not in REBUILD:
         raise Refused(f"it calls {short(called)} with {short(args)}")
-    return REBUILD[called.text](path, *args)
+    return REBUILD[called.text](*args)
 
 
-def _make(kind: Any, args: Any) -> Opaque:
+def _make(kind: object, args: object) -> Opaque:
     if not isinstance(kind, Name) or kind.text not in DATA:
         raise Refused(
             f"its pickle uses NEWOBJ of {short(kind)}, which a dict of tensors does not need"
@@ -219,7 +226,7 @@ def _make(kind: Any, args: Any) -> Opaque:
     return Opaque()
 
 
-def _tensor(path, storage, offset, shape, strides, requires_grad, hooks, *_) -> TensorRef:
+def _tensor(storage, offset, shape, strides, requires_grad, hooks, *_) -> TensorRef:
     if not isinstance(storage, Storage):
         raise Refused(f"it makes a tensor of {short(storage)}")
     numbers = (offset, *shape, *strides)
@@ -233,12 +240,10 @@ def _tensor(path, storage, offset, shape, strides, requires_grad, hooks, *_) -> 
             f"a tensor of shape {short(shape)} is larger than its storage of {storage.count}"
         )
     start = storage.offset + offset * storage.dtype.itemsize
-    return TensorRef(path, start, storage.dtype, tuple(shape), tuple(strides))
+    return TensorRef(storage.path, start, storage.dtype, tuple(shape), tuple(strides))
 
 
-def _tensor_of_dtype(
-    path, storage, offset, shape, strides, requires_grad, hooks, dtype, *_
-) -> TensorRef:
+def _tensor_of_dtype(storage, offset, shape, strides, requires_grad, hooks, dtype, *_) -> TensorRef:
     """As torch writes kinds of numbers that have no storage of their own: bytes, and what they
     stand for.
     """
@@ -246,37 +251,37 @@ def _tensor_of_dtype(
         raise Refused(f"it makes a tensor of numbers {short(dtype)}")
     kind = DTYPES[dtype.text]
     if isinstance(storage, Storage) and storage.dtype == np.uint8:
-        storage = Storage(storage.offset, kind, storage.count // kind.itemsize)
+        storage = storage._replace(dtype=kind, count=storage.count // kind.itemsize)
     elif isinstance(storage, Storage) and storage.dtype != kind:
         raise ValueError(f"a tensor of {kind} has a storage of {storage.dtype}")
-    return _tensor(path, storage, offset, shape, strides, requires_grad, hooks)
+    return _tensor(storage, offset, shape, strides, requires_grad, hooks)
 
 
-def _parameter(path, tensor, *_) -> TensorRef:
+def _parameter(tensor, *_) -> TensorRef:
     if not isinstance(tensor, TensorRef):
         raise Refused(f"it makes a parameter of {short(tensor)}")
     return tensor
 
 
-def _of_type(path, function, kind, args, state) -> Any:
+def _of_type(function, kind, args, state) -> object:
     if function == Name("torch._tensor _rebuild_from_type_v2"):
         raise Refused("it rebuilds a tensor by rebuilding a tensor")
-    return _rebuild(path, function, args)
+    return _rebuild(function, args)
 
 
-REBUILD: dict[str, Callable[..., Any]] = {
+REBUILD: dict[str, Callable[..., object]] = {
     "torch._utils _rebuild_tensor_v2": _tensor,
     "torch._utils _rebuild_tensor_v3": _tensor_of_dtype,
     "torch._utils _rebuild_parameter": _parameter,
     "torch._utils _rebuild_parameter_with_state": _parameter,
     "torch._tensor _rebuild_from_type_v2": _of_type,
-    "torch Size": lambda path, lengths: lengths,
-    "collections OrderedDict": lambda path: {},
-    "collections defaultdict": lambda path, *_: {},
+    "torch Size": lambda lengths: lengths,
+    "collections OrderedDict": lambda: {},
+    "collections defaultdict": lambda *_: {},
 }
 
 
-def short(value: Any) -> str:
+def short(value: object) -> str:
     """A value of the file, for a message: never long, one line, and without descending into it."""
     match value:
         case Name(text):

@@ -1,14 +1,17 @@
 """The transformer of ours -> files that the official code, diffusers and ComfyUI load."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
 from einops import rearrange
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+from jax.typing import DTypeLike
 
 from salt_jax.convert.names import WAN
 from salt_jax.errors import UserError
@@ -23,29 +26,38 @@ from salt_jax.io.tensor_files import (
     write_tensors,
 )
 from salt_jax.models.presets import WanConfig
-from salt_jax.models.wan import init_wan
-from salt_jax.types import Params
+from salt_jax.types import Leaf, Params
 
 Layout = Literal["official", "diffusers"]
 NAME = "diffusion_pytorch_model"
 
 
+Stacked = Array | np.ndarray | TensorRef
+"""An array of ours, that of all layers where it belongs to a layer."""
+
+
+class Transformer(NamedTuple):
+    """A network of ours."""
+
+    config: WanConfig
+    # of `init_wan`: arrays of jax or numpy, or `TensorRef` ones, of which one layer is in memory at
+    # a time
+    params: Params
+
+
 def write_official(
-    params: Params,
-    config: WanConfig,
+    network: Transformer,
     dst: str | Path,
     layout: Layout,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     max_shard: int = 5 * 10**9,
-    report: Callable[[int], Any] = lambda nbytes: None,
+    report: Callable[[int], object] = lambda nbytes: None,
     record: str = "",
 ) -> None:
     """Writes a transformer as safetensors with its config.json: in `dst`, or in `dst`/transformer
     for Diffusers.
 
     Args:
-      params: of `init_wan`: arrays of jax or numpy, or `TensorRef` ones, of which one layer is in
-        memory at a time.
       dtype: how to store it; None: as it is.
       max_shard: bytes; what is larger goes into several files with an index.
       report: gets the bytes of each array that was written.
@@ -55,47 +67,60 @@ def write_official(
       UserError: there is such a model already, or the disk refuses; nothing is left then.
     """
     inner = "transformer" if layout == "diffusers" else "."
-    there = sorted((Path(dst) / inner).glob(f"{NAME}*")) + sorted(
-        (Path(dst) / inner).glob("config.json")
-    )
+    _refuse_existing(Path(dst) / inner)
+    shards = _shards(writers(network, layout, dtype), max_shard)
+    with all_or_nothing(dst) as temporary:
+        folder = temporary / inner
+        folder.mkdir(exist_ok=True)
+        for file, shard in shards.items():
+            write_tensors(folder / file, shard, metadata(record), report)
+        if len(shards) > 1:
+            _write_json(folder / f"{NAME}.safetensors.index.json", _index(shards))
+        _write_json(folder / "config.json", _config(network.config, layout))
+
+
+def metadata(record: str) -> dict[str, str]:
+    """Of a file that others load, with what we say of it."""
+    return {"format": "pt"} | ({"salt_jax": record} if record else {})
+
+
+def _refuse_existing(folder: Path) -> None:
+    there = sorted(folder.glob(f"{NAME}*")) + sorted(folder.glob("config.json"))
     if there:
         raise UserError(
             f"{there[0]} exists, and the new files could be taken for parts of it; name an empty "
             "folder"
         )
-    tensors = writers(params, config, layout, dtype)
+
+
+def _shards(
+    tensors: Mapping[str, TensorWriter], max_shard: int
+) -> dict[str, dict[str, TensorWriter]]:
+    """By the name of a file what goes into it: as many tensors as fit, in their order."""
     shards, size = [{}], 0
     for name, tensor in tensors.items():
         if shards[-1] and size + tensor.nbytes > max_shard:
             shards, size = shards + [{}], 0
         shards[-1][name] = tensor
         size += tensor.nbytes
-    several = len(shards) > 1
-    weight_map, metadata = {}, {"format": "pt"} | ({"salt_jax": record} if record else {})
-    with all_or_nothing(dst) as temporary:
-        folder = temporary / inner
-        folder.mkdir(exist_ok=True)
-        for k, shard in enumerate(shards, 1):
-            file = (
-                f"{NAME}-{k:05d}-of-{len(shards):05d}.safetensors"
-                if several
-                else f"{NAME}.safetensors"
-            )
-            write_tensors(folder / file, shard, metadata, report)
-            weight_map |= dict.fromkeys(shard, file)
-        if several:
-            total = sum(tensor.nbytes for tensor in tensors.values())
-            index = {
-                "metadata": {"total_size": total},
-                "weight_map": dict(sorted(weight_map.items())),
-            }
-            (folder / f"{NAME}.safetensors.index.json").write_text(
-                json.dumps(index, indent=2) + "\n"
-            )
-        (folder / "config.json").write_text(json.dumps(_config(config, layout), indent=2) + "\n")
+    if len(shards) == 1:
+        return {f"{NAME}.safetensors": shards[0]}
+    count = len(shards)
+    return {f"{NAME}-{k:05d}-of-{count:05d}.safetensors": s for k, s in enumerate(shards, 1)}
 
 
-def open_wan(path: str | Path) -> tuple[WanConfig, Params]:
+def _index(shards: Mapping[str, Mapping[str, TensorWriter]]) -> dict[str, object]:
+    """Where each tensor is, as transformers and Diffusers look for it."""
+    total = sum(tensor.nbytes for shard in shards.values() for tensor in shard.values())
+    places = {name: file for file, shard in shards.items() for name in shard}
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+
+
+def _write_json(file: Path, value: Mapping[str, object]) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def open_wan(path: str | Path) -> Transformer:
     """Our file of a transformer, with `TensorRef` for arrays: nothing of it is read yet.
 
     Raises:
@@ -103,21 +128,23 @@ def open_wan(path: str | Path) -> tuple[WanConfig, Params]:
     """
     config = stored_config(model_folder.WAN, path)
     tensors, _ = list_tensors(part_file(model_folder.WAN, path))
-    like: Any = flatten_dict(jax.eval_shape(lambda: init_wan(jax.random.key(0), config)), sep="/")
-    shapes = lambda arrays: {(name, array.shape) for name, array in arrays.items()}
-    wrong = shapes(tensors) ^ shapes(like)
+    like: dict[str, Leaf] = flatten_dict(model_folder.shapes(model_folder.WAN, config), sep="/")
+    wrong = {(name, array.shape) for name, array in tensors.items()} ^ {
+        (name, array.shape) for name, array in like.items()
+    }
     if wrong:
         raise UserError(
             f"{path} is not the transformer it says it is: see {min(wrong)[0]}; convert it again"
         )
-    return config, unflatten_dict(tensors, sep="/")
+    return Transformer(config, unflatten_dict(tensors, sep="/"))
 
 
 def writers(
-    params: Params, config: WanConfig, layout: Layout, dtype: Any
+    network: Transformer, layout: Layout, dtype: DTypeLike | None
 ) -> dict[str, TensorWriter]:
     """Their name -> the array, in the order of the network."""
-    flat: dict[str, Any] = flatten_dict(params, sep="/")
+    flat: dict[str, Leaf] = flatten_dict(network.params, sep="/")
+    config = network.config
     sizes = dict(zip(("pt", "ph", "pw"), config.patch_size, strict=True))
     found = {}
     for row in WAN:
@@ -126,20 +153,26 @@ def writers(
         leaf, name, stacked = flat[row.ours], getattr(row, layout), row.ours.startswith("blocks/")
         ours, theirs = row.form.split(" -> ")[::-1]
         axes = sizes if "pt" in row.form else {}
-        turn = lambda array, form=f"{ours} -> {theirs}", axes=axes: rearrange(array, form, **axes)
+        turn = partial(rearrange, pattern=f"{ours} -> {theirs}", **axes)
         shape = turn(
             np.broadcast_to(np.float32(0), leaf.shape[1:] if stacked else leaf.shape)
         ).shape
         for i in range(config.num_layers) if stacked else [None]:
-            part = lambda leaf=leaf, turn=turn, i=i: [turn(layer_of(leaf, i))]
+            parts = partial(_turned, leaf, i, turn)
             place = (-1, row.ours) if i is None else (i, row.ours)
             found[place, name.format(i=i)] = TensorWriter(
-                np.dtype(dtype or leaf.dtype), shape, part
+                np.dtype(dtype or leaf.dtype), shape, parts
             )
     return {name: found[place, name] for place, name in sorted(found)}
 
 
-def layer_of(leaf: Any, i: int | None) -> np.ndarray:
+def _turned(
+    leaf: Stacked, i: int | None, turn: Callable[[np.ndarray], np.ndarray]
+) -> list[np.ndarray]:
+    return [turn(layer_of(leaf, i))]
+
+
+def layer_of(leaf: Stacked, i: int | None) -> np.ndarray:
     """One layer of a stacked array, or the array where i is None."""
     if isinstance(leaf, TensorRef):
         leaf = view(
@@ -153,7 +186,7 @@ def layer_of(leaf: Any, i: int | None) -> np.ndarray:
     return np.asarray(jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False))
 
 
-def _config(config: WanConfig, layout: Layout) -> dict[str, Any]:
+def _config(config: WanConfig, layout: Layout) -> dict[str, object]:
     """What the config.json of the release says, or that of Diffusers."""
     c = config
     if layout == "official":

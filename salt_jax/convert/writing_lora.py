@@ -1,41 +1,51 @@
 """Our LoRA -> files that Diffusers and ComfyUI load."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import DTypeLike
 from safetensors import SafetensorError
 
 from salt_jax.convert.lora_scale import DIFFUSERS
 from salt_jax.convert.names import WAN
-from salt_jax.convert.writing import layer_of
+from salt_jax.convert.writing import Stacked, layer_of, metadata
 from salt_jax.errors import UserError
 from salt_jax.io.tensor_files import TensorWriter, all_or_nothing, list_tensors, write_tensors
-from salt_jax.types import Params
+from salt_jax.types import Leaf, Params
 
+Layout = Literal["diffusers", "comfyui"]
 FILES = {"diffusers": "pytorch_lora_weights.safetensors", "comfyui": "lora.safetensors"}
+PREFIXES = {"diffusers": "transformer", "comfyui": "diffusion_model"}
+FACTORS = {"diffusers": ("lora_A", "lora_B"), "comfyui": ("lora_down", "lora_up")}
+
+
+class LowRank(NamedTuple):
+    """A LoRA of ours."""
+
+    params: Params  # of `models.lora`: arrays of jax or numpy, or `TensorRef` ones
+    rank: int
+    alpha: float
 
 
 def write_lora(
-    params: Params,
-    rank: int,
-    alpha: float,
+    lora: LowRank,
     dst: str | Path,
-    layout: Literal["diffusers", "comfyui"],
-    dtype: Any = None,
+    layout: Layout,
+    dtype: DTypeLike | None = None,
     record: str = "",
-    report: Callable[[int], Any] = lambda nbytes: None,
+    report: Callable[[int], object] = lambda nbytes: None,
 ) -> Path:
-    """Writes a LoRA of `models.lora` as one safetensors file in `dst`, and returns its name.
+    """Writes a LoRA as one safetensors file in `dst`, and returns its name.
 
     For Diffusers the metadata tells alpha, as its own load_lora_adapter reads it; for ComfyUI a
     tensor of each module.
 
     Args:
-      params: arrays of jax or numpy, or `TensorRef` ones.
       dtype: how to store it; None: as it is.
       record: metadata under the key salt_jax.
 
@@ -45,58 +55,75 @@ def write_lora(
     file = Path(dst) / FILES[layout]
     if file.exists():
         raise UserError(f"{file} exists; name another folder")
-    tensors: dict[str, TensorWriter] = {}
-    modules = []
-    flat: dict[str, Any] = dict(flatten_dict(params, sep="/"))
-    for row in WAN:
-        if f"{row.ours}/lora_a" not in flat:
-            continue
-        for i in range(flat[f"{row.ours}/lora_a"].shape[0]):
-            name = (
-                (row.diffusers if layout == "diffusers" else row.official)
-                .format(i=i)
-                .removesuffix(".weight")
-            )
-            modules.append(name)
-            for ab, theirs, comfy in (
-                ("lora_a", "lora_A", "lora_down"),
-                ("lora_b", "lora_B", "lora_up"),
-            ):
-                leaf = flat[f"{row.ours}/{ab}"]
-                full = (
-                    f"transformer.{name}.{theirs}"
-                    if layout == "diffusers"
-                    else f"diffusion_model.{name}.{comfy}"
-                )
-                part = lambda leaf=leaf, i=i: [layer_of(leaf, i).T]
-                tensors[f"{full}.weight"] = TensorWriter(
-                    np.dtype(dtype or leaf.dtype), leaf.shape[:0:-1], part
-                )
-            if layout == "comfyui":
-                part = lambda: [np.array(alpha, np.float32)]
-                tensors[f"diffusion_model.{name}.alpha"] = TensorWriter(
-                    np.dtype(np.float32), (), part
-                )
-    metadata = {"format": "pt"} | ({"salt_jax": record} if record else {})
+    modules, told = _modules(lora.params, layout), metadata(record)
     if layout == "diffusers":
-        adapter = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": modules}
-        metadata[DIFFUSERS] = json.dumps(
-            {f"transformer.{key}": value for key, value in adapter.items()}
-        )
+        config = {
+            "peft_type": "LORA",
+            "r": lora.rank,
+            "lora_alpha": lora.alpha,
+            "target_modules": list(modules),
+        }
+        told[DIFFUSERS] = json.dumps({f"transformer.{key}": value for key, value in config.items()})
     with all_or_nothing(dst) as folder:
-        write_tensors(folder / file.name, tensors, metadata, report)
+        write_tensors(
+            folder / file.name, _writers(modules, lora.alpha, layout, dtype), told, report
+        )
     return file
 
 
-def open_lora(path: str | Path) -> tuple[Params, int, float] | None:
-    """Our file of a LoRA, with `TensorRef` for arrays, its rank and alpha.
+class Factors(NamedTuple):
+    """Of one matrix of one layer."""
+
+    a: Stacked
+    b: Stacked
+    layer: int
+
+
+def _modules(params: Params, layout: Layout) -> dict[str, Factors]:
+    """Their name of each adapted matrix -> its factors, in the order of the network."""
+    flat: dict[str, Leaf] = flatten_dict(params, sep="/")
+    modules = {}
+    for row in WAN:
+        if f"{row.ours}/lora_a" not in flat:
+            continue
+        a, b = flat[f"{row.ours}/lora_a"], flat[f"{row.ours}/lora_b"]
+        theirs = row.diffusers if layout == "diffusers" else row.official
+        for i in range(a.shape[0]):
+            modules[theirs.format(i=i).removesuffix(".weight")] = Factors(a, b, i)
+    return modules
+
+
+def _writers(
+    modules: Mapping[str, Factors], alpha: float, layout: Layout, dtype: DTypeLike | None
+) -> dict[str, TensorWriter]:
+    """Their names -> the tensors; of ComfyUI with the alpha of each module."""
+    front, names = PREFIXES[layout], FACTORS[layout]
+    tensors = {}
+    for module, (a, b, i) in modules.items():
+        for name, leaf in zip(names, (a, b), strict=True):
+            tensors[f"{front}.{module}.{name}.weight"] = TensorWriter(
+                np.dtype(dtype or leaf.dtype), leaf.shape[:0:-1], partial(_transposed, leaf, i)
+            )
+        if layout == "comfyui":
+            tensors[f"{front}.{module}.alpha"] = TensorWriter(
+                np.dtype(np.float32), (), lambda: [np.array(alpha, np.float32)]
+            )
+    return tensors
+
+
+def _transposed(leaf: Stacked, i: int) -> list[np.ndarray]:
+    return [layer_of(leaf, i).T]
+
+
+def open_lora(path: str | Path) -> LowRank | None:
+    """Our file of a LoRA, with `TensorRef` for arrays.
 
     None: it is another file, or none.
     """
     try:
-        tensors, metadata = list_tensors(path)
-        config = json.loads(metadata["config"])
-        rank, alpha = int(config["rank"]), float(config["alpha"])
+        tensors, said = list_tensors(path)
+        told = json.loads(said["config"])
+        rank, alpha = int(told["rank"]), float(told["alpha"])
     except (OSError, SafetensorError, ValueError, TypeError, LookupError):
         return None
-    return unflatten_dict(tensors, sep="/"), rank, alpha
+    return LowRank(unflatten_dict(tensors, sep="/"), rank, alpha)

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from safetensors import SafetensorError, safe_open
 
 from salt_jax.errors import UserError
+
+C = TypeVar("C")
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -23,7 +25,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         ) from error
 
 
-def stored_sizes(path: Path, kind: Any) -> Any:
+def stored_sizes(path: Path, kind: type[C]) -> C:
     """The sizes of the network in a file of launch.convert_wan, as a `kind`.
 
     Raises:

@@ -6,11 +6,13 @@ which is the largest of a text-to-video model, can be gone before the transforme
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from salt_jax.errors import UserError
@@ -18,35 +20,36 @@ from salt_jax.io.header import stored_sizes
 from salt_jax.io.shipped import located
 from salt_jax.io.tensor_files import load_weights
 from salt_jax.io.tokenizer import byte_tokenize, load_tokenizer
-from salt_jax.models import image_encoder, text_encoder, vae
+from salt_jax.models import image_encoder, presets, text_encoder, vae
 from salt_jax.models.image_encoder import ImageEncoderConfig, init_image_encoder
 from salt_jax.models.presets import WanConfig
 from salt_jax.models.text_encoder import TextEncoderConfig, encode_prompts, init_text_encoder
 from salt_jax.models.vae import VAEConfig, init_vae
 from salt_jax.models.wan import init_wan
-from salt_jax.types import Params
+from salt_jax.types import Params, PRNGKey
 
 TOKENIZERS = ("tokenizer.json", "spiece.model")
 
 
-class Part(NamedTuple):
+Sizes = WanConfig | VAEConfig | TextEncoderConfig | ImageEncoderConfig
+"""The sizes of a network."""
+
+C = TypeVar("C", bound=Sizes)
+
+
+@dataclass(frozen=True)
+class Part(Generic[C]):
     """A network that a model consists of."""
 
     file: str
-    config: Any  # class of its sizes
-    init: Callable[[Any, Any], Params]  # (key, sizes) -> parameters
+    init: Callable[[PRNGKey, C], Params]  # (key, sizes) -> parameters
+    tiny: C  # the sizes of a random part; those in a file are of the same class
 
 
-WAN = Part("wan.safetensors", WanConfig, init_wan)
-VAE = Part("vae.safetensors", VAEConfig, init_vae)
-TEXT = Part("text_encoder.safetensors", TextEncoderConfig, init_text_encoder)
-IMAGE = Part("image_encoder.safetensors", ImageEncoderConfig, init_image_encoder)
-
-TINY = {
-    VAE: vae.PRESETS["tiny"],
-    TEXT: text_encoder.PRESETS["wan-tiny"],
-    IMAGE: image_encoder.PRESETS["tiny"],
-}
+WAN = Part("wan.safetensors", init_wan, presets.PRESETS["wan2.1-t2v-tiny"])
+VAE = Part("vae.safetensors", init_vae, vae.PRESETS["tiny"])
+TEXT = Part("text_encoder.safetensors", init_text_encoder, text_encoder.PRESETS["wan-tiny"])
+IMAGE = Part("image_encoder.safetensors", init_image_encoder, image_encoder.PRESETS["tiny"])
 
 
 class Source(NamedTuple):
@@ -65,36 +68,41 @@ def part_file(part: Part, where: str | Path) -> Path:
     return path / part.file if path.is_dir() else path if part is WAN else path.with_name(part.file)
 
 
-def stored_config(part: Part, where: str | Path) -> Any:
+def stored_config(part: Part[C], where: str | Path) -> C:
     """The sizes that a file was written with.
 
     Raises UserError: it is absent or says nothing about itself.
     """
-    return stored_sizes(part_file(part, where), part.config)
+    return stored_sizes(part_file(part, where), type(part.tiny))
+
+
+def shapes(part: Part[C], config: C) -> Params:
+    """The parameters of a part as jax.ShapeDtypeStruct."""
+    return jax.eval_shape(lambda: part.init(jax.random.key(0), config))
 
 
 def open_part(
-    part: Part,
+    part: Part[C],
     source: Source,
-    config: Any = None,
-    dtype: Any = None,
-    shardings: Callable | None = None,
-) -> tuple[Any, Params]:
+    config: C | None = None,
+    dtype: DTypeLike | None = None,
+    shardings: Callable[[Params], Params] | None = None,
+) -> tuple[C, Params]:
     """The sizes and the parameters of a part.
 
     Args:
-      config: the sizes of a random part, where they are not those of `TINY`.
+      config: the sizes of a random part, where they are not `part.tiny`.
       dtype: of the parameters; None: as stored.
       shardings: tree of shapes -> tree of shardings: every device gets its slice alone.
 
     Raises:
       UserError: the file is absent, damaged or of another network.
     """
-    config = (config or TINY[part]) if not source.folder else stored_config(part, source.folder)
-    make = lambda: part.init(jax.random.key(source.seed), config)
-    like = jax.eval_shape(make)
+    config = stored_config(part, source.folder) if source.folder else config or part.tiny
+    like = shapes(part, config)
     placed = shardings(like) if shardings else None
     if not source.folder:
+        make = lambda: part.init(jax.random.key(source.seed), config)
         return config, jax.jit(make, out_shardings=placed)()
     return config, load_weights(part_file(part, source.folder), like, dtype, placed)
 
@@ -128,7 +136,9 @@ def open_tokenizer(source: Source) -> Callable[[str, int], np.ndarray]:
         raise UserError(str(error)) from error
 
 
-def embed_prompts(source: Source, prompts: Sequence[str], length: int, dtype: Any) -> np.ndarray:
+def embed_prompts(
+    source: Source, prompts: Sequence[str], length: int, dtype: DTypeLike
+) -> np.ndarray:
     """Prompts as float32 [N, length, D], rows past a prompt's end zero. The text encoder is in
     memory only meanwhile.
 

@@ -10,16 +10,18 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from salt_jax.errors import UserError
-from salt_jax.types import Params
+from salt_jax.types import Leaf, Params
 
 CODES: dict[str, np.dtype] = {
     code: np.dtype(dtype)
@@ -92,7 +94,7 @@ def list_tensors(path: str | Path) -> tuple[dict[str, TensorRef], dict[str, str]
     return found, metadata
 
 
-def digest(path: Path, report: Callable[[int], Any] = lambda nbytes: None) -> str:
+def digest(path: Path, report: Callable[[int], object] = lambda nbytes: None) -> str:
     """SHA-256 of a file, in hexadecimal digits.
 
     `report` gets the bytes of each piece that was read.
@@ -109,7 +111,7 @@ def write_tensors(
     path: str | Path,
     tensors: Mapping[str, TensorWriter],
     metadata: Mapping[str, str],
-    report: Callable[[int], Any] = lambda nbytes: None,
+    report: Callable[[int], object] = lambda nbytes: None,
 ) -> None:
     """Writes a safetensors file part by part; a file of that name appears when all of it is on the
     disk, or not at all.
@@ -117,7 +119,7 @@ def write_tensors(
     `report` gets the bytes of each part. Raises UserError where the disk refuses.
     """
     codes = {dtype: code for code, dtype in CODES.items()}
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
     order, end = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)), 0
     for name in order:
         tensor, start = tensors[name], end
@@ -198,17 +200,20 @@ def save_weights(path: str | Path, params: Params, dtype: str, metadata: dict[st
 
     `dtype` is how it is stored: float32, bfloat16 or float16. Atomic, one array at a time.
     """
-    flat: dict[str, Any] = flatten_dict(params, sep="/")
-    part = lambda leaf: lambda: [np.asarray(jax.device_get(leaf))]
-    write_tensors(
-        path,
-        {k: TensorWriter(np.dtype(dtype), np.shape(v), part(v)) for k, v in flat.items()},
-        metadata,
-    )
+
+    def writer(leaf: Leaf) -> TensorWriter:
+        parts = lambda: [np.asarray(jax.device_get(leaf))]
+        return TensorWriter(np.dtype(dtype), np.shape(leaf), parts)
+
+    flat: dict[str, Leaf] = flatten_dict(params, sep="/")
+    write_tensors(path, {name: writer(leaf) for name, leaf in flat.items()}, metadata)
 
 
 def load_weights(
-    path: str | Path, like: Params, dtype: Any = jnp.float32, shardings: Params | None = None
+    path: str | Path,
+    like: Params,
+    dtype: DTypeLike | None = jnp.float32,
+    shardings: Params | None = None,
 ) -> Params:
     """Reads a tree that must have exactly the keys and shapes of `like`.
 
@@ -228,7 +233,7 @@ def load_weights(
         raise UserError(
             f"cannot read weights from {path} ({error}); check config.weights"
         ) from error
-    expected: dict[str, Any] = flatten_dict(like, sep="/")
+    expected: dict[str, Leaf] = flatten_dict(like, sep="/")
     for name in sorted(set(flat) | set(expected)):
         found = flat[name].shape if name in flat else "absent"
         wanted = expected[name].shape if name in expected else "absent"
@@ -237,11 +242,13 @@ def load_weights(
                 f"{path} does not fit the model: {name} is {found}, expected {wanted}; "
                 "check config.model.preset and config.weights"
             )
-    places: dict[str, Any] = {} if shardings is None else flatten_dict(shardings, sep="/")
+    places: dict[str, Leaf] = {} if shardings is None else flatten_dict(shardings, sep="/")
 
-    def load(name, stored):
-        # a copy: an array on the CPU could otherwise stay a window on the file
-        read = lambda index: np.array(view(stored)[index], stored.dtype if dtype is None else dtype)
+    def load(name: str, stored: TensorRef) -> Array:
+        def read(index) -> np.ndarray:
+            # a copy: an array on the CPU could otherwise stay a window on the file
+            return np.array(view(stored)[index], stored.dtype if dtype is None else dtype)
+
         if shardings is None:
             return jnp.asarray(read(...))
         return jax.make_array_from_callback(stored.shape, places[name], read)

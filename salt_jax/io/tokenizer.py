@@ -56,7 +56,10 @@ def load_tokenizer(path: str | Path) -> Callable[[str, int], np.ndarray]:
         model = _library("tokenizers").Tokenizer.from_file(str(path))
         model.no_truncation()  # a file may carry settings of its own
         model.no_padding()
-        encode = lambda text: model.encode(text, add_special_tokens=False).ids
+
+        def encode(text: str) -> list[int]:
+            return model.encode(text, add_special_tokens=False).ids
+
         special = (model.token_to_id("<pad>"), model.token_to_id("</s>"))
     elif path.suffix == ".model":
         model = _library("sentencepiece").SentencePieceProcessor(model_file=str(path))
@@ -70,9 +73,11 @@ def load_tokenizer(path: str | Path) -> Callable[[str, int], np.ndarray]:
         raise ValueError(
             f"{path} is not umT5's: its <pad> and </s> have ids {special}, expected {(PAD, END)}"
         )
-    return lambda text, length: _pad(
-        [*encode(clean_text(text, ftfy.fix_text))[: length - 1], END], length
-    )
+
+    def tokenize(text: str, length: int) -> np.ndarray:
+        return _pad([*encode(clean_text(text, ftfy.fix_text))[: length - 1], END], length)
+
+    return tokenize
 
 
 def clean_text(text: str, fix_text: Callable[[str], str]) -> str:

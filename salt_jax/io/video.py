@@ -11,7 +11,6 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -70,7 +69,8 @@ def encode_mp4(frames: np.ndarray, fps: int, scale: int) -> bytes:
         with av.open(str(file), "w", options={"movflags": "+faststart"}) as container:
             # CRF 12: a picture of a few flat shapes shows every artefact, and costs few bytes all
             # the same.
-            stream: Any = container.add_stream(_h264_encoder(), rate=fps, options={"crf": "12"})
+            stream = container.add_stream(_h264_encoder(), rate=fps, options={"crf": "12"})
+            assert isinstance(stream, av.VideoStream)
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = "yuv420p"
             _tag_bt709(stream.codec_context)
@@ -168,7 +168,7 @@ def _clip(frames: np.ndarray) -> np.ndarray:
     return frames
 
 
-def _tag_bt709(tags: Any) -> None:
+def _tag_bt709(told: av.VideoFrame | av.VideoCodecContext) -> None:
     """Says of a frame or a codec that it is BT.709 in limited range; 1 is both in ITU-T H.273 and
     FFmpeg.
     """

@@ -6,10 +6,11 @@ model, is gone before the transformer comes.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from salt_jax.errors import UserError
 from salt_jax.models.cache_policy import CachePolicy
@@ -22,7 +23,8 @@ from salt_jax.types import Conditioning, Params
 class Given(NamedTuple):
     """What a video begins with: what the network is given of a picture, or frames to go on from."""
 
-    image: tuple[Any, Any] | None = None  # `Conditioning.image`, `Conditioning.channels`
+    # `Conditioning.image`, `Conditioning.channels`
+    image: tuple[Array | np.ndarray, Array | np.ndarray] | None = None
     latents: np.ndarray | None = None  # [1, f, H, W, C]
 
 
@@ -41,7 +43,7 @@ class Parts(NamedTuple):
     """A network with its text encoder and decoder. Weights are read on first use."""
 
     source: str  # of the network, as the user names it
-    made_with: dict[str, Any]  # digests of all that is read, and what else decides the pixels
+    made_with: dict[str, object]  # digests of all that is read, and what else decides the pixels
     network: WanDenoiser
     read_params: Callable[[], Params]
     # float32 [1, T, D] each; the text encoder is in memory only meanwhile

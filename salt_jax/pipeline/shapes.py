@@ -1,6 +1,6 @@
 """Text encoder and decoder of a network of Moving Shapes."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -26,12 +26,15 @@ def shapes_model(
     def decode(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         return (shapes.to_pixels(chunk[0]) for chunk in chunks)
 
+    def read_texts(prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        return {prompt: run.embed([prompt]) for prompt in prompts}
+
     parts = Parts(
         source=source,
         made_with={"network": run.made_with, "weights": {"text_encoder": text_encoder}},
         network=run.stage.student,
         read_params=lambda: run.params,
-        read_texts=lambda prompts: {prompt: run.embed([prompt]) for prompt in prompts},
+        read_texts=read_texts,
         read_given=read_given,
         decode=decode,
         frames_of=int,

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from salt_jax.models.image_encoder import encode_image
 from salt_jax.models.latent_size import FPS, SPACE, latent_frames, pixel_frames
 from salt_jax.models.presets import WanConfig
 from salt_jax.models.prompts import negative_prompt
-from salt_jax.models.vae import encode_video
+from salt_jax.models.vae import VAEConfig, encode_video
 from salt_jax.pipeline.model import Given, Parts
 from salt_jax.rollout.pixels import stream_pixels
 from salt_jax.sharding import all_devices, state_shardings
@@ -74,7 +74,7 @@ def wan_parts(source: WanSource, clip: tuple[int, int], options: WanOptions) -> 
         return {prompt: row[None] for prompt, row in zip(prompts, rows, strict=True)}
 
     @functools.cache
-    def vae() -> tuple[Any, Any]:
+    def vae() -> tuple[VAEConfig, Params]:
         return model_folder.open_part(VAE, folder)
 
     def decode(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -100,7 +100,7 @@ def wan_parts(source: WanSource, clip: tuple[int, int], options: WanOptions) -> 
 def _checked(source: WanSource) -> dict[str, str]:
     """Digests of the files beside the network, whose headers have been looked at."""
     config, folder, run = source.config, source.folder, source.run
-    if run and not folder.folder and config.text_dim != model_folder.TINY[TEXT].dim:
+    if run and not folder.folder and config.text_dim != TEXT.tiny.dim:
         raise UserError("name the text encoder and the VAE: --weights=DIR of launch.convert_wan")
     where = Source(source.student or folder.folder)
     used = [TEXT, VAE] + [IMAGE] * bool(config.image_dim)
@@ -116,14 +116,17 @@ def _checked(source: WanSource) -> dict[str, str]:
     return {name: digest(path) for name, path in progress}
 
 
-def _network(source: WanSource) -> tuple[dict[str, Any], Callable[[], Params]]:
+def _network(source: WanSource) -> tuple[dict[str, object], Callable[[], Params]]:
     """What tells which network it is, and what reads its parameters."""
     run, where = source.run, Source(source.student or source.folder.folder)
     if run:
         return run.made_with, lambda: run.params
     place = functools.partial(state_shardings, all_devices())
     sha256 = digest(part_file(WAN, where.folder)) if where.folder else "fresh"
-    read = lambda: model_folder.open_part(WAN, where, source.config, shardings=place)[1]
+
+    def read() -> Params:
+        return model_folder.open_part(WAN, where, source.config, shardings=place)[1]
+
     return {"sha256": sha256}, read
 
 

@@ -18,7 +18,7 @@ from salt_jax.convert import names, reading, writing
 from salt_jax.convert.folder import find_networks, weight_files
 from salt_jax.convert.reading import find_network
 from salt_jax.convert.sizes import Size, infer_config
-from salt_jax.convert.writing import open_wan, write_official
+from salt_jax.convert.writing import Transformer, open_wan, write_official
 from salt_jax.errors import UserError
 from salt_jax.io.tensor_files import write_tensors
 from salt_jax.models import image_encoder, text_encoder, vae
@@ -91,7 +91,7 @@ def test_a_release_comes_in_and_goes_out_bit_for_bit(release, tmp_path, config, 
     )
     same_bits(tree, params)
     for layout, folder in (("official", "a"), ("diffusers", "b/transformer")):
-        write_official(tree, config, tmp_path / folder[0], layout)
+        write_official(Transformer(config, tree), tmp_path / folder[0], layout)
         (file,) = weight_files(tmp_path / folder[0])
         assert file == [tmp_path / folder / "diffusion_pytorch_model.safetensors"]
         again, back = come_in(file, tmp_path)
@@ -112,8 +112,10 @@ def test_our_file_goes_out_as_arrays_on_devices_do(release, tmp_path):
     )
     config, stored = open_wan(tmp_path)
     assert config == T2V
-    write_official(stored, config, tmp_path / "a", "official", max_shard=10**5)
-    write_official(jax.tree.map(jnp.asarray, params), config, tmp_path / "b", "official")
+    write_official(Transformer(config, stored), tmp_path / "a", "official", max_shard=10**5)
+    write_official(
+        Transformer(config, jax.tree.map(jnp.asarray, params)), tmp_path / "b", "official"
+    )
     (whole,), shards = (
         sorted((tmp_path / "b").glob("*.safetensors")),
         sorted((tmp_path / "a").glob("*.safetensors")),
@@ -134,7 +136,7 @@ def test_our_file_goes_out_as_arrays_on_devices_do(release, tmp_path):
     with safe_open(whole, "numpy") as file:
         assert file.metadata() == {"format": "pt"}
     with pytest.raises(UserError, match="exists, and the new files could be taken for parts"):
-        write_official(stored, config, tmp_path / "a", "official")
+        write_official(Transformer(config, stored), tmp_path / "a", "official")
 
 
 fsdp = lambda name: re.sub(
@@ -289,11 +291,11 @@ def test_published_sizes_have_the_published_arrays(preset, count, numbers):
     """Counts of the released files, and some of their names and shapes."""
     config = PRESETS[preset]
     for layout in ("official", "diffusers"):
-        arrays = writing.writers(shapes_of(config), config, layout, jnp.bfloat16)
+        arrays = writing.writers(Transformer(config, shapes_of(config)), layout, jnp.bfloat16)
         assert (
             len(arrays) == count and sum(array.nbytes for array in arrays.values()) == 2 * numbers
         )
-    arrays = writing.writers(shapes_of(config), config, "official", None)
+    arrays = writing.writers(Transformer(config, shapes_of(config)), "official", None)
     last, dim, ffn = config.num_layers - 1, config.dim, config.ffn_dim
     known = {
         "patch_embedding.weight": (dim, config.in_channels, 1, 2, 2), "head.head.weight": (64, dim),
@@ -444,7 +446,7 @@ def test_diffusers_reads_what_we_write_in_both_layouts(tmp_path, module, config)
     theirs, params = module(config)
     state, fresh = theirs.state_dict(), diffusers.WanTransformer3DModel
     for layout in ("official", "diffusers"):
-        write_official(params, config, tmp_path / layout, layout)
+        write_official(Transformer(config, params), tmp_path / layout, layout)
     tensors = load_torch(tmp_path / "official" / "diffusion_pytorch_model.safetensors")
     assert tensors.keys() == official(params, config).keys()
     folder = tmp_path / "diffusers" / "transformer"

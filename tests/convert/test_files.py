@@ -18,7 +18,7 @@ from salt_jax.convert import reading, writing
 from salt_jax.convert.folder import find_networks
 from salt_jax.convert.fp8 import rescaled
 from salt_jax.convert.reading import find_network
-from salt_jax.convert.writing import write_official
+from salt_jax.convert.writing import Transformer, write_official
 from salt_jax.errors import UserError
 from salt_jax.io.header import read_metadata
 from salt_jax.io.tensor_files import view
@@ -590,7 +590,9 @@ def test_a_message_stays_short_at_40_layers(tmp_path):
     config = PRESETS["wan2.1-t2v-tiny"].__class__(**{**vars(T2V), "num_layers": 40})
     tensors = {
         key: ones(*out.shape)
-        for key, out in writing.writers(shapes_of(config), config, "official", None).items()
+        for key, out in writing.writers(
+            Transformer(config, shapes_of(config)), "official", None
+        ).items()
     }
     extra = {f"blocks.{i}.x{j}.weight": ones(1) for i in range(40) for j in range(20)}
     refused(r"800 unexpected .* and 790 more", save(tmp_path, tensors | extra))
@@ -606,7 +608,9 @@ def test_the_record_of_our_export_goes_along(tmp_path):
     file = save(tmp_path, good(), metadata={"format": "pt", "salt_jax": record})
     assert find_network([file]).record == record
     for layout in ("official", "diffusers"):
-        write_official(PARAMS[T2V], T2V, tmp_path / layout, layout, max_shard=10**5, record=record)
+        write_official(
+            Transformer(T2V, PARAMS[T2V]), tmp_path / layout, layout, max_shard=10**5, record=record
+        )
         shards = sorted((tmp_path / layout).rglob("*.safetensors"))
         assert len(shards) > 1
         assert {read_metadata(shard)["salt_jax"] for shard in shards} == {record}

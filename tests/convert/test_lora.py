@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from salt_jax.convert import reading
 from salt_jax.convert.lora import find_lora, lora_alpha, lora_writers, merge_lora
 from salt_jax.convert.reading import find_network
-from salt_jax.convert.writing_lora import open_lora, write_lora
+from salt_jax.convert.writing_lora import LowRank, open_lora, write_lora
 from salt_jax.errors import UserError
 from salt_jax.io.tensor_files import write_tensors
 from salt_jax.models.lora import init_lora, merge
@@ -564,7 +564,7 @@ def our_lora(rank=3):
 @pytest.mark.parametrize("layout", ["diffusers", "comfyui"])
 def test_our_lora_goes_out_and_comes_back(t2v, tmp_path, layout):
     params = our_lora()
-    file = write_lora(params, 3, 6.0, tmp_path / "out", layout, record='{"step": 1}')
+    file = write_lora(LowRank(params, 3, 6.0), tmp_path / "out", layout, record='{"step": 1}')
     tensors = load_file(file)
     with safe_open(file, "numpy") as opened:
         metadata = opened.metadata()
@@ -583,7 +583,7 @@ def test_our_lora_goes_out_and_comes_back(t2v, tmp_path, layout):
     for name, want in whole.items():
         np.testing.assert_allclose(got[name], want, atol=1e-5)
     with pytest.raises(UserError, match="exists; name another folder"):
-        write_lora(params, 3, 6.0, tmp_path / "out", layout)
+        write_lora(LowRank(params, 3, 6.0), tmp_path / "out", layout)
 
 
 # Against PEFT and diffusers.
@@ -707,7 +707,7 @@ def test_other_spellings_are_merged_as_diffusers_does(t2v, tmp_path, kind):
 def test_diffusers_fuses_our_lora_with_our_alpha(t2v, tmp_path, layout):
     pytest.importorskip("peft")
     params = our_lora()
-    file = write_lora(params, 3, 6.0, tmp_path / "out", layout)
+    file = write_lora(LowRank(params, 3, 6.0), tmp_path / "out", layout)
     whole = official(merge(t2v.params, params, SimpleNamespace(rank=3, alpha=6.0)), T2V)
     same_as_theirs(
         {k: np.asarray(v) for k, v in whole.items()}, fused(wan_of_diffusers(T2V), t2v, file), T2V

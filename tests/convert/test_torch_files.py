@@ -413,6 +413,6 @@ def test_states_of_generators_beside_tensors_are_passed_over(tmp_path, protocol)
         "rng": np.random.RandomState(0).get_state(),
         "name": "ema",
     }
-    found = torch_pickle.follow(pickle.dumps(state, protocol), lambda told: None, tmp_path)
+    found = torch_pickle.follow(pickle.dumps(state, protocol), lambda told: None)
     assert found["name"] == "ema" and isinstance(found["step"], torch_pickle.Opaque)
     assert [type(part) for part in found["rng"]] == [str, torch_pickle.Opaque, int, int, float]

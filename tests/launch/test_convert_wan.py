@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from configs import base
 from salt_jax.checkpoint import open_checkpoints, save
 from salt_jax.config.reading import read_recipe, to_json
-from salt_jax.convert.writing import writers
+from salt_jax.convert.writing import Transformer, writers
 from salt_jax.io import model_folder
 from salt_jax.io.header import read_metadata
 from salt_jax.io.model_folder import open_part
@@ -425,7 +425,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path, direction):
     for name, config in (("tiny", T2V), ("large", large)):
         src = tmp_path / name
         src.mkdir()
-        zeros = writers(shapes_of(config), config, "official", None)
+        zeros = writers(Transformer(config, shapes_of(config)), "official", None)
         zeros = {
             k: TensorWriter(a.dtype, a.shape, lambda a=a: [np.zeros(a.shape, a.dtype)])
             for k, a in zeros.items()
