@@ -1,9 +1,12 @@
 """The library: what makes videos, opened by name, by workdir and by file."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+from etils.epath import backend
+from fsspec.implementations.local import LocalFileSystem
 
 import salt_jax
 from configs import base, salt
@@ -100,28 +103,48 @@ def test_what_is_not_there_is_told_in_one_sentence(source, told):
     assert "\n" not in str(error.value)
 
 
-def test_of_a_workdir_elsewhere_the_newest_checkpoint_is_copied_and_only_once(
-    tmp_path, monkeypatch
-):
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """The folder that gs://bucket stands for, and an empty cache beside it."""
+
+    class Buckets(LocalFileSystem):
+        @classmethod
+        def _strip_protocol(cls, path):
+            return super()._strip_protocol(str(path).replace("gs:/", str(tmp_path), 1))
+
+    monkeypatch.setattr(backend.fsspec_backend, "fs", lambda path: Buckets())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    run = tmp_path / "run"
+    (tmp_path / "bucket").mkdir()
+    return tmp_path / "bucket"
+
+
+def test_a_network_in_a_bucket_is_the_same(model, bucket):
+    shutil.copy(located("shapes_causal"), bucket / "student.safetensors")
+    there = salt_jax.load("gs://bucket/student.safetensors")
+    args = dict(num_steps=1, frames=3)
+    np.testing.assert_array_equal(there.generate(RED, **args), model.generate(RED, **args))
+    assert there.parts.source == "gs://bucket/student.safetensors"
+
+
+def test_of_a_workdir_in_a_bucket_the_newest_checkpoint_is_copied_and_only_once(bucket):
+    run, address = bucket / "run", "gs://bucket/run"
     for step in (5, 10):
         (run / "checkpoints" / str(step) / "ema").mkdir(parents=True)
         (run / "checkpoints" / str(step) / "ema" / "d").write_text(f"{step}")
     (run / "config.json").write_text(to_json(read_recipe(base.get_config())))
     (run / "events.out").write_text("not needed")
-    there = copied(str(run), None)
+    there = copied(address, None)
     assert there.name == "run"
     files = sorted(str(p.relative_to(there)) for p in there.rglob("*") if p.is_file())
     assert files == ["checkpoints/10/ema/d", "config.json"]
     assert json.loads((there / "config.json").read_text())["stage"] == "distil"
     (run / "checkpoints" / "10" / "ema" / "d").write_text("changed")
-    assert (copied(str(run), None) / "checkpoints/10/ema/d").read_text() == "10"
-    assert (copied(str(run), 5) / "checkpoints/5/ema/d").read_text() == "5"
+    assert (copied(address, None) / "checkpoints/10/ema/d").read_text() == "10"
+    assert (copied(address, 5) / "checkpoints/5/ema/d").read_text() == "5"
     with pytest.raises(UserError, match=r"no checkpoint of step 7 in .*run"):
-        copied(str(run), 7)
+        copied(address, 7)
     with pytest.raises(UserError, match=r"nothing at .*absent"):
-        copied(str(tmp_path / "absent"), None)
+        copied("gs://bucket/absent", None)
 
 
 def test_a_shipped_network_is_found_by_its_name_alone():
