@@ -59,7 +59,10 @@ def batches(
     share = batch_size // process_count
     mine = slice(process_index * share, (process_index + 1) * share)
     encode = functools.cache(encode_caption)
-    load = lambda indices: collate([source[int(i)] for i in indices[mine]], encode)
+
+    def load(indices: np.ndarray) -> dict[str, np.ndarray]:
+        return collate([source[int(i)] for i in indices[mine]], encode)
+
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     stream = iter(order.batch(batch_size).map(load).to_iter_dataset(READ_AHEAD))
     stream.set_state({"next_index": start})

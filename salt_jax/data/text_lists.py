@@ -11,7 +11,7 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from salt_jax.errors import UserError
 
@@ -44,7 +44,7 @@ class Row(NamedTuple):
     """
 
     name: str  # where it stands, for a message
-    cells: dict[str, Any]
+    cells: dict[str, object]
     problem: str
 
 
@@ -190,16 +190,19 @@ def _separated(text: str, file: Path) -> Iterator[Row]:
     """Rows of a .csv, whose separator is what splits its header into known columns, or of a
     .tsv.
     """
-    lines = lambda: io.StringIO(text, newline="")  # whose lines end as csv's do
-    first = next((line.rstrip("\r\n") for line in lines() if line.strip(BLANKS)), "")
+    lines = io.StringIO(text, newline="").readlines()  # which end as csv's do
+    first = next((line.rstrip("\r\n") for line in lines if line.strip(BLANKS)), "")
     known = {*FILE_COLUMNS, *CAPTION_COLUMNS}
     marks = "\t" if file.suffix.lower() == ".tsv" else ",;\t"
-    split = lambda mark: {_key(name) for name in next(csv.reader([first], delimiter=mark), [])}
+
+    def columns(mark: str) -> set[str]:
+        return {_key(name) for name in next(csv.reader([first], delimiter=mark), [])}
+
     number, header = 0, None
     try:
-        mark = next((mark for mark in marks if known & split(mark)), marks[0])
+        mark = next((mark for mark in marks if known & columns(mark)), marks[0])
         # Strict: a quote that is not closed would make one caption of the rest of the file.
-        for cells in csv.reader(lines(), delimiter=mark, strict=True):
+        for cells in csv.reader(lines, delimiter=mark, strict=True):
             if not any(value.strip(BLANKS) for value in cells):
                 continue
             if header is None:
@@ -243,8 +246,8 @@ def _objects(text: str, file: Path) -> Iterator[Row]:
             yield Row(place, {_key(name): field for name, field in value.items()}, "")
 
 
-def _json(text: str, place: str) -> Any:
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+def _json(text: str, place: str) -> object:
+    def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
         _refuse_twice([_key(name) for name, _ in items], place)
         return dict(items)
 

@@ -8,7 +8,6 @@ system that all of them see.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -23,7 +22,10 @@ from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
 from salt_jax.io.header import read_metadata
 
-Make = Callable[[list[dict[str, Any]], int], dict[str, np.ndarray]]
+Record = dict[str, str | int | np.ndarray]
+"""A clip of Moving Shapes or of encoded data, see `pipeline.batches`."""
+
+Make = Callable[[list[Record], int], dict[str, np.ndarray]]
 
 
 class Trajectories(Sequence):
@@ -33,8 +35,8 @@ class Trajectories(Sequence):
     See `stages.ode_regression.OdeRegression.trajectory`.
     """
 
-    def __init__(self, parts: list[Path], per_part: int, words: Callable[[int], dict[str, Any]]):
-        self._parts, self._per_part, self._words = parts, per_part, words
+    def __init__(self, parts: list[Path], per_part: int, clips: Sequence[Record]):
+        self._parts, self._per_part, self._clips = parts, per_part, clips
 
     def __len__(self) -> int:
         return len(self._parts) * self._per_part
@@ -43,7 +45,8 @@ class Trajectories(Sequence):
         part, i = divmod(int(index), self._per_part)
         with safe_open(self._parts[part], "numpy") as file:
             record = {name: file.get_slice(name)[i] for name in ("video", "states")}
-        return record | self._words(int(index))
+        clip = self._clips[int(index) % len(self._clips)]
+        return record | {name: clip[name] for name in ("caption", "text") if name in clip}
 
 
 def open_trajectories(
@@ -62,7 +65,6 @@ def open_trajectories(
     directory.mkdir(parents=True, exist_ok=True)
     count = -(-recipe.ode.trajectories // size)
     parts = [directory / f"{i:05d}.safetensors" for i in range(count)]
-    record = lambda index: source[index % len(source)]
     mine = parts[jax.process_index() :: jax.process_count()]
     missing = [path for path in mine if not path.exists()]
     for path in sorted(set(mine) - set(missing)):
@@ -72,11 +74,11 @@ def open_trajectories(
         refuse_another_run(config, recipe, files_may_move)
     for path in tqdm(missing, desc="trajectories", unit="batch", disable=not missing):
         number = int(path.stem)
-        arrays = make([record(number * size + i) for i in range(size)], number)
+        clips = [source[i % len(source)] for i in range(number * size, (number + 1) * size)]
+        arrays = make(clips, number)
         partial = path.with_suffix(".partial")
         save_file(arrays, partial, {"config": to_json(recipe)})
         partial.replace(path)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("trajectories")
-    words = lambda index: {k: v for k, v in record(index).items() if k in ("caption", "text")}
-    return Trajectories(parts, size, words)
+    return Trajectories(parts, size, source)

@@ -30,7 +30,7 @@ from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.denoiser import WanDenoiser
 from salt_jax.rollout.causal import Origin, Steps, plan_replay, rollout
 from salt_jax.rollout.parallel import advance, noise_at
-from salt_jax.types import Conditioning, Denoiser, Latent, Params
+from salt_jax.types import Conditioning, Denoiser, Latent, Params, PerExample
 
 EPS = 1e-8  # of Eq. 16; the paper gives no value
 
@@ -84,7 +84,7 @@ def semigroup_defect(
 
     def interval(x_s, levels):
         sigma_s, sigma_m, sigma_e = levels
-        per_example = lambda sigma: jnp.full(len(x_s), sigma, jnp.float32)
+        per_example = partial(jnp.full, len(x_s), dtype=jnp.float32)
         at_s = denoiser.denoise(params, x_s, per_example(sigma_s), cond)
         v_s = at_s.velocity.astype(jnp.float32)
         x_m = euler(x_s, v_s, per_example(sigma_s), per_example(sigma_m))
@@ -137,7 +137,10 @@ def defect_and_curvature(v_s: Latent, v_m: Latent, sigma_s, sigma_m, sigma_e):
 
     Form (4): the difference of two endpoints would lose the digits that the two have in common.
     """
-    squared_norm = lambda x: jnp.sum(jnp.square(x), axis=(1, 2, 3, 4))
+
+    def squared_norm(x: Latent) -> PerExample:
+        return jnp.sum(jnp.square(x), axis=(1, 2, 3, 4))
+
     v_s, v_m = v_s.astype(jnp.float32), v_m.astype(jnp.float32)
     bend, displacement = squared_norm(v_m - v_s), squared_norm((sigma_s - sigma_e) * v_s)
     defect = jnp.square(sigma_m - sigma_e) * bend / (displacement + EPS)

@@ -161,10 +161,10 @@ def _table(table: Table) -> str:
                 f"{list(table.header)}"
             )
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.header)
-    cells = lambda rest: "".join(f"<td>{escape(cell)}</td>" for cell in rest)
-    rows = "".join(
-        f'<tr><th scope="row">{escape(first)}</th>{cells(rest)}</tr>' for first, *rest in table.rows
-    )
+    rows = ""
+    for first, *rest in table.rows:
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in rest)
+        rows += f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>'
     return (
         f"<h3>{escape(table.title)}</h3><p>{escape(table.explanation)}</p>"
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,29 @@ class Task(NamedTuple):
     batch_size: int
 
 
+class DefectNumbers(TypedDict):
+    """As `evaluate.defect.Defect`."""
+
+    per_interval: list[float]
+    mean: float
+    curvature: list[float]
+
+
+class StudentNumbers(TypedDict):
+    """What is measured of a student under one solver."""
+
+    score: dict[int, dict[str, float]]  # by number of steps, see `moving_shapes.score.score`
+    cross_step: dict[str, float]  # by pair of numbers of steps, "2-4"
+    defect: DefectNumbers
+
+
+class DriftNumbers(TypedDict):
+    """How a long video changes."""
+
+    segments: list[dict[str, float]]  # the scorer's card of each
+    looks: list[dict[str, float]]  # of each chunk, see `io.video.looks`
+
+
 def clips(
     network: Denoiser, params: Params, task: Task, num_steps: int, solver: Solver
 ) -> np.ndarray:
@@ -58,9 +81,7 @@ def shapes_score(latents: np.ndarray, task: Task) -> dict[str, float]:
     return score(to_pixels(latents), task.scene, task.world)
 
 
-def defect(
-    network: WanDenoiser, params: Params, task: Task, solver: Solver
-) -> dict[str, list[float] | float]:
+def defect(network: WanDenoiser, params: Params, task: Task, solver: Solver) -> DefectNumbers:
     """Salt Eq. 16 over all of the task's captions (as many as fill whole batches)."""
     sigmas, midpoints = defect_grid(DEFECT_STEPS, task.sampler.shift)
     keys, b, policy = clip_keys(task.seed, len(task.text)), task.batch_size, task.sampler.memory
@@ -85,18 +106,15 @@ def measure(
     num_steps: Sequence[int],
     solver: Solver,
     tick: Callable[[], object],
-) -> tuple[dict, dict[int, np.ndarray]]:
-    """A student under one solver; `tick` is called after each of the len(num_steps) + 1 parts.
-
-    Returns:
-      {"score": {K: {...}}, "cross_step": {"2-4": ...}, "defect": {...}}, JSON-ready, and {K:
-      latents}.
+) -> tuple[StudentNumbers, dict[int, np.ndarray]]:
+    """A student under one solver, and its latents by number of steps; `tick` is called after each
+    of the len(num_steps) + 1 parts.
     """
     made = {}
     for k in num_steps:
         made[k] = clips(network, params, task, k, solver)
         tick()
-    numbers = {
+    numbers: StudentNumbers = {
         "score": {k: shapes_score(made[k], task) for k in num_steps},
         "cross_step": cross_step_distance(made),
         "defect": defect(network, params, task, solver),
@@ -105,7 +123,7 @@ def measure(
     return numbers, made
 
 
-def drift(latents: np.ndarray, task: Task) -> dict[str, list]:
+def drift(latents: np.ndarray, task: Task) -> DriftNumbers:
     """How a long video changes: the scorer's card of each segment of one clip's length, and looks
     by chunk.
 

@@ -1,12 +1,12 @@
 """From numbers to tables, plots and the report of one evaluated run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from salt_jax.evaluate.report import Plot, Report, Table, VideoRow, bars, curves
-from salt_jax.evaluate.shapes_suite import DEFECT_STEPS, Task
+from salt_jax.evaluate.shapes_suite import DEFECT_STEPS, DriftNumbers, StudentNumbers, Task
 from salt_jax.moving_shapes import shapes
 
 SHOWN = (
@@ -24,7 +24,13 @@ SHOWN = (
 INTERVALS = [f"interval {i + 1}" for i in range(DEFECT_STEPS)]
 
 
-def score_table(numbers: Mapping[str, Any]) -> Table:
+Evaluation = Mapping[str, Any]
+"""What evaluation.json holds: `student` by solver and `long` by memory, see `shapes_suite`, what
+`teacher` scores, and texts about all of it.
+"""
+
+
+def score_table(numbers: Evaluation) -> Table:
     """One row per network, number of steps and solver."""
     teacher = numbers["teacher"]
     rows = [["teacher", teacher["num_steps"], "euler", teacher["score"]]] if teacher else []
@@ -40,14 +46,13 @@ def score_table(numbers: Mapping[str, Any]) -> Table:
     return Table("Shapes score", ["network", "steps", "solver", *SHOWN], body, explanation)
 
 
-def student_tables(student: Mapping[str, Any]) -> list[Table]:
+def student_tables(student: Mapping[str, StudentNumbers]) -> list[Table]:
     """Defect, curvature and cross-step distance by solver."""
-    four = lambda values: [f"{v:.4f}" for v in values]
     defects = [
-        [s, *four([r["defect"]["mean"], *r["defect"]["per_interval"]])] for s, r in student.items()
+        [s, *_four([r["defect"]["mean"], *r["defect"]["per_interval"]])] for s, r in student.items()
     ]
-    bends = [[s, *four(r["defect"]["curvature"])] for s, r in student.items()]
-    cross = [[s, *four(r["cross_step"].values())] for s, r in student.items()]
+    bends = [[s, *_four(r["defect"]["curvature"])] for s, r in student.items()]
+    cross = [[s, *_four(r["cross_step"].values())] for s, r in student.items()]
     pairs = list(next(iter(student.values()))["cross_step"])
     return [
         Table(
@@ -68,11 +73,15 @@ def student_tables(student: Mapping[str, Any]) -> list[Table]:
     ]
 
 
+def _four(values: Iterable[float]) -> list[str]:
+    return [f"{value:.4f}" for value in values]
+
+
 LOOKS = ("saturation", "contrast", "brightness")
 SEGMENT = ("all", "shape", "colour", "direction", "clean", "sharpness", "motion")
 
 
-def long_tables(long: Mapping[str, Any]) -> list[Table]:
+def long_tables(long: Mapping[str, DriftNumbers]) -> list[Table]:
     """How long videos hold, by memory and segment of one training clip, and how their looks drift
     over the chunks.
     """
@@ -81,10 +90,10 @@ def long_tables(long: Mapping[str, Any]) -> list[Table]:
         for memory, result in long.items()
         for i, score in enumerate(result["segments"])
     ]
-    ends = lambda result, name: [result["looks"][i][name] for i in (0, -1)]
+    ends = {memory: (result["looks"][0], result["looks"][-1]) for memory, result in long.items()}
     drifts = [
-        [memory, *(f"{a:.3f} -> {b:.3f}" for a, b in (ends(result, name) for name in LOOKS))]
-        for memory, result in long.items()
+        [memory, *(f"{first[name]:.3f} -> {last[name]:.3f}" for name in LOOKS)]
+        for memory, (first, last) in ends.items()
     ]
     return [
         Table(
@@ -102,7 +111,7 @@ def long_tables(long: Mapping[str, Any]) -> list[Table]:
 
 
 def make_report(
-    numbers: Mapping[str, Any],
+    numbers: Evaluation,
     task: Task,
     columns: Sequence[tuple[str, np.ndarray]],
     long: Mapping[str, np.ndarray],
@@ -111,7 +120,6 @@ def make_report(
     """The report of one run.
 
     Args:
-      numbers: as written to evaluation.json.
       columns: (label, latents [N, F, H, W, C]) of networks to show side by side; clip i has the
         same noise in all.
       long: by memory, long videos of the same captions.

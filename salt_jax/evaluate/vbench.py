@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from salt_jax.data.text_lists import read_lines, read_text
 from salt_jax.errors import UserError
@@ -133,7 +133,7 @@ def read_results(path: Path) -> dict[str, float]:
     return scores
 
 
-def _score(file: Path, key: str, value: Any) -> float:
+def _score(file: Path, key: str, value: object) -> float:
     score = value[0] if isinstance(value, list) and value else value
     if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
         raise UserError(f"{file}: the score of {key!r} is {score!r}; it must be a number")
@@ -212,8 +212,9 @@ def _refuse_name(path: Path, text: str) -> None:
 def _read_entries(path: Path) -> list[tuple[str, Sequence[str]]]:
     """(prompt, dimensions) of VBench_full_info.json."""
     entries = _read_json(path)
+    listed = entries if isinstance(entries, list) else []
     try:
-        found = [(entry["prompt_en"], entry["dimension"]) for entry in entries]
+        found = [(entry["prompt_en"], entry["dimension"]) for entry in listed]
     except (TypeError, KeyError):
         found = []
     if not found or not all(isinstance(t, str) and t and isinstance(d, list) for t, d in found):
@@ -229,7 +230,7 @@ def _read_lines(path: Path) -> list[str]:
     return lines
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> object:
     try:
         return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
