@@ -134,8 +134,7 @@ def restore_step(
 
     def read(step: int) -> tuple[int, Params]:
         stored = nested(_stored(manager, step)[what])
-        target = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-        abstract = jax.tree.map(target, stored, state_shardings(mesh, stored))
+        abstract = laid_out(stored, state_shardings(mesh, stored))
         args = ocp.args.Composite(**{what: _restore_args(abstract)})
         return step, manager.restore(step, args=args)[what]
 
@@ -154,50 +153,6 @@ def restore_step(
             "another"
         )
     return found
-
-
-def newest_step(workdir: str | Path) -> int:
-    """The newest step whose writer, or a copy, finished. Its arrays are not looked at.
-
-    Raises:
-        UserError: there is none.
-    """
-    directory, found = _directory(workdir), []
-    for path in directory.glob("*"):
-        if path.name.isascii() and path.name.isdigit():
-            try:
-                _refuse_uncommitted(path)
-                found.append(int(path.name))
-            except OSError as error:
-                log.warning(
-                    "checkpoint step %s in %s is passed over (%s)", path.name, directory, error
-                )
-    if not found:
-        raise UserError(
-            f"there is no whole checkpoint in {directory}; train there first, or name another "
-            "workdir"
-        )
-    return max(found)
-
-
-def checkpoint_digest(
-    workdir: str | Path, step: int, what: str, report: Callable[[int], Any] = lambda nbytes: None
-) -> str:
-    """SHA-256 of an item of a step, in hexadecimal digits: over the names of its files, sorted, and
-    what is in them.
-
-    `report` gets the bytes of each piece that was read.
-
-    Raises:
-        UserError: there is no such item.
-    """
-    item, state = _directory(workdir) / str(step) / what, hashlib.sha256()
-    files = {path.relative_to(item).as_posix(): path for path in item.rglob("*") if path.is_file()}
-    if not files:
-        raise UserError(f"there is no {item}; name a step that is there, or another workdir")
-    for name in sorted(files):
-        state.update(f"{name}\0{digest(files[name], report)}\0".encode())
-    return state.hexdigest()
 
 
 def _named(step: int, there: Sequence[int], directory: Path, read: Callable[[int], T]) -> T:
@@ -273,8 +228,8 @@ def _stored(manager: ocp.CheckpointManager, step: int) -> dict[str, Params]:
     return {name: metadata[name].tree for name in names}
 
 
-def _restore_args(abstract: dict[str, Any]) -> ocp.args.PyTreeRestore:
-    """To read these arrays, laid out as they say, and to leave what else is there: see
+def _restore_args(abstract: dict[str, Params]) -> ocp.args.PyTreeRestore:
+    """Restore arguments: read these arrays with their shardings, and ignore others on disk: see
     `_refuse_mismatch`.
     """
     how = ocp.checkpoint_utils.construct_restore_args(abstract)

@@ -74,11 +74,11 @@ def axis_sizes(sizes: Mapping[str, object], count: int) -> dict[str, int]:
         UserError: an axis is missing, unknown or not a positive number, or the sizes do not make up
           the devices.
     """
-    asked: dict[str, Any] = {axis: sizes.get(axis) for axis in AXES} | dict(sizes)
+    asked = {axis: sizes.get(axis) for axis in AXES} | dict(sizes)
     shown = ", ".join(f"{axis}={size}" for axis, size in asked.items())
-    known = [size for size in asked.values() if size != -1]
-    whole = all(isinstance(size, int) and size > 0 for size in known)
-    if set(asked) != set(AXES) or len(known) < len(AXES) - 1 or not whole:
+    known = {axis: n for axis, n in asked.items() if isinstance(n, int) and n > 0}
+    left = [axis for axis, size in asked.items() if size == -1]
+    if set(asked) != set(AXES) or len(left) > 1 or {*known, *left} != set(AXES):
         raise UserError(
             f"config.mesh is ({shown}), but it needs {', '.join(AXES)} and no other, each a whole "
             "number >= 1; "

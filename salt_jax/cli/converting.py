@@ -1,4 +1,4 @@
-"""Runs launch.convert_wan, one array in host memory at a time."""
+"""What launch.convert_wan does, one array in memory at a time."""
 
 import dataclasses
 import json
@@ -24,7 +24,6 @@ from salt_jax.io.model_folder import TOKENIZERS
 from salt_jax.io.tensor_files import TensorWriter, all_or_nothing, digest, view, write_tensors
 from salt_jax.keys import Json
 from salt_jax.sharding import all_devices
-from salt_jax.types import Params
 from salt_jax.workdir import ITEMS, open_workdir, record
 
 Layout = Literal["official", "diffusers", "comfyui"]  # of --to
@@ -43,9 +42,9 @@ class Job(NamedTuple):
 
 
 def plan(networks: dict[str, Found], src: Path) -> dict[str, Job]:
-    """The files to write from the networks in `src`, by name.
+    """What comes of the networks in `src`, by file name.
 
-    Everything that can be checked is checked here.
+    All that can be checked has been when this returns.
     """
     jobs: dict[str, Job] = {}
     loras = read_loras(networks, src)

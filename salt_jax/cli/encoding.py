@@ -19,7 +19,7 @@ from salt_jax.choices import TeacherSolver
 from salt_jax.cli import encode_flags as f
 from salt_jax.data.clips import READER, read_clip
 from salt_jax.data.video_folder import Video
-from salt_jax.data.writing_latents import Plan, Report, in_groups, write_records
+from salt_jax.data.writing_latents import Plan, Record, Report, in_groups, write_records
 from salt_jax.errors import UserError
 from salt_jax.io import model_folder
 from salt_jax.io.model_folder import IMAGE, TEXT, VAE, WAN, Part, Source
@@ -271,7 +271,7 @@ def print_report(report: Report, sources: int) -> None:
     counts = f"{sources} sources = {written} records + {rejected} left out"
     print(f"{f.DST.value}: {counts}{left if report.missing else ''}")
     for name, reason in report.rejected[:LISTED]:
-        # file names may not be valid text
+        # names of files may be no text
         print(f"  {name}: {reason}".encode(errors="replace").decode())
     if len(report.rejected) > LISTED:
         print(

@@ -26,7 +26,7 @@ def find_networks(src: Path, unused: Callable[[Path], object], key: str = "") ->
     """The networks in a folder with everything below it, or in a file, by what they are.
 
     Args:
-      unused: gets files that hold something else.
+      unused: is called with each file that has no network of Wan 2.1.
       key: which network of a file that holds several of one kind; "": the averaged student.
 
     Raises:

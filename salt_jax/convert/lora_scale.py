@@ -151,8 +151,8 @@ def number(value: object, what: str) -> float:
     return read
 
 
-def _told(told: object, source: str, strict: bool) -> Told:
-    config = _component(told, source)
+def _stated(found: object, source: str, strict: bool) -> Stated:
+    config = _component(found, source)
     asked = {key: value for key, value in config.items() if value not in NO}
     passed = APPLIED | HARMLESS if strict else config.keys() - MATTERS
     other = {key: value for key, value in asked.items() if key not in passed}
@@ -183,15 +183,15 @@ def _told(told: object, source: str, strict: bool) -> Told:
         raise UserError(
             f"use_rslora of {source} is {str(rslora)[:40]!r}, neither true nor false; correct it"
         )
-    return Told(source, rank, alpha, bool(rslora), *patterns.values())
+    return Stated(source, rank, alpha, bool(rslora), *patterns.values())
 
 
-def _component(told: object, source: str) -> dict[str, object]:
+def _component(found: object, source: str) -> dict[str, object]:
     """The keys of the transformer: diffusers writes "transformer." in front of each."""
     if not isinstance(found, dict):
         raise UserError(f"{source} is no JSON object; correct or remove it")
     parts: dict[str, dict[str, object]] = {}
-    for key, value in told.items():
+    for key, value in found.items():
         front, _, last = key.rpartition(".")
         parts.setdefault(front, {})[last] = value
     front = next((front for front in ("transformer", "", *parts) if front in parts), "")

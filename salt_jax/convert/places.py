@@ -1,6 +1,4 @@
-"""Where in a file the networks of Wan 2.1 are, by the names in it, whatever stands in front of
-these.
-"""
+"""Where in a file the networks of Wan 2.1 are: found by the names in it, under any prefix."""
 
 import itertools
 import math

@@ -44,14 +44,14 @@ class Size(NamedTuple):
 def read_json(path: Path) -> dict[str, object]:
     """The JSON object in a file; empty where there is none."""
     try:
-        found = json.loads(path.read_text())
+        stated = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return stated if isinstance(stated, dict) else {}
 
 
 def infer_config(
-    network: str, sizes: Mapping[str, Size], told: Mapping[str, object], where: str
+    network: str, sizes: Mapping[str, Size], stated: Mapping[str, object], where: str
 ) -> Sizes:
     """The config of a network of `PARTS`.
 
@@ -76,7 +76,7 @@ def infer_config(
         ) from error
 
 
-def _wan(sizes: Mapping[str, Size], told: Mapping[str, object], where: str) -> WanConfig:
+def _wan(sizes: Mapping[str, Size], stated: Mapping[str, object], where: str) -> WanConfig:
     layers, _, (_, dim) = sizes["blocks/modulation"]
     _, channels, frames, rows, columns = sizes["patch_embedding/kernel"].theirs
     known = {c.dim: c.num_heads for c in presets.PRESETS.values() if c.text_dim == 4096}
@@ -90,17 +90,17 @@ def _wan(sizes: Mapping[str, Size], told: Mapping[str, object], where: str) -> W
         out_channels=sizes["head/linear/bias"].ours[0] // (frames * rows * columns),
         patch_size=(frames, rows, columns),
         text_dim=sizes["text_embedding/in/kernel"].ours[0],
-        text_length=int(_number(told, "text_len", 512)),
+        text_length=int(_number(stated, "text_len", 512)),
         freq_dim=sizes["time_embedding/in/kernel"].ours[0],
         image_dim=image.ours[0] if image else 0,
-        eps=float(_number(told, "eps", 1e-6)),
+        eps=float(_number(stated, "eps", 1e-6)),
     )
     _check_channels(config, where)
     return config
 
 
-def _number(told: Mapping[str, object], key: str, usual: float | int) -> float | int:
-    value = told.get(key, usual)
+def _number(stated: Mapping[str, object], key: str, usual: float | int) -> float | int:
+    value = stated.get(key, usual)
     if not isinstance(value, float | int):
         raise ValueError(f"its config.json says {key} {value!r}")
     return value
@@ -119,12 +119,12 @@ def _check_channels(config: WanConfig, where: str) -> None:
     )
 
 
-def _vae(sizes: Mapping[str, Size], told: Mapping[str, object], where: str) -> VAEConfig:
+def _vae(sizes: Mapping[str, Size], stated: Mapping[str, object], where: str) -> VAEConfig:
     return VAEConfig(sizes["encoder/conv_in/bias"].ours[0], sizes["from_latent/bias"].ours[0])
 
 
 def _text_encoder(
-    sizes: Mapping[str, Size], told: Mapping[str, object], where: str
+    sizes: Mapping[str, Size], stated: Mapping[str, object], where: str
 ) -> TextEncoderConfig:
     layers, _, (buckets, heads) = sizes["blocks/relative_attention_bias/embedding"]
     vocabulary, dim = sizes["shared/embedding"].ours
@@ -133,7 +133,7 @@ def _text_encoder(
 
 
 def _image_encoder(
-    sizes: Mapping[str, Size], told: Mapping[str, object], where: str
+    sizes: Mapping[str, Size], stated: Mapping[str, object], where: str
 ) -> ImageEncoderConfig:
     rows, dim = sizes["position_embedding"].ours
     layers, _, (_, mlp) = sizes["blocks/fc_in/kernel"]
@@ -142,12 +142,12 @@ def _image_encoder(
     # The official release keeps it in one folder with the transformer, whose config.json tells
     # other heads.
     known = published.num_heads if dim == published.dim else None
-    heads = known or _heads(told, ("num_attention_heads",), None, where)
+    heads = known or _heads(stated, ("num_attention_heads",), None, where)
     return ImageEncoderConfig(dim, layers, heads, mlp, math.isqrt(rows - 1) * patch, patch)
 
 
-def _heads(told: Mapping[str, object], keys: Sequence[str], known: int | None, where: str) -> int:
-    said = (told.get(key) for key in keys)
+def _heads(stated: Mapping[str, object], keys: Sequence[str], known: int | None, where: str) -> int:
+    said = (stated.get(key) for key in keys)
     value = next((count for count in said if isinstance(count, int)), known)
     if not value:
         raise UserError(

@@ -60,7 +60,7 @@ def write_official(
     Args:
       dtype: how to store it; None: as it is.
       max_shard: bytes; what is larger goes into several files with an index.
-      report: gets the bytes of each array that was written.
+      report: is called with the bytes of each array that was written.
       record: metadata of each file under the key salt_jax.
 
     Raises:

@@ -57,7 +57,7 @@ class Prompt(NamedTuple):
     """One prompt of VBench."""
 
     text: str  # in the file's name
-    generate: str  # what the model is given: `text`, or its extension
+    generate: str  # the prompt of the model: `text`, or its extension
     samples: int
 
 

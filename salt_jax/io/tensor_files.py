@@ -97,7 +97,7 @@ def list_tensors(path: str | Path) -> tuple[dict[str, TensorRef], dict[str, str]
 def digest(path: Path, report: Callable[[int], object] = lambda nbytes: None) -> str:
     """SHA-256 of a file, in hexadecimal digits.
 
-    `report` gets the bytes of each piece that was read.
+    `report` is called with the bytes of each piece that was read.
     """
     state = hashlib.sha256()
     with open(path, "rb") as file:
@@ -116,7 +116,7 @@ def write_tensors(
     """Writes a safetensors file part by part; a file of that name appears when all of it is on the
     disk, or not at all.
 
-    `report` gets the bytes of each part. Raises UserError where the disk refuses.
+    `report` is called with the bytes of each part. Raises UserError where the disk refuses.
     """
     codes = {dtype: code for code, dtype in CODES.items()}
     header: dict[str, object] = {"__metadata__": dict(metadata)}

@@ -168,7 +168,7 @@ def _clip(frames: np.ndarray) -> np.ndarray:
     return frames
 
 
-def _tag_bt709(told: av.VideoFrame | av.VideoCodecContext) -> None:
+def _tag_bt709(tags: av.VideoFrame | av.VideoCodecContext) -> None:
     """Says of a frame or a codec that it is BT.709 in limited range; 1 is both in ITU-T H.273 and
     FFmpeg.
     """

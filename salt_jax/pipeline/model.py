@@ -21,7 +21,7 @@ from salt_jax.types import Conditioning, Params
 
 
 class Given(NamedTuple):
-    """What a video begins with: what the network is given of a picture, or frames to go on from."""
+    """What a video begins with: the conditioning on a picture, or frames to continue."""
 
     # `Conditioning.image`, `Conditioning.channels`
     image: tuple[Array | np.ndarray, Array | np.ndarray] | None = None

@@ -62,7 +62,11 @@ def train_step(
     return state, metrics
 
 
-def compile_step(stage: Stage, update: Update, shardings: Any) -> jax.stages.Wrapped:
+Shardings = tuple[TrainState, Frozen, NamedSharding, NamedSharding]
+"""Of state and frozen, array by array, and of all of a batch and of a call."""
+
+
+def compile_step(stage: Stage, update: Update, shardings: Shardings) -> jax.stages.Wrapped:
     """Jits one optimizer call: `(state, frozen, batch, call) -> state, metrics`.
 
     The state is donated, what is frozen never. Shardings are fixed on both sides, so nothing
