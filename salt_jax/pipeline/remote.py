@@ -44,7 +44,9 @@ def _copy(source: epath.Path, target: Path) -> None:
     if source.is_dir():
         target.mkdir(parents=True, exist_ok=True)
         for path in source.iterdir():
-            _copy(path, target / path.name)
+            # a bucket's folder that is an object, as consoles make them, is listed in itself
+            if path.name != source.name or path.exists():
+                _copy(path, target / path.name)
     elif not target.exists() or target.suffix == ".json":
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.partial")

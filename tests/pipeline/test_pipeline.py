@@ -112,6 +112,10 @@ def bucket(tmp_path, monkeypatch):
         def _strip_protocol(cls, path):
             return super()._strip_protocol(str(path).replace("gs:/", str(tmp_path), 1))
 
+        def ls(self, path, detail=False, **kwargs):
+            """In a folder that is an object gcsfs lists the folder too."""
+            return [self._strip_protocol(path), *super().ls(path, detail=False)]
+
     monkeypatch.setattr(backend.fsspec_backend, "fs", lambda path: Buckets())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "bucket").mkdir()
