@@ -41,12 +41,12 @@ def without_type_checks() -> Iterator[None]:
         jaxtyping.config.update("jaxtyping_disable", False)
 
 
-def randomised(params, seed):
+def randomised(params, seed, std=0.08):
     """Every leaf random, gains around one: default zeros and ones would hide a wrong mapping."""
     rng = np.random.default_rng(seed)
-    noise = lambda path, p: (
-        0.08 * rng.standard_normal(p.shape) + (path[-1].key == "scale")
-    ).astype(np.float32)
+    noise = lambda path, p: (std * rng.standard_normal(p.shape) + (path[-1].key == "scale")).astype(
+        np.float32
+    )
     return jax.tree_util.tree_map_with_path(noise, params)
 
 

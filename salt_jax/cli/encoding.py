@@ -246,7 +246,7 @@ def teacher_encoder(
 
     def encode(group: Sequence[Loaded]) -> list[Record]:
         records = encode_texts(embed, group)
-        texts = [padded(record["text"], config.text_length) for record in records]
+        texts = [padded(np.asarray(record["text"]), config.text_length) for record in records]
         keys = numbered_keys(f.SEED.value, np.array([item.number for item in group]))
         cond = Conditioning(jnp.asarray(np.stack(texts)))
         clips = whole_clips(sampler, teacher, params, cond, keys, latent)

@@ -103,11 +103,7 @@ def names(config, part):
 
 def test_a_recipe_has_the_programs_that_its_run_needs():
     ode = ode_regression.get_config("wan")
-    assert [names(ode, part) for part in PARTS[:3]] == [
-        {"student step"},
-        set(),
-        {"trajectories"},
-    ]
+    assert [names(ode, part) for part in PARTS[:3]] == [{"student step"}, set(), {"trajectories"}]
     assert names(ode, "stream") == {"stream: read text", "stream: chunk of 3", "stream: new prompt"}
     assert names(ode, "vae") == {
         "VAE decode: first frame",
@@ -129,9 +125,7 @@ def test_a_recipe_has_the_programs_that_its_run_needs():
 
 
 @pytest.mark.parametrize(
-    "config",
-    [teacher, sc_dmd, self_forcing, ode_regression],
-    ids=lambda module: module.__name__,
+    "config", [teacher, sc_dmd, self_forcing, ode_regression], ids=lambda module: module.__name__
 )
 def test_programs_of_small_runs_lower(config):
     mesh = make_mesh(dict(data=2, fsdp=4, context=1, tensor=1))
@@ -139,7 +133,7 @@ def test_programs_of_small_runs_lower(config):
     for part in PARTS:
         for make in parts(stage, part).values():
             program = make()
-            assert program.jitted.lower(*program.args).as_text()
+            program.jitted.lower(*program.args)
 
 
 def test_what_a_program_does_not_read_waits_beside_it(tmp_path):

@@ -139,7 +139,6 @@ def test_another_rate_acts_from_the_first_update_on_and_nothing_else_changes(
     assert json.loads((run / "config.json").read_text())["critic_optimizer"]["weight_decay"] == 0.5
 
 
-@pytest.mark.slow
 def test_the_same_run_again_tells_no_change(recipe, tmp_path, capsys):
     run = tmp_path / "run"
     loop.train(recipe(), run)
@@ -200,7 +199,6 @@ def test_a_rate_that_decays_may_change_but_not_the_length_of_its_curve(recipe):
         migrate.refuse_another_run(before, recipe(**decays | {"iterations": 20}))
 
 
-@pytest.mark.slow
 def test_a_refused_start_leaves_the_workdir_as_it_was(recipe, tmp_path):
     run = tmp_path / "run"
     loop.train(recipe(), run)

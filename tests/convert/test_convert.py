@@ -25,15 +25,7 @@ from salt_jax.models import image_encoder, text_encoder, vae
 from salt_jax.models.presets import PRESETS, Compute
 from salt_jax.models.wan import Inputs, apply_wan
 from salt_jax.types import Conditioning
-from tests.convert.networks import (
-    I2V,
-    T2V,
-    come_in,
-    from_table,
-    official,
-    save_torch,
-    slow,
-)
+from tests.convert.networks import I2V, T2V, come_in, from_table, official, save_torch, slow
 from tests.helpers import (
     randomised,
     same_bits,
@@ -235,7 +227,6 @@ def test_heads_come_from_the_config_or_from_a_published_size(tmp_path):
     assert find_network(save_changed(tmp_path, lambda t: None, heads=4)).config.num_heads == 4
 
 
-@pytest.mark.slow
 def test_what_is_no_network_of_wan_is_left_and_one_model_at_a_time_is_read(release, tmp_path):
     files, _ = release(T2V)
     folder = files[0].parent
@@ -259,7 +250,6 @@ def test_what_is_no_network_of_wan_is_left_and_one_model_at_a_time_is_read(relea
         find_networks(tmp_path / "nowhere", unused.append)
 
 
-@pytest.mark.slow
 def test_layers_stored_differently_are_stored_as_float32(tmp_path):
     def half(tensors):
         for name in tensors:
@@ -530,11 +520,7 @@ def test_a_clip_of_transformers_comes_in_without_its_last_layer(tmp_path, prefix
     }
     save_file({prefix + name: w for name, w in state.items()}, tmp_path / "model.safetensors")
     found, tree = come_in([tmp_path / "model.safetensors"], tmp_path)
-    assert (found.network, found.layout, found.config) == (
-        "image_encoder",
-        "diffusers",
-        CLIP,
-    )
+    assert (found.network, found.layout, found.config) == ("image_encoder", "diffusers", CLIP)
     same_bits(tree, clip_from_transformers(state, 3))
 
     # The release fuses q, k and v: rows of one matrix, in this order.

@@ -24,15 +24,7 @@ from salt_jax.io.header import read_metadata
 from salt_jax.io.tensor_files import view
 from salt_jax.models import image_encoder, text_encoder, vae
 from salt_jax.models.presets import PRESETS
-from tests.convert.networks import (
-    I2V,
-    T2V,
-    come_in,
-    from_table,
-    official,
-    save_torch,
-    slow,
-)
+from tests.convert.networks import I2V, T2V, come_in, from_table, official, save_torch, slow
 from tests.convert.pickles import (
     archive,
     call,
@@ -275,7 +267,6 @@ def _map(f, tree):
     return {k: _map(f, v) for k, v in tree.items()} if isinstance(tree, dict) else f(tree)
 
 
-@pytest.mark.slow
 def test_a_checkpoint_of_comfyui_holds_several_networks(tmp_path):
     """One file with the transformer, the VAE, umT5 and CLIP, each behind its own prefix, of which
     CLIP has more.

@@ -80,10 +80,7 @@ def test_all_parts_are_measured_and_told(tmp_path):
         counted = flops.update_flops(r, stage.passes(update, draw), runs_flash(r, "cpu"))
         assert parts[name]["flops"] == sum(counted.values())
         assert parts[name]["more"]["evaluations_per_chunk"] == draw.exit_step + 2
-    config, params = (
-        vae.PRESETS["tiny"],
-        shapes_of(vae.PRESETS["tiny"], vae.init_vae),
-    )
+    config, params = (vae.PRESETS["tiny"], shapes_of(vae.PRESETS["tiny"], vae.init_vae))
     decode = lambda p, z: vae.decode_video(p, z, config, jnp.bfloat16)
     latents = jax.ShapeDtypeStruct((1, 3, 4, 4, 16), jnp.float32)
     assert parts["VAE decode"]["flops"] == flops.traced_flops(decode, params, latents)

@@ -20,6 +20,7 @@ from salt_jax.io.tensor_files import save_weights
 from salt_jax.models import image_encoder, text_encoder, vae
 from salt_jax.models.image_condition import condition_latents, image_clip, squash_for_clip
 from salt_jax.models.presets import PRESETS
+from tests.helpers import randomised, shapes_of
 from tests.launch.programs import program as run_program
 from tests.launch.programs import succeed as run
 
@@ -42,10 +43,7 @@ def succeed(*args):
 
 def random_tree(part, seed):
     """Weights drawn with numpy: compiling jax's draws takes a minute for the VAE."""
-    rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: part.init(jax.random.key(0), CONFIGS[part]))
-    draw = lambda path, a: (1.0 if "scale" in str(path[-1]) else 0.0) + rng.normal(0, 0.08, a.shape)
-    return jax.tree_util.tree_map_with_path(lambda path, a: np.float32(draw(path, a)), shapes)
+    return randomised(shapes_of(CONFIGS[part], part.init), seed)
 
 
 @pytest.fixture(scope="module")

@@ -41,11 +41,7 @@ def test_sampling_writes_clips_that_depend_on_the_seed_alone(workdir):
     captions = workdir / "captions.txt"
     captions.write_text("\n".join(json.loads(succeed_captions())[:2]), encoding="utf-8")
     succeed(
-        "sample",
-        f"--workdir={workdir}",
-        "--num_steps=2",
-        f"--prompts_file={captions}",
-        "--seed=5",
+        "sample", f"--workdir={workdir}", "--num_steps=2", f"--prompts_file={captions}", "--seed=5"
     )
     assert [(out / f"2_{i:03d}.mp4").read_bytes() for i in range(2)] == before[:2]
     assert "3 videos made" in succeed(
@@ -90,11 +86,7 @@ def test_evaluating_writes_numbers_and_a_report(workdir):
     assert "direction" in table and (workdir / "report.html").stat().st_size > 10_000
     assert set(numbers["student"]) == {"euler", "cm"} and set(
         numbers["student"]["cm"]["score"]
-    ) == {
-        "2",
-        "4",
-        "8",
-    }
+    ) == {"2", "4", "8"}
     assert len(numbers["student"]["euler"]["defect"]["per_interval"]) == 4
     assert set(numbers["teacher"]["velocity_error"]) >= {"0.98", "0.3"} and numbers["commit"]
 

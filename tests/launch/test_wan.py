@@ -137,11 +137,7 @@ def test_from_prompts_alone_to_a_causal_student(tmp_path, prompts):
     ]
     changes += ["--config.memory.first=1", f"--config.data.dir={data}"]
     succeed(
-        "train",
-        "--config=configs/self_forcing.py:wan,salt",
-        f"--workdir={run}",
-        *TRAIN,
-        *changes,
+        "train", "--config=configs/self_forcing.py:wan,salt", f"--workdir={run}", *TRAIN, *changes
     )
     succeed(
         "sample", f"--workdir={run}", "--num_steps=2", "--prompt=A cat", "--count=1", "--frames=9"
@@ -263,8 +259,7 @@ def test_a_release_goes_in_makes_a_video_and_a_student_that_goes_out_again(
         rng = np.random.default_rng(0)
         for name in ("a", "b"):
             write_video(
-                tmp_path / "videos" / f"{name}.mp4",
-                rng.integers(0, 256, (9, 32, 48, 3), np.uint8),
+                tmp_path / "videos" / f"{name}.mp4", rng.integers(0, 256, (9, 32, 48, 3), np.uint8)
             )
             (tmp_path / "videos" / f"{name}.txt").write_text("Noise.")
         source = [f"--videos={tmp_path / 'videos'}", "--image"]

@@ -2,6 +2,8 @@
 relies on.
 """
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,24 +11,17 @@ import numpy as np
 import pytest
 
 from salt_jax.models.image_encoder import PRESETS, encode_image, init_image_encoder
-from tests.helpers import shapes_of
+from tests.helpers import randomised, shapes_of
 from tests.models.oracles import CLIP, clip_from_transformers, clip_of_transformers
 
 encode = jax.jit(encode_image, static_argnums=(2, 3))
 
 
-def shapes(config):
-    return shapes_of(config, init_image_encoder)
+shapes = partial(shapes_of, init=init_image_encoder)
 
 
-def random_params(seed=0):
-    """Every leaf random: norm gains around 1, the rest of std 0.2, so that no two layers agree."""
-    rng = np.random.default_rng(seed)
-    gain = lambda path: path[-1].key == "scale"
-    return jax.tree_util.tree_map_with_path(
-        lambda path, w: jnp.asarray(gain(path) + rng.normal(0, 0.2, w.shape), jnp.float32),
-        shapes(CLIP),
-    )
+def random_params():
+    return jax.tree.map(jnp.asarray, randomised(shapes(CLIP), 0, std=0.2))
 
 
 def random_pixels(batch=2):

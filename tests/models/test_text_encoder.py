@@ -10,18 +10,12 @@ import pytest
 
 from salt_jax.models import text_encoder
 from salt_jax.models.text_encoder import PRESETS, encode_prompts, encode_text, init_text_encoder
-from tests.helpers import shapes_of
+from tests.helpers import randomised, shapes_of
 from tests.models.oracles import UMT5, random_tokens, umt5_of_transformers
 
 
 def random_params(seed=0, std=0.2):
-    """Every leaf random: norm gains around 1, the rest of `std`, so that no two layers agree."""
-    rng = np.random.default_rng(seed)
-    gain = lambda path: path[-1].key == "scale"
-    return jax.tree_util.tree_map_with_path(
-        lambda path, w: jnp.asarray(gain(path) + rng.normal(0, std, w.shape), jnp.float32),
-        shapes_of(UMT5, init_text_encoder),
-    )
+    return jax.tree.map(jnp.asarray, randomised(shapes_of(UMT5, init_text_encoder), seed, std))
 
 
 def from_transformers(state, config):

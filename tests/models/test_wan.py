@@ -42,8 +42,7 @@ def seen(x, timestep, text):
 
 @pytest.mark.parity
 @pytest.mark.parametrize(
-    "config",
-    [I2V, WanConfig(96, 4, 3, 80, 12, 4, (1, 2, 2), 24, 512, 32, 24, 1e-6)],
+    "config", [I2V, WanConfig(96, 4, 3, 80, 12, 4, (1, 2, 2), 24, 512, 32, 24, 1e-6)]
 )
 def test_image_to_video_equals_diffusers(config):
     """diffusers takes text to have 512 rows and the image to be what is before them."""
@@ -162,10 +161,7 @@ def test_padding_rows_of_text_are_seen():
     """Zero rows become a constant row after the MLP and take part in the softmax: dropping them
     changes the output.
     """
-    params, (x, t, text) = (
-        randomised(shapes_of(SMALL), 5),
-        wan_inputs(6, SMALL, rows=5),
-    )
+    params, (x, t, text) = (randomised(shapes_of(SMALL), 5), wan_inputs(6, SMALL, rows=5))
     padded = np.pad(text, ((0, 0), (0, 7), (0, 0)))
     np.testing.assert_array_equal(run(params, x, t, text), run(params, x, t, padded))
     short = WanConfig(**{**SMALL.__dict__, "text_length": 5})
@@ -242,10 +238,7 @@ def test_position_channels_tell_every_place_apart():
         and len(np.unique(places.reshape(-1, POSITION_CHANNELS).round(4), axis=0)) == 9 * 12 * 12
     )
     config = WanConfig(**{**SMALL.__dict__, "in_channels": 16 + POSITION_CHANNELS})
-    params, (x, _, text) = (
-        randomised(shapes_of(config), 11),
-        wan_inputs(12, SMALL),
-    )
+    params, (x, _, text) = (randomised(shapes_of(config), 11), wan_inputs(12, SMALL))
     sigma = jnp.array([0.9, 0.3])
     network, cond = wan_denoiser(config, Compute(), 3, 3), Conditioning(jnp.asarray(text))
     got = network.denoise(params, jnp.asarray(x), sigma, cond)

@@ -246,8 +246,7 @@ def test_without_rollouts_an_update_costs_what_was_derived_by_hand():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("config", "variant"),
-    [(self_forcing, "wan,salt"), (longlive, "wan,salt"), (sc_dmd, "wan")],
+    ("config", "variant"), [(self_forcing, "wan,salt"), (longlive, "wan,salt"), (sc_dmd, "wan")]
 )
 def test_the_mean_is_that_of_many_draws(config, variant):
     """Every call counts as the student's: all of them draw alike."""

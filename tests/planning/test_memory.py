@@ -63,7 +63,6 @@ STARTS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("start", STARTS)
 def test_what_is_counted_is_what_a_run_starts_from(start):
     c = base.get_config()

@@ -376,13 +376,7 @@ def test_frames_that_do_not_split_into_chunks_are_named():
     policy = CASES["all, relative, picture first"][0]
     roll = lambda frames, cache: jax.eval_shape(
         lambda: rollout(
-            NETWORK,
-            PARAMS,
-            Origin(prompts(), cache),
-            steps(4, 0),
-            KEYS,
-            (frames, *PLACE),
-            policy,
+            NETWORK, PARAMS, Origin(prompts(), cache), steps(4, 0), KEYS, (frames, *PLACE), policy
         )
     )
     with pytest.raises(

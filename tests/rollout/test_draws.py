@@ -95,8 +95,7 @@ def test_listed_levels_take_the_place_of_the_grid():
     }
     assert found == {(0, 1, 2), (0, 1, 3), (0, 2, 3), (1, 2, 3)}
     recipe = Recipe(
-        rollout=Rollout((3,), (1.0,)),
-        schedule=Schedule(3, 3, 5.0, levels=(1000.0, 757.0, 522.0)),
+        rollout=Rollout((3,), (1.0,)), schedule=Schedule(3, 3, 5.0, levels=(1000.0, 757.0, 522.0))
     )
     _, draw = draw_rollout(recipe, iteration=0, call=3)
     np.testing.assert_array_equal(draw.levels, levels)
