@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 import salt_jax
+from salt_jax.cli import main
 from tests.helpers import ROOT
 
 
@@ -43,9 +44,10 @@ def test_every_local_link_in_the_documents_leads_somewhere():
                 assert (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
-@pytest.mark.parametrize("name", ["algorithm.md", "decisions.md", "results.md"])
-def test_document_exists(name):
-    assert (ROOT / "docs" / name).stat().st_size > 0
+def test_every_document_is_linked_from_the_readme_or_the_guide():
+    texts = [(ROOT / name).read_text() for name in ("README.md", "docs/guide.md")]
+    for document in (ROOT / "docs").glob("*.md"):
+        assert any(f"{document.name}" in re.findall(r"\]\((?:docs/)?([^)#]+)", t) for t in texts)
 
 
 @pytest.mark.parametrize("script", ["launch/quickstart.sh", "launch/test.sh"])
@@ -69,13 +71,38 @@ def test_script_refuses_an_old_python(script, tmp_path):
     assert not (tmp_path / ".venv").exists()
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/guide.md"])
-def test_documented_flags_exist(document):
-    programs = "".join(path.read_text() for path in (ROOT / "salt_jax/cli").glob("*.py"))
+def flags_of(program: str, seen: set[str]) -> set[str]:
+    """Names that a module of salt_jax/cli defines, with what it imports of that room."""
+    seen.add(program)
+    text = (ROOT / "salt_jax" / "cli" / f"{program}.py").read_text()
+    found = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', text))
+    for line in re.findall(r"^from salt_jax\.cli(?:\.| import )(.+)", text, re.M):
+        for name in set(re.split(" as | import ", line)[0].split(", ")) - seen:
+            found |= flags_of(name, seen)
+    return found
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/guide.md", "docs/wan.md"])
+def test_documented_flags_are_those_of_their_program(document):
+    """A flag belongs to the program before it on its line; in a table of flags to that of the
+    section; elsewhere to any.
+    """
+    flags = {name: flags_of(name, set()) for name in main.COMMANDS.values()}
+    every = set().union(*flags.values())
     others = {"all", "logdir", "help"}  # of launch/test.sh, of TensorBoard, of all programs
-    known = others | set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', programs))
-    told = set(re.findall(r"(?<![\w-])--(\w+)", (ROOT / document).read_text()))
-    assert {name for name in told if not name.startswith("xla_")} <= known
+    section, checked = None, 0
+    for line in (ROOT / document).read_text().replace("\\\n", " ").splitlines():
+        if heading := re.match(r"\*\*launch\.(\w+)\.\*\*|## ", line):
+            section = heading[1]
+        table = line.startswith("| `--")
+        program = section if table else None
+        named = r"launch\.(\w+)" + r"(?= --)" * table
+        for name, flag in re.findall(named + r"|(?<![\w-])--(\w+)", line):
+            program = name or program
+            if flag and not flag.startswith("xla_"):
+                assert flag in flags.get(program, every) | others, f"{program}: {line}"
+                checked += program in flags
+    assert checked > 10
 
 
 def test_the_version_is_told_alike():
