@@ -2,6 +2,10 @@
 page of docstrings for each room (reference.py).
 
     .venv/bin/sphinx-build -W --keep-going -c docs . build/docs    # -D nb_execution_mode=off
+
+The notebook is committed with its outputs; after an edit, in examples/:
+
+    PYTHONPATH=.. ../.venv/bin/jupyter execute --inplace quickstart.ipynb
 """
 
 import os
