@@ -32,7 +32,7 @@ def read_options(text: str, *variants: str) -> tuple[str, set[str]]:
 
 
 def causal(size: str) -> Config:
-    """What the chunk-by-chunk recipes of a size start from."""
+    """The base of the chunk-by-chunk recipes at a size."""
     c = base.get_config()
     c.video = "rollout"
     c.schedule.shift = 5.0  # SF, CF, LL

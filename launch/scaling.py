@@ -203,9 +203,7 @@ HEAD = (
 
 
 def document(found: dict[Row, Json]) -> str:
-    """The tables, and under them how each row is made and what stands in the way of those that do
-    not fit.
-    """
+    """The tables, how each row is made, and the largest buffers of programs that do not fit."""
     table = [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
     table += [line for row, file in found.items() for line in lines(row, file)]
     absent = [row.name for row in ROWS if row not in found]

@@ -46,8 +46,8 @@ def read_config(flag: flags.FlagHolder | flags.Flag) -> Config:
 
 
 def config_made_by(flag: flags.FlagHolder) -> Json:
-    """What a config.json says of itself: file, what stood after its colon, what the command line
-    changed, commit and versions.
+    """The origin of a config for its config.json: file, variants, command-line changes, commit and
+    versions.
     """
     this = flags.FLAGS[flag.name]
     name, _, options = str(config_flags.get_config_filename(this)).partition(":")
@@ -61,7 +61,7 @@ def config_made_by(flag: flags.FlagHolder) -> Json:
 
 
 def made_with(module: str, packages: Collection[str]) -> Json:
-    """What a file of figures says of itself: command, commit, host, and versions of the packages
+    """The origin of a file of measurements: command, commit, host, and versions of the packages
     that are installed.
     """
     return {

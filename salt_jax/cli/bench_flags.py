@@ -1,4 +1,4 @@
-"""The flags of launch.bench. No jax in here: a wrong one is refused at once."""
+"""The flags of launch.bench. No jax in here: an invalid value is refused at once."""
 
 from absl import flags
 from ml_collections import config_flags
@@ -13,17 +13,17 @@ PARTS = ("teacher_forward", "student_step", "critic_step", "streaming", "vae")
 CONFIG = config_flags.DEFINE_config_file(
     "config",
     find_config("--config=configs/self_forcing.py:wan").partition("=")[2],
-    "whose updates; see configs/",
+    "the run whose parts are timed; see configs/",
     lock_config=True,
 )
 PRESET = flags.DEFINE_enum(
-    "preset", None, list(PRESETS), "of all networks, in place of the config's"
+    "preset", None, list(PRESETS), "preset of all networks, in place of the config's"
 )
 FRAMES = flags.DEFINE_integer("frames", None, "latent frames of a clip", lower_bound=1)
 HEIGHT = flags.DEFINE_integer("height", None, "latent rows", lower_bound=1)
 WIDTH = flags.DEFINE_integer("width", None, "latent columns", lower_bound=1)
 CLIPS = flags.DEFINE_integer(
-    "clips", None, "of an update; default one for each device", lower_bound=1
+    "clips", None, "clips of an update; default one for each device", lower_bound=1
 )
 VAE = flags.DEFINE_enum("vae", "wan2.1", VAES, "sizes of the VAE")
 NUM_STEPS = flags.DEFINE_integer(
@@ -33,19 +33,19 @@ WEIGHTS_DTYPE = flags.DEFINE_enum(
     "weights_dtype",
     "bfloat16",
     ("float32", "bfloat16"),
-    "of a teacher timed alone, and of a student that generates; in updates config.teacher.dtype "
-    "counts",
+    "type of a teacher timed alone and of a student that generates; updates use "
+    "config.teacher.dtype",
 )
 MATMUL = flags.DEFINE_integer(
     "matmul",
     None,
-    "side of the product that rates are held against; default 8192, on a CPU 1024",
+    "side of the reference product; default 8192, on a CPU 1024",
     lower_bound=1,
 )
 WHAT = flags.DEFINE_list(
-    "what", list(PARTS), "parts to time; one alone gives its own peak of memory"
+    "what", list(PARTS), "parts to time; one alone gives its own peak of accelerator memory"
 )
-RUNS = flags.DEFINE_integer("runs", 5, "of each part, after one to warm up", lower_bound=1)
+RUNS = flags.DEFINE_integer("runs", 5, "runs of each part, after one to warm up", lower_bound=1)
 JSON = flags.DEFINE_string("json", None, "a file to write the numbers to")
 
 

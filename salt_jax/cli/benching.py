@@ -26,7 +26,7 @@ def time_parts(config: Config, what: list[str]) -> None:
     Raises:
       UserError: what the flags change does not make a run.
     """
-    # With it compile times would be those of reading files.
+    # Disable the cache, or we time cache reads.
     jax.config.update("jax_enable_compilation_cache", False)
     config.batch_size = f.CLIPS.value or jax.device_count()
     results = []

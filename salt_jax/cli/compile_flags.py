@@ -1,4 +1,4 @@
-"""The flags of launch.compile. No jax in here: a wrong one is refused at once."""
+"""The flags of launch.compile. No jax in here: an invalid value is refused at once."""
 
 from pathlib import Path
 

@@ -50,8 +50,7 @@ def compile_all(config: Config, what: list[str], environment: Mapping[str, str])
 
 
 def compile_one(part: str, name: str, environment: Mapping[str, str], bar: tqdm) -> Json:
-    """What a child process says of one program; a child that dies has said it with the end of its
-    log.
+    """The row that a child process reports for one program; of one that died, the end of its log.
 
     Raises:
       UserError: the child refused its flags.
@@ -87,7 +86,7 @@ def compile_one(part: str, name: str, environment: Mapping[str, str], bar: tqdm)
 
 
 def sentence(row: Json, target: str) -> str:
-    """What is wrong with a program, and which buffers stand in the way."""
+    """The problem of a program, and its largest buffers."""
     buffers = ", ".join(str(Buffer(**buffer)) for buffer in row.get("largest", ()))
     return f"{row['program']} for {target} {row['problem']}" + (
         f"; largest: {buffers}" if buffers else ""
@@ -129,7 +128,7 @@ def details(row: Json) -> list[str]:
 
 
 def tell(rows: list[Json], target: str, file: str | None) -> int:
-    """Prints the table and what is wrong, writes all figures; the exit code."""
+    """Prints the table and the problems, writes all figures; returns the exit code."""
     print(show(rows))
     if file:
         found = {"target": target, "programs": rows}

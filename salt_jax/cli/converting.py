@@ -1,4 +1,4 @@
-"""What launch.convert_wan does, one array in memory at a time."""
+"""Runs launch.convert_wan, one array in host memory at a time."""
 
 import dataclasses
 import json
@@ -42,9 +42,9 @@ class Job(NamedTuple):
 
 
 def plan(networks: dict[str, Found], src: Path) -> dict[str, Job]:
-    """What comes of the networks in `src`, by file name.
+    """The files to write from the networks in `src`, by name.
 
-    All that can be checked has been when this returns.
+    Everything that can be checked is checked here.
     """
     jobs: dict[str, Job] = {}
     loras = read_loras(networks, src)
@@ -148,7 +148,7 @@ def print_unused(path: Path) -> None:
 
 
 def metadata(job: Job, digests: dict[Path, str]) -> dict[str, str]:
-    """What a file of ours says about itself and about what it is made of."""
+    """Metadata of a file that we write: its origin."""
     added = []
     for lora, strength in job.loras:
         file = {"file": lora.path.name, "sha256": digests[lora.path], "strength": strength}
@@ -160,7 +160,7 @@ def metadata(job: Job, digests: dict[Path, str]) -> dict[str, str]:
 
 
 def give_back(src: Path, dst: Path, layout: Layout, workdir: bool) -> None:
-    """Writes a transformer or a LoRA of ours as others do."""
+    """Writes one of our transformers or LoRAs in the layout of another project."""
     ours = src / PARTS["wan"].file if src.is_dir() else src
     if src.is_dir() and not workdir and not ours.is_file() and not f.KEEP.value:
         raise UserError(

@@ -1,6 +1,6 @@
 """The flags of launch.encode, and which of them belong together.
 
-No jax in here: a wrong one is refused at once.
+No jax in here: an invalid value is refused at once.
 """
 
 import math

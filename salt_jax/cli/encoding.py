@@ -271,7 +271,7 @@ def print_report(report: Report, sources: int) -> None:
     counts = f"{sources} sources = {written} records + {rejected} left out"
     print(f"{f.DST.value}: {counts}{left if report.missing else ''}")
     for name, reason in report.rejected[:LISTED]:
-        # names of files may be no text
+        # file names may not be valid text
         print(f"  {name}: {reason}".encode(errors="replace").decode())
     if len(report.rejected) > LISTED:
         print(

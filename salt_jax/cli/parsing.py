@@ -1,6 +1,6 @@
 """Values of flags that are more than a number or a word.
 
-No jax in here: a wrong one is refused at once.
+No jax in here: an invalid value is refused at once.
 """
 
 import dataclasses

@@ -37,19 +37,19 @@ MESH = flags.DEFINE_list(
 MEMORY = flags.DEFINE_float(
     "memory_gb",
     None,
-    "of a device that may be filled, in 1e9 bytes; default: the target's",
+    "usable memory of a device, in 1e9 bytes; default: the target's",
     lower_bound=0,
 )
 FLOPS = flags.DEFINE_float(
     "flops",
     None,
-    "of a device at its best, a second, in bfloat16; default: the target's",
+    "peak FLOP/s of a device in bfloat16; default: the target's",
     lower_bound=1,
 )
 MFU = flags.DEFINE_float(
     "mfu",
     0.4,
-    "share of it that is reached, recomputation counted as work",
+    "share of the peak that is reached, recomputation counted as work",
     lower_bound=1e-3,
     upper_bound=1,
 )

@@ -40,7 +40,7 @@ WAN_2_2 = re.compile(r"(high|low)[_-]?noise|wan2[._-]?2|(?<![a-z])a14b", re.IGNO
 
 
 def foreign_by_names(names: Iterable[str]) -> str:
-    """A sentence about names that tell another model or a quantised one; "" where none does."""
+    """A sentence about names that show another model or a quantised one; "" where none does."""
     names = sorted(names)
     for table, sentence in (
         (QUANTISED, "is quantised as {what}"),

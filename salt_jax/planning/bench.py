@@ -92,7 +92,7 @@ def _is_info(leaf):
 
 
 def matmul(size: int, dtype: DTypeLike, runs: int) -> Iterator[Result]:
-    """The rate that others are held against: one square product."""
+    """The reference rate: one square matrix product."""
     a = jnp.ones((size, size), dtype)
     yield measure("matmul", jax.jit(jnp.matmul), (a, a), 2.0 * size**3, runs, size=size)
 
