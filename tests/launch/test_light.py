@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from salt_jax.cli.main import COMMANDS
+from tests.helpers import ROOT
 
 TINY = ["--preset_size=tiny", "--model=wan2.1-t2v-1.3b", "--prompt=A", "--out=o"]
 WAN = "--config=configs/sc_dmd.py:wan"

@@ -10,8 +10,8 @@ import zipfile
 import pytest
 
 from salt_jax.cli.main import COMMANDS
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[2]
 SNIPPET = """
 import salt_jax
 assert "site" in salt_jax.__file__, salt_jax.__file__
