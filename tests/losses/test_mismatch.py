@@ -40,17 +40,22 @@ BAD = [
 ]
 
 
+def named(case):
+    loss, *shapes = case
+    return f"{getattr(loss, 'func', loss).__name__} {shapes}"
+
+
 def traced(loss, *shapes):
     return jax.eval_shape(loss, *(jnp.zeros(shape) for shape in shapes))
 
 
-@pytest.mark.parametrize("case", BAD, ids=str)
+@pytest.mark.parametrize("case", BAD, ids=named)
 def test_a_mismatch_raises(case):
     with without_type_checks(), pytest.raises(AssertionError):
         traced(*case)
 
 
-@pytest.mark.parametrize("case", GOOD, ids=str)
+@pytest.mark.parametrize("case", GOOD, ids=named)
 def test_what_goes_together_does_also_under_jit_and_vmap(case):
     loss, *shapes = case
     assert jax.tree.leaves(traced(jax.jit(loss), *shapes))[0].shape == CLIPS
