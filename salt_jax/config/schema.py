@@ -46,6 +46,7 @@ StageName = Literal["denoising", "teacher_forcing", "ode_regression", "consisten
 Video = Literal["noised", "noised_chunks", "rollout"]
 CAUSAL = ("teacher_forcing", "ode_regression", "consistency")  # stages that make a student causal
 MAKES_TEACHER = ("denoising",)
+ANY_LEVEL = (*MAKES_TEACHER, "teacher_forcing")  # stages whose network denoises from any level
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def write_lora(
     file = Path(dst) / FILES[layout]
     if file.exists():
         raise UserError(f"{file} exists; name another folder")
-    modules, told = _modules(lora.params, layout), metadata(record)
+    modules, written = _modules(lora.params, layout), metadata(record)
     if layout == "diffusers":
         config = {
             "peft_type": "LORA",
@@ -63,10 +63,12 @@ def write_lora(
             "lora_alpha": lora.alpha,
             "target_modules": list(modules),
         }
-        told[DIFFUSERS] = json.dumps({f"transformer.{key}": value for key, value in config.items()})
+        written[DIFFUSERS] = json.dumps(
+            {f"transformer.{key}": value for key, value in config.items()}
+        )
     with all_or_nothing(dst) as folder:
         write_tensors(
-            folder / file.name, _writers(modules, lora.alpha, layout, dtype), told, report
+            folder / file.name, _writers(modules, lora.alpha, layout, dtype), written, report
         )
     return file
 
@@ -122,8 +124,8 @@ def open_lora(path: str | Path) -> LowRank | None:
     """
     try:
         tensors, said = list_tensors(path)
-        told = json.loads(said["config"])
-        rank, alpha = int(told["rank"]), float(told["alpha"])
+        config = json.loads(said["config"])
+        rank, alpha = int(config["rank"]), float(config["alpha"])
     except (OSError, SafetensorError, ValueError, TypeError, LookupError):
         return None
     return LowRank(unflatten_dict(tensors, sep="/"), rank, alpha)

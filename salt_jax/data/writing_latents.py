@@ -185,9 +185,9 @@ def _write_part(
             if isinstance(stored, str):
                 rejected.append([plan.names[number], stored])
             else:
-                told = features.serialize_example(stored)
-                writer.write(told)
-                length, size = length + 1, size + len(told)
+                serialized = features.serialize_example(stored)
+                writer.write(serialized)
+                length, size = length + 1, size + len(serialized)
             bar.update()
     finally:
         writer.close()
@@ -262,8 +262,8 @@ def _part_file(directory: Path, part: int) -> Path:
 
 
 def _read_part(file: Path) -> Written | None:
-    told = read_object(file)
-    return None if told is None else Written(**told)  # pyright: ignore[reportArgumentType]
+    note = read_object(file)
+    return None if note is None else Written(**note)  # pyright: ignore[reportArgumentType]
 
 
 def _write_json(file: Path, value: Mapping[str, object], writer: int) -> None:

@@ -194,8 +194,8 @@ class Block(nn.Module):
 
         h = nn.LayerNorm(epsilon=c.eps, use_fast_variance=False, name="norm_cross")(x)
         to_text = Attention(c, compute, bool(c.image_dim), name="cross_attn")
-        told = to_text.cross(h, text if isinstance(text, CrossKV) else to_text.read(text))
-        x = x + told.astype(jnp.float32)
+        read = to_text.cross(h, text if isinstance(text, CrossKV) else to_text.read(text))
+        x = x + read.astype(jnp.float32)
 
         h = modulated(x, scale_ff, shift_ff)
         h = nn.gelu(rows(dense(c.ffn_dim, compute.dtype, "ffn_in"), h, compute), approximate=True)

@@ -34,7 +34,7 @@ def lay(x: Array, mesh: Mesh | None, *axes: tuple[str, ...] | None) -> Array:
     """
     if mesh is None:
         return x
-    spec = P(*(fitting(mesh.shape, n, told) for n, told in zip(x.shape, axes, strict=False)))
+    spec = P(*(fitting(mesh.shape, n, names) for n, names in zip(x.shape, axes, strict=False)))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 

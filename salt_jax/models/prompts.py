@@ -15,7 +15,7 @@ NEGATIVE_IMAGE_TO_VIDEO = "镜头晃动，" + NEGATIVE_TEXT_TO_VIDEO
 """Those, and a shaking camera."""
 
 
-def negative_prompt(told: str | None, image_to_video: bool) -> str:
+def negative_prompt(given: str | None, image_to_video: bool) -> str:
     """The user's prompt, even an empty one, or else Wan's own for the kind of model."""
     usual = NEGATIVE_IMAGE_TO_VIDEO if image_to_video else NEGATIVE_TEXT_TO_VIDEO
-    return usual if told is None else told
+    return usual if given is None else given

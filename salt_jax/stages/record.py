@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from salt_jax.checkpoint_files import newest_step
 from salt_jax.config.reading import resolved
-from salt_jax.config.schema import CAUSAL, works_causally
+from salt_jax.config.schema import ANY_LEVEL, MAKES_TEACHER, works_causally
 from salt_jax.errors import UserError
 from salt_jax.io.header import read_metadata
 from salt_jax.io.model_folder import WAN, part_file
@@ -44,14 +44,14 @@ class Record(NamedTuple):
         if not self.config:
             return self.converted or "not recorded"
         stage, schedule = self.config["stage"], _dict(self.config.get("schedule"))
-        told = f"{stage} on {_dict(self.config.get('data')).get('kind', 'moving_shapes')}"
+        made = f"{stage} on {_dict(self.config.get('data')).get('kind', 'moving_shapes')}"
         if levels := schedule.get("levels"):
-            told += f", levels {' '.join(f'{level:g}' for level in levels)}"
-        elif stage in ("ode_regression", "consistency", "distil"):
-            told += f", {schedule.get('train_levels')} levels of shift {schedule.get('shift')}"
+            made += f", levels {' '.join(f'{level:g}' for level in levels)}"
+        elif stage not in ANY_LEVEL:
+            made += f", {schedule.get('train_levels')} levels of shift {schedule.get('shift')}"
         if rank := _dict(self.config.get("lora")).get("rank"):
-            told += f", LoRA of rank {rank}"
-        return told + (f", from {self.config['init_from']}" if self.config.get("init_from") else "")
+            made += f", LoRA of rank {rank}"
+        return made + (f", from {self.config['init_from']}" if self.config.get("init_from") else "")
 
 
 def is_workdir(where: str) -> bool:
@@ -79,10 +79,10 @@ def read_record(where: str) -> Record:
         metadata = read_metadata(part_file(WAN, where))
     except UserError:
         metadata = {}
-    told, source = _json(metadata.get("salt_jax")), _json(metadata.get("source"))
-    configs = _json(metadata.get("config")), _json(told.get("config"))
+    ours, source = _json(metadata.get("salt_jax")), _json(metadata.get("source"))
+    configs = _json(metadata.get("config")), _json(ours.get("config"))
     config = next(filter(None, (_today(config, part_file(WAN, where)) for config in configs)), {})
-    step, converted = told.get("step"), str(source.get("told", ""))
+    step, converted = ours.get("step"), str(source.get("told", ""))
     key = source.get("student")
     if key is None:  # earlier versions wrote it among the words alone
         key = next(iter(re.findall(r"(\w+) of the file", converted)), "")
@@ -134,7 +134,7 @@ def _today(config: JsonObject, where: Path) -> JsonObject:
 
 
 def _student(config: JsonObject) -> bool:
-    return config.get("stage") in (*CAUSAL, "distil")
+    return "stage" in config and config["stage"] not in MAKES_TEACHER
 
 
 def _dict(value: object) -> JsonObject:

@@ -179,7 +179,7 @@ def read_roles(workdir: str | Path) -> list[Role]:
     if not path.is_file():
         return []
     try:
-        return [Role(**told) for told in json.loads(path.read_text())]
+        return [Role(**role) for role in json.loads(path.read_text())]
     except (ValueError, TypeError, OSError) as error:
         raise UserError(
             f"{path} is damaged ({error}); put a copy of it back, or delete it"
@@ -193,10 +193,10 @@ def refuse_changed(was: list[Role], now: list[Role], run: str = "") -> None:
     """
     before = {r.name: r for r in was}
     for r in now:
-        told = before.get(r.name, r)
-        if told.digest != r.digest:
+        old = before.get(r.name, r)
+        if old.digest != r.digest:
             raise UserError(
-                f"the {r.name} of {run or 'this run'} is {_file(r)} and was {_file(told)} when it "
+                f"the {r.name} of {run or 'this run'} is {_file(r)} and was {_file(old)} when it "
                 "began; put the old file back, or "
                 f"{'start from another workdir' if run else 'pass a new --workdir'}"
             )

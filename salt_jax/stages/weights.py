@@ -17,7 +17,7 @@ from salt_jax.checkpoint import restore_params
 from salt_jax.checkpoint_files import newest_step
 from salt_jax.config.migrate import flat
 from salt_jax.config.reading import from_json, read_workdir
-from salt_jax.config.schema import Recipe
+from salt_jax.config.schema import MAKES_TEACHER, Recipe
 from salt_jax.errors import UserError
 from salt_jax.io.model_folder import WAN, Source, open_part, part_file
 from salt_jax.io.shipped import located
@@ -128,7 +128,7 @@ def student_start(recipe: Recipe, base: Params, mesh: Mesh) -> Params:
         )
     if exported and not record.config:
         raise UserError(f"{key} has no config in it; name a file of launch.export")
-    if record.config.get("stage") == "denoising":
+    if record.config.get("stage") in MAKES_TEACHER:
         how = "name it" if exported else "write it to a file with launch.export and name that"
         raise UserError(
             f"{key} holds a teacher, where every student starts; {how} in config.weights"

@@ -88,7 +88,7 @@ def test_image_to_video_is_told_a_picture():
     denoiser, weights = guided(network, params, null, 3.0)
     got = jax.jit(denoiser.denoise)(weights, x, sigma, told).velocity
     np.testing.assert_allclose(got, unconditional + 3 * (out - unconditional), atol=1e-4)
-    with pytest.raises(ValueError, match="image_dim=40 was told"):
+    with pytest.raises(ValueError, match="image_dim=40 got no picture"):
         network.denoise(params, x, sigma, Conditioning(told.text))
     read = network.read(params, told)
     given = Inputs(jnp.concatenate([x, told.channels], -1), 1000 * sigma, read)

@@ -18,7 +18,7 @@ from salt_jax.errors import UserError
 from salt_jax.io.shipped import located
 from salt_jax.io.tensor_files import save_weights
 from salt_jax.models.presets import PRESETS
-from salt_jax.stages import make_stage
+from salt_jax.stages import STAGES, make_stage
 from salt_jax.stages.record import read_record
 from salt_jax.stages.roles import (
     Role,
@@ -145,7 +145,6 @@ RUN = json.loads(to_json(recipe(**STUDENT)))
 STUDENTS = {
     "export": {"config": to_json(recipe(**STUDENT))},
     "export of whole clips": {"config": to_json(recipe())},
-    "export of a causal teacher": {"config": to_json(recipe(stage="teacher_forcing"))},
     "export with a LoRA": {"config": to_json(recipe(**LORA))},
     "record": {"config": OFFICIAL, "salt_jax": json.dumps({"config": RUN, "step": 40})},
     "record in words": {
@@ -161,6 +160,8 @@ STUDENTS = {
         "source": json.dumps({"told": "official names, generator_ema of the file"}),
     },
 }
+for name in sorted(STAGES.keys() - {"denoising"}):
+    STUDENTS[f"export of {name}"] = {"config": to_json(recipe(stage=name))}
 for key in ("generator_ema", "model", "0.student_ema"):
     STUDENTS[key] = {
         "config": OFFICIAL,
