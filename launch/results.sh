@@ -70,6 +70,10 @@ whole() {
             done
         done
     done
+    for seed in 0 1 2; do
+        mine || continue
+        run "$dir/main/network/shortcut/$seed" shortcut --config.seed=$seed
+    done
     # Where every student starts: the teacher's own network, without guidance, in few steps.
     if mine; then
         run "$dir/main/network/undistilled/0" sc_dmd:dmd8 --config.iterations=1 \

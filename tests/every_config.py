@@ -15,6 +15,7 @@ OPTIONS = {
     "teacher_forcing": ["", "frame", "wan", "wan,frame"],
     "ode_regression": ["", "frame", "wan", "wan,frame", "wan,causvid", "wan,causvid,salt"],
     "consistency": ["", "frame", "wan", "wan,frame"],
+    "shortcut": ["", "wan"],
     "self_forcing": ["", "naive", "mixed", "mixed_sc", "salt", "wan", "wan,salt"],
     "causal_forcing": [
         size + variant

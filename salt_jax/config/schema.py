@@ -42,7 +42,9 @@ from salt_jax.models.presets import (
 )
 from salt_jax.moving_shapes.shapes import World
 
-StageName = Literal["denoising", "teacher_forcing", "ode_regression", "consistency", "distil"]
+StageName = Literal[
+    "denoising", "teacher_forcing", "ode_regression", "consistency", "shortcut", "distil"
+]
 Video = Literal["noised", "noised_chunks", "rollout"]
 CAUSAL = ("teacher_forcing", "ode_regression", "consistency")  # stages that make a student causal
 MAKES_TEACHER = ("denoising",)
@@ -56,7 +58,8 @@ class Recipe:
     stage: StageName = key(
         "distil",
         '`"distil"`: DMD with the terms of Salt; `"denoising"`: train a teacher and its text '
-        'encoder; `"teacher_forcing"`, `"ode_regression"`, `"consistency"`: make a student causal',
+        'encoder; `"teacher_forcing"`, `"ode_regression"`, `"consistency"`: make a student causal; '
+        '`"shortcut"`: self-consistency as the only signal',
     )
     video: Video = key(
         "noised",

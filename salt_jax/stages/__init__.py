@@ -8,6 +8,7 @@ from salt_jax.stages.consistency import Consistency
 from salt_jax.stages.denoising import Denoising
 from salt_jax.stages.distil import Distil
 from salt_jax.stages.ode_regression import OdeRegression
+from salt_jax.stages.shortcut import Shortcut
 from salt_jax.stages.stage import Stage
 from salt_jax.stages.teacher_forcing import TeacherForcing
 
@@ -16,6 +17,7 @@ STAGES = {
     "teacher_forcing": TeacherForcing,
     "ode_regression": OdeRegression,
     "consistency": Consistency,
+    "shortcut": Shortcut,
     "distil": Distil,
 }
 

@@ -147,7 +147,7 @@ def test_an_unknown_and_a_missing_key_are_refused_by_name():
 @pytest.mark.parametrize(
     ("key", "choice"),
     [
-        ("stage", "denoising, teacher_forcing, ode_regression, consistency, distil"),
+        ("stage", "denoising, teacher_forcing, ode_regression, consistency, shortcut, distil"),
         ("video", "noised, noised_chunks, rollout"),
         ("data.kind", "moving_shapes, latents"),
         ("teacher.preset", "tiny, small, wan2.1-t2v-1.3b"),

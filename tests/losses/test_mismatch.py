@@ -11,6 +11,7 @@ from salt_jax.losses.dmd import dmd_loss
 from salt_jax.losses.flow_matching import flow_matching_loss
 from salt_jax.losses.regression import endpoint_loss
 from salt_jax.losses.self_consistency import self_consistency_loss
+from salt_jax.losses.shortcut import shortcut_loss
 from tests.helpers import without_type_checks
 
 CLIP, FRAMES, CLIPS = (2, 3, 4, 5, 6), (2, 3), (2,)
@@ -24,6 +25,7 @@ GOOD = [
     (flow_matching_loss, CLIP, CLIP, CLIP, FRAMES),
     (consistency_loss, CLIP, CLIP, CLIPS, CLIPS, CLIPS),
     (consistency_loss, CLIP, CLIP, FRAMES, FRAMES, FRAMES),
+    (shortcut_loss, CLIP, CLIP, CLIP, CLIPS, CLIPS, CLIPS),
     (alignment_loss, CLIP[:4], CLIP[:4]),
 ]
 OTHERS = {  # each would broadcast

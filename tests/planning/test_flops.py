@@ -324,9 +324,9 @@ def test_updates_with_rollouts_cost_what_their_traces_multiply(who, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["teacher_forcing", "ode_regression", "consistency"])
+@pytest.mark.parametrize("name", ["teacher_forcing", "ode_regression", "consistency", "shortcut"])
 def test_stages_cost_what_their_traces_multiply(name):
-    r = short(self_forcing, "wan", stage=name)
+    r = short(sc_dmd if name == "shortcut" else self_forcing, "wan", stage=name)
     stage, update = make_stage(r), Update("student")
     assert stage.learners == ("student",) and programs(stage) == {update: None}
     expected = sum(update_flops(r, stage.passes(update, None), FLASH).values())
