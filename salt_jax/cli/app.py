@@ -157,9 +157,6 @@ def run_main(main: Callable[[list[str]], None], doc: str | None = None) -> None:
         return rest
 
     def guarded(argv):
-        if flags.FLAGS["print_config"].value:
-            print(resolved_config())
-            return
         # Programs that were compiled once are kept, so the next start and the next run of the same
         # shape are quick.
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_home() / "jax"))
@@ -167,7 +164,10 @@ def run_main(main: Callable[[list[str]], None], doc: str | None = None) -> None:
         logging.set_verbosity(logging.ERROR)
         std_logging.getLogger("salt_jax").setLevel(std_logging.WARNING)
         try:
-            main(argv)
+            if flags.FLAGS["print_config"].value:
+                print(resolved_config())
+            else:
+                main(argv)
         except UserError as error:
             fail(str(error))
 

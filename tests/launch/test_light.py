@@ -38,6 +38,8 @@ def test_help_is_given_before_jax_is_imported(name):
         ("encode", ["--preset_size=tiny", "--dst=d", "--prompts=x", "--size=64x48"], "--size"),
         ("encode", ["--preset_size=tiny", "--dst=d", "--prompts=x", "--guidance=3"], "--guidance"),
         ("convert_wan", ["--src=a", "--dst=b", "--step=3"], "--step"),
+        ("sample", ["--print_config"], "--print_config needs a --config or a --workdir"),
+        ("sample", ["--print_config", "--workdir=no/such"], "no/such"),
         ("compile", [WAN, "--target=tpu:v9:2x2"], "--target=tpu:v9:2x2 is no machine"),
         ("compile", [WAN, "--what=student,disc"], "--what=student,disc must name some of"),
         ("compile", [WAN, "--json=/no/such/told.json"], "there is no folder /no/such"),
