@@ -17,7 +17,7 @@ JSONS = ("data", "meta")
 RECORD = "_CHECKPOINT_METADATA"  # in which Orbax says what it has written
 
 Report = Callable[[int], object]
-"""Is told the bytes that were read."""
+"""Called with the bytes that were read."""
 
 
 def directory_of(workdir: str | Path) -> Path:
@@ -78,7 +78,7 @@ def unheard(nbytes: int) -> None:
 
 def checkpoint_digest(workdir: str | Path, step: int, what: str, report: Report = unheard) -> str:
     """SHA-256 of an item of a step, in hexadecimal digits: over the names of its files, sorted, and
-    what is in them; `report` is told of each piece.
+    what is in them; `report` is called with each piece's bytes.
 
     Raises:
         UserError: there is no such item.

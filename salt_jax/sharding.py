@@ -136,7 +136,7 @@ def state_shardings(mesh: Mesh, abstract_state: Tree, host: bool = False) -> Tre
 
 
 def laid_out(abstract: Tree, shardings: Tree) -> Tree:
-    """A tree of shapes, each array's with where it lies: what Orbax and planners are told."""
+    """A tree of shapes, each array's with where it lies: for Orbax and planners."""
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), abstract, shardings
     )

@@ -180,11 +180,11 @@ def give_back(src: Path, dst: Path, layout: Layout, workdir: bool) -> None:
         )
     if workdir:
         run = open_workdir(str(src), f.STEP.value, f.AVERAGE.value)
-        network, told = Transformer(run.recipe.wan, run.params), record(run)["salt_jax"]
+        network, origin = Transformer(run.recipe.wan, run.params), record(run)["salt_jax"]
     else:
-        network, told = open_wan(ours), read_metadata(ours).get("salt_jax", "")
+        network, origin = open_wan(ours), read_metadata(ours).get("salt_jax", "")
     with tqdm(unit="B", unit_scale=True) as bar:
-        write_official(network, dst, layout, f.DTYPE.value, report=bar.update, record=told)
+        write_official(network, dst, layout, f.DTYPE.value, report=bar.update, record=origin)
     print(f"wrote {dst} with {layout} names")
 
 

@@ -162,10 +162,10 @@ def text_reader(source: Source) -> tuple[Tokenize, Embed]:
 
     Beside a teacher the text encoder is in memory only while it reads.
     """
-    held = None if f.TEACHER.value else model_folder.open_part(TEXT, source)
+    opened = None if f.TEACHER.value else model_folder.open_part(TEXT, source)
 
     def embed(tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
-        config, params = held or model_folder.open_part(TEXT, source)
+        config, params = opened or model_folder.open_part(TEXT, source)
         rows = encode_prompts(params, np.stack(tokens), config, dtype=jnp.dtype(f.DTYPE.value))
         rows = np.asarray(rows, np.float32)
         return [row[: np.count_nonzero(t != PAD)] for row, t in zip(rows, tokens, strict=True)]

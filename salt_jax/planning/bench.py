@@ -72,12 +72,12 @@ def measure(
     compiled = function.lower(*args).compile()
     compile_seconds = time.perf_counter() - start
     donates = any(info.donated for info in jax.tree.leaves(compiled.args_info, is_leaf=_is_info))
-    held = list(args)
+    current = list(args)
 
     def call():
-        out = compiled(*held)
+        out = compiled(*current)
         if donates:
-            held[0] = out[0]
+            current[0] = out[0]
         return out
 
     every = time_runs(call, runs)

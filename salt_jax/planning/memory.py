@@ -50,15 +50,15 @@ def tree_bytes(tree: TrainState | Frozen, mesh: Mapping[str, int]) -> dict[str, 
     """Every array of a tree of shapes, by its path: its sharding decides what a device holds
     of it.
     """
-    held = {}
+    rows = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         axes = [axis for entry in partition_spec(name, leaf.shape, mesh) for axis in _axes(entry)]
         whole = leaf.size * leaf.dtype.itemsize
-        held[name] = MemoryRow(
+        rows[name] = MemoryRow(
             name, leaf.size, whole, whole // math.prod(mesh[axis] for axis in axes)
         )
-    return held
+    return rows
 
 
 def _axes(entry: str | Sequence[str] | None) -> tuple[str, ...]:

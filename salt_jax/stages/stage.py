@@ -40,7 +40,7 @@ CLOSED_FORM = "closed form of the world"
 NO_TEACHER = "none: the clips themselves"
 
 
-# Of a field that a stage does not have. Any, since who reads the field is told there is a value.
+# Of a field that a stage does not have. Any, since whoever reads the field may take it for a value.
 ABSENT: Any = None
 
 
