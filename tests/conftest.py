@@ -37,6 +37,12 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+@pytest.fixture
+def elsewhere(monkeypatch, tmp_path):
+    """Paths of a config that are there become absolute, and a checkout may have been trained in."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
     """What a file compiled is of no use to the next one, and would be gigabytes at the end."""

@@ -40,6 +40,7 @@ def of_today(name):
     return file, None if None in OPTIONS[file] else options
 
 
+@pytest.mark.usefixtures("elsewhere")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_of_0_1_is_the_recipe_of_today(name):
     assert from_json(json.dumps(CONFIGS[name])) == read_recipe(get_config(*of_today(name)))

@@ -73,10 +73,7 @@ TOGETHER |= {
 DECAYS = {"student_optimizer.decay": True, "critic_optimizer.decay": True}
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(monkeypatch, tmp_path):
-    """Paths of a config that are there become absolute, and a checkout may have been trained in."""
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def flat(tree, prefix=""):
