@@ -6,12 +6,11 @@ On whole clips, with the levels and the teacher of sc_dmd.py and no critic. `:wa
 name is at Wan 2.1 size (--workdir=runs/wan_shortcut). Results: docs/results.md.
 """
 
-from typing import Any
-
 from configs import parts, sc_dmd
+from salt_jax.keys import Config
 
 
-def get_config(options: str = "") -> Any:
+def get_config(options: str = "") -> Config:
     size, _ = parts.read_options(options)
     c = sc_dmd.get_config(size)
     c.stage = "shortcut"

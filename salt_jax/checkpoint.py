@@ -29,9 +29,10 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from salt_jax.checkpoint_files import JSONS, directory_of, refuse_uncommitted, trees
 from salt_jax.errors import UserError
+from salt_jax.keys import Json
 from salt_jax.sharding import laid_out, state_shardings
 from salt_jax.state import TrainState, by_path, from_items, nested, to_items
-from salt_jax.types import JsonObject, Params
+from salt_jax.types import Params
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def open_checkpoints(workdir: str | Path, keep: int, keep_every: int = 0) -> ocp
     return _manager(directory, options)
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState, meta: JsonObject) -> None:
+def save(manager: ocp.CheckpointManager, state: TrainState, meta: Json) -> None:
     """Start writing `state` as step `state.iteration`; a step that is already there is left alone.
 
     Returns once the arrays are copied, so `state` may be donated to the next step; a failed write
@@ -82,7 +83,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, meta: JsonObject) ->
 
 def restore(
     manager: ocp.CheckpointManager, abstract_state: TrainState
-) -> tuple[TrainState, JsonObject] | None:
+) -> tuple[TrainState, Json] | None:
     """The newest whole state and its meta, or None where nothing was saved yet. Complete or
     refused, never a part.
 
@@ -99,7 +100,7 @@ def restore(
     """
     expected = to_items(abstract_state)
 
-    def read(step: int) -> tuple[TrainState, JsonObject]:
+    def read(step: int) -> tuple[TrainState, Json]:
         _refuse_mismatch(manager, step, expected)
         items = {name: _restore_args(tree) for name, tree in expected.items()}
         items |= {name: ocp.args.JsonRestore() for name in JSONS}

@@ -5,19 +5,15 @@ No array is read, and Orbax is not asked.
 import hashlib
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 from salt_jax.errors import UserError
-from salt_jax.io.tensor_files import digest
+from salt_jax.io.tensor_files import Report, digest, no_report
 
 log = logging.getLogger(__name__)
 
 JSONS = ("data", "meta")
 RECORD = "_CHECKPOINT_METADATA"  # in which Orbax says what it has written
-
-Report = Callable[[int], object]
-"""Called with the bytes that were read."""
 
 
 def directory_of(workdir: str | Path) -> Path:
@@ -72,11 +68,7 @@ def newest_step(workdir: str | Path) -> int:
     return max(found)
 
 
-def unheard(nbytes: int) -> None:
-    """A report to nobody."""
-
-
-def checkpoint_digest(workdir: str | Path, step: int, what: str, report: Report = unheard) -> str:
+def checkpoint_digest(workdir: str | Path, step: int, what: str, report: Report = no_report) -> str:
     """SHA-256 of an item of a step, in hexadecimal digits: over the names of its files, sorted, and
     what is in them; `report` is called with each piece's bytes.
 

@@ -58,9 +58,6 @@ Params = Any
 Tree = TypeVar("Tree")
 """A tree of arrays, of a function that returns one of the same form."""
 
-JsonObject = dict[str, Any]
-"""What was read from JSON, or is to be written: who takes a value out checks what it is."""
-
 
 class Prediction(NamedTuple):
     """A denoiser's output for x at sigma: x0 = x - sigma * velocity."""

@@ -16,6 +16,7 @@ from salt_jax.errors import UserError
 from salt_jax.io.header import read_metadata
 from salt_jax.io.shipped import located
 from salt_jax.io.tensor_files import digest, save_weights
+from salt_jax.keys import Json
 from salt_jax.models.lora import merge
 from salt_jax.sharding import all_devices
 from salt_jax.stages import make_stage
@@ -23,7 +24,7 @@ from salt_jax.stages.roles import read_roles, refuse_another_base
 from salt_jax.stages.stage import Stage
 from salt_jax.stages.texts import embed
 from salt_jax.stages.weights import initial_weights, student_start
-from salt_jax.types import JsonObject, Params
+from salt_jax.types import Params
 
 ITEMS = {"ema": "ema", "none": "student"}  # whether averaged -> what a checkpoint calls it
 
@@ -32,7 +33,7 @@ class Trained(NamedTuple):
     """A network and the run that made it."""
 
     stage: Stage
-    made_with: JsonObject  # which one: step, average, and sha256 of what was read
+    made_with: Json  # which one: step, average, and sha256 of what was read
     params: Params  # of the student, averaged or not, or teacher-to-be
     weights: Params  # {"wan", "text_encoder"} of the teacher that belongs to it; {} of kind latents
     text_file: str  # where the text encoder is from; "": trained or fresh

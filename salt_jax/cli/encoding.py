@@ -18,6 +18,7 @@ from tqdm import tqdm
 from salt_jax.choices import TeacherSolver
 from salt_jax.cli import encode_flags as f
 from salt_jax.data.clips import READER, read_clip
+from salt_jax.data.latents import padded
 from salt_jax.data.video_folder import Video
 from salt_jax.data.writing_latents import Plan, Record, Report, in_groups, write_records
 from salt_jax.errors import UserError
@@ -253,11 +254,6 @@ def teacher_encoder(
         return [{**record, "latent": clip} for record, clip in zip(records, clips, strict=True)]
 
     return encode
-
-
-def padded(text: np.ndarray, length: int) -> np.ndarray:
-    """[n, D] -> [length, D], with rows of 0."""
-    return np.pad(text, ((0, length - len(text)), (0, 0)))
 
 
 def print_report(report: Report, sources: int) -> None:

@@ -58,8 +58,7 @@ def parts(stage: Stage, what: str) -> dict[str, Callable[[], Program]]:
 
 def place(tree: T, shardings: object) -> T:
     """Shapes that also say where they lie. `shardings`: a tree of them, or one for all."""
-    put = lambda s, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-    return jax.tree.map(put, jax.tree.broadcast(shardings, tree), tree)
+    return sharding.laid_out(tree, jax.tree.broadcast(shardings, tree))
 
 
 def _weights(

@@ -18,10 +18,12 @@ from salt_jax.errors import UserError
 from salt_jax.io import model_folder
 from salt_jax.io.model_folder import part_file, stored_config
 from salt_jax.io.tensor_files import (
+    Report,
     TensorRef,
     TensorWriter,
     all_or_nothing,
     list_tensors,
+    no_report,
     view,
     write_tensors,
 )
@@ -51,7 +53,7 @@ def write_official(
     layout: Layout,
     dtype: DTypeLike | None = None,
     max_shard: int = 5 * 10**9,
-    report: Callable[[int], object] = lambda nbytes: None,
+    report: Report = no_report,
     record: str = "",
 ) -> None:
     """Writes a transformer as safetensors with its config.json: in `dst`, or in `dst`/transformer

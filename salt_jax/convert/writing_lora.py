@@ -1,7 +1,7 @@
 """Our LoRA -> files that Diffusers and ComfyUI load."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -15,7 +15,14 @@ from salt_jax.convert.lora_scale import DIFFUSERS
 from salt_jax.convert.names import WAN
 from salt_jax.convert.writing import Stacked, layer_of, metadata
 from salt_jax.errors import UserError
-from salt_jax.io.tensor_files import TensorWriter, all_or_nothing, list_tensors, write_tensors
+from salt_jax.io.tensor_files import (
+    Report,
+    TensorWriter,
+    all_or_nothing,
+    list_tensors,
+    no_report,
+    write_tensors,
+)
 from salt_jax.types import Leaf, Params
 
 Layout = Literal["diffusers", "comfyui"]
@@ -38,7 +45,7 @@ def write_lora(
     layout: Layout,
     dtype: DTypeLike | None = None,
     record: str = "",
-    report: Callable[[int], object] = lambda nbytes: None,
+    report: Report = no_report,
 ) -> Path:
     """Writes a LoRA as one safetensors file in `dst`, and returns its name.
 

@@ -48,7 +48,7 @@ class Records(Sequence):
         }
         return {
             "caption": stored["caption"].decode(),
-            "text": _pad(stored["text"], self._text_length),
+            "text": padded(stored["text"], self._text_length),
         } | arrays
 
 
@@ -85,7 +85,7 @@ def open_records(directory: str | Path, clip: Sequence[int], text_length: int) -
     builder = tfds.builder_from_directory(str(directory))
     # TFDS decorates it.
     stored = builder.as_data_source("train")  # pyright: ignore[reportCallIssue]
-    null_text = _pad(np.load(directory / "null_text.npy"), text_length)
+    null_text = padded(np.load(directory / "null_text.npy"), text_length)
     return Encoded(Records(stored, text_length), null_text, settings)
 
 
@@ -101,7 +101,8 @@ def read_object(file: Path) -> dict[str, object] | None:
         raise UserError(f"{file} is damaged ({error}); delete it, or put a copy back") from error
 
 
-def _pad(text: np.ndarray, length: int) -> np.ndarray:
+def padded(text: np.ndarray, length: int) -> np.ndarray:
+    """[n, D] -> float32 [length, D], with rows of 0. Raises ValueError where it is too long."""
     if len(text) > length:
         raise ValueError(
             f"a text has {len(text)} tokens, the model reads {length}: encode with its text length"

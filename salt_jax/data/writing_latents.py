@@ -1,8 +1,8 @@
 """Writes the data sets that `latents` reads.
 
 Writing is cut into parts, one file each. A part is a function of the settings and its number and is
-put in place whole, so work that was stopped goes on with the first part that is missing, and
-processes share parts without talking.
+put in place whole, so work that was stopped continues with the first part that is missing, and
+processes share parts without communicating.
 """
 
 import itertools
@@ -63,7 +63,7 @@ class Report(NamedTuple):
 
 
 class Written(NamedTuple):
-    """A part, as its note tells."""
+    """The note beside a part."""
 
     length: int  # records
     bytes: int

@@ -94,7 +94,15 @@ def list_tensors(path: str | Path) -> tuple[dict[str, TensorRef], dict[str, str]
     return found, metadata
 
 
-def digest(path: Path, report: Callable[[int], object] = lambda nbytes: None) -> str:
+Report = Callable[[int], object]
+"""Called with the bytes that were read or written."""
+
+
+def no_report(nbytes: int) -> None:
+    """A `Report` that nobody sees."""
+
+
+def digest(path: Path, report: Report = no_report) -> str:
     """SHA-256 of a file, in hexadecimal digits.
 
     `report` is called with the bytes of each piece that was read.
@@ -111,7 +119,7 @@ def write_tensors(
     path: str | Path,
     tensors: Mapping[str, TensorWriter],
     metadata: Mapping[str, str],
-    report: Callable[[int], object] = lambda nbytes: None,
+    report: Report = no_report,
 ) -> None:
     """Writes a safetensors file part by part; a file of that name appears when all of it is on the
     disk, or not at all.

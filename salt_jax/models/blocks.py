@@ -125,8 +125,6 @@ class Attention(nn.Module):
 def look(q, k, v, length, compute: Compute):
     """Attention of frames to frames; with a length for each frame of `q` in a loop, so that one
     kernel is compiled.
-
-    With a length for each frame of `q` they take turns in a loop: one kernel.
     """
     attend = partial(attention, k=k, v=v, kernel=compute.kernel, mesh=compute.mesh)
     if length is None or not length.ndim:

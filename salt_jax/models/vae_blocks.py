@@ -116,10 +116,11 @@ def run_layers(
     """Pushes a few frames through all layers and the last norm and convolution: the first frame of
     a video with `cache` None, later ones with what the call before returned.
     """
-    new, past = {}, cache or {}
+    new = {}
     for path, kind, *_ in layers:
-        x, new[path] = _RUN[kind](reduce(getitem, path.split("/"), params), x, past.get(path))
-    last = past.get("conv_out")
+        past = None if cache is None else cache[path]
+        x, new[path] = _RUN[kind](reduce(getitem, path.split("/"), params), x, past)
+    last = None if cache is None else cache["conv_out"]
     assert not isinstance(last, tuple)
     x, new["conv_out"] = causal_conv(params["conv_out"], norm_silu(params["norm_out"], x), last)
     return x, new

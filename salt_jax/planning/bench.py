@@ -14,7 +14,6 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 from jax.stages import Wrapped
 from jax.typing import DTypeLike
 
@@ -34,7 +33,7 @@ from salt_jax.rollout.sampler import Cue, Sampler, clip_keys, generate
 from salt_jax.stages.networks import denoiser_of, runs_flash
 from salt_jax.stages.stage import Batch, Frozen, Stage
 from salt_jax.state import TrainState
-from salt_jax.train.step import Call, compile_step
+from salt_jax.train.step import Call, Shardings, compile_step
 from salt_jax.types import Conditioning, Params, PRNGKey
 
 T = TypeVar("T")
@@ -190,7 +189,7 @@ def updates(stage: Stage, learner: str, runs: int) -> Iterator[Result]:
 Forms = tuple[TrainState, Frozen]  # with a shape in the place of each array
 
 
-def forms(stage: Stage) -> tuple[Forms, tuple[TrainState, Frozen, NamedSharding, NamedSharding]]:
+def forms(stage: Stage) -> tuple[Forms, Shardings]:
     """Shapes of (state, frozen), and where (state, frozen, batch, everything else) lie: what
     `compile_step` takes.
     """

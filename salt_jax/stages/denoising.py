@@ -25,9 +25,7 @@ from salt_jax.stages.stage import (
     Batch,
     Frozen,
     Inputs,
-    Memory,
     Parts,
-    Pass,
     Update,
     Weights,
 )
@@ -52,6 +50,8 @@ class Denoising:
     records = single.records
     updates = single.updates
     passes = single.passes
+    mean_passes = single.mean_passes
+    memory = single.memory
 
     @property
     def student(self) -> WanDenoiser:
@@ -111,10 +111,3 @@ class Denoising:
             x0 = noise - target.velocity
         value = flow_matching_loss(velocity, x0, noise).mean()
         return value, Aux({"denoising": value})
-
-    def mean_passes(self, learner: str) -> list[Pass]:
-        frames = self.recipe.clip_shape[0]
-        return [Pass("student", self.recipe.wan, ((frames, frames),), 1.0, "weights")]
-
-    def memory(self, update: Update) -> Memory:
-        return Memory(caches=0, slots=0, forwards=1.0)

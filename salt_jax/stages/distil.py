@@ -95,7 +95,7 @@ class Distil:
         return bool(self.recipe.align.weight) and self.recipe.align.network == "base"
 
     def frozen(self, weights: Weights) -> Frozen:
-        frozen = {"teacher": weights.teacher, "null_text": weights.null_text}
+        frozen = teachers.frozen(weights)
         if self._looks_at_base or self.recipe.lora.rank:
             frozen["base"] = weights.base
         return frozen | ({"student": weights.start} if self.recipe.lora.rank else {})

@@ -15,7 +15,7 @@ from salt_jax.errors import UserError
 from salt_jax.io.header import read_metadata
 from salt_jax.io.model_folder import WAN, part_file
 from salt_jax.io.tensor_files import digest
-from salt_jax.types import JsonObject
+from salt_jax.keys import Json
 
 # What students stand under in training checkpoints of the Self-Forcing family; "state_dict" and the
 # like tell nothing.
@@ -25,7 +25,7 @@ STUDENT_KEY = r"generator|student|^model$"
 class Record(NamedTuple):
     """Empty where nothing is recorded."""
 
-    config: JsonObject  # of the run that made it, in the keys of today
+    config: Json  # of the run that made it, in the keys of today
     step: int | None
     converted: str  # how launch.convert_wan took it in
     student: bool  # causal or of few steps: no teacher
@@ -129,19 +129,19 @@ def same_file(one: str, other: str) -> bool:
     )
 
 
-def _today(config: JsonObject, where: Path) -> JsonObject:
+def _today(config: Json, where: Path) -> Json:
     return resolved(config, where) if isinstance(config.get("stage"), str) else {}
 
 
-def _student(config: JsonObject) -> bool:
+def _student(config: Json) -> bool:
     return "stage" in config and config["stage"] not in MAKES_TEACHER
 
 
-def _dict(value: object) -> JsonObject:
+def _dict(value: object) -> Json:
     return value if isinstance(value, dict) else {}
 
 
-def _json(text: object) -> JsonObject:
+def _json(text: object) -> Json:
     """A JSON object, also one that is there already; {} for anything else."""
     try:
         return _dict(json.loads(text) if isinstance(text, str | bytes) else text)

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from salt_jax.checkpoint_files import Report, checkpoint_digest, unheard
+from salt_jax.checkpoint_files import checkpoint_digest
 from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
 from salt_jax.io.model_folder import TEXT, WAN, part_file
-from salt_jax.io.tensor_files import digest
+from salt_jax.io.tensor_files import Report, digest, no_report
 from salt_jax.stages.record import is_workdir, read_record, starts
 from salt_jax.stages.stage import CLOSED_FORM, NO_TEACHER, Stage
 
@@ -58,7 +58,7 @@ def refuse_roles(stage: Stage) -> None:
         )
 
 
-def roles(stage: Stage, report: Report = unheard) -> list[Role]:
+def roles(stage: Stage, report: Report = no_report) -> list[Role]:
     """The parts of a run as it begins. Every file that is named is read for its digest.
 
     Raises:
@@ -81,7 +81,7 @@ def refuse_another_base(workdir: str | Path, recipe: Recipe) -> None:
     run began.
     """
     if recipe.lora.rank and (was := read_roles(workdir)):
-        refuse_changed(was, _student(recipe, _reader(recipe, unheard)), str(workdir))
+        refuse_changed(was, _student(recipe, _reader(recipe, no_report)), str(workdir))
 
 
 def _reader(recipe: Recipe, report: Report) -> Part:

@@ -25,7 +25,6 @@ from salt_jax.stages.stage import (
     Batch,
     Frozen,
     Inputs,
-    Memory,
     Parts,
     Pass,
     Update,
@@ -51,6 +50,7 @@ class Shortcut:
     records = single.records
     updates = single.updates
     passes = single.passes
+    memory = single.memory
 
     @property
     def student(self) -> WanDenoiser:
@@ -77,7 +77,7 @@ class Shortcut:
         return [teachers.part(self.recipe)]
 
     def frozen(self, weights: Weights) -> Frozen:
-        return {"teacher": weights.teacher, "null_text": weights.null_text}
+        return teachers.frozen(weights)
 
     def noise(self, key: PRNGKey, batch: Batch) -> ShortcutNoise:
         """Every level of training with the next one of inference below it, and the one halfway."""
@@ -104,13 +104,9 @@ class Shortcut:
         return value, Aux({"shortcut": value})
 
     def mean_passes(self, learner: str) -> list[Pass]:
-        frames = self.recipe.clip_shape[0]
-        student = Pass("student", self.recipe.wan, ((frames, frames),), 1.0, "weights")
+        (student,) = single.mean_passes(self, learner)
         again = student._replace(name="student: second update", gradient="none")
         return [student, again, *teachers.passes(self.recipe)]
-
-    def memory(self, update: Update) -> Memory:
-        return Memory(caches=0, slots=0, forwards=1.0)
 
 
 def _stride(recipe: Recipe) -> int:

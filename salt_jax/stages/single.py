@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from salt_jax.rollout.draws import Draw
-from salt_jax.stages.stage import Pass, RecordSource, Stage, Update, Weights
+from salt_jax.stages.stage import Memory, Pass, RecordSource, Stage, Update, Weights
 from salt_jax.state import TrainState, first_state
 
 LEARNERS = ("student",)
@@ -27,3 +27,14 @@ def updates(stage: Stage, iteration: int) -> list[tuple[Update, Draw | None]]:
 def passes(stage: Stage, update: Update, draw: Draw | None) -> list[Pass]:
     """Every update is as the mean."""
     return stage.mean_passes(update.moves)
+
+
+def mean_passes(stage: Stage, learner: str) -> list[Pass]:
+    """Of whole clips: one."""
+    frames = stage.recipe.clip_shape[0]
+    return [Pass("student", stage.recipe.wan, ((frames, frames),), 1.0, "weights")]
+
+
+def memory(stage: Stage, update: Update) -> Memory:
+    """Of whole clips: no cache."""
+    return Memory(caches=0, slots=0, forwards=1.0)

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from salt_jax.config.schema import Recipe
 from salt_jax.moving_shapes.exact import ClosedForm
 from salt_jax.stages.networks import denoiser_of
-from salt_jax.stages.stage import CLOSED_FORM, Pass
+from salt_jax.stages.stage import CLOSED_FORM, Frozen, Pass, Weights
 from salt_jax.types import Denoiser
 
 
@@ -32,6 +32,11 @@ def part(recipe: Recipe) -> tuple[str, str]:
     t = recipe.teacher
     own = t.weights or (recipe.weights if recipe.teacher_wan == recipe.wan else "")
     return "teacher", own if t.kind == "network" else CLOSED_FORM
+
+
+def frozen(weights: Weights) -> Frozen:
+    """What evaluating it reads."""
+    return {"teacher": weights.teacher, "null_text": weights.null_text}
 
 
 def passes(recipe: Recipe) -> list[Pass]:

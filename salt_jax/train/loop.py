@@ -23,6 +23,7 @@ from salt_jax.config.reading import to_json
 from salt_jax.config.schema import Recipe
 from salt_jax.config.validate import refuse_uneven
 from salt_jax.data.pipeline import batches
+from salt_jax.keys import Json
 from salt_jax.moving_shapes import dataset
 from salt_jax.stages import make_stage
 from salt_jax.stages.roles import read_roles, roles
@@ -34,7 +35,6 @@ from salt_jax.train.preview import make_preview, show
 from salt_jax.train.provenance import keep_config, keep_roles
 from salt_jax.train.setup import Setup, setup
 from salt_jax.train.step import Call, compile_step
-from salt_jax.types import JsonObject
 
 
 class Run(NamedTuple):
@@ -47,7 +47,7 @@ class Run(NamedTuple):
     feed: Iterator[Batch]  # positioned at the batch of the next call
 
 
-def train(recipe: Recipe, workdir: str | Path, made_by: JsonObject | None = None) -> TrainState:
+def train(recipe: Recipe, workdir: str | Path, made_by: Json | None = None) -> TrainState:
     """Trains until `recipe.iterations`, resuming what the workdir holds.
 
     The workdir gets roles.json, config.json, TensorBoard events and checkpoints, and changes.jsonl

@@ -7,6 +7,7 @@ import jax
 from salt_jax.config.migrate import record_changes
 from salt_jax.config.reading import to_json
 from salt_jax.config.schema import Recipe
+from salt_jax.keys import Json
 from salt_jax.stages.roles import (
     Role,
     going_on,
@@ -15,7 +16,6 @@ from salt_jax.stages.roles import (
     table,
     write_roles,
 )
-from salt_jax.types import JsonObject
 
 
 def keep_roles(
@@ -37,7 +37,7 @@ def keep_roles(
 
 
 def keep_config(
-    workdir: str | Path, recipe: Recipe, step: int, made_by: JsonObject | None = None
+    workdir: str | Path, recipe: Recipe, step: int, made_by: Json | None = None
 ) -> None:
     """Writes config.json; changes on resume are printed and added to changes.jsonl."""
     path = Path(workdir) / "config.json"
