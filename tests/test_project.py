@@ -50,6 +50,17 @@ def test_every_document_is_linked_from_the_readme_or_the_guide():
         assert any(f"{document.name}" in re.findall(r"\]\((?:docs/)?([^)#]+)", t) for t in texts)
 
 
+def test_no_file_carries_the_marks_of_a_merge():
+    names = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\0")
+    texts = [ROOT / n for n in names if n.endswith((".md", ".py", ".sh", ".toml", ".txt", ".yml"))]
+    assert len(texts) > 200
+    for text in texts:
+        marks = re.findall(r"^(?:<{7}|>{7}) ", text.read_text(), re.M)
+        assert not marks, f"{text}: {marks}"
+
+
 @pytest.mark.parametrize("script", ["launch/quickstart.sh", "launch/test.sh"])
 def test_script_refuses_an_old_python(script, tmp_path):
     """Scripts run in a copy without .venv, with an interpreter that says it is too old."""
