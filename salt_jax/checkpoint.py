@@ -16,9 +16,10 @@ not: Orbax keeps no checksum of it.
 """
 
 import logging
-import tempfile
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -44,19 +45,8 @@ def open_checkpoints(workdir: str | Path, keep: int, keep_every: int = 0) -> ocp
 
     The newest `keep` stay, and beside them, unless `keep_every` is 0, those whose step is a
     multiple of it.
-
-    Raises:
-        UserError: the workdir cannot be written to.
     """
     directory = directory_of(workdir)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=directory).close()
-    except OSError as error:
-        raise UserError(
-            f"cannot write to the workdir {workdir} ({error.strerror}); pass a --workdir you may "
-            "write to"
-        ) from error
     newest, some = managers.LatestN(keep), [managers.EveryNSteps(keep_every)] if keep_every else []
     options = ocp.CheckpointManagerOptions(
         preservation_policy=managers.AnyPreservationPolicy([newest, *some]),
@@ -70,15 +60,45 @@ def save(manager: ocp.CheckpointManager, state: TrainState, meta: Json) -> None:
     """Start writing `state` as step `state.iteration`; a step that is already there is left alone.
 
     Returns once the arrays are copied, so `state` may be donated to the next step; a failed write
-    raises at the next call or when the manager closes. Every process has to call it.
+    raises at the next call or in `finish`. Every process has to call it.
+
+    Raises:
+        UserError: the disk refuses; the checkpoint before it is whole.
     """
     step = int(jax.device_get(state.iteration))
     if step in manager.all_steps():
         return
     items = {name: ocp.args.PyTreeSave(tree) for name, tree in to_items(state).items()}
     items |= {"data": ocp.args.JsonSave({"step": step}), "meta": ocp.args.JsonSave(meta)}
-    with jax.transfer_guard("allow"):
+    with jax.transfer_guard("allow"), _refusals(manager):
         manager.save(step, args=ocp.args.Composite(**items))
+
+
+def finish(manager: ocp.CheckpointManager) -> None:
+    """Waits until what `save` began is on the disk.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    with _refusals(manager):
+        manager.wait_until_finished()
+        manager.check_for_errors()
+
+
+@contextmanager
+def _refusals(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Errors of the disk, which TensorStore raises as one of several classes, as a sentence."""
+    try:
+        yield
+    except Exception as error:
+        if not re.search(r"ENOSPC|EFBIG|EDQUOT|No space left|File too large|quota", str(error)):
+            raise
+        steps = sorted(manager.all_steps(read=True))
+        whole = f"step {steps[-1]} is whole" if steps else "there is none yet"
+        raise UserError(
+            f"a checkpoint could not be written to {manager.directory}: the disk is full; make "
+            f"room, or lower config.keep, and start again (of the checkpoints {whole})"
+        ) from error
 
 
 def restore(

@@ -5,6 +5,7 @@ No array is read, and Orbax is not asked.
 import hashlib
 import json
 import logging
+import tempfile
 from pathlib import Path
 
 from salt_jax.errors import UserError
@@ -18,6 +19,23 @@ RECORD = "_CHECKPOINT_METADATA"  # in which Orbax says what it has written
 
 def directory_of(workdir: str | Path) -> Path:
     return Path(workdir).absolute() / "checkpoints"
+
+
+def make_writable(workdir: str | Path) -> None:
+    """Makes the folder of checkpoints.
+
+    Raises:
+        UserError: the workdir cannot be written to.
+    """
+    directory = directory_of(workdir)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the workdir {workdir} ({error.strerror}); pass a --workdir you may "
+            "write to"
+        ) from error
 
 
 def trees(step: Path) -> list[str]:

@@ -2,10 +2,18 @@
 
 from collections.abc import Iterable
 
+STOPPED = 75  # exit code of a run that a signal has stopped: start it again (EX_TEMPFAIL)
+
 
 class UserError(Exception):
     """One sentence that names the file, key or value and the remedy; launch/ prints it and exits
     with code 2.
+    """
+
+
+class Stopped(Exception):
+    """A signal has stopped the run, whose last checkpoint is whole; launch/ exits with code
+    `STOPPED`.
     """
 
 

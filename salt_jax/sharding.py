@@ -17,6 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -140,6 +141,50 @@ def laid_out(abstract: Tree, shardings: Tree) -> Tree:
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), abstract, shardings
     )
+
+
+def put(tree: Tree, shardings: Tree) -> Tree:
+    """Arrays where their shardings, or the one for all of them, say; what is there already is not
+    copied.
+
+    Every process has to have the same values: each takes what its own devices hold.
+    """
+
+    def place(x: Leaf, where: NamedSharding) -> jax.Array:
+        if isinstance(x, jax.Array):
+            if x.sharding.is_equivalent_to(where, x.ndim):
+                return x
+            if where.is_fully_addressable or not x.is_fully_addressable:
+                return jax.device_put(x, where)
+        here = np.asarray(x)
+        with jax.transfer_guard("allow"):  # it is asked for
+            return jax.make_array_from_callback(here.shape, where, lambda index: here[index])
+
+    if isinstance(shardings, NamedSharding):
+        return jax.tree.map(lambda x: place(x, shardings), tree)
+    return jax.tree.map(place, tree, shardings)
+
+
+def local_rows(sharding: NamedSharding, count: int) -> np.ndarray:
+    """Which of `count` rows the devices of this process hold, int [n], sorted.
+
+    A mesh whose batch axes do not cover the processes gives several processes the same rows.
+    """
+    slices = sharding.addressable_devices_indices_map((count,)).values()
+    return np.unique(np.concatenate([np.arange(count)[index] for index in slices]))
+
+
+def put_rows(local: np.ndarray, rows: np.ndarray, count: int, sharding: NamedSharding) -> jax.Array:
+    """An array of `count` rows, of which `local` holds `rows`, those of `local_rows`."""
+
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        start, stop, _ = index[0].indices(count)
+        first = np.searchsorted(rows, start)
+        return local[first : first + stop - start]
+
+    with jax.transfer_guard("allow"):  # it is asked for
+        return jax.make_array_from_callback((count, *local.shape[1:]), sharding, read)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
+import orbax.checkpoint as ocp
 from tensorboardX.proto.event_pb2 import Event
 
 from salt_jax.checkpoint import open_checkpoints
@@ -129,17 +131,28 @@ def scalars(file):
     return found
 
 
-def arrays(workdir, step):
-    """Every array of a checkpoint, as bytes."""
+def numbers(workdir, step):
+    """Every array of a checkpoint by name, whatever mesh it was written on."""
     with open_checkpoints(workdir, 2) as manager:
         assert manager.latest_step() == step
+        folder = workdir / "checkpoints" / str(step)
         names = ("student", "student_opt", "ema", "critic", "critic_opt", "stream")
-        there = [name for name in names if (workdir / "checkpoints" / str(step) / name).is_dir()]
-        trees = {name: manager.restore(step)[name] for name in there}
+        args = {}
+        for name in names:
+            if (folder / name).is_dir():
+                tree = manager.item_metadata(step)[name].tree
+                how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+                args[name] = ocp.args.PyTreeRestore(tree, restore_args=how)
+        trees = dict(manager.restore(step, args=ocp.args.Composite(**args)).items())
     return {
-        jax.tree_util.keystr(path): x.tobytes()
-        for path, x in jax.tree_util.tree_leaves_with_path(jax.device_get(trees))
+        jax.tree_util.keystr(path): np.asarray(x)
+        for path, x in jax.tree_util.tree_leaves_with_path(trees)
     }
+
+
+def arrays(workdir, step):
+    """The same as bytes."""
+    return {name: x.tobytes() for name, x in numbers(workdir, step).items()}
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ MODULES = sorted(
 )
 NAMES = [str(path.relative_to(ROOT)) for path in MODULES]
 
-BOTTOM = ("types", "errors", "choices", "keys")
+BOTTOM = ("types", "errors", "choices", "keys", "hosts")
 ORDER = (  # none imports a later one
     *BOTTOM,
     "flow",
@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "errors": (),
     "choices": (),
     "keys": (),
+    "hosts": (),
     "flow": (),
     "losses": ("flow",),
     "models": ("flow",),
@@ -67,7 +68,7 @@ MAY_IMPORT = {
     ),
     "train": (
         *("models", "sharding", "moving_shapes", "io", "config", "data", "rollout", "optimizer"),
-        *("state", "checkpoint", "stages"),
+        *("state", "checkpoint_files", "checkpoint", "stages"),
     ),
     "workdir": ("models", "sharding", "io", "config", "checkpoint_files", "checkpoint", "stages"),
     "pipeline": (

@@ -20,7 +20,7 @@ import optax
 import pytest
 
 from salt_jax.checkpoint import open_checkpoints, restore, restore_params, save
-from salt_jax.checkpoint_files import checkpoint_digest, newest_step
+from salt_jax.checkpoint_files import checkpoint_digest, make_writable, newest_step
 from salt_jax.config.sections import Optimizer
 from salt_jax.errors import UserError
 from salt_jax.models.kv_cache import KVCache
@@ -432,7 +432,7 @@ def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(
         UserError, match=r"cannot write to the workdir .*file/run \(.+\); pass a --workdir"
     ):
-        open_checkpoints(tmp_path / "file" / "run", keep=1)
+        make_writable(tmp_path / "file" / "run")
 
 
 def test_a_process_that_dies_while_saving_leaves_the_step_before(tmp_path):

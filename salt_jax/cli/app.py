@@ -21,7 +21,7 @@ from ml_collections import config_flags
 
 from salt_jax.config.paths import make_absolute
 from salt_jax.config.reading import read_recipe, read_workdir, to_json
-from salt_jax.errors import UserError
+from salt_jax.errors import STOPPED, Stopped, UserError
 from salt_jax.io.cache import cache_home
 from salt_jax.keys import Config, Json
 
@@ -170,6 +170,9 @@ def run_main(main: Callable[[list[str]], None], doc: str | None = None) -> None:
                 main(argv)
         except UserError as error:
             fail(str(error))
+        except Stopped as stopped:
+            print(f"{stopped}; the same command goes on", file=sys.stderr)
+            sys.exit(STOPPED)
 
     app.run(guarded, flags_parser=parse)
 

@@ -135,6 +135,13 @@ class Recipe:
     )
     log_every: int = key(10, "iterations", COUNT, resume="free")
     save_every: int = key(20, "iterations", COUNT, resume="free")
+    save_every_minutes: float = key(
+        0.0,
+        "minutes since the last checkpoint after which one is written, beside `save_every`; 0 is "
+        "off",
+        NOT_NEGATIVE,
+        resume="free",
+    )
     keep: int = key(2, "how many of the newest checkpoints to keep", COUNT, resume="free")
     keep_every: int = key(
         0,

@@ -23,15 +23,13 @@ def batches(
     seed: int,
     start: int,
     encode_caption: Callable[[str], np.ndarray],
-    process_index: int,
-    process_count: int,
+    rows: np.ndarray,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This process's share of the global batches start, start + 1, ... without end; every epoch is
+    """This process's rows of the global batches start, start + 1, ... without end; every epoch is
     shuffled anew.
 
-    Indices are shuffled and batched first and each process reads only its own slice of a batch. So
-    the shares, laid end to end, are the same global batch for any number of processes, and an epoch
-    may end inside a batch.
+    Indices are shuffled and batched first and each process reads only its own rows of a batch. So
+    the global batch is the same for any number of processes, and an epoch may end inside a batch.
 
     Args:
       source: records with `caption` or its encoding `text`, and all with the same of: `video`,
@@ -39,29 +37,23 @@ def batches(
         `states`, float32; `scene`.
       batch_size: global, in examples.
       start: number of global batches consumed before.
+      rows: of the global batch, int [b]: see `sharding.local_rows`.
       encode_caption: pure; called once per distinct caption, in the thread that reads ahead; the
         results are kept. Not called where records have `text`.
 
     Yields:
       text [b, ...], stacked encodings, and what else the records have: video float32
       [b, F, H, W, C], of pixels in [-1, 1]; image, condition, states; scene int32 [b].
-      b = batch_size / process_count.
 
     Raises:
-      ValueError: the batch does not divide over the processes, or the source is empty.
+      ValueError: the source is empty.
     """
-    if batch_size % process_count:
-        raise ValueError(
-            f"batch_size={batch_size} must be a multiple of the {process_count} processes"
-        )
     if not len(source):
         raise ValueError("the data set is empty: build it with at least one example")
-    share = batch_size // process_count
-    mine = slice(process_index * share, (process_index + 1) * share)
     encode = functools.cache(encode_caption)
 
     def load(indices: np.ndarray) -> dict[str, np.ndarray]:
-        return collate([source[int(i)] for i in indices[mine]], encode)
+        return collate([source[int(i)] for i in indices[rows]], encode)
 
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     stream = iter(order.batch(batch_size).map(load).to_iter_dataset(READ_AHEAD))

@@ -2,20 +2,20 @@
 then read as data.
 
 A part is a function of (recipe, its number), written whole or not at all; a run that was stopped
-continues with the first part that is missing. Several processes share the work and need a file
-system that all of them see.
+continues with the first part that is missing. Several processes make each part together, as they
+make an update, and the first one writes it where all of them can read.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from salt_jax import hosts
 from salt_jax.config.migrate import refuse_another_run
 from salt_jax.config.reading import to_json
 from salt_jax.config.schema import Recipe
@@ -62,23 +62,37 @@ def open_trajectories(
       UserError: a part that is there was made with another config, or does not say with which.
     """
     size = recipe.batch_size
-    directory.mkdir(parents=True, exist_ok=True)
     count = -(-recipe.ode.trajectories // size)
     parts = [directory / f"{i:05d}.safetensors" for i in range(count)]
-    mine = parts[jax.process_index() :: jax.process_count()]
-    missing = [path for path in mine if not path.exists()]
-    for path in sorted(set(mine) - set(missing)):
-        config = read_metadata(path).get("config")
-        if not config:
-            raise UserError(f"{path} has no config in it; delete it, or pass a new --workdir")
-        refuse_another_run(config, recipe, files_may_move)
-    for path in tqdm(missing, desc="trajectories", unit="batch", disable=not missing):
-        number = int(path.stem)
+    missing = hosts.only_first(lambda: _missing(parts, recipe, files_may_move), f"{directory}")
+    bar = tqdm(
+        missing, desc="trajectories", unit="batch", disable=not (missing and hosts.is_first())
+    )
+    for number in bar:
         clips = [source[i % len(source)] for i in range(number * size, (number + 1) * size)]
         arrays = make(clips, number)
-        partial = path.with_suffix(".partial")
-        save_file(arrays, partial, {"config": to_json(recipe)})
-        partial.replace(path)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("trajectories")
+        write = functools.partial(_write, parts[number], arrays, recipe)
+        hosts.only_first(write, f"{parts[number]}")
     return Trajectories(parts, size, source)
+
+
+def _missing(parts: list[Path], recipe: Recipe, files_may_move: bool) -> list[int]:
+    """The numbers of those that are not there.
+
+    Raises:
+      UserError: as `open_trajectories`.
+    """
+    for path in parts:
+        if path.exists():
+            config = read_metadata(path).get("config")
+            if not config:
+                raise UserError(f"{path} has no config in it; delete it, or pass a new --workdir")
+            refuse_another_run(config, recipe, files_may_move)
+    return [number for number, path in enumerate(parts) if not path.exists()]
+
+
+def _write(path: Path, arrays: dict[str, np.ndarray], recipe: Recipe) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file(arrays, partial, {"config": to_json(recipe)})
+    partial.replace(path)

@@ -18,6 +18,7 @@ from salt_jax.flow.transition import euler
 from salt_jax.losses.regression import endpoint_loss
 from salt_jax.models.denoiser import WanDenoiser
 from salt_jax.rollout.causal import plan_teacher_forcing
+from salt_jax.sharding import batch_sharding, put, replicated
 from salt_jax.stages import causal, single
 from salt_jax.stages.accumulate import in_turn
 from salt_jax.stages.networks import denoiser_of
@@ -68,12 +69,14 @@ class OdeRegression:
 
     def records(self, source: RecordSource) -> Sequence:
         """Trajectories of the clips, made where they are missing in the workdir."""
-        trajectory = jax.jit(self.trajectory)
+        mesh = self.mesh
+        assert mesh is not None
+        trajectory = jax.jit(self.trajectory, out_shardings=replicated(mesh))
 
         def make(records: Sequence, number: int) -> dict[str, np.ndarray]:
             arrays = collate(records, source.encode_caption)
-            cond = Conditioning(jnp.asarray(arrays["text"]))
-            batch = Batch(cond, video=jnp.asarray(arrays["video"]))
+            text, video = (put(arrays[name], batch_sharding(mesh)) for name in ("text", "video"))
+            batch = Batch(Conditioning(text), video=video)
             key = jax.random.fold_in(jax.random.key(self.recipe.seed), number)
             states = np.asarray(trajectory(source.frozen, batch, key))
             return {"video": arrays["video"], "states": states}

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from salt_jax.config.schema import Recipe
 from salt_jax.data.latents import open_records
 from salt_jax.errors import UserError
+from salt_jax.hosts import fetch
 from salt_jax.io.tokenizer import byte_tokenize
 from salt_jax.models.image_condition import condition_latents
 from salt_jax.models.text_encoder import encode_text
@@ -47,7 +48,7 @@ def embed(
 ) -> Float[np.ndarray, "n t d"]:
     """Captions by the frozen text encoder."""
     tokens = np.stack([tokenize(recipe, c) for c in captions])
-    return np.asarray(_encode(text_encoder, jnp.asarray(tokens), recipe.text))
+    return fetch(_encode(text_encoder, tokens, recipe.text))
 
 
 def read_texts(stage: Stage, text_encoder: Params | None) -> Texts:

@@ -7,7 +7,9 @@ would have done.
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,16 +19,19 @@ from orbax.checkpoint import CheckpointManager
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from salt_jax import checkpoint, sharding
+from salt_jax import checkpoint, hosts, sharding
+from salt_jax.checkpoint_files import make_writable
 from salt_jax.config.migrate import refuse_another_run
 from salt_jax.config.reading import to_json
 from salt_jax.config.schema import Recipe
 from salt_jax.config.validate import refuse_uneven
 from salt_jax.data.pipeline import batches
+from salt_jax.errors import Stopped
+from salt_jax.io.lock import Lock, locked
 from salt_jax.keys import Json
 from salt_jax.moving_shapes import dataset
 from salt_jax.stages import make_stage
-from salt_jax.stages.roles import read_roles, roles
+from salt_jax.stages.roles import Role, read_roles, roles
 from salt_jax.stages.stage import Batch, Frozen, Metrics, RecordSource, Stage, Update
 from salt_jax.stages.texts import to_batch
 from salt_jax.state import TrainState
@@ -35,6 +40,8 @@ from salt_jax.train.preview import make_preview, show
 from salt_jax.train.provenance import keep_config, keep_roles
 from salt_jax.train.setup import Setup, setup
 from salt_jax.train.step import Call, compile_step
+from salt_jax.train.stop import Stop
+from salt_jax.types import Params
 
 
 class Run(NamedTuple):
@@ -45,60 +52,143 @@ class Run(NamedTuple):
     program: Callable[[Update], jax.stages.Wrapped]
     key: jax.Array
     feed: Iterator[Batch]  # positioned at the batch of the next call
+    preview: Callable[[Params], np.ndarray] | None  # of the average; None of kind latents
 
 
-def train(recipe: Recipe, workdir: str | Path, made_by: Json | None = None) -> TrainState:
+class Places(NamedTuple):
+    """Where a run writes to."""
+
+    workdir: Path
+    manager: CheckpointManager
+    lock: Lock | None  # of the first process, which holds it for all
+
+
+def train(
+    recipe: Recipe, workdir: str | Path, made_by: Json | None = None, stop: Stop | None = None
+) -> TrainState:
     """Trains until `recipe.iterations`, resuming what the workdir holds.
 
     The workdir gets roles.json, config.json, TensorBoard events and checkpoints, and changes.jsonl
     if it resumes with other values. config.json is written last, so that a refused start keeps it.
+    Of several processes the first one writes all but checkpoints.
 
     Args:
       made_by: what config.json says of itself: config file, commit, versions.
+      stop: asked between iterations, see `stop.stoppable`.
 
     Raises:
-      UserError: weights, data or checkpoints do not fit the recipe, the workdir is not writable, or
-        too many updates in a row were not finite (the term is named).
+      UserError: weights, data or checkpoints do not fit the recipe, the workdir is not writable,
+        full, or another run's, or too many updates in a row were not finite (the term is named).
+      Stopped: `stop` was asked for; what was trained is saved.
     """
+    stop = stop or Stop()
     mesh = sharding.make_mesh(dataclasses.asdict(recipe.mesh))
     refuse_uneven(recipe, mesh.shape["data"] * mesh.shape["fsdp"])
     stage = make_stage(recipe, mesh)
     parts = setup(stage)
     where = sharding.state_shardings(mesh, parts.frozen)
     # what is in its place is not copied
-    parts = parts._replace(frozen=jax.device_put(parts.frozen, where))
+    parts = parts._replace(frozen=sharding.put(parts.frozen, where))
+    now: list[Role] = []
+    hosts.only_first(lambda: now.extend(read_files(stage)), "checksums of the weights")
+    make_writable(workdir)
+    with (
+        owned(workdir, stop) as lock,
+        checkpoint.open_checkpoints(workdir, recipe.keep, recipe.keep_every) as manager,
+    ):
+        places = Places(Path(workdir), manager, lock)
+        state, run = begin(parts, places, now, made_by)
+        return go_on(state, run, places, stop)
+
+
+@contextmanager
+def owned(workdir: str | Path, stop: Stop) -> Iterator[Lock | None]:
+    """The lock of a workdir, which the first process takes for all.
+
+    Raises:
+      UserError: another run has it.
+    """
+    with ExitStack() as stack:
+        held: list[Lock] = []
+        take = lambda: held.append(stack.enter_context(locked(workdir)))
+        hosts.only_first(take, f"the lock of {workdir}")
+        lock = held[0] if held else None
+        stop.at_exit = lock.release if lock else stop.at_exit
+        yield lock
+
+
+def read_files(stage: Stage) -> list[Role]:
+    """The parts of a run as it begins, with the checksums of their files."""
     with tqdm(desc="checksums", unit="B", unit_scale=True, delay=2, leave=False) as bar:
-        now = roles(stage, bar.update)
-    with checkpoint.open_checkpoints(workdir, recipe.keep, recipe.keep_every) as manager:
-        was = read_roles(workdir)
-        fresh = None if manager.all_steps() else parts.fresh
-        parts = parts._replace(fresh=None)  # and what it starts from: there is one state at a time
-        state = fresh() if fresh else resume(manager, parts.state, recipe, files_may_move=bool(was))
-        begun = int(state.iteration)
-        keep_roles(was, now, recipe, workdir, begun)
-        run = make_run(parts, begun, workdir, files_may_move=bool(was))
-        preview = make_preview(parts)  # None of kind latents
-        keep_config(workdir, recipe, begun, made_by)
-        sizes = recipe.memory.sizes(recipe.clip_shape[0]) if recipe.causal else ()
-        recent: list[Metrics] = []
-        meta = {"config": to_json(recipe), "mesh": dict(mesh.shape)}
-        last = recipe.iterations
-        bar = tqdm(range(begun, last), initial=begun, total=last, desc=recipe.stage, mininterval=1)
-        with SummaryWriter(str(workdir)) as writer:
-            for iteration in bar:
-                with jax.transfer_guard("disallow"):
-                    state, metrics = iterate(state, run, iteration)
-                recent.append(metrics)
-                done = iteration + 1
-                if done % recipe.log_every == 0 or done == last:
-                    values, recent = summarize(jax.device_get(recent)), []
-                    report(values, done, writer, bar)
-                    stop_if_stuck(values, recipe.max_skipped, done)
-                kept = recipe.keep_every and done % recipe.keep_every == 0
-                if kept or done % recipe.save_every == 0 or done == last:
-                    checkpoint.save(manager, state, meta)
-                    if preview:
-                        show(writer, preview(state.ema), sizes, done)
+        return roles(stage, bar.update)
+
+
+def begin(
+    parts: Setup, places: Places, now: list[Role], made_by: Json | None
+) -> tuple[TrainState, Run]:
+    """The first state or that of the newest checkpoint, and all that iterations need; says in the
+    workdir what the run is.
+
+    Raises:
+      UserError: as `train`.
+    """
+    recipe, workdir = parts.stage.recipe, places.workdir
+    was: list[Role] = []
+
+    def is_known() -> bool:
+        was.extend(read_roles(workdir))
+        return bool(was)
+
+    known = hosts.only_first(is_known, "roles.json")
+    fresh = None if places.manager.all_steps() else parts.fresh
+    parts = parts._replace(fresh=None)  # and what it starts from: there is one state at a time
+    state = fresh() if fresh else resume(places.manager, parts.state, recipe, known)
+    begun = int(state.iteration)
+    hosts.only_first(lambda: keep_roles(was, now, recipe, workdir, begun), "roles.json")
+    run = make_run(parts, begun, workdir, known)
+    hosts.only_first(lambda: keep_config(workdir, recipe, begun, made_by), "config.json")
+    return state, run
+
+
+def go_on(state: TrainState, run: Run, places: Places, stop: Stop) -> TrainState:
+    """The iterations that are left, with logs, previews and checkpoints. Raises as `train`."""
+    recipe, manager, mesh = run.stage.recipe, places.manager, run.stage.mesh
+    assert mesh is not None
+    sizes = recipe.memory.sizes(recipe.clip_shape[0]) if recipe.causal else ()
+    recent: list[Metrics] = []
+    meta = {"config": to_json(recipe), "mesh": dict(mesh.shape)}
+    begun, last, mine = int(state.iteration), recipe.iterations, hosts.is_first()
+    votes, saved = hosts.Votes(mesh), time.monotonic()
+    bar = tqdm(
+        range(begun, last), recipe.stage, last, initial=begun, mininterval=1, disable=not mine
+    )
+    # a writer of another process than the first writes nothing
+    with SummaryWriter(str(places.workdir), write_to_disk=mine) as writer:
+        for iteration in bar:
+            with jax.transfer_guard("disallow"):
+                state, metrics = iterate(state, run, iteration)
+            recent.append(metrics)
+            stop.unsaved, done = True, iteration + 1
+            late = mine and 0 < 60 * recipe.save_every_minutes <= time.monotonic() - saved
+            stopping, late = votes(stop.asked, late)
+            if done % recipe.log_every == 0 or done == last:
+                values, recent = summarize(jax.device_get(recent)), []
+                report(values, done, writer, bar)
+                stop_if_stuck(values, recipe.max_skipped, done)
+            if places.lock:
+                places.lock.refuse_lost()
+            kept = recipe.keep_every and done % recipe.keep_every == 0
+            planned = kept or done % recipe.save_every == 0 or done == last
+            if planned or late or stopping:
+                checkpoint.save(manager, state, meta)
+                saved = time.monotonic()
+            if planned and run.preview:
+                show(writer, run.preview(state.ema), sizes, done)
+            if stopping and done < last:
+                break
+    checkpoint.finish(manager)
+    if int(state.iteration) < last:
+        raise Stopped(f"stopped at iteration {int(state.iteration)} of {last}, which is saved")
     return state
 
 
@@ -127,34 +217,37 @@ def make_run(parts: Setup, start: int, workdir: str | Path, files_may_move: bool
     states, frozen = (
         jax.tree.map(lambda x: x.sharding, tree) for tree in (parts.state, parts.frozen)
     )
-    everywhere, over_batch = sharding.replicated(stage.mesh), sharding.batch_sharding(stage.mesh)
+    mesh = stage.mesh
+    everywhere, over_batch = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     shardings = states, frozen, over_batch, everywhere
     program = functools.cache(functools.partial(compile_step, stage, shardings=shardings))
     d, source = recipe.data, parts.records
     if source is None:
-        source, _ = dataset.build(d.dir, recipe.world, d.num_train, d.num_test, d.seed)
+        build = functools.partial(dataset.build, d.dir, recipe.world, d.num_train, d.num_test)
+        source, _ = hosts.first_then_others(lambda: build(d.seed), f"the data set in {d.dir}")
     records = stage.records(
         RecordSource(source, Path(workdir), parts.frozen, parts.encode_caption, files_may_move)
     )
+    count = recipe.batch_size
+    rows = sharding.local_rows(over_batch, count)
     stream = batches(
         records,
-        batch_size=recipe.batch_size,
+        batch_size=count,
         seed=recipe.seed,
         start=start * len(stage.updates(0)),
         encode_caption=parts.encode_caption,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=rows,
     )
-    place = functools.partial(jax.make_array_from_process_local_data, over_batch)
+    place = lambda x: sharding.put_rows(x, rows, count, over_batch)
     feed = (jax.tree.map(place, to_batch(stage, arrays)) for arrays in stream)
-    key = jax.device_put(jax.random.key(recipe.seed + 1), everywhere)
-    return Run(stage, parts.frozen, program, key, feed)
+    key = jax.jit(jax.random.key, out_shardings=everywhere)(recipe.seed + 1)
+    return Run(stage, parts.frozen, program, key, feed, make_preview(parts))
 
 
 def iterate(state: TrainState, run: Run, iteration: int) -> tuple[TrainState, Metrics]:
     """The optimizer calls of an iteration; each has its own batch, its own key and its own draw."""
     metrics: Metrics = {}
-    put = functools.partial(jax.device_put, device=run.key.sharding)
+    put = lambda x: sharding.put(x, run.key.sharding)
     updates = run.stage.updates(iteration)
     for i, (update, draw) in enumerate(updates):
         index = put(np.int32(iteration * len(updates) + i))

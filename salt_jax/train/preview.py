@@ -40,13 +40,13 @@ def make_preview(parts: Setup) -> Callable[[Params], np.ndarray] | None:
     assert stage.mesh is not None
     scenes = shapes.scenes(recipe.world)
     captions = [shapes.caption(scenes[i]) for i in shapes.spread(recipe.world, CLIPS)]
-    given = jnp.asarray(np.stack([parts.encode_caption(caption) for caption in captions]))
-    keys = jax.random.split(jax.random.key(recipe.seed), CLIPS)
+    rows = np.stack([parts.encode_caption(caption) for caption in captions])
     num_steps = sorted(recipe.sample.num_steps)[len(recipe.sample.num_steps) // 2]
     levels, solver, shape = recipe.levels(num_steps), recipe.sample.solver, recipe.clip_shape
 
     @functools.partial(jax.jit, out_shardings=replicated(stage.mesh))
     def clips(ema, base):
+        given, keys = jnp.asarray(rows), jax.random.split(jax.random.key(recipe.seed), CLIPS)
         params, text = fetched(ema, recipe.host_state), given
         if "tokens" in stage.needs:
             text = encode_text(params["text_encoder"], given, recipe.text)

@@ -1,8 +1,8 @@
-"""What a run keeps in its workdir beside checkpoints: its config, and who is who."""
+"""What a run keeps in its workdir beside checkpoints: its config, and who is who. Of several
+processes one calls this.
+"""
 
 from pathlib import Path
-
-import jax
 
 from salt_jax.config.migrate import record_changes
 from salt_jax.config.reading import to_json
@@ -30,10 +30,9 @@ def keep_roles(
     begun = step or any((Path(workdir) / "trajectories").glob("*.safetensors"))
     if begun:
         refuse_changed(was, now)
-    if jax.process_index() == 0:
-        print(table(going_on(now, recipe, workdir, step) if step else now), flush=True)
-        if not (begun and was):
-            write_roles(workdir, now)
+    print(table(going_on(now, recipe, workdir, step) if step else now), flush=True)
+    if not (begun and was):
+        write_roles(workdir, now)
 
 
 def keep_config(
@@ -41,7 +40,6 @@ def keep_config(
 ) -> None:
     """Writes config.json; changes on resume are printed and added to changes.jsonl."""
     path = Path(workdir) / "config.json"
-    if jax.process_index() == 0:
-        before = path.read_text(errors="replace") if step and path.is_file() else ""
-        record_changes(workdir, before, recipe, step)
-        replace_text(path, to_json(recipe, made_by))
+    before = path.read_text(errors="replace") if step and path.is_file() else ""
+    record_changes(workdir, before, recipe, step)
+    replace_text(path, to_json(recipe, made_by))

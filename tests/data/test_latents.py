@@ -98,8 +98,7 @@ def test_prompts_alone_and_clips_without_pictures(tmp_path, shapes):
         seed=0,
         start=0,
         encode_caption=str.split,  # not called
-        process_index=0,
-        process_count=1,
+        rows=np.arange(2),
     )
     assert next(stream).keys() == {"text"} | ({"video"} if "latent" in shapes else set())
 

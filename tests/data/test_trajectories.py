@@ -19,7 +19,7 @@ from salt_jax.moving_shapes.shapes import to_latent
 from salt_jax.stages import make_stage
 from salt_jax.stages.ode_regression import OdeRegression
 from salt_jax.stages.stage import RecordSource
-from tests.helpers import Straight, with_networks
+from tests.helpers import Straight, mesh_of, with_networks
 
 CLIP = (6, 4, 4, 3)
 RECIPE = read_recipe(base.get_config())
@@ -51,7 +51,9 @@ def encode(caption):
 
 def make(workdir, recipe=RECIPE, source=SOURCE):
     """The velocity is half the clip's number."""
-    stage = with_networks(make_stage(recipe), student=NETWORK)
+    stage = with_networks(
+        make_stage(recipe, mesh_of()), student=NETWORK
+    )
     frozen = {"teacher": jnp.float32(0.5), "null_text": np.zeros((1, 1, 2), np.float32)}
     return stage.records(RecordSource(source, workdir, frozen, encode, False))
 
@@ -112,7 +114,7 @@ def test_batches_of_trajectories_bring_their_states(tmp_path):
     """The clips are latents already and stay as they are; everything in a batch still belongs
     together.
     """
-    made, share = make(tmp_path), {"process_index": 0, "process_count": 1}
+    made, share = make(tmp_path), {"rows": np.arange(6)}
     batch = next(batches(made, batch_size=6, seed=0, start=0, encode_caption=encode, **share))
     assert batch["states"].shape == (6, 3, *CLIP) and batch["states"].dtype == np.float32
     known = {made[i]["states"].tobytes(): made[i] for i in range(len(made))}

@@ -1,0 +1,132 @@
+"""Several processes as one run, through jax.distributed, by what the scheduler says or by flags.
+
+No jax in here until there are several: help and refusals come at once.
+"""
+
+import glob
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from absl import flags
+
+from salt_jax.errors import UserError
+
+COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "HOST:PORT on the machine of process 0, where no scheduler says it; see docs/pods.md",
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "of the run; with --coordinator")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "of this process, from 0; with --coordinator")
+
+JOIN = 300  # seconds for all processes to arrive
+HEARTBEAT = 40  # seconds of silence after which JAX takes a process for dead, and ends the others
+
+# Ends with its parent, and says what that could not: JAX ends a process whose peers are gone from
+# C++, with a stack trace.
+WATCH = """
+import sys
+if not sys.stdin.read():
+    sys.exit("error: this process of the run was ended, or JAX ended it because another one is "
+             "gone (the messages above, and those of the others, say which); start all of them "
+             "again with the same command: the run goes on from its last checkpoint")
+"""
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Joins the other processes of the run, if there are any, and at the end waits for them.
+
+    Raises:
+      UserError: the flags contradict each other, or the others cannot be reached.
+    """
+    found = _cluster(os.environ)
+    if found is None:
+        yield
+        return
+    import jax
+
+    try:
+        jax.distributed.initialize(
+            *(found.coordinator, found.count, found.index),
+            local_device_ids=found.devices,
+            cluster_detection_method="deactivate" if found.coordinator else None,
+            initialization_timeout=JOIN,
+            heartbeat_timeout_seconds=HEARTBEAT,
+        )
+    except (RuntimeError, ValueError) as error:  # of the client: JaxRuntimeError
+        raise UserError(
+            f"the processes of this run did not find each other within {JOIN} s "
+            f"({str(error).splitlines()[0]}); all of them have to be started, and reach the port "
+            "of process 0"
+        ) from error
+    watch = None
+    if jax.process_count() > 1:
+        command = [sys.executable, "-S", "-E", "-c", WATCH]
+        # in a session of its own: signals of the terminal are not for it
+        watch = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, text=True)
+    try:
+        yield
+        jax.distributed.shutdown()
+    finally:
+        if watch and watch.stdin:
+            watch.stdin.write("done")
+            watch.stdin.close()
+
+
+class Cluster(NamedTuple):
+    """What is known of a run of several processes; JAX asks the scheduler for the rest."""
+
+    coordinator: str | None = None
+    count: int | None = None
+    index: int | None = None
+    devices: list[int] | None = None  # of the machine, which this process takes
+
+
+def _cluster(env: Mapping[str, str]) -> Cluster | None:
+    """None: this process is the only one."""
+    given = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
+    if given == (None, None, None):
+        return Cluster(devices=_devices(env)) if _is_one_of_several(env) else None
+    coordinator, count, index = given
+    if coordinator is None or count is None or index is None:
+        raise UserError("--coordinator, --num_processes and --process_id belong together; give all")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"--coordinator={coordinator} has to be HOST:PORT")
+    if not 0 <= index < count:
+        raise UserError(
+            f"--process_id={index} has to be below --num_processes={count}, and 0 or more"
+        )
+    return Cluster(coordinator, count, index) if count > 1 else None
+
+
+def _devices(env: Mapping[str, str]) -> list[int] | None:
+    """In a step of SLURM JAX takes one GPU for each task; a task that has a node to itself takes
+    all that are there. None: as JAX does.
+    """
+    alone = re.fullmatch(r"1(\(x\d+\))?", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    count = int(env.get("SLURM_GPUS_ON_NODE", "0") or 0)
+    if not alone or count < 2 or "JAX_LOCAL_DEVICE_IDS" in env:
+        return None
+    return list(range(count))
+
+
+def _is_one_of_several(env: Mapping[str, str]) -> bool:
+    """Whether JAX will find the others by itself: in a step of SLURM, under Open MPI, on the hosts
+    of a TPU slice.
+    """
+    slurm = {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"}
+    if slurm <= env.keys() and int(env.get("SLURM_NTASKS", "1")) > 1:
+        return True
+    if "OMPI_MCA_orte_hnp_uri" in env and int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        return True
+    chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+    asked = env.get("JAX_PLATFORMS", "tpu").split(",")
+    return bool(chips and "tpu" in asked and importlib.util.find_spec("libtpu"))

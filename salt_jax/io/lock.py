@@ -1,0 +1,198 @@
+"""One run at a time writes to a workdir: WORKDIR/lock.json, written anew every few seconds.
+
+It needs nothing but files that can be made exclusively, so it works on a bucket and on file systems
+without flock. Who finds it watches whether it changes: clocks of machines are not compared, and a
+lock that a crash left behind lapses. A process of this machine that is gone is known at once.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from etils import epath
+
+from salt_jax.errors import UserError
+from salt_jax.keys import Json
+
+BEAT = 5.0  # seconds between two writes
+LAPSE = 30.0  # seconds without one, after which a lock is nobody's
+
+
+class Lock:
+    """A lock that is held. `lost`: another run has taken it, because this one stood still."""
+
+    def __init__(self, path: epath.Path, owner: str):
+        self._path, self._owner = path, owner
+        self._stop = threading.Event()
+        self._lost = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="workdir lock", daemon=True)
+        self._thread.start()
+
+    @property
+    def lost(self) -> bool:
+        return self._lost.is_set()
+
+    def refuse_lost(self) -> None:
+        """Raises UserError if another run has taken the workdir."""
+        if self.lost:
+            raise UserError(
+                f"another run has taken {self._path.parent} while this one stood still; nothing "
+                "more is written here. Stop one of them"
+            )
+
+    def release(self) -> None:
+        """Idempotent; also for a thread that ends the process."""
+        self._stop.set()
+        if not self.lost and _read(self._path).get("owner") == self._owner:
+            self._path.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        count = 0
+        while not self._stop.wait(BEAT):
+            count += 1
+            try:
+                if _read(self._path).get("owner") != self._owner:
+                    self._lost.set()
+                    return
+                _write(self._path, _entry(self._owner, count))
+            except OSError:
+                continue  # a full disk or a bucket out of reach: others see no beat
+
+
+@contextmanager
+def locked(workdir: str | Path) -> Iterator[Lock]:
+    """Takes the lock of a workdir, which has to be there, and gives it back.
+
+    Raises:
+      UserError: another run has it.
+    """
+    path, owner = epath.Path(workdir) / "lock.json", uuid.uuid4().hex
+    _take(path, owner)
+    lock = Lock(path, owner)
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+def _take(path: epath.Path, owner: str) -> None:
+    entry = _entry(owner, 0)
+    while not _create(path, entry):
+        _wait_for_its_owner(path)
+        path.unlink(missing_ok=True)
+    # Two that found the same old lock may both have removed it, the second one ours.
+    time.sleep(0.2)
+    if (there := _read(path)).get("owner") != owner:
+        raise _in_use(path, there)
+
+
+def _wait_for_its_owner(path: epath.Path) -> None:
+    """Returns when the lock may be removed. Raises UserError where its owner is at work."""
+    found = _read(path)
+    if found.get("host") == _host() and _is_running(found):
+        raise _in_use(path, found)
+    if found.get("host") == _host() and found:
+        return
+    print(
+        f"{path} was left by another run or belongs to one ({_owner(found)}): waiting up to "
+        f"{LAPSE:.0f} s to see whether it is at work",
+        flush=True,
+    )
+    end = time.monotonic() + LAPSE
+    while time.monotonic() < end:
+        time.sleep(BEAT / 5)
+        now = _read(path)
+        if not now:
+            return
+        if now != found:
+            raise _in_use(path, now)
+
+
+def _in_use(path: epath.Path, found: Json) -> UserError:
+    return UserError(
+        f"the workdir {path.parent} is in use by another run ({_owner(found)}); wait for it, stop "
+        "it, or pass another --workdir"
+    )
+
+
+def _owner(found: Json) -> str:
+    if not found:
+        return "unknown"
+    return f"process {found.get('pid')} on {str(found.get('host')).split()[0]}"
+
+
+def _entry(owner: str, beat: int) -> Json:
+    pid = os.getpid()
+    return {"owner": owner, "host": _host(), "pid": pid, "born": _born(pid), "beat": beat}
+
+
+def _host() -> str:
+    """The machine, and on Linux the space in which a process number means something."""
+    try:
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _born(pid: int) -> str:
+    """When a process began, in the kernel's ticks; "" where that is not known."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    return stat.rpartition(")")[2].split()[19]
+
+
+def _is_running(found: Json) -> bool:
+    """Whether the process of this machine that wrote an entry is there still."""
+    try:
+        pid = int(str(found.get("pid")))
+        os.kill(pid, 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass
+    return _born(pid) == found.get("born")
+
+
+def _read(path: epath.Path) -> Json:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(path: epath.Path, entry: Json) -> None:
+    """In place on a bucket, where a put is whole; elsewhere under another name first."""
+    if "://" in str(path):
+        path.write_text(json.dumps(entry))
+        return
+    partial = path.with_name(f"lock.{entry['owner']}.partial")
+    partial.write_text(json.dumps(entry))
+    partial.replace(path)
+
+
+def _create(path: epath.Path, entry: Json) -> bool:
+    """Whether the file was not there, and is now."""
+    if "://" in str(path):
+        import fsspec  # comes with what epath needs for buckets
+
+        files = fsspec.filesystem(str(path).partition("://")[0])
+        try:
+            files.pipe_file(str(path), json.dumps(entry).encode(), mode="create")
+        except FileExistsError:
+            return False
+        return True
+    try:
+        with open(path, "x") as file:
+            file.write(json.dumps(entry))
+    except FileExistsError:
+        return False
+    return True
