@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from absl import flags
 
-from salt_jax.errors import UserError
+from salt_jax.errors import Stopped, UserError
 
 COORDINATOR = flags.DEFINE_string(
     "coordinator",
@@ -71,11 +71,16 @@ def joined() -> Iterator[None]:
         command = [sys.executable, "-S", "-E", "-c", WATCH]
         # in a session of its own: signals of the terminal are not for it
         watch = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, text=True)
+    quiet = False
     try:
         yield
         jax.distributed.shutdown()
+        quiet = True
+    except (UserError, Stopped):  # which say themselves what happened
+        quiet = True
+        raise
     finally:
-        if watch and watch.stdin:
+        if quiet and watch and watch.stdin:
             watch.stdin.write("done")
             watch.stdin.close()
 

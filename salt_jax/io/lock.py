@@ -143,10 +143,11 @@ def _host() -> str:
 def _born(pid: int) -> str:
     """When a process began, in the kernel's ticks; "" where that is not known."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
-    return stat.rpartition(")")[2].split()[19]
+    # Z: it has ended, and its parent has not asked how
+    return "" if fields[0] in "ZX" else fields[19]
 
 
 def _is_running(found: Json) -> bool:

@@ -51,9 +51,7 @@ def encode(caption):
 
 def make(workdir, recipe=RECIPE, source=SOURCE):
     """The velocity is half the clip's number."""
-    stage = with_networks(
-        make_stage(recipe, mesh_of()), student=NETWORK
-    )
+    stage = with_networks(make_stage(recipe, mesh_of()), student=NETWORK)
     frozen = {"teacher": jnp.float32(0.5), "null_text": np.zeros((1, 1, 2), np.float32)}
     return stage.records(RecordSource(source, workdir, frozen, encode, False))
 
