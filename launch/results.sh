@@ -100,7 +100,7 @@ causal() {
         for row in plain naive mixed mixed_sc salt; do
             mine || continue
             evaluate=(--solvers=cm)
-            case $row in plain | salt) evaluate+=(--memory=0:0:absolute,6:0:absolute,9:3:absolute,6:1:relative) ;; esac
+            case $row in plain | salt) evaluate+=("--memory=0:0:absolute,6:0:absolute,9:3:absolute,6:1:relative") ;; esac
             run "$start/main/$row/$seed" "self_forcing:${row/plain/}" \
                 --config.init_from="$start/stages/consistency/0" --config.seed=$seed
         done
