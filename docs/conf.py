@@ -24,8 +24,8 @@ extensions = ["myst_nb", "sphinx.ext.viewcode", "reference"]
 include_patterns = ["*.md", "docs/**", "examples/*.ipynb", "salt_jax/assets/README.md"]
 exclude_patterns = [".*", "build", "runs", "SECURITY.md"]
 CONTENTS = {  # where a page stands that is named nowhere else, a pattern finds it
-    "Guide": ["examples/quickstart", "docs/guide", "docs/algorithm", "docs/wan", "docs/scaling"]
-    + ["docs/results", "docs/*", "salt_jax/assets/README", "*"],
+    "Guide": ["examples/quickstart", "docs/guide", "docs/algorithm", "docs/wan", "docs/pods"]
+    + ["docs/scaling", "docs/results", "docs/*", "salt_jax/assets/README", "*"],
     "Reference": ["docs/api/salt_jax", "docs/api/*"],
 }
 

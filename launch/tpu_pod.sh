@@ -65,7 +65,7 @@ create)
     esac
     needs IMAGE "no image is known for TYPE=$TYPE; name the TPU software version that Google lists for it"
     do_it gcloud compute tpus tpu-vm create "$NAME" --zone="$ZONE" --accelerator-type="$TYPE" --version="$IMAGE" \
-        ${SPOT:+--spot}
+        --scopes=https://www.googleapis.com/auth/cloud-platform ${SPOT:+--spot}
     ;;
 install)
     # The commit travels as a bundle, so that config.json of a run names it. uv brings a Python that is new enough.

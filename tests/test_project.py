@@ -93,13 +93,18 @@ def flags_of(program: str, seen: set[str]) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/guide.md", "docs/wan.md"])
+SCRIPT = r"launch/(tpu_pod\.sh|slurm\.sbatch)"
+FOREIGN = r"\b(gcloud|kubectl|docker|git|sbatch|srun|squeue|scontrol|scancel) "
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/guide.md", "docs/wan.md", "docs/pods.md"])
 def test_documented_flags_are_those_of_their_program(document):
     """A flag belongs to the program before it on its line; in a table of flags to that of the
-    section; elsewhere to any.
+    section; elsewhere to any. Flags of programs that are not ours are not looked at.
     """
     flags = {name: flags_of(name, set()) for name in main.COMMANDS.values()}
     every = set().union(*flags.values())
+    flags |= dict.fromkeys(("tpu_pod.sh", "slurm.sbatch"), flags["train"] | {"dry"})  # --dry-run
     others = {"all", "logdir", "help"}  # of launch/test.sh, of TensorBoard, of all programs
     section, checked = None, 0
     for line in (ROOT / document).read_text().replace("\\\n", " ").splitlines():
@@ -108,9 +113,10 @@ def test_documented_flags_are_those_of_their_program(document):
         table = line.startswith("| `--")
         program = section if table else None
         named = r"launch\.(\w+)" + r"(?= --)" * table
-        for name, flag in re.findall(named + r"|(?<![\w-])--(\w+)", line):
-            program = name or program
-            if flag and not flag.startswith("xla_"):
+        for found in re.findall(f"{named}|{SCRIPT}|{FOREIGN}" + r"|(?<![\w-])--(\w+)", line):
+            *names, flag = found
+            program = "".join(names) or program
+            if flag and not re.fullmatch(FOREIGN, f"{program} ") and not flag.startswith("xla_"):
                 assert flag in flags.get(program, every) | others, f"{program}: {line}"
                 checked += program in flags
     assert checked > 10

@@ -9,6 +9,7 @@ import logging as std_logging
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -73,8 +74,10 @@ def made_with(module: str, packages: Collection[str]) -> Json:
 
 
 def commit() -> str | None:
-    """Git commit of the checkout that this package is in; None: it is installed."""
+    """Git commit of the checkout that this package is in; None: it is installed, or git is not."""
     here = Path(__file__).parent
+    if not shutil.which("git"):
+        return None
 
     def git(*args: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", "-C", here, *args], capture_output=True, text=True)

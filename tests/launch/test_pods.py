@@ -20,6 +20,7 @@ import pytest
 import yaml
 from jax._src.clusters import cloud_tpu_cluster
 
+from salt_jax.cli import app
 from salt_jax.errors import STOPPED
 from tests.helpers import ROOT
 from tests.launch.pods_schema import JOBSET
@@ -221,6 +222,12 @@ def test_a_job_of_slurm_is_requeued_where_it_can_go_on(code, state, restarts, re
     assert (tmp_path / "requeued").exists() == requeued
     if requeued:
         assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+
+
+def test_a_run_needs_no_git(monkeypatch):
+    """The image of launch/Dockerfile has none."""
+    monkeypatch.setenv("PATH", "")
+    assert app.commit() is None
 
 
 def jobset() -> tuple[dict, dict, dict]:
