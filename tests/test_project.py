@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import tomllib
 
 import pytest
 import yaml
@@ -22,6 +23,22 @@ def test_requirements_have_both_bounds(name):
         assert "==" in line or re.search(r">=[\d.]+,<[\d.]+$", line), (
             f"{name}: {line} lacks a bound"
         )
+
+
+def test_extras_that_are_named_exist():
+    """As in `pip install -e ".[gcs]"`, of this package; those of jax are not ours."""
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        told = tomllib.load(file)
+    there = told["project"].get("optional-dependencies", {})
+    there |= told["tool"]["setuptools"]["dynamic"].get("optional-dependencies", {})
+    texts = [*(ROOT / "docs").glob("*.md"), *(ROOT / "launch").glob("*"), ROOT / "README.md"]
+    named = {
+        (extra, text.name)
+        for text in texts
+        if text.is_file()
+        for extra in re.findall(r"(?:salt_jax|[\"' ]\.)\[(\w+)\]", text.read_text())
+    }
+    assert named and {extra for extra, _ in named} <= there.keys(), named
 
 
 def test_torch_is_no_runtime_requirement():
