@@ -97,7 +97,7 @@ def test_a_lock_of_another_machine_that_changes_is_held(quick, tmp_path):
     elsewhere(path)
     timer = threading.Timer(0.2, elsewhere, [path, 1])
     timer.start()
-    with pytest.raises(UserError, match="in use by another run .process 4 on tpu-7"):
+    with pytest.raises(UserError, match=r"in use by another run .process 4 on tpu-7"):
         with locked(tmp_path):
             pass
     timer.join()
