@@ -17,7 +17,7 @@ from absl import flags
 from salt_jax.cli.app import run_main
 from salt_jax.errors import UserError
 from salt_jax.evaluate.report import curves
-from salt_jax.io.video import write_bytes
+from salt_jax.io.files import write_whole
 from salt_jax.keys import Json
 
 DIR = flags.DEFINE_string("dir", None, "where launch/results.sh worked", required=True)
@@ -140,7 +140,7 @@ def main(_):
     print_long(groups)
     for kind in ("lambda", "stop"):
         if lines := defect_over_length(groups, kind):
-            write_bytes(
+            write_whole(
                 root / f"defect_{kind}.png", curves(lines, "student updates", "semigroup defect")
             )
 

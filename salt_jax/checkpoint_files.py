@@ -6,9 +6,11 @@ import hashlib
 import json
 import logging
 import tempfile
+import uuid
 from pathlib import Path
 
 from salt_jax.errors import UserError
+from salt_jax.io.files import AnyPath, as_path, below, in_bucket, write_whole
 from salt_jax.io.tensor_files import Report, digest, no_report
 
 log = logging.getLogger(__name__)
@@ -17,11 +19,12 @@ JSONS = ("data", "meta")
 RECORD = "_CHECKPOINT_METADATA"  # in which Orbax says what it has written
 
 
-def directory_of(workdir: str | Path) -> Path:
-    return Path(workdir).absolute() / "checkpoints"
+def directory_of(workdir: str | AnyPath) -> AnyPath:
+    where = as_path(workdir)
+    return (where if in_bucket(where) else where.absolute()) / "checkpoints"
 
 
-def make_writable(workdir: str | Path) -> None:
+def make_writable(workdir: str | AnyPath) -> None:
     """Makes the folder of checkpoints.
 
     Raises:
@@ -30,15 +33,20 @@ def make_writable(workdir: str | Path) -> None:
     directory = directory_of(workdir)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=directory).close()
+        if isinstance(directory, Path):
+            tempfile.TemporaryFile(dir=directory).close()
+        else:
+            probe = directory.parent / f"probe.{uuid.uuid4().hex}"
+            write_whole(probe, b"")
+            probe.unlink()
     except OSError as error:
         raise UserError(
-            f"cannot write to the workdir {workdir} ({error.strerror}); pass a --workdir you may "
-            "write to"
+            f"cannot write to the workdir {workdir} ({error.strerror or error}); pass a --workdir "
+            "you may write to"
         ) from error
 
 
-def trees(step: Path) -> list[str]:
+def trees(step: AnyPath) -> list[str]:
     """The items of arrays that a step was written with, whether or not they are there still.
 
     Raises:
@@ -50,7 +58,7 @@ def trees(step: Path) -> list[str]:
         raise OSError(f"{step / RECORD} is damaged") from error
 
 
-def refuse_uncommitted(step: Path) -> None:
+def refuse_uncommitted(step: AnyPath) -> None:
     """Orbax takes a half-copied directory for a step; only these files say that its writer, or a
     copy, finished.
 
@@ -62,7 +70,7 @@ def refuse_uncommitted(step: Path) -> None:
             raise OSError(f"{step / item}/commit_success.txt is missing")
 
 
-def newest_step(workdir: str | Path) -> int:
+def newest_step(workdir: str | AnyPath) -> int:
     """The newest step whose writer, or a copy, finished. Its arrays are not looked at.
 
     Raises:
@@ -86,7 +94,9 @@ def newest_step(workdir: str | Path) -> int:
     return max(found)
 
 
-def checkpoint_digest(workdir: str | Path, step: int, what: str, report: Report = no_report) -> str:
+def checkpoint_digest(
+    workdir: str | AnyPath, step: int, what: str, report: Report = no_report
+) -> str:
     """SHA-256 of an item of a step, in hexadecimal digits: over the names of its files, sorted, and
     what is in them; `report` is called with each piece's bytes.
 
@@ -94,7 +104,7 @@ def checkpoint_digest(workdir: str | Path, step: int, what: str, report: Report 
         UserError: there is no such item.
     """
     item, state = directory_of(workdir) / str(step) / what, hashlib.sha256()
-    files = {path.relative_to(item).as_posix(): path for path in item.rglob("*") if path.is_file()}
+    files = {path.relative_to(item).as_posix(): path for path in below(item)}
     if not files:
         raise UserError(f"there is no {item}; name a step that is there, or another workdir")
     for name in sorted(files):

@@ -12,11 +12,10 @@ import hashlib
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import NamedTuple
 
 from salt_jax.errors import UserError
-from salt_jax.io.video import write_bytes
+from salt_jax.io.files import AnyPath, append, write_whole
 from salt_jax.keys import Json
 
 NAME = "samples.jsonl"
@@ -25,7 +24,7 @@ NAME = "samples.jsonl"
 class Sample(NamedTuple):
     """A file that is wanted."""
 
-    file: Path
+    file: AnyPath
     source: str  # where the network is: a workdir, a file or a folder
     made_with: Json  # all that decides its content
 
@@ -33,11 +32,11 @@ class Sample(NamedTuple):
 class Found(NamedTuple):
     """What is there of the files that are wanted."""
 
-    there: set[Path]  # as wanted
-    older: set[Path]  # of the same source, made with something else
+    there: set[AnyPath]  # as wanted
+    older: set[AnyPath]  # of the same source, made with something else
 
 
-def look_up(index: Path, wanted: Sequence[Sample]) -> Found:
+def look_up(index: AnyPath, wanted: Sequence[Sample]) -> Found:
     """Which of the wanted files are there, and which would be replaced.
 
     Raises:
@@ -66,7 +65,7 @@ def look_up(index: Path, wanted: Sequence[Sample]) -> Found:
     return Found(there, older)
 
 
-def put(index: Path, sample: Sample, content: bytes) -> None:
+def put(index: AnyPath, sample: Sample, content: bytes) -> None:
     """Writes a file, at once or not at all, and its line in the index."""
     record = {
         "file": sample.file.name,
@@ -75,20 +74,16 @@ def put(index: Path, sample: Sample, content: bytes) -> None:
         "source": sample.source,
         "made_with": sample.made_with,
     }
-    index.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(record, ensure_ascii=False).encode(errors="surrogatepass") + b"\n"
-    with open(index, "ab+") as lines:  # one write: processes may share an index
-        cut_off = lines.seek(0, 2) and lines.seek(-1, 2) >= 0 and lines.read(1) != b"\n"
-        lines.write(b"\n" * cut_off + line)
-    write_bytes(sample.file, content)
+    append(index, json.dumps(record, ensure_ascii=False).encode(errors="surrogatepass") + b"\n")
+    write_whole(sample.file, content)
 
 
-def _read(index: Path) -> list[Json]:
+def _read(index: AnyPath) -> list[Json]:
     """The lines that can be read; one may have been cut off when a process was killed."""
     if not index.exists():
         return []
     found = []
-    for line in index.read_text(encoding="utf-8", errors="replace").split("\n"):
+    for line in index.read_bytes().decode(errors="replace").split("\n"):
         try:
             record = json.loads(line)
         except ValueError:

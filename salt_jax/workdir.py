@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +12,7 @@ from salt_jax.checkpoint_files import checkpoint_digest
 from salt_jax.config.reading import from_json, read_workdir, to_json
 from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
+from salt_jax.io.files import AnyPath, as_path
 from salt_jax.io.header import read_metadata
 from salt_jax.io.shipped import located
 from salt_jax.io.tensor_files import digest, save_weights
@@ -47,7 +47,7 @@ class Trained(NamedTuple):
         return embed(self.recipe, self.weights["text_encoder"], captions)
 
 
-def open_workdir(workdir: str | Path, step: int | None = None, average: str = "ema") -> Trained:
+def open_workdir(workdir: str | AnyPath, step: int | None = None, average: str = "ema") -> Trained:
     """Reads config.json and a checkpoint: the newest that can be read, or the one of `step`;
     averaged ("ema"), or not ("none").
 
@@ -72,7 +72,7 @@ def open_workdir(workdir: str | Path, step: int | None = None, average: str = "e
     return Trained(stage, made_with, params, weights, recipe.weights)
 
 
-def open_exported(file: str | Path) -> Trained:
+def open_exported(file: str | AnyPath) -> Trained:
     """A file of `export`, or a shipped asset by name.
 
     Raises:
@@ -87,13 +87,14 @@ def open_exported(file: str | Path) -> Trained:
     return Trained(stage, {"sha256": digest(path)}, tree["wan"], tree, str(path))
 
 
-def export(run: Trained, file: str | Path) -> None:
+def export(run: Trained, file: str | AnyPath) -> None:
     """Writes the network of a run, with its text encoder, as one file of float16: half the size,
     and the rounding is far below the network's own error.
     """
     tree = {"wan": run.params, "text_encoder": run.weights["text_encoder"]}
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    save_weights(file, tree, "float16", record(run))
+    where = as_path(file)
+    where.parent.mkdir(parents=True, exist_ok=True)
+    save_weights(where, tree, "float16", record(run))
 
 
 def record(run: Trained) -> dict[str, str]:

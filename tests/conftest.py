@@ -11,6 +11,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from tests import buckets
+
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "salt_jax" / "jax_tests"
 
 # Also of the programs that tests start: with the compilers for TPU installed, jax would look for
@@ -41,6 +43,21 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 def elsewhere(monkeypatch, tmp_path):
     """Paths of a config that are there become absolute, and a checkout may have been trained in."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def service():
+    """Google Cloud Storage on this machine."""
+    for name in ("gcsfs", "gcp_storage_emulator"):
+        pytest.importorskip(name)
+    with buckets.emulator() as address:
+        yield address
+
+
+@pytest.fixture
+def bucket(service):
+    """The address of an empty folder in a bucket."""
+    return buckets.new_folder()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -74,7 +74,7 @@ def test_a_stop_at_any_moment_leaves_no_file_without_its_line(index, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(samples, "write_bytes", killed)
+        patch.setattr(samples, "write_whole", killed)
         with pytest.raises(KeyboardInterrupt):
             put(index, sample(index, prompt="a dog"), b"new")
     assert (

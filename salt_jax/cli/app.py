@@ -14,6 +14,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,6 +25,7 @@ from salt_jax.config.paths import make_absolute
 from salt_jax.config.reading import read_recipe, read_workdir, to_json
 from salt_jax.errors import STOPPED, Stopped, UserError
 from salt_jax.io.cache import cache_home
+from salt_jax.io.files import as_path, refusal
 from salt_jax.keys import Config, Json
 
 PACKAGES = ("salt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
@@ -113,6 +115,21 @@ def refuse_flags(
             raise UserError(f"--{name} is for {fits}, and this is {modes[mode]}; leave it out")
 
 
+def name_files(*found: flags.FlagHolder) -> None:
+    """Declares that flags name files or folders: an address that is not read is refused with the
+    command line.
+    """
+
+    def readable(name: str, value: object) -> bool:
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, str):
+                as_path(each, f"--{name}")
+        return True
+
+    for flag in found:
+        flags.register_validator(flag.name, partial(readable, flag.name))
+
+
 def refuse_pairs(
     needs: Mapping[str, Collection[str]], excludes: Mapping[str, Collection[str]]
 ) -> None:
@@ -146,6 +163,8 @@ def run_main(main: Callable[[list[str]], None], doc: str | None = None) -> None:
         argv = [find_config(argument) for argument in argv]
         try:
             rest = flags.FLAGS(argv)
+        except UserError as error:  # of `name_files`
+            fail(str(error))
         # from ml_collections, which names the key alone
         except (AttributeError, KeyError) as error:
             key, hint = re.search(r"\w+", str(error)), re.search(r"Did you mean.*\?", str(error))
@@ -167,6 +186,7 @@ def run_main(main: Callable[[list[str]], None], doc: str | None = None) -> None:
         logging.set_verbosity(logging.ERROR)
         std_logging.getLogger("salt_jax").setLevel(std_logging.WARNING)
         try:
+            as_path(os.environ["JAX_COMPILATION_CACHE_DIR"], "JAX_COMPILATION_CACHE_DIR")
             if flags.FLAGS["print_config"].value:
                 print(resolved_config())
             else:
@@ -176,6 +196,10 @@ def run_main(main: Callable[[list[str]], None], doc: str | None = None) -> None:
         except Stopped as stopped:
             print(f"{stopped}; the same command goes on", file=sys.stderr)
             sys.exit(STOPPED)
+        except Exception as error:
+            if not (told := refusal(error)):
+                raise
+            fail(told)
 
     app.run(guarded, flags_parser=parse)
 

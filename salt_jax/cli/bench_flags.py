@@ -3,7 +3,7 @@
 from absl import flags
 from ml_collections import config_flags
 
-from salt_jax.cli.app import find_config, read_config
+from salt_jax.cli.app import find_config, name_files, read_config
 from salt_jax.errors import UserError
 from salt_jax.keys import Config
 from salt_jax.models.presets import PRESETS, TEXT_PRESETS
@@ -47,6 +47,7 @@ WHAT = flags.DEFINE_list(
 )
 RUNS = flags.DEFINE_integer("runs", 5, "runs of each part, after one to warm up", lower_bound=1)
 JSON = flags.DEFINE_string("json", None, "a file to write the numbers to")
+name_files(JSON)
 
 
 def read_wanted() -> tuple[Config, list[str]]:

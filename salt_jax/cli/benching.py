@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from salt_jax.cli import bench_flags as f
 from salt_jax.cli.app import made_with
 from salt_jax.config.reading import read_recipe
 from salt_jax.config.schema import Recipe
+from salt_jax.io.files import as_path, write_whole
 from salt_jax.keys import Config, Json
 from salt_jax.models.vae import PRESETS as VAE_PRESETS
 from salt_jax.planning import bench
@@ -43,7 +43,7 @@ def time_parts(config: Config, what: list[str]) -> None:
         else "peak of the process: this backend does not say"
     )
     if f.JSON.value:
-        Path(f.JSON.value).write_text(json.dumps(found | {"results": rows}, indent=2))
+        write_whole(as_path(f.JSON.value), json.dumps(found | {"results": rows}, indent=2))
 
 
 def parts_of(recipe: Recipe, what: list[str]) -> dict[str, Callable[[], Iterable[bench.Result]]]:

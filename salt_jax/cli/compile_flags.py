@@ -5,8 +5,10 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from salt_jax.cli.app import name_files
 from salt_jax.compile.target import Target, read_target
 from salt_jax.errors import UserError
+from salt_jax.io.files import in_bucket
 
 PARTS = ("student", "critic", "teacher", "stream", "vae", "text")
 CONFIG = config_flags.DEFINE_config_file(
@@ -19,6 +21,7 @@ TARGET = flags.DEFINE_string(
 )
 WHAT = flags.DEFINE_list("what", ["all"], f"of {', '.join(PARTS)}, or all")
 JSON = flags.DEFINE_string("json", None, "a file to write all figures to")
+name_files(JSON)
 
 
 def read_flags() -> tuple[Target, list[str]]:
@@ -30,7 +33,7 @@ def read_flags() -> tuple[Target, list[str]]:
     what = WHAT.value
     if not what or set(what) - {*PARTS, "all"}:
         raise UserError(f"--what={','.join(what)} must name some of {', '.join(PARTS)}, or all")
-    if JSON.value and not Path(JSON.value).absolute().parent.is_dir():
+    if JSON.value and not in_bucket(JSON.value) and not Path(JSON.value).absolute().parent.is_dir():
         raise UserError(
             f"--json={JSON.value}: there is no folder {Path(JSON.value).parent}; make it"
         )

@@ -19,6 +19,7 @@ from salt_jax.compile.surroundings import last_line
 from salt_jax.compile.target import GIB
 from salt_jax.config.reading import read_recipe
 from salt_jax.errors import UserError
+from salt_jax.io.files import as_path, write_whole
 from salt_jax.keys import Config, Json
 from salt_jax.stages import make_stage
 
@@ -133,7 +134,7 @@ def tell(rows: list[Json], target: str, file: str | None) -> int:
     if file:
         found = {"target": target, "programs": rows}
         figures = made_with("launch.compile", PACKAGES) | found
-        Path(file).write_text(json.dumps(figures, indent=2))
+        write_whole(as_path(file), json.dumps(figures, indent=2))
     wrong = [row for row in rows if row["problem"]]
     for row in wrong:
         print(f"error: {sentence(row, target)}", file=sys.stderr)

@@ -3,13 +3,13 @@
 No jax in here: an invalid value is refused at once.
 """
 
-from pathlib import Path
 from typing import NamedTuple
 
 from absl import flags
 
-from salt_jax.cli.app import refuse_flags, refuse_pairs
+from salt_jax.cli.app import name_files, refuse_flags, refuse_pairs
 from salt_jax.errors import UserError
+from salt_jax.io.files import AnyPath, as_path, real
 
 SRC = flags.DEFINE_string(
     "src", None, "a folder or file with weights; with --to also a workdir", required=True
@@ -46,6 +46,7 @@ STEP = flags.DEFINE_integer(
 AVERAGE = flags.DEFINE_enum(
     "average", "ema", ["ema", "none"], "averaged weights of a workdir, or raw ones"
 )
+name_files(SRC, DST, LORA)
 
 MODES = {
     "in": "taking files in",
@@ -62,14 +63,14 @@ BELONGS = {
 class Wanted(NamedTuple):
     """What is to be written where."""
 
-    src: Path
-    dst: Path
+    src: AnyPath
+    dst: AnyPath
     workdir: bool  # whether `src` is one
 
 
 def read_wanted() -> Wanted:
     """Raises UserError where flags do not go together, or there is nothing to read."""
-    src, dst = Path(SRC.value or ""), Path(DST.value or "")
+    src, dst = as_path(SRC.value or ""), as_path(DST.value or "")
     workdir = (src / "config.json").is_file() and (src / "checkpoints").is_dir()
     refuse_flags("in" if not TO.value else "workdir" if workdir else "out", MODES, BELONGS)
     if not TO.value:
@@ -80,9 +81,9 @@ def read_wanted() -> Wanted:
     return Wanted(src, dst, workdir)
 
 
-def check_apart(src: Path, dst: Path) -> None:
+def check_apart(src: AnyPath, dst: AnyPath) -> None:
     """Raises UserError where --dst and --src overlap."""
-    one, other = src.resolve(), dst.resolve()
+    one, other = real(src), real(dst)
     if one == other or one in other.parents or other in one.parents:
         raise UserError(
             f"--dst={dst} and --src={src} lie in each other; name a folder apart from what is read"

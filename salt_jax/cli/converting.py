@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal, NamedTuple, cast
 
 from tqdm import tqdm
@@ -19,9 +17,11 @@ from salt_jax.convert.sizes import PARTS
 from salt_jax.convert.writing import Transformer, open_wan, write_official
 from salt_jax.convert.writing_lora import LowRank, open_lora, write_lora
 from salt_jax.errors import UserError
+from salt_jax.io.files import AnyPath, all_or_nothing, as_path, free_bytes
+from salt_jax.io.files import size as file_size
 from salt_jax.io.header import read_metadata
 from salt_jax.io.model_folder import TOKENIZERS
-from salt_jax.io.tensor_files import TensorWriter, all_or_nothing, digest, view, write_tensors
+from salt_jax.io.tensor_files import TensorWriter, digest, view, write_tensors
 from salt_jax.keys import Json
 from salt_jax.sharding import all_devices
 from salt_jax.workdir import ITEMS, open_workdir, record
@@ -34,14 +34,14 @@ class Job(NamedTuple):
 
     arrays: dict[str, TensorWriter]
     config: Json
-    read: tuple[Path, ...]  # what it is made of
+    read: tuple[AnyPath, ...]  # what it is made of
     how: str  # it is read
     student: str = ""  # the key it stood under
     loras: Sequence[tuple[Lora, float]] = ()  # what was added, and how strongly
     record: str = ""
 
 
-def plan(networks: dict[str, Found], src: Path) -> dict[str, Job]:
+def plan(networks: dict[str, Found], src: AnyPath) -> dict[str, Job]:
     """The files to write from the networks in `src`, by name.
 
     Everything that can be checked is checked here.
@@ -71,12 +71,12 @@ def plan(networks: dict[str, Found], src: Path) -> dict[str, Job]:
     return jobs
 
 
-def read_loras(networks: dict[str, Found], src: Path) -> list[tuple[Lora, float]]:
+def read_loras(networks: dict[str, Found], src: AnyPath) -> list[tuple[Lora, float]]:
     """The LoRAs of --lora with their strengths."""
     paths = [
-        Path(name)
+        as_path(name)
         for names in f.LORA.value
-        for name in ([names] if Path(names).exists() else names.split(","))
+        for name in ([names] if as_path(names).exists() else names.split(","))
     ]
     numbers = f.STRENGTH.value.split(",")
     try:
@@ -108,18 +108,17 @@ def read_loras(networks: dict[str, Found], src: Path) -> list[tuple[Lora, float]
     return loras
 
 
-def take_in(src: Path, dst: Path) -> None:
+def take_in(src: AnyPath, dst: AnyPath) -> None:
     """Converts everything in `src`, or nothing."""
     networks = find_networks(src, print_unused, f.KEY.value)
     jobs, tokenizer = plan(networks, src), tokenizer_files(src)
     read = list(dict.fromkeys(path for job in jobs.values() for path in job.read))
     size = sum(array.nbytes for job in jobs.values() for array in job.arrays.values())
-    there = next(folder for folder in (dst, *dst.absolute().parents) if folder.exists())
-    if size > shutil.disk_usage(there).free:
+    if size > free_bytes(dst):
         raise UserError(
             f"{dst} has no room for {size / 1e9:.1f} GB; make room or choose another --dst"
         )
-    total = size + sum(path.stat().st_size for path in read)
+    total = size + sum(map(file_size, read))
     with all_or_nothing(dst) as folder, tqdm(total=total, unit="B", unit_scale=True) as bar:
         digests = {}
         for path in read:
@@ -128,7 +127,7 @@ def take_in(src: Path, dst: Path) -> None:
         for name, job in jobs.items():
             write_tensors(folder / name, job.arrays, metadata(job, digests), bar.update)
         for path in tokenizer:
-            shutil.copyfile(path, folder / path.name)
+            (folder / path.name).write_bytes(path.read_bytes())
         inner = [found.tokenizer for found in networks.values() if found.tokenizer]
         if inner and not tokenizer and not any((dst / name).exists() for name in TOKENIZERS):
             (folder / "spiece.model").write_bytes(view(inner[0]).tobytes())
@@ -143,11 +142,11 @@ def take_in(src: Path, dst: Path) -> None:
         )
 
 
-def print_unused(path: Path) -> None:
+def print_unused(path: AnyPath) -> None:
     print(f"not used: {path}, no network of Wan 2.1")
 
 
-def metadata(job: Job, digests: dict[Path, str]) -> dict[str, str]:
+def metadata(job: Job, digests: dict[AnyPath, str]) -> dict[str, str]:
     """Metadata of a file that we write: its origin."""
     added = []
     for lora, strength in job.loras:
@@ -159,7 +158,7 @@ def metadata(job: Job, digests: dict[Path, str]) -> dict[str, str]:
     return own | ({"salt_jax": job.record} if job.record else {})
 
 
-def give_back(src: Path, dst: Path, layout: Layout, workdir: bool) -> None:
+def give_back(src: AnyPath, dst: AnyPath, layout: Layout, workdir: bool) -> None:
     """Writes one of our transformers or LoRAs in the layout of another project."""
     ours = src / PARTS["wan"].file if src.is_dir() else src
     if src.is_dir() and not workdir and not ours.is_file() and not f.KEEP.value:
@@ -188,7 +187,7 @@ def give_back(src: Path, dst: Path, layout: Layout, workdir: bool) -> None:
     print(f"wrote {dst} with {layout} names")
 
 
-def adapter_of(src: Path, workdir: bool) -> LowRank | None:
+def adapter_of(src: AnyPath, workdir: bool) -> LowRank | None:
     """A kept LoRA, or with --keep_lora the adapter of a workdir; None: neither."""
     if not workdir:
         lora = open_lora(src / "lora.safetensors" if src.is_dir() and f.KEEP.value else src)

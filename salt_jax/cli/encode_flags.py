@@ -10,7 +10,7 @@ from typing import NamedTuple, get_args
 from absl import flags
 
 from salt_jax.choices import TeacherSolver
-from salt_jax.cli.app import refuse_flags
+from salt_jax.cli.app import name_files, refuse_flags
 from salt_jax.cli.parsing import read_size, refuse_frames
 from salt_jax.data.text_lists import read_prompts
 from salt_jax.data.video_folder import Video, find_videos
@@ -67,6 +67,7 @@ PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "index of this proce
 PROCESS_COUNT = flags.DEFINE_integer(
     "process_count", None, "processes that share the work; default JAX's"
 )
+name_files(WEIGHTS, VIDEOS, CAPTIONS, PROMPTS, DST)
 
 MODES = {
     "videos": "videos (--videos)",

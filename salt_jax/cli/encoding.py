@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple, cast
 
 import jax
@@ -23,6 +22,7 @@ from salt_jax.data.video_folder import Video
 from salt_jax.data.writing_latents import Plan, Record, Report, in_groups, write_records
 from salt_jax.errors import UserError
 from salt_jax.io import model_folder
+from salt_jax.io.files import AnyPath, as_path, in_bucket, size
 from salt_jax.io.model_folder import IMAGE, TEXT, VAE, WAN, Part, Source
 from salt_jax.io.tensor_files import digest
 from salt_jax.io.tokenizer import PAD
@@ -105,8 +105,8 @@ def encode_all(wanted: f.Wanted) -> None:
 
 def settings(source: Source, parts: Sequence[Part], videos: Sequence[Video], negative: str) -> Json:
     """Everything the records depend on."""
-    sizes = [os.path.getsize(v.file) if os.path.isfile(v.file) else 0 for v in videos]
-    listed = [(v.name, v.caption, size) for v, size in zip(videos, sizes, strict=True)]
+    sizes = [size(v.file) if is_file(v.file) else 0 for v in videos]
+    listed = [(v.name, v.caption, n) for v, n in zip(videos, sizes, strict=True)]
     found: Json = {
         "kind": "teacher" if f.TEACHER.value else "videos" if f.VIDEOS.value else "prompts",
         "sources_sha256": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
@@ -127,10 +127,15 @@ def settings(source: Source, parts: Sequence[Part], videos: Sequence[Video], neg
     return found
 
 
+def is_file(file: AnyPath) -> bool:
+    """Also of a name that no file can have."""
+    return file.is_file() if in_bucket(file) else os.path.isfile(file)
+
+
 def load_source(
     videos: Sequence[Video],
     tokenize: Tokenize,
-    read_file: Callable[[Path], np.ndarray] | None,
+    read_file: Callable[[AnyPath], np.ndarray] | None,
     number: int,
 ) -> Loaded | str:
     """A source's tokens and pixels, or why it cannot be used."""
@@ -145,7 +150,7 @@ def load_source(
         return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
-def read_whole(height: int, width: int, file: Path) -> np.ndarray:
+def read_whole(height: int, width: int, file: AnyPath) -> np.ndarray:
     """The clip in a file.
 
     Raises ValueError where it is too short, or for another reason not to use it.
@@ -272,5 +277,5 @@ def print_report(report: Report, sources: int) -> None:
     if len(report.rejected) > LISTED:
         print(
             f"  ... and {len(report.rejected) - LISTED} more, in "
-            f"{Path(f.DST.value) / 'rejected.jsonl'}"
+            f"{as_path(f.DST.value) / 'rejected.jsonl'}"
         )

@@ -9,17 +9,16 @@ is of Moving Shapes; videos of Wan 2.1 are scored by VBench, of whose results th
 computes Quality, Semantic and Total.
 """
 
-from pathlib import Path
-
 from salt_jax.cli import evaluate_flags as f
 from salt_jax.cli.app import refuse_flags, run_main
 from salt_jax.errors import UserError
 from salt_jax.evaluate import vbench
+from salt_jax.io.files import as_path
 
 
 def print_vbench(path: str) -> None:
     """VBench's scores and what they come to, in percent."""
-    scores = vbench.read_results(Path(path))
+    scores = vbench.read_results(as_path(path))
     try:
         totals = vbench.totals(scores)
     except ValueError as error:

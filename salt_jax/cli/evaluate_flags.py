@@ -3,16 +3,16 @@
 No jax in here: an invalid value is refused at once.
 """
 
-from pathlib import Path
 from typing import NamedTuple, cast, get_args
 
 from absl import flags
 
 from salt_jax.choices import Solver
-from salt_jax.cli.app import refuse_flags
+from salt_jax.cli.app import name_files, refuse_flags
 from salt_jax.cli.parsing import read_cache_policy, read_workdir, refuse_not_finite
 from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
+from salt_jax.io.files import AnyPath, as_path
 from salt_jax.models.cache_policy import CachePolicy, refuse_overflow
 
 WORKDIR = flags.DEFINE_string("workdir", None, "a workdir of launch.train")
@@ -39,6 +39,7 @@ MEMORY = flags.DEFINE_list(
     "memory", [], "WINDOW:SINK:POSITIONS, cache policies of long videos; default as in the config"
 )
 SOLVERS = flags.DEFINE_list("solvers", list(get_args(Solver)), "solvers of the student")
+name_files(WORKDIR, VBENCH)
 MODES = {
     "vbench": "results of VBench",
     "teacher": "the workdir of a teacher",
@@ -60,7 +61,7 @@ BELONGS = {
 class Wanted(NamedTuple):
     """What is measured of a workdir."""
 
-    out: Path
+    out: AnyPath
     recipe: Recipe
     solvers: list[Solver]
     policies: dict[str, CachePolicy]  # of long videos, by the words of --memory
@@ -72,7 +73,7 @@ def read_wanted() -> Wanted:
     Raises:
       UserError: they do not, or there is none.
     """
-    out = Path(WORKDIR.value or "")
+    out = as_path(WORKDIR.value or "")
     recipe = read_workdir(out, STEP.value)
     if recipe.data.kind == "latents":
         raise UserError(

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from salt_jax.cli import evaluate_flags as f
 from salt_jax.evaluate import shapes_suite, shapes_summary
 from salt_jax.evaluate.report import write_report
-from salt_jax.io.video import write_bytes
+from salt_jax.io.files import write_whole
 from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.denoiser import guided
 from salt_jax.moving_shapes import shapes
@@ -115,7 +115,7 @@ def evaluate(wanted: f.Wanted) -> None:
             long, videos = measure_long(run, task, wanted.policies)
         bar.update()
     numbers = {**origin(run), "teacher": teacher, "student": results, "long": long}
-    write_bytes(wanted.out / "evaluation.json", json.dumps(numbers, indent=2).encode())
+    write_whole(wanted.out / "evaluation.json", json.dumps(numbers, indent=2))
     write_report(
         wanted.out / "report.html",
         shapes_summary.make_report(numbers, task, columns, videos, min(6, f.COUNT.value)),

@@ -5,13 +5,12 @@ name that of a teacher, `config.init_from` that of a student. Stored as float16:
 the rounding is far below the network's own error.
 """
 
-from pathlib import Path
-
 from absl import flags
 
-from salt_jax.cli.app import run_main
+from salt_jax.cli.app import name_files, run_main
 from salt_jax.cli.parsing import read_workdir
 from salt_jax.errors import UserError
+from salt_jax.io.files import as_path
 
 WORKDIR = flags.DEFINE_string("workdir", None, "a workdir of launch.train", required=True)
 STEP = flags.DEFINE_integer(
@@ -19,10 +18,11 @@ STEP = flags.DEFINE_integer(
 )
 AVERAGE = flags.DEFINE_enum("average", "ema", ["ema", "none"], "averaged weights, or raw ones")
 DST = flags.DEFINE_string("dst", None, "the file to write", required=True)
+name_files(WORKDIR, DST)
 
 
 def main(_):
-    if read_workdir(Path(WORKDIR.value), STEP.value).data.kind == "latents":
+    if read_workdir(as_path(WORKDIR.value), STEP.value).data.kind == "latents":
         raise UserError(
             f"{WORKDIR.value} is of Wan 2.1: launch.convert_wan --src={WORKDIR.value} --to=... "
             "writes it"

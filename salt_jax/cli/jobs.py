@@ -4,7 +4,6 @@ No jax in here.
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from salt_jax.cli import sample_flags as f
@@ -12,6 +11,7 @@ from salt_jax.config.schema import Recipe
 from salt_jax.data.text_lists import read_prompts
 from salt_jax.errors import UserError
 from salt_jax.evaluate import vbench
+from salt_jax.io.files import AnyPath, as_path, real
 from salt_jax.moving_shapes import shapes
 
 
@@ -25,22 +25,22 @@ class Job(NamedTuple):
     num_steps: int
 
 
-def read_out() -> Path:
+def read_out() -> AnyPath:
     """The folder for the videos. Raises UserError where none is named, or it is a file."""
     if not (f.OUT.value or f.WORKDIR.value):
         raise UserError("name a folder for the videos: --out=DIR")
-    out = Path(f.OUT.value or f"{f.WORKDIR.value}/samples")
+    out = as_path(f.OUT.value or f"{f.WORKDIR.value}/samples")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; name a folder with --out=DIR")
     return out
 
 
-def refuse_own_input(out: Path, jobs: Sequence[Job]) -> None:
+def refuse_own_input(out: AnyPath, jobs: Sequence[Job]) -> None:
     """Raises UserError where what is read would be written over."""
     names = {job.name for job in jobs}
     for flag in (f.PREFIX, f.PICTURE):
-        file = Path(flag.value or "").resolve()
-        if flag.value and file.parent == out.resolve() and file.name in names:
+        file = real(as_path(flag.value or ""))
+        if flag.value and file.parent == real(out) and file.name in names:
             raise UserError(f"--{flag.name}={flag.value} would be written over; name another --out")
 
 
@@ -56,8 +56,10 @@ def read_jobs(recipe: Recipe | None, num_steps: Sequence[int]) -> Iterator[Job]:
             raise UserError(
                 "--vbench makes one video under each name; give one number with --num_steps"
             )
-        extended = Path(f.EXTENDED.value) if f.EXTENDED.value else None
-        for job in vbench.jobs(vbench.read_prompts(Path(f.VBENCH.value), extended), f.SEED.value):
+        extended = as_path(f.EXTENDED.value) if f.EXTENDED.value else None
+        for job in vbench.jobs(
+            vbench.read_prompts(as_path(f.VBENCH.value), extended), f.SEED.value
+        ):
             yield Job(job.name, job.generate, job.seed, 0, num_steps[0])
         return
     if f.PROMPT.value is not None:

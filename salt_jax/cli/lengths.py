@@ -4,7 +4,6 @@ No jax in here.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from salt_jax.cli import sample_flags as f
 from salt_jax.cli.parsing import refuse_frames
 from salt_jax.data.clips import read_ending
 from salt_jax.errors import UserError
+from salt_jax.io.files import as_path
 from salt_jax.models.cache_policy import MAX_FRAMES, CachePolicy
 from salt_jax.models.latent_size import FPS, SPACE, latent_frames, pixel_frames
 from salt_jax.rollout.settings import Switch
@@ -90,7 +90,7 @@ def read_prefix(wan: bool, policy: CachePolicy, place: tuple[int, int]) -> tuple
     Raises:
       UserError: it cannot be read, or is shorter than the first chunk.
     """
-    file, scale, shown = Path(f.PREFIX.value or ""), SPACE if wan else 1, shown_by(wan)
+    file, scale, shown = as_path(f.PREFIX.value or ""), SPACE if wan else 1, shown_by(wan)
     try:
         clip = read_ending(file, shown(MAX_FRAMES), place[0] * scale, place[1] * scale, FPS)
     except ValueError as error:

@@ -16,6 +16,7 @@ import salt_jax
 from salt_jax import samples
 from salt_jax.cli import sample_flags as f
 from salt_jax.cli.request import Job, Request
+from salt_jax.io.files import write_whole
 from salt_jax.io.model_folder import Source
 from salt_jax.io.video import (
     contact_sheet,
@@ -23,7 +24,6 @@ from salt_jax.io.video import (
     encode_mp4,
     encode_png,
     visible_scale,
-    write_bytes,
 )
 from salt_jax.models.latent_size import SPACE, pixel_frames
 from salt_jax.pipeline.model import Given, Model, Video
@@ -65,7 +65,7 @@ def make(request: Request) -> str:
     if f.VBENCH.value:
         seeds = {job.name: job.seed for job in request.jobs}
         file = request.out.with_name(f"{request.out.name}.seeds.json")
-        write_bytes(file, json.dumps(seeds, indent=1).encode())
+        write_whole(file, json.dumps(seeds, indent=1))
     made, clips = 0, {k: [] for k in pages}
     for video, clip in make_clips(request, model, todo):
         made += missing(video)

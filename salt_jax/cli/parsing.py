@@ -6,18 +6,18 @@ No jax in here: an invalid value is refused at once.
 import dataclasses
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import get_args
 
 from salt_jax.choices import Positions
 from salt_jax.config import reading
 from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
+from salt_jax.io.files import AnyPath
 from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.latent_size import SPACE, TIME, TOKEN
 
 
-def read_workdir(workdir: Path, step: int | None = None) -> Recipe:
+def read_workdir(workdir: AnyPath, step: int | None = None) -> Recipe:
     """The config of a workdir, which has a checkpoint of `step` where one is named.
 
     Raises:

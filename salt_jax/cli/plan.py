@@ -10,16 +10,16 @@ has both.
 
 import dataclasses
 import json
-from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
-from salt_jax.cli.app import read_config, run_main
+from salt_jax.cli.app import name_files, read_config, run_main
 from salt_jax.compile.target import GPU_SHARE, read_target
 from salt_jax.config.reading import read_recipe
 from salt_jax.config.sections import Mesh
 from salt_jax.errors import UserError
+from salt_jax.io.files import as_path, write_whole
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "which run; see configs/", lock_config=True
@@ -54,6 +54,7 @@ MFU = flags.DEFINE_float(
     upper_bound=1,
 )
 JSON = flags.DEFINE_string("json", None, "a file to write the same numbers to")
+name_files(JSON)
 AXES = tuple(field.name for field in dataclasses.fields(Mesh))
 
 
@@ -94,7 +95,7 @@ def main(_):
     plan = make_plan(recipe, target, mesh, memory, FLOPS.value or chip.flops, MFU.value)
     print(show(plan))
     if JSON.value:
-        Path(JSON.value).write_text(json.dumps(plan, indent=2))
+        write_whole(as_path(JSON.value), json.dumps(plan, indent=2))
 
 
 def run() -> None:

@@ -4,7 +4,6 @@ weights are read.
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple, cast, get_args
 
 import numpy as np
@@ -27,6 +26,7 @@ from salt_jax.config.schema import Recipe
 from salt_jax.data.pictures import read_picture
 from salt_jax.errors import UserError
 from salt_jax.flow.schedule import explicit
+from salt_jax.io.files import AnyPath, as_path
 from salt_jax.io.header import stored_sizes
 from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.latent_size import SPACE, fit_size
@@ -51,8 +51,8 @@ class Request(NamedTuple):
     switches: dict[int, Switch]  # by latent frame
     picture: np.ndarray | None  # uint8 [H, W, 3]
     prefix: np.ndarray | None  # uint8 [T, H, W, 3]: whole chunks of the size of the video
-    out: Path
-    index: Path  # of records
+    out: AnyPath
+    index: AnyPath  # of records
 
     @property
     def policy(self) -> CachePolicy | None:
@@ -76,7 +76,7 @@ def read_request() -> Request:
     Raises:
       UserError: flags do not go together, or with what they name.
     """
-    recipe = read_workdir(Path(f.WORKDIR.value), f.STEP.value) if f.WORKDIR.value else None
+    recipe = read_workdir(as_path(f.WORKDIR.value), f.STEP.value) if f.WORKDIR.value else None
     mode = workdir_mode(recipe) if recipe else f.converted_mode()
     f.refuse(mode)
     for flag in (f.GUIDANCE, f.SHIFT):
@@ -131,7 +131,7 @@ def converted_config() -> WanConfig:
     model = f.MODEL.value
     if f.PRESET_SIZE.value == "tiny":
         return PRESETS[tiny_preset(model or "")]
-    where = Path(f.WEIGHTS.value or "")
+    where = as_path(f.WEIGHTS.value or "")
     config = stored_sizes(where / "wan.safetensors" if where.is_dir() else where, WanConfig)
     if model and PRESETS.get(model) != config:
         raise UserError(

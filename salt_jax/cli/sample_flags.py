@@ -8,7 +8,7 @@ from typing import get_args
 from absl import flags
 
 from salt_jax.choices import Solver, TeacherSolver
-from salt_jax.cli.app import refuse_flags, refuse_pairs
+from salt_jax.cli.app import name_files, refuse_flags, refuse_pairs
 from salt_jax.errors import UserError
 from salt_jax.rollout.settings import RELEASED
 
@@ -117,6 +117,7 @@ FLUSH = flags.DEFINE_bool(
     "flush", False, "at a switch drop all but the sink and two frames, compute nothing again"
 )
 CUT = flags.DEFINE_bool("cut", False, "a switch is a scene cut; needs relative positions")
+name_files(WORKDIR, WEIGHTS, STUDENT, OUT, PROMPTS_FILE, PICTURE, PREFIX, VBENCH, EXTENDED)
 
 SHAPES, SHAPES_CHUNKS = "shapes", "shapes chunks"
 WAN, WAN_CHUNKS = "wan", "wan chunks"

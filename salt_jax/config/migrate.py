@@ -6,12 +6,12 @@ import dataclasses
 import datetime
 import json
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 from salt_jax.config.build import all_keys
 from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
+from salt_jax.io.files import AnyPath, append, as_path
 from salt_jax.keys import Json
 
 MADE_BY = "made_by"  # beside the keys in config.json: what wrote it
@@ -92,7 +92,7 @@ def refuse_another_run(before: str, r: Recipe, files_may_move: bool = False) -> 
             )
 
 
-def record_changes(workdir: str | Path, before: str, r: Recipe, step: int) -> None:
+def record_changes(workdir: str | AnyPath, before: str, r: Recipe, step: int) -> None:
     """Prints each change since the config `before`, the last start's, and appends it to
     WORKDIR/changes.jsonl.
 
@@ -111,8 +111,8 @@ def record_changes(workdir: str | Path, before: str, r: Recipe, step: int) -> No
             f"changed after update {step}: config.{line['key']} was {line['from']}, is {line['to']}"
         )
     if lines:
-        with open(Path(workdir) / "changes.jsonl", "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        append(as_path(workdir) / "changes.jsonl", text.encode())
 
 
 def flat(tree: Json, prefix: str = "") -> Json:

@@ -1,6 +1,7 @@
 """Paths in a config. None of them depends on the folder that a later command is run in.
 
-A name of a shipped asset, an absolute path and an address (gs://) stay as they are. A relative path
+A name of a shipped asset, an absolute path and an address (gs://) stay as they are; other addresses
+are refused. A relative path
 is made absolute when a config is read: on the command line it is of the current folder, as in any
 program; in a file `configs/X.py` of the folder that holds `configs/`, unless that is where packages
 are installed. In a config.json, which versions before 0.2 wrote with relative paths, it is of the
@@ -14,6 +15,7 @@ from typing import TypeGuard
 from salt_jax.config.build import all_keys
 from salt_jax.config.migrate import flat
 from salt_jax.config.schema import Recipe
+from salt_jax.io.files import AnyPath, as_path, in_bucket
 from salt_jax.io.shipped import located
 from salt_jax.keys import Config
 
@@ -26,6 +28,9 @@ def make_absolute(config: Config, file: Path, overridden: Collection[str]) -> No
     Args:
       file: the config's.
       overridden: keys that the command line changed.
+
+    Raises:
+      UserError: one is an address that is not read.
     """
     folder = file.resolve().parent
     home = folder.parent if folder.name == "configs" else folder
@@ -33,6 +38,9 @@ def make_absolute(config: Config, file: Path, overridden: Collection[str]) -> No
     if (home / "salt_jax").is_dir() and not (home / "pyproject.toml").is_file():
         home = Path.cwd()
     there = flat(config.to_dict())
+    for key in PATHS:
+        if isinstance(there[key], str):
+            as_path(there[key], f"config.{key}")
     config.update_from_flattened_dict(
         {
             path: str((Path.cwd() if path in overridden else home) / there[path])
@@ -42,9 +50,9 @@ def make_absolute(config: Config, file: Path, overridden: Collection[str]) -> No
     )
 
 
-def beside(value: object, file: str | Path) -> object:
+def beside(value: object, file: str | AnyPath) -> object:
     """A path that stands in a file of a run."""
-    if not is_relative(value):
+    if not is_relative(value) or in_bucket(file):
         return value
     found = [folder / value for folder in Path(file).absolute().parents]
     return next((str(path) for path in found if path.exists()), value)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -12,6 +11,7 @@ from salt_jax.config.paths import PATHS, beside
 from salt_jax.config.schema import Recipe
 from salt_jax.config.validate import refuse_contradictions
 from salt_jax.errors import UserError
+from salt_jax.io.files import AnyPath, as_path
 from salt_jax.keys import Config, Json
 from salt_jax.models.presets import PRESETS, TEXT_PRESETS
 
@@ -46,13 +46,13 @@ def to_json(recipe: Recipe, made_by: Json | None = None) -> str:
     return json.dumps(dataclasses.asdict(recipe) | more, indent=2)
 
 
-def read_workdir(workdir: str | Path) -> Recipe:
+def read_workdir(workdir: str | AnyPath) -> Recipe:
     """The recipe that a workdir was made with.
 
     Raises:
       UserError: its config.json is absent or damaged.
     """
-    path = Path(workdir) / "config.json"
+    path = as_path(workdir) / "config.json"
     try:
         return from_json(path.read_text(encoding="utf-8"), path)
     except (OSError, UnicodeDecodeError) as error:
@@ -61,7 +61,7 @@ def read_workdir(workdir: str | Path) -> Recipe:
         ) from error
 
 
-def from_json(text: str, where: str | Path = "config.json") -> Recipe:
+def from_json(text: str, where: str | AnyPath = "config.json") -> Recipe:
     """Reads back what `to_json` of this or an earlier version wrote in the file `where`.
 
     Raises:
@@ -81,7 +81,7 @@ def from_json(text: str, where: str | Path = "config.json") -> Recipe:
         raise UserError(f"{where}: {error}") from error
 
 
-def resolved(values: Json, where: str | Path) -> Json:
+def resolved(values: Json, where: str | AnyPath) -> Json:
     """The JSON values of a config in the file `where`, in the keys of today, paths absolute."""
     there = flat(as_of_today(values))
     return nested(there | {path: beside(there[path], where) for path in PATHS if path in there})

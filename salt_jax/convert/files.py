@@ -3,13 +3,13 @@ wrote.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from safetensors import SafetensorError
 
 from salt_jax.convert.torch_files import read_torch
 from salt_jax.errors import UserError
+from salt_jax.io.files import AnyPath
 from salt_jax.io.tensor_files import TensorRef, list_tensors
 
 MAX_DEPTH = 4  # dicts in dicts
@@ -31,7 +31,7 @@ class Opened(NamedTuple):
     metadata: dict[str, str]  # of the first file, where it is safetensors
 
 
-def open_tensors(files: Sequence[Path]) -> Opened:
+def open_tensors(files: Sequence[AnyPath]) -> Opened:
     """What the files hold.
 
     Raises:
@@ -51,9 +51,9 @@ def open_tensors(files: Sequence[Path]) -> Opened:
     return Opened(tensors, first)
 
 
-def _open(path: Path) -> tuple[dict[str, TensorRef], dict[str, str]]:
+def _open(path: AnyPath) -> tuple[dict[str, TensorRef], dict[str, str]]:
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             start = file.read(64)
     except OSError as error:
         raise UserError(

@@ -5,13 +5,13 @@ called.
 import re
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 
 from salt_jax.convert.files import open_tensors
 from salt_jax.convert.foreign import foreign_by_names
 from salt_jax.convert.reading import Found, networks_in
 from salt_jax.convert.sizes import PARTS
 from salt_jax.errors import UserError, listed
+from salt_jax.io.files import AnyPath, below
 from salt_jax.io.model_folder import TOKENIZERS
 
 SHARD = r"-\d+-of-(\d+)(?=\.\w+$)"
@@ -22,7 +22,9 @@ NO_NETWORK = (
 )
 
 
-def find_networks(src: Path, unused: Callable[[Path], object], key: str = "") -> dict[str, Found]:
+def find_networks(
+    src: AnyPath, unused: Callable[[AnyPath], object], key: str = ""
+) -> dict[str, Found]:
     """The networks in a folder with everything below it, or in a file, by what they are.
 
     Args:
@@ -66,7 +68,7 @@ def find_networks(src: Path, unused: Callable[[Path], object], key: str = "") ->
     return networks
 
 
-def weight_files(src: Path) -> list[list[Path]]:
+def weight_files(src: AnyPath) -> list[list[AnyPath]]:
     """The files with weights in a folder, shards of one model together; hidden ones are left out.
 
     Raises:
@@ -76,9 +78,9 @@ def weight_files(src: Path) -> list[list[Path]]:
         raise UserError(f"there is no {src}; check the name")
     models = defaultdict(list)
     if src.is_dir():
-        for path in sorted(src.rglob("*")):
+        for path in below(src):
             hidden = any(part.startswith(".") for part in path.relative_to(src).parts)
-            if path.suffix in (*SUFFIXES, ".gguf") and path.is_file() and not hidden:
+            if path.suffix in (*SUFFIXES, ".gguf") and not hidden:
                 models[_model(path)].append(path)
     else:
         models[_model(src)] = sorted(
@@ -93,17 +95,17 @@ def weight_files(src: Path) -> list[list[Path]]:
     return list(models.values())
 
 
-def tokenizer_files(src: Path) -> list[Path]:
+def tokenizer_files(src: AnyPath) -> list[AnyPath]:
     """umT5's, of the release or the Diffusers layout; the release of image-to-video models has
     another one too.
     """
-    folders = sorted(path for path in src.rglob("*") if path.name in ("umt5-xxl", "tokenizer"))
-    files = [
-        [folder / name for name in TOKENIZERS if (folder / name).is_file()] for folder in folders
-    ]
-    return next((some for some in files if some), [])
+    files = [p for p in below(src) if p.parent.name in ("umt5-xxl", "tokenizer")]
+    for folder in dict.fromkeys(path.parent for path in files):
+        if some := [folder / name for name in TOKENIZERS if folder / name in files]:
+            return some
+    return []
 
 
-def _model(path: Path) -> Path:
+def _model(path: AnyPath) -> AnyPath:
     """One name for all shards of a model."""
     return path.parent / re.sub(SHARD, r"-of-\1", path.name)

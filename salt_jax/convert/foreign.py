@@ -4,10 +4,10 @@ it.
 
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from salt_jax.convert.sizes import read_json
 from salt_jax.errors import UserError
+from salt_jax.io.files import AnyPath, in_bucket
 
 # Names of arrays that neither text- nor image-to-video models of Wan 2.1 have, and whose they are.
 FOREIGN = {
@@ -54,14 +54,14 @@ def foreign_by_names(names: Iterable[str]) -> str:
     return ""
 
 
-def check_surroundings(files: Sequence[Path]) -> None:
+def check_surroundings(files: Sequence[AnyPath]) -> None:
     """Refuses a transformer whose shapes are those of Wan 2.1 and whose folder says that it is
     another model.
 
     Raises:
       UserError: the name of the file or folder, a config.json or a model_index.json says so.
     """
-    path = files[0].absolute()
+    path = files[0] if in_bucket(files[0]) else files[0].absolute()
     around = [path.name, path.parent.name]
     around += [path.parent.parent.name] if path.parent.name.startswith("transformer") else []
     named = next((name for name in around if WAN_2_2.search(name)), "")

@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ from salt_jax.convert.lora_names import Modules, read_modules
 from salt_jax.convert.lora_scale import kohya_alpha, number, read_stated, scale_of
 from salt_jax.convert.reading import Delta, Found
 from salt_jax.errors import UserError, listed
+from salt_jax.io.files import AnyPath
 from salt_jax.io.tensor_files import TensorRef, TensorWriter, view
 
 Place = tuple[str, int]  # our path and layer
@@ -34,7 +34,7 @@ class Adapter(NamedTuple):
 class Lora(NamedTuple):
     """What a file adds to a network."""
 
-    path: Path
+    path: AnyPath
     key: str  # of the file's dict, or ""
     adapters: dict[Place, Adapter]
     differences: dict[Place, Delta]  # whole arrays: biases, norms, modulation
@@ -51,7 +51,7 @@ class Lora(NamedTuple):
         )
 
 
-def find_lora(path: Path, found: Found, key: str = "") -> Lora:
+def find_lora(path: AnyPath, found: Found, key: str = "") -> Lora:
     """The LoRA in a file, which must fit the network `found`.
 
     Args:

@@ -8,10 +8,10 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from salt_jax.errors import UserError
+from salt_jax.io.files import AnyPath
 
 DIFFUSERS = "lora_adapter_metadata"  # key of the metadata that diffusers writes and reads
 APPLIED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias"}
@@ -53,7 +53,7 @@ class Stated(NamedTuple):
     alphas: dict[str, float]
 
 
-def read_stated(path: Path, metadata: Mapping[str, str]) -> list[Stated]:
+def read_stated(path: AnyPath, metadata: Mapping[str, str]) -> list[Stated]:
     """What adapter_config.json beside a file and the file's metadata say of its scale.
 
     Raises:
@@ -212,7 +212,7 @@ def _pattern(patterns: Iterable[str], module: str) -> str:
         ) from error
 
 
-def _json(text: str | bytes, source: str | Path) -> object:
+def _json(text: str | bytes, source: str | AnyPath) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

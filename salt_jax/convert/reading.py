@@ -8,7 +8,6 @@ before every name and shape has been checked. `names` has the tables.
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -35,6 +34,7 @@ from salt_jax.convert.places import (
 from salt_jax.convert.sizes import PARTS, Size, infer_config, read_json
 from salt_jax.errors import UserError, listed
 from salt_jax.io import model_folder
+from salt_jax.io.files import AnyPath
 from salt_jax.io.tensor_files import TensorRef, TensorWriter, view
 from salt_jax.types import Leaf
 
@@ -71,13 +71,13 @@ class Found(NamedTuple):
     layout: str
     student: str  # which of several networks in the file: a key of it, or ""
     config: model_folder.Sizes
-    files: tuple[Path, ...]
+    files: tuple[AnyPath, ...]
     pieces: dict[str, tuple[Piece, ...]]  # by our path; one for each layer where ours are stacked
     record: str = ""  # what our export wrote about it, as JSON
     tokenizer: TensorRef | None = None  # bytes of spiece.model in a file of a text encoder
 
 
-def find_network(files: Sequence[Path], key: str = "") -> Found | None:
+def find_network(files: Sequence[AnyPath], key: str = "") -> Found | None:
     """The network that the files (one, or the shards of one model) hold; None: none of Wan 2.1.
 
     Args:
@@ -89,7 +89,7 @@ def find_network(files: Sequence[Path], key: str = "") -> Found | None:
     return next(iter(networks_in(open_tensors(files), files, key)), None)
 
 
-def networks_in(opened: Opened, files: Sequence[Path], key: str = "") -> list[Found]:
+def networks_in(opened: Opened, files: Sequence[AnyPath], key: str = "") -> list[Found]:
     """As `find_network`; a file of ComfyUI may hold several of different kinds."""
     where = str(files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more")
     tensors, scales = split_scales(bare(opened.tensors, where), opened.metadata, where)

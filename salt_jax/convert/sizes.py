@@ -5,11 +5,11 @@ shapes do not determine them.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from salt_jax.errors import UserError
 from salt_jax.io import model_folder
+from salt_jax.io.files import AnyPath
 from salt_jax.io.model_folder import Sizes
 from salt_jax.models import image_encoder, presets
 from salt_jax.models.image_encoder import ImageEncoderConfig
@@ -41,7 +41,7 @@ class Size(NamedTuple):
     ours: tuple[int, ...]  # empty where theirs cannot be made into ours
 
 
-def read_json(path: Path) -> dict[str, object]:
+def read_json(path: AnyPath) -> dict[str, object]:
     """The JSON object in a file; empty where there is none."""
     try:
         stated = json.loads(path.read_text())

@@ -7,16 +7,16 @@ Such a file is a zip with NAME/data.pkl, a pickle that describes dicts and tenso
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from salt_jax.convert.torch_pickle import STORAGES, Name, Refused, Storage, follow, short
 from salt_jax.errors import UserError
+from salt_jax.io.files import AnyPath, as_path, size
 
 MAX_PICKLE = 2**26  # bytes; a network of 1300 tensors needs 2**18
 DAMAGED = (zipfile.BadZipFile, struct.error, EOFError, NotImplementedError)  # what zipfile raises
 
 
-def read_torch(path: str | Path) -> dict[object, object]:
+def read_torch(path: str | AnyPath) -> dict[object, object]:
     """The dict that torch.save wrote: nested dicts with a `Stored` for each tensor; no tensor is
     read.
 
@@ -26,7 +26,7 @@ def read_torch(path: str | Path) -> dict[object, object]:
       UserError: the file is absent, damaged or of another kind, or asks for anything but tensors in
         dicts.
     """
-    path = Path(path)
+    path = as_path(path)
     try:
         root, entries = _zip_entries(path)
         found = follow(_read_pickle(path, root, entries), _storages(path, root, entries))
@@ -49,8 +49,8 @@ def read_torch(path: str | Path) -> dict[object, object]:
     return found
 
 
-def _remedy(path: Path) -> str:
-    with open(path, "rb") as file:
+def _remedy(path: AnyPath) -> str:
+    with path.open("rb") as file:
         start = file.read(4)
     if start == b"PK\3\4":
         return "it is cut off or damaged, download it again"
@@ -62,12 +62,12 @@ def _remedy(path: Path) -> str:
     return "torch.save did not write it, name another file"
 
 
-def _zip_entries(path: Path) -> tuple[str, dict[str, tuple[int, int]]]:
+def _zip_entries(path: AnyPath) -> tuple[str, dict[str, tuple[int, int]]]:
     """The folder all entries are in, and for each entry where its bytes begin and how many there
     are.
     """
-    entries, total = {}, path.stat().st_size
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+    entries, total = {}, size(path)
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
             if info.filename in entries:
                 raise Refused(f"it has two entries named {info.filename!r}")
@@ -87,8 +87,8 @@ def _zip_entries(path: Path) -> tuple[str, dict[str, tuple[int, int]]]:
     return roots[0], entries
 
 
-def _read_pickle(path: Path, root: str, entries: Mapping[str, tuple[int, int]]) -> bytes:
-    with open(path, "rb") as file:
+def _read_pickle(path: AnyPath, root: str, entries: Mapping[str, tuple[int, int]]) -> bytes:
+    with path.open("rb") as file:
 
         def read(name):
             start, size = entries[name]
@@ -109,7 +109,7 @@ def _read_pickle(path: Path, root: str, entries: Mapping[str, tuple[int, int]]) 
 
 
 def _storages(
-    path: Path, root: str, entries: Mapping[str, tuple[int, int]]
+    path: AnyPath, root: str, entries: Mapping[str, tuple[int, int]]
 ) -> Callable[[object], Storage]:
     """From what the pickle says of a storage to its place in the file."""
 

@@ -9,12 +9,12 @@ exhaust the stack.
 import math
 import pickletools
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 
+from salt_jax.io.files import AnyPath
 from salt_jax.io.tensor_files import TensorRef
 
 STORAGES: dict[str, np.dtype] = {
@@ -84,7 +84,7 @@ class Name(NamedTuple):
 
 
 class Storage(NamedTuple):
-    path: Path
+    path: AnyPath
     offset: int  # bytes from the start of the file
     dtype: np.dtype
     count: int  # numbers

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jax
@@ -16,12 +15,13 @@ from jax.typing import DTypeLike
 from salt_jax.convert.names import WAN
 from salt_jax.errors import UserError
 from salt_jax.io import model_folder
+from salt_jax.io.files import AnyPath, all_or_nothing, as_path
 from salt_jax.io.model_folder import part_file, stored_config
 from salt_jax.io.tensor_files import (
     Report,
     TensorRef,
     TensorWriter,
-    all_or_nothing,
+    layer,
     list_tensors,
     no_report,
     view,
@@ -49,7 +49,7 @@ class Transformer(NamedTuple):
 
 def write_official(
     network: Transformer,
-    dst: str | Path,
+    dst: str | AnyPath,
     layout: Layout,
     dtype: DTypeLike | None = None,
     max_shard: int = 5 * 10**9,
@@ -69,9 +69,9 @@ def write_official(
       UserError: there is such a model already, or the disk refuses; nothing is left then.
     """
     inner = "transformer" if layout == "diffusers" else "."
-    _refuse_existing(Path(dst) / inner)
+    _refuse_existing(as_path(dst) / inner)
     shards = _shards(writers(network, layout, dtype), max_shard)
-    with all_or_nothing(dst) as temporary:
+    with all_or_nothing(as_path(dst)) as temporary:
         folder = temporary / inner
         folder.mkdir(exist_ok=True)
         for file, shard in shards.items():
@@ -86,7 +86,7 @@ def metadata(record: str) -> dict[str, str]:
     return {"format": "pt"} | ({"salt_jax": record} if record else {})
 
 
-def _refuse_existing(folder: Path) -> None:
+def _refuse_existing(folder: AnyPath) -> None:
     there = sorted(folder.glob(f"{NAME}*")) + sorted(folder.glob("config.json"))
     if there:
         raise UserError(
@@ -118,11 +118,11 @@ def _index(shards: Mapping[str, Mapping[str, TensorWriter]]) -> dict[str, object
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
 
 
-def _write_json(file: Path, value: Mapping[str, object]) -> None:
+def _write_json(file: AnyPath, value: Mapping[str, object]) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def open_wan(path: str | Path) -> Transformer:
+def open_wan(path: str | AnyPath) -> Transformer:
     """Our file of a transformer, with `TensorRef` for arrays: nothing of it is read yet.
 
     Raises:
@@ -177,9 +177,8 @@ def _turned(
 def layer_of(leaf: Stacked, i: int | None) -> np.ndarray:
     """One layer of a stacked array, or the array where i is None."""
     if isinstance(leaf, TensorRef):
-        leaf = view(
-            leaf
-        )  # anew for each layer: what was read of a layer stays in memory while its view lives
+        # anew for each layer: what was read of a layer stays in memory while its view lives
+        return view(leaf) if i is None else layer(leaf, i)
     if i is None:
         return np.asarray(leaf)
     if isinstance(leaf, np.ndarray):

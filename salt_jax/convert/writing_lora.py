@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -15,10 +14,10 @@ from salt_jax.convert.lora_scale import DIFFUSERS
 from salt_jax.convert.names import WAN
 from salt_jax.convert.writing import Stacked, layer_of, metadata
 from salt_jax.errors import UserError
+from salt_jax.io.files import AnyPath, all_or_nothing, as_path
 from salt_jax.io.tensor_files import (
     Report,
     TensorWriter,
-    all_or_nothing,
     list_tensors,
     no_report,
     write_tensors,
@@ -41,12 +40,12 @@ class LowRank(NamedTuple):
 
 def write_lora(
     lora: LowRank,
-    dst: str | Path,
+    dst: str | AnyPath,
     layout: Layout,
     dtype: DTypeLike | None = None,
     record: str = "",
     report: Report = no_report,
-) -> Path:
+) -> AnyPath:
     """Writes a LoRA as one safetensors file in `dst`, and returns its name.
 
     For Diffusers the metadata tells alpha, as its own load_lora_adapter reads it; for ComfyUI a
@@ -59,7 +58,7 @@ def write_lora(
     Raises:
       UserError: there is such a file already, or the disk refuses; nothing is left then.
     """
-    file = Path(dst) / FILES[layout]
+    file = as_path(dst) / FILES[layout]
     if file.exists():
         raise UserError(f"{file} exists; name another folder")
     modules, written = _modules(lora.params, layout), metadata(record)
@@ -73,7 +72,7 @@ def write_lora(
         written[DIFFUSERS] = json.dumps(
             {f"transformer.{key}": value for key, value in config.items()}
         )
-    with all_or_nothing(dst) as folder:
+    with all_or_nothing(as_path(dst)) as folder:
         write_tensors(
             folder / file.name, _writers(modules, lora.alpha, layout, dtype), written, report
         )
@@ -124,7 +123,7 @@ def _transposed(leaf: Stacked, i: int) -> list[np.ndarray]:
     return [layer_of(leaf, i).T]
 
 
-def open_lora(path: str | Path) -> LowRank | None:
+def open_lora(path: str | AnyPath) -> LowRank | None:
     """Our file of a LoRA, with `TensorRef` for arrays.
 
     None: it is another file, or none.

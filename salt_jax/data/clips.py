@@ -19,6 +19,7 @@ from av.stream import Disposition
 from PIL import Image
 
 from salt_jax.data.frames import Tags, picture
+from salt_jax.io.files import AnyPath, as_path, on_disk
 
 # Raised whenever the same file may give other pixels than before.
 READER = 2
@@ -49,7 +50,9 @@ Timed = Iterable[tuple[Fraction, Fraction, Shown]]
 """Frames with time and duration, in seconds."""
 
 
-def read_clip(file: str | Path, max_frames: int, height: int, width: int, fps: int) -> np.ndarray:
+def read_clip(
+    file: str | AnyPath, max_frames: int, height: int, width: int, fps: int
+) -> np.ndarray:
     """The beginning of a video: its longest 4k + 1 frames up to `max_frames`,
     uint8 [T, height, width, 3].
 
@@ -68,7 +71,9 @@ def read_clip(file: str | Path, max_frames: int, height: int, width: int, fps: i
     return np.stack(frames[: (len(frames) - 1) // 4 * 4 + 1])
 
 
-def read_ending(file: str | Path, max_frames: int, height: int, width: int, fps: int) -> np.ndarray:
+def read_ending(
+    file: str | AnyPath, max_frames: int, height: int, width: int, fps: int
+) -> np.ndarray:
     """The last frames of a video, at most so many, uint8 [T, height, width, 3]; else as
     `read_clip`.
     """
@@ -79,7 +84,7 @@ def read_ending(file: str | Path, max_frames: int, height: int, width: int, fps:
     return np.stack(_in_order(file, ending))
 
 
-def _in_order(file: str | Path, take: Callable[[Timed], list[np.ndarray]]) -> list[np.ndarray]:
+def _in_order(file: str | AnyPath, take: Callable[[Timed], list[np.ndarray]]) -> list[np.ndarray]:
     """What `take` makes of the frames with their times.
 
     Raises ValueError: they have none, or there is no frame.
@@ -186,14 +191,14 @@ def _fitted(timed: Timed, height: int, width: int, fps: int) -> Iterator[np.ndar
         yield fitted
 
 
-def _decode(file: str | Path) -> Iterator[Shown]:
+def _decode(file: str | AnyPath) -> Iterator[Shown]:
     """The frames of the first video stream that is no cover picture.
 
     Raises ValueError where it cannot go on.
     """
     count = 0
     try:
-        with _open(file) as container:
+        with on_disk(as_path(file)) as here, _open(here) as container:
             streams = [
                 s for s in container.streams.video if not s.disposition & Disposition.attached_pic
             ]
@@ -236,9 +241,9 @@ def _decode(file: str | Path) -> Iterator[Shown]:
         raise ValueError(f"it cannot be decoded after {count} frames ({reason})") from error
 
 
-def _open(file: str | Path) -> InputContainer:
+def _open(file: Path) -> InputContainer:
     # With the protocol named, no file's name is taken for the address of something else.
-    name = f"file:{Path(file)}"
+    name = f"file:{file}"
     if av.__version__.startswith("18."):  # later ones replace what is no UTF-8 by themselves
         return av.open(name, metadata_errors="replace")  # pyright: ignore[reportCallIssue]
     return av.open(name)

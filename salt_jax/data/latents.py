@@ -8,13 +8,13 @@ too. Stored as float16, read as float32. `writing_latents` writes it.
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from salt_jax.errors import UserError
+from salt_jax.io.files import AnyPath, as_path
 
 FORMAT = 1  # of the records and of settings.json
 # arrays on disk -> in a batch
@@ -52,7 +52,7 @@ class Records(Sequence):
         } | arrays
 
 
-def open_records(directory: str | Path, clip: Sequence[int], text_length: int) -> Encoded:
+def open_records(directory: str | AnyPath, clip: Sequence[int], text_length: int) -> Encoded:
     """Opens what `write_records` wrote; texts are padded with zero rows to `text_length`.
 
     `clip` is the (F, h, w, C) that latents must have; a data set of prompts has none and fits any.
@@ -61,7 +61,7 @@ def open_records(directory: str | Path, clip: Sequence[int], text_length: int) -
       UserError: there is no such data set, it is not complete, or its latents have another size.
       ValueError: on reading, a text is longer than `text_length`.
     """
-    directory = Path(directory)
+    directory = as_path(directory)
     settings = read_object(directory / "settings.json")
     if settings is None:
         raise UserError(
@@ -85,11 +85,11 @@ def open_records(directory: str | Path, clip: Sequence[int], text_length: int) -
     builder = tfds.builder_from_directory(str(directory))
     # TFDS decorates it.
     stored = builder.as_data_source("train")  # pyright: ignore[reportCallIssue]
-    null_text = padded(np.load(directory / "null_text.npy"), text_length)
+    null_text = padded(read_array(directory / "null_text.npy"), text_length)
     return Encoded(Records(stored, text_length), null_text, settings)
 
 
-def read_object(file: Path) -> dict[str, object] | None:
+def read_object(file: AnyPath) -> dict[str, object] | None:
     """The JSON object in a file; None where there is no file.
 
     Raises:
@@ -99,6 +99,11 @@ def read_object(file: Path) -> dict[str, object] | None:
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is damaged ({error}); delete it, or put a copy back") from error
+
+
+def read_array(file: AnyPath) -> np.ndarray:
+    with file.open("rb") as stored:
+        return np.load(stored)
 
 
 def padded(text: np.ndarray, length: int) -> np.ndarray:

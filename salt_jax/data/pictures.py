@@ -4,13 +4,13 @@ white.
 
 import re
 import warnings
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from salt_jax.data.frames import HDR_CURVES, SDR_CURVES, SDR_PRIMARIES, over_background, to_srgb
 from salt_jax.errors import UserError
+from salt_jax.io.files import AnyPath, as_path
 
 HEAD = 1 << 16  # bytes in which a file says what it is
 FOREIGN = {
@@ -27,7 +27,7 @@ CODE_POINTS = {
 }
 
 
-def read_picture(path: str | Path) -> np.ndarray:
+def read_picture(path: str | AnyPath) -> np.ndarray:
     """uint8 sRGB [H, W, 3]: turned as EXIF says, 16 bits divided by 257, profiles followed, over
     white.
 
@@ -36,7 +36,7 @@ def read_picture(path: str | Path) -> np.ndarray:
     """
     head = b""
     try:
-        with warnings.catch_warnings(), open(path, "rb") as file:
+        with warnings.catch_warnings(), as_path(path).open("rb") as file:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             head = file.read(HEAD)
             with Image.open(file) as image:

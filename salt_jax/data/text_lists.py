@@ -10,10 +10,10 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from salt_jax.errors import UserError
+from salt_jax.io.files import AnyPath, as_path
 
 TABLES = (".csv", ".tsv", ".jsonl", ".json")
 FILE_COLUMNS = ("file", "path", "file_name", "video")  # the first one a table has counts
@@ -61,14 +61,14 @@ def clean(text: str) -> str:
     return text.replace("\r\n", "\n").strip(BLANKS)
 
 
-def read_text(file: str | Path) -> str:
+def read_text(file: str | AnyPath) -> str:
     """A whole text, without the marks that files which were joined have at the beginning of a line.
 
     Raises:
       UserError: it is unreadable, not UTF-8, or has NUL characters.
     """
     try:
-        data = Path(file).read_bytes()
+        data = as_path(file).read_bytes()
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot read {file} ({getattr(error, 'strerror', error)}); check its name"
@@ -94,7 +94,7 @@ def read_text(file: str | Path) -> str:
     return text.removeprefix("\ufeff").replace("\n\ufeff", "\n")
 
 
-def read_lines(file: str | Path) -> list[str]:
+def read_lines(file: str | AnyPath) -> list[str]:
     r"""Lines without blanks around them; empty ones are "", so that places are kept, but for those
     at the end.
 
@@ -113,14 +113,14 @@ def read_lines(file: str | Path) -> list[str]:
     return lines
 
 
-def read_prompts(file: str | Path) -> list[Prompt]:
+def read_prompts(file: str | AnyPath) -> list[Prompt]:
     """Prompts from a text with one a line, or from a table with a column of them. Blank ones are
     left out.
 
     Raises:
       UserError: the file is unreadable, or has no prompt.
     """
-    file = Path(file)
+    file = as_path(file)
     if file.suffix.lower() in TABLES:
         rows = read_table(file)
         name = find_column(rows, CAPTION_COLUMNS, file)
@@ -140,7 +140,7 @@ def read_prompts(file: str | Path) -> list[Prompt]:
     return prompts
 
 
-def read_table(file: str | Path) -> list[Row]:
+def read_table(file: str | AnyPath) -> list[Row]:
     """Rows of a .csv or .tsv with a header, of a .jsonl, or of a .json with a list of objects.
 
     Names of columns are in lower case. Rows that are blank throughout are left out.
@@ -148,7 +148,7 @@ def read_table(file: str | Path) -> list[Row]:
     Raises:
       UserError: it is none of these, is damaged, or has no row.
     """
-    file = Path(file)
+    file = as_path(file)
     suffix = file.suffix.lower()
     if suffix not in TABLES:
         raise UserError(f"{file} is no table of captions; its name must end in {', '.join(TABLES)}")
@@ -159,7 +159,7 @@ def read_table(file: str | Path) -> list[Row]:
     return rows
 
 
-def find_column(rows: Iterable[Row], names: Sequence[str], file: Path) -> str:
+def find_column(rows: Iterable[Row], names: Sequence[str], file: AnyPath) -> str:
     """The first of `names` that a row has. Raises UserError if there is none."""
     found = sorted({key for row in rows for key in row.cells})
     for name in names:
@@ -186,7 +186,7 @@ def cell(row: Row, column: str) -> tuple[str, str]:
     return clean(value), ""
 
 
-def _separated(text: str, file: Path) -> Iterator[Row]:
+def _separated(text: str, file: AnyPath) -> Iterator[Row]:
     """Rows of a .csv, whose separator is what splits its header into known columns, or of a
     .tsv.
     """
@@ -223,7 +223,7 @@ def _separated(text: str, file: Path) -> Iterator[Row]:
         ) from error
 
 
-def _objects(text: str, file: Path) -> Iterator[Row]:
+def _objects(text: str, file: AnyPath) -> Iterator[Row]:
     """Rows of a .jsonl, one a line, or of a .json."""
     if file.suffix.lower() == ".json":
         values = _json(text, str(file))

@@ -20,6 +20,7 @@ from salt_jax.data.text_lists import (
     read_text,
 )
 from salt_jax.errors import UserError
+from salt_jax.io.files import AnyPath, as_path, below, in_bucket, real
 
 SUFFIXES = tuple(
     ".mp4 .m4v .mov .mkv .webm .avi .gif .ts .mts .m2ts .wmv .asf .flv .f4v .mpg .mpeg .m2v .vob "
@@ -49,12 +50,12 @@ class Video(NamedTuple):
     """
 
     name: str  # as the user names it: the path inside the folder
-    file: Path
+    file: AnyPath
     caption: str
     problem: str
 
 
-def find_videos(folder: str | Path, captions: str | Path | None) -> list[Video]:
+def find_videos(folder: str | AnyPath, captions: str | AnyPath | None) -> list[Video]:
     """Every source under `folder` with its caption, in a fixed order; hidden files are not looked
     at.
 
@@ -68,12 +69,12 @@ def find_videos(folder: str | Path, captions: str | Path | None) -> list[Video]:
     Raises:
       UserError: there is no such folder, nothing in it can be used, or the table is unreadable.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; name the one that holds the videos")
     files, unread = _walk(folder)
     videos = unread + (
-        _from_table(folder, files, Path(captions)) if captions else _beside(folder, files)
+        _from_table(folder, files, as_path(captions)) if captions else _beside(folder, files)
     )
     if all(video.problem for video in videos):
         first = f" ({videos[0].name}: {videos[0].problem})" if videos else ""
@@ -85,14 +86,17 @@ def find_videos(folder: str | Path, captions: str | Path | None) -> list[Video]:
     return videos
 
 
-def _walk(folder: Path) -> tuple[list[Path], list[Video]]:
+def _walk(folder: AnyPath) -> tuple[list[AnyPath], list[Video]]:
     """What lies under the folder, sorted, folders themselves not; and the folders that are not
     looked into.
     """
-    files: list[Path] = []
+    if not isinstance(folder, Path):
+        hidden = lambda path: any(p.startswith(".") for p in path.relative_to(folder).parts)
+        return [path for path in below(folder) if not hidden(path)], []
+    files: list[AnyPath] = []
     unread: list[Video] = []
 
-    def leave_out(path: Path, problem: str) -> None:
+    def leave_out(path: AnyPath, problem: str) -> None:
         unread.append(Video(path.relative_to(folder).as_posix(), path, "", problem))
 
     def failed(error: OSError) -> None:
@@ -111,7 +115,7 @@ def _walk(folder: Path) -> tuple[list[Path], list[Video]]:
     return sorted(files), unread
 
 
-def _beside(folder: Path, files: Sequence[Path]) -> list[Video]:
+def _beside(folder: AnyPath, files: Sequence[AnyPath]) -> list[Video]:
     """Videos whose captions stand in a .txt of the same name, and what else such a caption seems to
     be meant for.
     """
@@ -129,7 +133,7 @@ def _beside(folder: Path, files: Sequence[Path]) -> list[Video]:
     ]
 
 
-def _with_caption(folder: Path, file: Path, text: Path | None) -> Video:
+def _with_caption(folder: AnyPath, file: AnyPath, text: AnyPath | None) -> Video:
     name = file.relative_to(folder).as_posix()
     if file == text:
         return Video(
@@ -151,7 +155,7 @@ def _with_caption(folder: Path, file: Path, text: Path | None) -> Video:
     )
 
 
-def _from_table(folder: Path, files: Sequence[Path], table: Path) -> list[Video]:
+def _from_table(folder: AnyPath, files: Sequence[AnyPath], table: AnyPath) -> list[Video]:
     """The videos that a table lists, then those under the folder that it does not list."""
     rows = read_table(table)
     file_column, caption_column = (
@@ -165,11 +169,11 @@ def _from_table(folder: Path, files: Sequence[Path], table: Path) -> list[Video]
         file = folder / name
         if not name:
             problem = wrong or f"its '{file_column}' is empty"
-        elif not Path(os.path.abspath(file)).is_relative_to(os.path.abspath(folder)):
+        elif not inside(folder, file):
             problem = f"{place}: it lies outside {folder}"
         else:
             problem = _no_file(file)
-            listed |= set() if problem else {file.resolve()}
+            listed |= set() if problem else {real(file)}
         if not problem and not caption:
             problem = (
                 f"{place}: {no_caption}"
@@ -177,14 +181,23 @@ def _from_table(folder: Path, files: Sequence[Path], table: Path) -> list[Video]
                 else f"no caption: its '{caption_column}' in {table.name} is empty"
             )
         videos.append(Video(name or place, file, caption, problem))
-    rest = [f for f in files if f.suffix.lower() in SUFFIXES and f.resolve() not in listed]
+    rest = [f for f in files if f.suffix.lower() in SUFFIXES and real(f) not in listed]
     return videos + [
         Video(f.relative_to(folder).as_posix(), f, "", f"no caption: not in {table.name}")
         for f in rest
     ]
 
 
-def _no_file(file: Path) -> str:
+def inside(folder: AnyPath, file: AnyPath) -> bool:
+    """Whether a name does not lead out of a folder; a link in it may."""
+    if in_bucket(folder):
+        return real(file).is_relative_to(real(folder))
+    return Path(os.path.abspath(file)).is_relative_to(os.path.abspath(folder))
+
+
+def _no_file(file: AnyPath) -> str:
+    if in_bucket(file):
+        return "" if file.is_file() else f"{file} does not exist"
     if os.path.isfile(file):
         return ""
     if not os.path.lexists(file):

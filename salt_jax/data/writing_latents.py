@@ -5,10 +5,10 @@ put in place whole, so work that was stopped continues with the first part that 
 processes share parts without communicating.
 """
 
+import io
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import grain
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from salt_jax.data.latents import FORMAT, read_object
 from salt_jax.errors import UserError
+from salt_jax.io.files import AnyPath, as_path, made_on_disk, write_whole
 
 # Decoding and resizing videos release the interpreter lock; a clip of 81 frames at 832 x 480 is 97
 # MB.
@@ -71,7 +72,7 @@ class Written(NamedTuple):
 
 
 def write_records(
-    directory: str | Path,
+    directory: str | AnyPath,
     plan: Plan,
     make: Callable[[range], Iterable[Record | str]],
     process_index: int,
@@ -87,14 +88,14 @@ def write_records(
     Raises:
       UserError: the directory holds other settings, or no source became a record.
     """
-    directory = Path(directory)
+    directory = as_path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot make the directory {directory} ({error.strerror}); choose another"
+            f"cannot make the directory {directory} ({error.strerror or error}); choose another"
         ) from error
-    _keep_settings(directory, plan, process_index)
+    _keep_settings(directory, plan)
     features = _features(plan.shapes)
     mine = range(process_index, plan.count, process_count)
     missing = [part for part in mine if not _part_file(directory, part).exists()]
@@ -135,7 +136,7 @@ def _features(shapes: Shapes) -> tfds.features.FeaturesDict:
     return tfds.features.FeaturesDict({"caption": tfds.features.Text(), **arrays})
 
 
-def _keep_settings(directory: Path, plan: Plan, process_index: int) -> None:
+def _keep_settings(directory: AnyPath, plan: Plan) -> None:
     """Writes the settings on the first call, compares afterwards."""
     settings = {
         **plan.settings,
@@ -156,14 +157,14 @@ def _keep_settings(directory: Path, plan: Plan, process_index: int) -> None:
                     "make them equal, or choose another --dst"
                 )
         return
-    temporary = directory / f"null_text.{process_index}.npy"  # processes may start at the same time
-    np.save(temporary, plan.null_text.astype(np.float16))
-    temporary.replace(directory / "null_text.npy")
-    _write_json(directory / "settings.json", settings, process_index)
+    array = io.BytesIO()
+    np.save(array, plan.null_text.astype(np.float16))
+    write_whole(directory / "null_text.npy", array.getvalue())
+    _write_json(directory / "settings.json", settings)
 
 
 def _write_part(
-    directory: Path,
+    directory: AnyPath,
     part: int,
     plan: Plan,
     features: tfds.features.FeaturesDict,
@@ -174,25 +175,24 @@ def _write_part(
 
     Returns how many sources were rejected.
     """
-    file = Path(_template(directory).sharded_filepath(shard_index=part, num_shards=plan.count))
+    file = as_path(_template(directory).sharded_filepath(shard_index=part, num_shards=plan.count))
     numbers = plan.numbers(part)
-    temporary = file.with_name(f"{file.name}.partial")
     rejected, length, size = [], 0, 0
-    writer = ArrayRecordWriter(str(temporary), "group_size:1")
-    try:
-        for number, record in zip(numbers, make(numbers), strict=True):
-            stored = record if isinstance(record, str) else _halved(record)
-            if isinstance(stored, str):
-                rejected.append([plan.names[number], stored])
-            else:
-                serialized = features.serialize_example(stored)
-                writer.write(serialized)
-                length, size = length + 1, size + len(serialized)
-            bar.update()
-    finally:
-        writer.close()
-    temporary.replace(file)
-    _write_json(_part_file(directory, part), Written(length, size, rejected)._asdict(), part)
+    with made_on_disk(file) as temporary:
+        writer = ArrayRecordWriter(str(temporary), "group_size:1")
+        try:
+            for number, record in zip(numbers, make(numbers), strict=True):
+                stored = record if isinstance(record, str) else _halved(record)
+                if isinstance(stored, str):
+                    rejected.append([plan.names[number], stored])
+                else:
+                    serialized = features.serialize_example(stored)
+                    writer.write(serialized)
+                    length, size = length + 1, size + len(serialized)
+                bar.update()
+        finally:
+            writer.close()
+    _write_json(_part_file(directory, part), Written(length, size, rejected)._asdict())
     return len(rejected)
 
 
@@ -210,7 +210,7 @@ def _halved(record: Record) -> dict[str, str | np.ndarray] | str:
     }
 
 
-def _complete(directory: Path, count: int, features: tfds.features.FeaturesDict) -> Report:
+def _complete(directory: AnyPath, count: int, features: tfds.features.FeaturesDict) -> Report:
     """Sums up the parts and, when all are there, writes what TFDS needs to open them.
 
     Raises:
@@ -223,7 +223,7 @@ def _complete(directory: Path, count: int, features: tfds.features.FeaturesDict)
     if report.missing:
         return report
     lines = [json.dumps({"source": name, "reason": reason}) + "\n" for name, reason in rejected]
-    (directory / "rejected.jsonl").write_text("".join(lines), encoding="utf-8")
+    write_whole(directory / "rejected.jsonl", "".join(lines))
     if not report.written:
         name, reason = rejected[0]
         raise UserError(
@@ -248,7 +248,7 @@ def _complete(directory: Path, count: int, features: tfds.features.FeaturesDict)
     return report
 
 
-def _template(directory: Path) -> tfds.core.ShardedFileTemplate:
+def _template(directory: AnyPath) -> tfds.core.ShardedFileTemplate:
     return tfds.core.ShardedFileTemplate(
         data_dir=tfds.core.Path(directory),
         dataset_name="encoded",
@@ -257,18 +257,14 @@ def _template(directory: Path) -> tfds.core.ShardedFileTemplate:
     )
 
 
-def _part_file(directory: Path, part: int) -> Path:
+def _part_file(directory: AnyPath, part: int) -> AnyPath:
     return directory / "parts" / f"{part:05d}.json"
 
 
-def _read_part(file: Path) -> Written | None:
+def _read_part(file: AnyPath) -> Written | None:
     note = read_object(file)
     return None if note is None else Written(**note)  # pyright: ignore[reportArgumentType]
 
 
-def _write_json(file: Path, value: Mapping[str, object], writer: int) -> None:
-    """Atomic. `writer` keeps the temporary files of processes apart."""
-    file.parent.mkdir(exist_ok=True)
-    temporary = file.with_suffix(f".{writer}.partial")
-    temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    temporary.replace(file)
+def _write_json(file: AnyPath, value: Mapping[str, object]) -> None:
+    write_whole(file, json.dumps(value, indent=1))

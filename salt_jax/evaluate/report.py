@@ -6,7 +6,6 @@ to load anything else. It knows nothing of training; the caller brings strings, 
 
 import base64
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -16,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from salt_jax.io.video import encode_mp4, visible_scale, write_bytes
+from salt_jax.io.files import AnyPath, write_whole
+from salt_jax.io.video import encode_mp4, visible_scale
 
 CLIP_PIXELS = 144  # small clips are enlarged up to this height
 PALETTE = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#a855f7", "#64748b")
@@ -60,9 +60,9 @@ class Report:
     fps: int
 
 
-def write_report(path: str | os.PathLike, report: Report) -> None:
+def write_report(path: AnyPath, report: Report) -> None:
     """Writes the report, whole or not at all."""
-    write_bytes(path, render(report).encode())
+    write_whole(path, render(report))
 
 
 def render(report: Report) -> str:

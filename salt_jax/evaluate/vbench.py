@@ -11,11 +11,11 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from salt_jax.data.text_lists import read_lines, read_text
 from salt_jax.errors import UserError
+from salt_jax.io.files import AnyPath
 
 
 class Dimension(NamedTuple):
@@ -99,7 +99,7 @@ def total(quality: float, semantic: float) -> float:
     return (QUALITY_WEIGHT * quality + semantic) / (QUALITY_WEIGHT + 1)
 
 
-def read_results(path: Path) -> dict[str, float]:
+def read_results(path: AnyPath) -> dict[str, float]:
     """Raw scores by dimension from a result file of VBench, or from a folder with several
     *_eval_results.json.
 
@@ -133,7 +133,7 @@ def read_results(path: Path) -> dict[str, float]:
     return scores
 
 
-def _score(file: Path, key: str, value: object) -> float:
+def _score(file: AnyPath, key: str, value: object) -> float:
     score = value[0] if isinstance(value, list) and value else value
     if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
         raise UserError(f"{file}: the score of {key!r} is {score!r}; it must be a number")
@@ -144,7 +144,7 @@ def _score(file: Path, key: str, value: object) -> float:
     return float(score)
 
 
-def read_prompts(path: Path, extended: Path | None = None) -> list[Prompt]:
+def read_prompts(path: AnyPath, extended: AnyPath | None = None) -> list[Prompt]:
     """VBench's prompts, each once, in the order of the file.
 
     Args:
@@ -191,7 +191,7 @@ def video_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big") >> 1
 
 
-def _refuse_name(path: Path, text: str) -> None:
+def _refuse_name(path: AnyPath, text: str) -> None:
     """Raises UserError for a prompt that VBench could not find under its name; changing the name
     would not help.
     """
@@ -209,7 +209,7 @@ def _refuse_name(path: Path, text: str) -> None:
         )
 
 
-def _read_entries(path: Path) -> list[tuple[str, Sequence[str]]]:
+def _read_entries(path: AnyPath) -> list[tuple[str, Sequence[str]]]:
     """(prompt, dimensions) of VBench_full_info.json."""
     entries = _read_json(path)
     listed = entries if isinstance(entries, list) else []
@@ -222,7 +222,7 @@ def _read_entries(path: Path) -> list[tuple[str, Sequence[str]]]:
     return found
 
 
-def _read_lines(path: Path) -> list[str]:
+def _read_lines(path: AnyPath) -> list[str]:
     """Lines without surrounding blanks; an empty one is refused, it would shift those below."""
     lines = read_lines(path) or [""]
     if "" in lines:
@@ -230,7 +230,7 @@ def _read_lines(path: Path) -> list[str]:
     return lines
 
 
-def _read_json(path: Path) -> object:
+def _read_json(path: AnyPath) -> object:
     try:
         return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:

@@ -7,7 +7,6 @@ which is the largest of a text-to-video model, can be gone before the transforme
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
 import jax
@@ -16,6 +15,7 @@ from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from salt_jax.errors import UserError
+from salt_jax.io.files import AnyPath, as_path
 from salt_jax.io.header import stored_sizes
 from salt_jax.io.shipped import located
 from salt_jax.io.tensor_files import load_weights
@@ -59,7 +59,7 @@ class Source(NamedTuple):
     seed: int = 0  # of random weights
 
 
-def part_file(part: Part, where: str | Path) -> Path:
+def part_file(part: Part, where: str | AnyPath) -> AnyPath:
     """The file of a part in a folder.
 
     Where a transformer's file is named instead: that one, or beside it.
@@ -68,7 +68,7 @@ def part_file(part: Part, where: str | Path) -> Path:
     return path / part.file if path.is_dir() else path if part is WAN else path.with_name(part.file)
 
 
-def stored_config(part: Part[C], where: str | Path) -> C:
+def stored_config(part: Part[C], where: str | AnyPath) -> C:
     """The sizes that a file was written with.
 
     Raises UserError: it is absent or says nothing about itself.
@@ -107,11 +107,11 @@ def open_part(
     return config, load_weights(part_file(part, source.folder), like, dtype, placed)
 
 
-def tokenizer_files(source: Source) -> list[Path]:
+def tokenizer_files(source: Source) -> list[AnyPath]:
     """Those that the folder has, the one that is read first."""
     if not source.folder:
         return []
-    folder = Path(source.folder)
+    folder = as_path(source.folder)
     paths = ((folder if folder.is_dir() else folder.parent) / name for name in TOKENIZERS)
     return [path for path in paths if path.is_file()]
 

@@ -6,10 +6,7 @@ import hashlib
 import json
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -18,9 +15,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jax.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from salt_jax.errors import UserError
+from salt_jax.io.files import AnyPath, as_path, blocks, in_bucket, made_on_disk, read_ranges
+from salt_jax.io.header import read_header
+from salt_jax.io.slices import Bounds, bounds, slices
 from salt_jax.types import Leaf, Params
 
 CODES: dict[str, np.dtype] = {
@@ -37,7 +37,7 @@ CODES: dict[str, np.dtype] = {
 class TensorRef(NamedTuple):
     """An array in a file: byte offset of its first number, and strides in elements."""
 
-    path: Path
+    path: AnyPath
     offset: int
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -57,12 +57,18 @@ class TensorWriter(NamedTuple):
 
 
 def view(stored: TensorRef) -> np.ndarray:
-    """The array without reading it: pages of the file come into memory when they are looked at."""
+    """The array without reading it: pages of the file come into memory when they are looked at.
+
+    Of a file in a bucket it is read; see `slices` for parts of it.
+    """
     if 0 in stored.shape:
         return np.empty(stored.shape, stored.dtype)
     size = stored.dtype.itemsize
     span = 1 + sum((n - 1) * s for n, s in zip(stored.shape, stored.strides, strict=True))
-    data = np.memmap(stored.path, mode="r", offset=stored.offset, shape=(span * size,))
+    if in_bucket(stored.path):
+        (data,) = read_ranges(stored.path, [(stored.offset, span * size)])
+    else:
+        data = np.memmap(stored.path, mode="r", offset=stored.offset, shape=(span * size,))
     return np.ndarray(stored.shape, stored.dtype, data, strides=[s * size for s in stored.strides])
 
 
@@ -71,27 +77,40 @@ def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
-def list_tensors(path: str | Path) -> tuple[dict[str, TensorRef], dict[str, str]]:
+def list_tensors(path: str | AnyPath) -> tuple[dict[str, TensorRef], dict[str, str]]:
     """What a safetensors file holds, by name, and its metadata.
 
     Raises:
       OSError, SafetensorError: it is absent or damaged.
     """
-    with safe_open(path, "numpy") as file:  # checks all that is relied on below
-        metadata = file.metadata() or {}
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+    header, metadata, begin = read_header(path)
     found = {}
     for name, entry in header.items():
-        if name != "__metadata__":
-            if entry["dtype"] not in CODES:
-                raise SafetensorError(f"{name} is {entry['dtype']}, which cannot be read here")
-            shape, start = tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
-            found[name] = TensorRef(
-                Path(path), start, CODES[entry["dtype"]], shape, contiguous(shape)
+        if entry["dtype"] not in CODES:
+            raise SafetensorError(f"{name} is {entry['dtype']}, which cannot be read here")
+        dtype, shape, (start, end) = (
+            CODES[entry["dtype"]],
+            tuple(entry["shape"]),
+            entry["data_offsets"],
+        )
+        if end - start != dtype.itemsize * math.prod(shape):
+            raise SafetensorError(
+                f"{name} has {end - start} bytes, too many or too few for {shape}"
             )
+        found[name] = TensorRef(as_path(path), begin + start, dtype, shape, contiguous(shape))
     return found, metadata
+
+
+def layer(stored: TensorRef, i: int) -> np.ndarray:
+    """An array's i-th part along its first axis, without reading the others."""
+    if not in_bucket(stored.path):
+        return view(stored)[i]
+    part = ((i, i + 1), *((0, n) for n in stored.shape[1:]))
+    return slices_of(stored, [part])(part)[0]
+
+
+def slices_of(stored: TensorRef, wanted: Iterable[Bounds]) -> Callable[[Bounds], np.ndarray]:
+    return slices(stored.path, stored.offset, stored.dtype, stored.shape, wanted)
 
 
 Report = Callable[[int], object]
@@ -102,21 +121,20 @@ def no_report(nbytes: int) -> None:
     """A `Report` that nobody sees."""
 
 
-def digest(path: Path, report: Report = no_report) -> str:
+def digest(path: AnyPath, report: Report = no_report) -> str:
     """SHA-256 of a file, in hexadecimal digits.
 
     `report` is called with the bytes of each piece that was read.
     """
     state = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**24):
-            state.update(block)
-            report(len(block))
+    for block in blocks(path):
+        state.update(block)
+        report(len(block))
     return state.hexdigest()
 
 
 def write_tensors(
-    path: str | Path,
+    path: str | AnyPath,
     tensors: Mapping[str, TensorWriter],
     metadata: Mapping[str, str],
     report: Report = no_report,
@@ -139,9 +157,8 @@ def write_tensors(
         }
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
-    temporary = Path(f"{path}.partial")
     try:
-        with open(temporary, "wb") as file:
+        with made_on_disk(as_path(path)) as temporary, temporary.open("wb") as file:
             file.write(len(head).to_bytes(8, "little") + head)
             for name in order:
                 left = tensors[name].nbytes
@@ -154,13 +171,10 @@ def write_tensors(
                     raise ValueError(f"the parts of {name} and its shape differ by {left} bytes")
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
     except OSError as error:
         raise UserError(
             f"cannot write {path} ({error}); make room or choose another place"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _in_order(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -176,34 +190,7 @@ def _in_order(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return copy
 
 
-@contextmanager
-def all_or_nothing(dst: str | Path) -> Iterator[Path]:
-    """An empty folder; what is in it when the block ends goes to `dst`. After an error nothing of
-    it is left.
-
-    Files of the same name in `dst` are replaced, others stay. Raises UserError where the disk
-    refuses.
-    """
-    dst, made = Path(dst), not Path(dst).exists()
-    temporary = dst / ".partial"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
-        temporary.mkdir(parents=True)
-        yield temporary
-        for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
-            (dst / path.relative_to(temporary)).parent.mkdir(parents=True, exist_ok=True)
-            path.replace(dst / path.relative_to(temporary))
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {dst} ({error}); make room or choose another place"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if made and dst.is_dir() and not any(dst.iterdir()):
-            dst.rmdir()
-
-
-def save_weights(path: str | Path, params: Params, dtype: str, metadata: dict[str, str]) -> None:
+def save_weights(path: str | AnyPath, params: Params, dtype: str, metadata: dict[str, str]) -> None:
     """Writes a tree.
 
     `dtype` is how it is stored: float32, bfloat16 or float16. Atomic, one array at a time.
@@ -218,7 +205,7 @@ def save_weights(path: str | Path, params: Params, dtype: str, metadata: dict[st
 
 
 def load_weights(
-    path: str | Path,
+    path: str | AnyPath,
     like: Params,
     dtype: DTypeLike | None = jnp.float32,
     shardings: Params | None = None,
@@ -253,12 +240,19 @@ def load_weights(
     places: dict[str, Leaf] = {} if shardings is None else flatten_dict(shardings, sep="/")
 
     def load(name: str, stored: TensorRef) -> Array:
-        def read(index) -> np.ndarray:
-            # a copy: an array on the CPU could otherwise stay a window on the file
-            return np.array(view(stored)[index], stored.dtype if dtype is None else dtype)
-
+        as_asked = stored.dtype if dtype is None else dtype
         if shardings is None:
-            return jnp.asarray(read(...))
+            return jnp.asarray(np.array(view(stored), as_asked))
+        take = None
+        if in_bucket(stored.path):
+            here = places[name].addressable_devices_indices_map(stored.shape).values()
+            take = slices_of(stored, dict.fromkeys(bounds(i, stored.shape) for i in here))
+
+        def read(index) -> np.ndarray:
+            part = take(bounds(index, stored.shape)) if take else view(stored)[index]
+            # a copy: an array on the CPU could otherwise stay a window on the file
+            return np.array(part, as_asked)
+
         return jax.make_array_from_callback(stored.shape, places[name], read)
 
     return unflatten_dict({name: load(name, stored) for name, stored in flat.items()}, sep="/")

@@ -7,10 +7,10 @@ import html
 import importlib
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
+from salt_jax.io.files import AnyPath, as_path, on_disk
 from salt_jax.models.text_encoder import PAD
 
 END = 1
@@ -35,7 +35,7 @@ def byte_tokenize(text: str, length: int) -> np.ndarray:
     return _pad(ids, length)
 
 
-def load_tokenizer(path: str | Path) -> Callable[[str, int], np.ndarray]:
+def load_tokenizer(path: str | AnyPath) -> Callable[[str, int], np.ndarray]:
     """The umT5 tokenizer from the user's `tokenizer.json` or `spiece.model`.
 
     Returns a function (text, length) -> int32 [length] that cleans the text as Wan 2.1 does, cuts
@@ -46,14 +46,16 @@ def load_tokenizer(path: str | Path) -> Callable[[str, int], np.ndarray]:
         ImportError: if the library that reads it, or ftfy, is not installed.
         ValueError: if the file is of another kind or its special tokens are not umT5's.
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.is_file():
         raise FileNotFoundError(
             f"no tokenizer file at {path}: give umt5-xxl's tokenizer.json or spiece.model"
         )
     ftfy = _library("ftfy")
     if path.suffix == ".json":
-        model = _library("tokenizers").Tokenizer.from_file(str(path))
+        library = _library("tokenizers")
+        with on_disk(path) as file:
+            model = library.Tokenizer.from_file(str(file))
         model.no_truncation()  # a file may carry settings of its own
         model.no_padding()
 
@@ -62,7 +64,9 @@ def load_tokenizer(path: str | Path) -> Callable[[str, int], np.ndarray]:
 
         special = (model.token_to_id("<pad>"), model.token_to_id("</s>"))
     elif path.suffix == ".model":
-        model = _library("sentencepiece").SentencePieceProcessor(model_file=str(path))
+        library = _library("sentencepiece")
+        with on_disk(path) as file:
+            model = library.SentencePieceProcessor(model_file=str(file))
         encode = model.encode
         special = (model.pad_id(), model.eos_id())
     else:

@@ -1,9 +1,7 @@
 """Clips become files: MP4, GIF and contact sheets.
 
-A clip is uint8 RGB [F, H, W, 3]. `encode_*` returns the bytes of a file, `write_*` puts them in
-place at
-once: a reader sees the old file or the whole new one. `scale` enlarges every pixel to scale x
-scale, so that clips of 12 x 12 pixels can be seen; `visible_scale` proposes one.
+A clip is uint8 RGB [F, H, W, 3]. `encode_*` returns the bytes of a file. `scale` enlarges every
+pixel to scale x scale, so that clips of 12 x 12 pixels can be seen; `visible_scale` proposes one.
 """
 
 import io
@@ -15,6 +13,8 @@ from pathlib import Path
 import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from salt_jax.io.files import as_path, write_whole
 
 H264_ENCODERS = ("libx264", "libopenh264", "h264_videotoolbox")  # the first one present is used
 
@@ -140,26 +140,10 @@ def contact_sheet(videos: np.ndarray, labels: Sequence[str], scale: int) -> Imag
     return page
 
 
-def write_bytes(path: str | os.PathLike, content: bytes) -> None:
-    """Writes a file at once: under a temporary name beside it, then renamed.
-
-    Makes the folder if needed.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def write_video(path: str | os.PathLike, frames: np.ndarray, fps: int = 16, scale: int = 1) -> None:
     """Writes a clip, uint8 [F, H, W, 3], as MP4, or as GIF where the name says so."""
-    gif = Path(path).suffix.lower() == ".gif"
-    write_bytes(path, (encode_gif if gif else encode_mp4)(frames, fps, scale))
+    gif = as_path(path).suffix.lower() == ".gif"
+    write_whole(as_path(path), (encode_gif if gif else encode_mp4)(frames, fps, scale))
 
 
 def _clip(frames: np.ndarray) -> np.ndarray:

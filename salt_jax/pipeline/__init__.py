@@ -1,14 +1,12 @@
 """What makes videos, as one object: `load`, and `Model.generate` and `Model.stream`."""
 
-from pathlib import Path
-
 from salt_jax.config.sections import Teacher
 from salt_jax.errors import UserError
+from salt_jax.io.files import AnyPath
 from salt_jax.io.model_folder import WAN, Source, part_file, stored_config
 from salt_jax.io.shipped import located
 from salt_jax.models.latent_size import latent_frames
 from salt_jax.pipeline.model import Model
-from salt_jax.pipeline.remote import copied
 from salt_jax.pipeline.shapes import sampler_of, shapes_model
 from salt_jax.pipeline.wan import WanOptions, WanSource, wan_parts
 from salt_jax.rollout.settings import RELEASED, TEACHER_STEPS, Sampler
@@ -19,7 +17,7 @@ WAN_CLIP = (latent_frames(81), 60, 104)  # frames, rows and columns of latent: 8
 
 
 def load(
-    source: str | Path,
+    source: str | AnyPath,
     *,
     folder: str = "",
     released: str = "",
@@ -30,8 +28,8 @@ def load(
 
     Args:
       source: a workdir of launch.train, a file of launch.export, a folder of launch.convert_wan (a
-        teacher of Wan 2.1), a converted few-step student, or the name of a shipped network. What is
-        behind an address (gs://) is copied to the cache first.
+        teacher of Wan 2.1), a converted few-step student, or the name of a shipped network; gs://
+        is read where it is.
       folder: of Wan 2.1: the converted weights that give text encoder and VAE to a student.
       released: what a converted student was trained at, a name of `rollout.settings.RELEASED`.
       guidance: scale of classifier-free guidance; None: 5 for teachers of Wan 2.1, that of its
@@ -41,7 +39,7 @@ def load(
     Raises:
       UserError: there is nothing of that kind, or its parts do not fit.
     """
-    where = str(copied(str(source), step) if "://" in str(source) else source)
+    where = str(source)
     path = located(where)
     if is_workdir(where):
         return _of_run(open_workdir(where, step), str(source), folder, guidance)

@@ -5,13 +5,13 @@ others.
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from salt_jax.checkpoint_files import newest_step
 from salt_jax.config.reading import resolved
 from salt_jax.config.schema import ANY_LEVEL, MAKES_TEACHER, works_causally
 from salt_jax.errors import UserError
+from salt_jax.io.files import AnyPath, as_path
 from salt_jax.io.header import read_metadata
 from salt_jax.io.model_folder import WAN, part_file
 from salt_jax.io.tensor_files import digest
@@ -61,8 +61,8 @@ def is_workdir(where: str) -> bool:
     """
     return (
         bool(where)
-        and (Path(where) / "config.json").is_file()
-        and (Path(where) / "checkpoints").is_dir()
+        and (as_path(where) / "config.json").is_file()
+        and (as_path(where) / "checkpoints").is_dir()
     )
 
 
@@ -72,8 +72,8 @@ def read_record(where: str) -> Record:
     An unreadable file gives an empty record: the error comes from reading its arrays.
     """
     if is_workdir(where):
-        config = _json((Path(where) / "config.json").read_bytes())
-        config = _today(config, Path(where) / "config.json")
+        config = _json((as_path(where) / "config.json").read_bytes())
+        config = _today(config, as_path(where) / "config.json")
         return Record(config, newest_step(where), "", _student(config))
     try:
         metadata = read_metadata(part_file(WAN, where))
@@ -129,7 +129,7 @@ def same_file(one: str, other: str) -> bool:
     )
 
 
-def _today(config: Json, where: Path) -> Json:
+def _today(config: Json, where: AnyPath) -> Json:
     return resolved(config, where) if isinstance(config.get("stage"), str) else {}
 
 

@@ -5,12 +5,12 @@ what made it.
 import functools
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 from salt_jax.checkpoint_files import checkpoint_digest
 from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
+from salt_jax.io.files import AnyPath, as_path, write_whole
 from salt_jax.io.model_folder import TEXT, WAN, part_file
 from salt_jax.io.tensor_files import Report, digest, no_report
 from salt_jax.stages.record import is_workdir, read_record, starts
@@ -76,7 +76,7 @@ def roles(stage: Stage, report: Report = no_report) -> list[Role]:
     return [*found, _text_encoder(recipe, part)]
 
 
-def refuse_another_base(workdir: str | Path, recipe: Recipe) -> None:
+def refuse_another_base(workdir: str | AnyPath, recipe: Recipe) -> None:
     """Raises UserError where the network that a workdir's LoRA adapts is not what it was when that
     run began.
     """
@@ -131,14 +131,14 @@ def _text_encoder(recipe: Recipe, part: Part) -> Role:
     if recipe.data.kind != "latents":
         return part("text encoder", recipe.weights)._replace(sees="-")
     try:
-        settings = json.loads((Path(recipe.data.dir) / "settings.json").read_text())
+        settings = json.loads((as_path(recipe.data.dir) / "settings.json").read_text())
         sha = str(settings.get(TEXT.file, ""))
     except (OSError, ValueError, AttributeError):
         sha = ""  # the reader of the data says what is wrong
     return Role("text encoder", recipe.data.dir, None, sha, "-", "embedded by launch.encode")
 
 
-def going_on(found: list[Role], recipe: Recipe, workdir: str | Path, step: int) -> list[Role]:
+def going_on(found: list[Role], recipe: Recipe, workdir: str | AnyPath, step: int) -> list[Role]:
     """The parts of a resumed run: what is in training comes from its own checkpoint."""
 
     def now(r: Role) -> Role:
@@ -164,18 +164,19 @@ def table(found: list[Role]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def write_roles(workdir: str | Path, found: list[Role]) -> None:
+def write_roles(workdir: str | AnyPath, found: list[Role]) -> None:
     """WORKDIR/roles.json, whole or not at all."""
-    replace_text(Path(workdir) / "roles.json", json.dumps([r._asdict() for r in found], indent=2))
+    text = json.dumps([r._asdict() for r in found], indent=2)
+    write_whole(as_path(workdir) / "roles.json", text)
 
 
-def read_roles(workdir: str | Path) -> list[Role]:
+def read_roles(workdir: str | AnyPath) -> list[Role]:
     """What `write_roles` wrote; none in a workdir of an earlier version.
 
     Raises:
       UserError: the file is damaged.
     """
-    path = Path(workdir) / "roles.json"
+    path = as_path(workdir) / "roles.json"
     if not path.is_file():
         return []
     try:
@@ -204,10 +205,3 @@ def refuse_changed(was: list[Role], now: list[Role], run: str = "") -> None:
 
 def _file(r: Role) -> str:
     return f"{r.source} (sha256 {r.digest[:12] or 'none'})"
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -6,7 +6,6 @@ the planners. Nobody else asks which stage a run is of.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -15,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Num
 
 from salt_jax.config.schema import Recipe
+from salt_jax.io.files import AnyPath
 from salt_jax.models.denoiser import WanDenoiser
 from salt_jax.models.presets import WanConfig
 from salt_jax.rollout.draws import Draw, Terms
@@ -96,7 +96,7 @@ class RecordSource(NamedTuple):
     """What a stage makes its records of."""
 
     clips: Sequence  # or prompts
-    workdir: Path
+    workdir: AnyPath
     frozen: Frozen
     encode_caption: Callable[[str], np.ndarray]
     files_may_move: bool  # see `config.migrate.refuse_another_run`

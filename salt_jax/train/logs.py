@@ -9,6 +9,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from salt_jax.errors import UserError
+from salt_jax.io.files import in_bucket
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +29,20 @@ def report(values: dict[str, float], step: int, writer: SummaryWriter, bar: tqdm
     """Scalars to TensorBoard, the losses to the bar."""
     for name, value in values.items():
         writer.add_scalar(name, value, step)
-    writer.flush()
+    flush(writer)
     bar.set_postfix(
         {k: f"{v:.4g}" for k, v in values.items() if not k.endswith(("skipped", "row", "norm"))}
     )
+
+
+def flush(writer: SummaryWriter, anyway: bool = False) -> None:
+    """Shows what was written at once.
+
+    In a bucket a file is written anew by each flush, and these files grow: there it is left to
+    tensorboardX, which flushes every two minutes, unless `anyway`.
+    """
+    if anyway or not in_bucket(writer.logdir):
+        writer.flush()
 
 
 def stop_if_stuck(values: dict[str, float], limit: int, step: int) -> None:

@@ -20,6 +20,7 @@ from salt_jax.rollout.causal import Origin, Steps, rollout
 from salt_jax.rollout.parallel import sample
 from salt_jax.sharding import replicated
 from salt_jax.state import fetched
+from salt_jax.train.logs import flush
 from salt_jax.train.setup import Setup
 from salt_jax.types import Conditioning, Params
 
@@ -90,4 +91,4 @@ def show(writer: SummaryWriter, clips: np.ndarray, sizes: tuple[int, ...], step:
     for i, (size, end) in enumerate(zip(sizes, ends, strict=True)):
         for name, value in looks(clips[:, end - size : end]).items():
             writer.add_scalar(f"looks_by_chunk/{name}_{i}", value, step)
-    writer.flush()
+    flush(writer)

@@ -12,9 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 from salt_jax.errors import UserError
 from salt_jax.io import tensor_files
+from salt_jax.io.files import all_or_nothing
 from salt_jax.io.tensor_files import (
     TensorWriter,
-    all_or_nothing,
     list_tensors,
     load_weights,
     save_weights,

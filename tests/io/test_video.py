@@ -165,19 +165,6 @@ def test_long_labels_wrap_inside_the_page():
     assert long[:, -4:].min() == 255  # nothing runs over the edge
 
 
-def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
-    video.write_bytes(tmp_path / "file", b"old")
-
-    def full_disk(self, target):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(Path, "replace", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        video.write_bytes(tmp_path / "file", b"new")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    assert (tmp_path / "file").read_bytes() == b"old"
-
-
 @pytest.mark.parametrize(
     "clip",
     [

@@ -1,20 +1,14 @@
 """The library: what makes videos, opened by name, by workdir and by file."""
 
-import json
-import shutil
-
 import numpy as np
 import pytest
-from etils.epath import backend
-from fsspec.implementations.local import LocalFileSystem
 
 import salt_jax
 from configs import base, salt
-from salt_jax.config.reading import read_recipe, to_json
+from salt_jax.config.reading import read_recipe
 from salt_jax.errors import UserError
 from salt_jax.io.shipped import located
 from salt_jax.pipeline.model import Video
-from salt_jax.pipeline.remote import copied
 from salt_jax.pipeline.shapes import sampler_of
 from salt_jax.rollout.settings import RELEASED, Sampler, Switch
 from salt_jax.workdir import export, open_exported
@@ -87,68 +81,22 @@ def test_a_sampler_is_that_of_the_recipe():
     assert RELEASED["causvid"].grid().tolist() == np.float32([1, 0.757, 0.522, 0]).tolist()
 
 
-@pytest.mark.parametrize(
-    ("source", "told"),
-    [
-        ("no_such_network", "no_such_network is no workdir, no file"),
-        ("gs://no-such-bucket-of-salt/run", "cannot read gs://|there is nothing at gs://"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore")
-def test_what_is_not_there_is_told_in_one_sentence(source, told):
-    if source.startswith("gs://"):
-        pytest.importorskip("gcsfs")
-    with pytest.raises(UserError, match=told) as error:
-        salt_jax.load(source)
-    assert "\n" not in str(error.value)
-
-
-@pytest.fixture
-def bucket(tmp_path, monkeypatch):
-    """The folder that gs://bucket stands for, and an empty cache beside it."""
-
-    class Buckets(LocalFileSystem):
-        @classmethod
-        def _strip_protocol(cls, path):
-            return super()._strip_protocol(str(path).replace("gs:/", str(tmp_path), 1))
-
-        def ls(self, path, detail=False, **kwargs):
-            """In a folder that is an object gcsfs lists the folder too."""
-            return [self._strip_protocol(path), *super().ls(path, detail=False)]
-
-    monkeypatch.setattr(backend.fsspec_backend, "fs", lambda path: Buckets())
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (tmp_path / "bucket").mkdir()
-    return tmp_path / "bucket"
+def test_what_is_not_there_is_told_in_one_sentence(bucket):
+    for source in ("no_such_network", f"{bucket}/run", "gs://no-such-bucket-of-salt/run"):
+        with pytest.raises(UserError, match=f"{source} is no workdir, no file") as error:
+            salt_jax.load(source)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="s3:// cannot be read or written here"):
+        salt_jax.load("s3://bucket/run")
 
 
 def test_a_network_in_a_bucket_is_the_same(model, bucket):
-    shutil.copy(located("shapes_causal"), bucket / "student.safetensors")
-    there = salt_jax.load("gs://bucket/student.safetensors")
+    """It is exported there, and read there."""
+    export(open_exported("shapes_causal"), f"{bucket}/deep/student.safetensors")
+    there = salt_jax.load(f"{bucket}/deep/student.safetensors")
     args = dict(num_steps=1, frames=3)
     np.testing.assert_array_equal(there.generate(RED, **args), model.generate(RED, **args))
-    assert there.parts.source == "gs://bucket/student.safetensors"
-
-
-def test_of_a_workdir_in_a_bucket_the_newest_checkpoint_is_copied_and_only_once(bucket):
-    run, address = bucket / "run", "gs://bucket/run"
-    for step in (5, 10):
-        (run / "checkpoints" / str(step) / "ema").mkdir(parents=True)
-        (run / "checkpoints" / str(step) / "ema" / "d").write_text(f"{step}")
-    (run / "config.json").write_text(to_json(read_recipe(base.get_config())))
-    (run / "events.out").write_text("not needed")
-    there = copied(address, None)
-    assert there.name == "run"
-    files = sorted(str(p.relative_to(there)) for p in there.rglob("*") if p.is_file())
-    assert files == ["checkpoints/10/ema/d", "config.json"]
-    assert json.loads((there / "config.json").read_text())["stage"] == "distil"
-    (run / "checkpoints" / "10" / "ema" / "d").write_text("changed")
-    assert (copied(address, None) / "checkpoints/10/ema/d").read_text() == "10"
-    assert (copied(address, 5) / "checkpoints/5/ema/d").read_text() == "5"
-    with pytest.raises(UserError, match=r"no checkpoint of step 7 in .*run"):
-        copied(address, 7)
-    with pytest.raises(UserError, match=r"nothing at .*absent"):
-        copied("gs://bucket/absent", None)
+    assert there.parts.source == f"{bucket}/deep/student.safetensors"
 
 
 def test_a_shipped_network_is_found_by_its_name_alone():
