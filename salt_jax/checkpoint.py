@@ -20,7 +20,6 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TypeVar
 
 import jax
@@ -30,6 +29,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from salt_jax.checkpoint_files import JSONS, directory_of, refuse_uncommitted, trees
 from salt_jax.errors import UserError
+from salt_jax.io.files import AnyPath, as_path
 from salt_jax.keys import Json
 from salt_jax.sharding import laid_out, state_shardings
 from salt_jax.state import TrainState, by_path, from_items, nested, to_items
@@ -40,7 +40,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def open_checkpoints(workdir: str | Path, keep: int, keep_every: int = 0) -> ocp.CheckpointManager:
+def open_checkpoints(
+    workdir: str | AnyPath, keep: int, keep_every: int = 0
+) -> ocp.CheckpointManager:
     """The checkpoints of a workdir, open for writing. A context manager: leaving it waits.
 
     The newest `keep` stay, and beside them, unless `keep_every` is 0, those whose step is a
@@ -132,13 +134,15 @@ def restore(
     return _newest_readable(manager, read, set_aside=True)
 
 
-def restore_params(workdir: str | Path, what: str, mesh: Mesh, step: int | None = None) -> Params:
+def restore_params(
+    workdir: str | AnyPath, what: str, mesh: Mesh, step: int | None = None
+) -> Params:
     """The parameters of `restore_step`, whichever step they are of."""
     return restore_step(workdir, what, mesh, step)[1]
 
 
 def restore_step(
-    workdir: str | Path, what: str, mesh: Mesh, step: int | None = None
+    workdir: str | AnyPath, what: str, mesh: Mesh, step: int | None = None
 ) -> tuple[int, Params]:
     """Only the parameters of "ema" or "student", for sampling: no optimizer is known or read,
     nothing is written.
@@ -176,7 +180,7 @@ def restore_step(
     return found
 
 
-def _named(step: int, there: Sequence[int], directory: Path, read: Callable[[int], T]) -> T:
+def _named(step: int, there: Sequence[int], directory: AnyPath, read: Callable[[int], T]) -> T:
     """`read(step)`. Raises UserError, with the steps there are, where it is absent or damaged."""
     others = [str(s) for s in sorted(there, reverse=True) if s != step]
     those = (
@@ -212,7 +216,7 @@ def _newest_readable(
     manager: ocp.CheckpointManager, read: Callable[[int], T], set_aside: bool
 ) -> T | None:
     """`read(step)` of the newest step that can be read, None where there is no step."""
-    root, damaged = Path(manager.directory), {}
+    root, damaged = as_path(manager.directory), {}
     for step in sorted(manager.all_steps(), reverse=True):
         try:
             refuse_uncommitted(root / str(step))
@@ -243,7 +247,7 @@ def _newest_readable(
 
 def _stored(manager: ocp.CheckpointManager, step: int) -> dict[str, Params]:
     """What is on disk, as trees of shapes and dtypes. No array is read."""
-    metadata, names = manager.item_metadata(step), trees(Path(manager.directory) / str(step))
+    metadata, names = manager.item_metadata(step), trees(as_path(manager.directory) / str(step))
     if lost := [name for name in names if metadata[name] is None]:
         raise OSError(f"{lost[0]}/_METADATA is missing")
     return {name: metadata[name].tree for name in names}
@@ -281,7 +285,7 @@ def _refuse_mismatch(
             )
 
 
-def _manager(directory: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+def _manager(directory: AnyPath, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
     # Learners are known by their files alone. Of a step that is being written Orbax goes by what it
     # is given, of one that is there by the names of its items.
     arrays, jsons = ocp.PyTreeCheckpointHandler(), ocp.JsonCheckpointHandler()

@@ -7,7 +7,7 @@ and saved, and the exit code is 75; the same command goes on. Several processes:
 from absl import flags
 from ml_collections import config_flags
 
-from salt_jax.cli.app import config_made_by, read_config, run_main
+from salt_jax.cli.app import config_made_by, name_files, read_config, run_main
 from salt_jax.cli.processes import joined
 from salt_jax.config.reading import read_recipe
 from salt_jax.train.stop import stoppable
@@ -18,6 +18,7 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "where checkpoints, scalars and the resolved config go", required=True
 )
+name_files(WORKDIR)
 
 
 def main(_):

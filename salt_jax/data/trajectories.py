@@ -8,10 +8,8 @@ make an update, and the first one writes it where all of them can read.
 
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
@@ -20,7 +18,9 @@ from salt_jax.config.migrate import refuse_another_run
 from salt_jax.config.reading import to_json
 from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
+from salt_jax.io.files import AnyPath, made_on_disk
 from salt_jax.io.header import read_metadata
+from salt_jax.io.tensor_files import layer, list_tensors
 
 Record = dict[str, str | int | np.ndarray]
 """A clip of Moving Shapes or of encoded data, see `pipeline.batches`."""
@@ -35,7 +35,7 @@ class Trajectories(Sequence):
     See `stages.ode_regression.OdeRegression.trajectory`.
     """
 
-    def __init__(self, parts: list[Path], per_part: int, clips: Sequence[Record]):
+    def __init__(self, parts: list[AnyPath], per_part: int, clips: Sequence[Record]):
         self._parts, self._per_part, self._clips = parts, per_part, clips
 
     def __len__(self) -> int:
@@ -43,14 +43,14 @@ class Trajectories(Sequence):
 
     def __getitem__(self, index):
         part, i = divmod(int(index), self._per_part)
-        with safe_open(self._parts[part], "numpy") as file:
-            record = {name: file.get_slice(name)[i] for name in ("video", "states")}
+        arrays, _ = list_tensors(self._parts[part])
+        record = {name: np.array(layer(arrays[name], i)) for name in ("video", "states")}
         clip = self._clips[int(index) % len(self._clips)]
         return record | {name: clip[name] for name in ("caption", "text") if name in clip}
 
 
 def open_trajectories(
-    directory: Path, recipe: Recipe, make: Make, source: Sequence, files_may_move: bool = False
+    directory: AnyPath, recipe: Recipe, make: Make, source: Sequence, files_may_move: bool = False
 ) -> Trajectories:
     """Makes what is missing in `directory`: `config.ode.trajectories`, rounded up to whole batches.
 
@@ -76,7 +76,7 @@ def open_trajectories(
     return Trajectories(parts, size, source)
 
 
-def _missing(parts: list[Path], recipe: Recipe, files_may_move: bool) -> list[int]:
+def _missing(parts: list[AnyPath], recipe: Recipe, files_may_move: bool) -> list[int]:
     """The numbers of those that are not there.
 
     Raises:
@@ -91,8 +91,7 @@ def _missing(parts: list[Path], recipe: Recipe, files_may_move: bool) -> list[in
     return [number for number, path in enumerate(parts) if not path.exists()]
 
 
-def _write(path: Path, arrays: dict[str, np.ndarray], recipe: Recipe) -> None:
+def _write(path: AnyPath, arrays: dict[str, np.ndarray], recipe: Recipe) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(arrays, partial, {"config": to_json(recipe)})
-    partial.replace(path)
+    with made_on_disk(path) as partial:
+        save_file(arrays, partial, {"config": to_json(recipe)})

@@ -18,6 +18,7 @@ from pathlib import Path
 from etils import epath
 
 from salt_jax.errors import UserError
+from salt_jax.io.files import AnyPath
 from salt_jax.keys import Json
 
 BEAT = 5.0  # seconds between two writes
@@ -66,7 +67,7 @@ class Lock:
 
 
 @contextmanager
-def locked(workdir: str | Path) -> Iterator[Lock]:
+def locked(workdir: str | AnyPath) -> Iterator[Lock]:
     """Takes the lock of a workdir, which has to be there, and gives it back.
 
     Raises:

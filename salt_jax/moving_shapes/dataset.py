@@ -9,18 +9,22 @@ loss.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 from tqdm import tqdm
 
 from salt_jax.errors import UserError
+from salt_jax.io.files import AnyPath, as_path, below, upload
 from salt_jax.moving_shapes import shapes
 
 # the test split counts from here, so it shares no stream of random numbers with train
 TEST_START = 2**32
+INFO = "dataset_info.json"
 
 
 def example(world: shapes.World, seed: int, index: int) -> dict:
@@ -107,8 +111,22 @@ def _text(stored, feature) -> str:
     return stored.decode()
 
 
+def _render_for(bucket: epath.Path, opened: Callable[[str], MovingShapes]) -> None:
+    """Records cannot be written to a bucket: they are on this machine first. What makes a data set
+    one, its description, comes last.
+    """
+    with tempfile.TemporaryDirectory(prefix="salt_jax_") as folder:
+        builder = opened(folder)
+        place = bucket / builder.data_path.relative_to(folder)
+        if (place / INFO).exists():
+            return
+        builder.download_and_prepare()
+        for file in sorted(below(Path(builder.data_dir)), key=lambda file: file.name == INFO):
+            upload(Path(file), place / file.name)
+
+
 def build(
-    data_dir: str | Path, world: shapes.World, num_train: int, num_test: int, seed: int
+    data_dir: str | AnyPath, world: shapes.World, num_train: int, num_test: int, seed: int
 ) -> tuple[Sequence, Sequence]:
     """The train and test sources; written under `data_dir` on the first call, read from there
     afterwards.
@@ -126,12 +144,15 @@ def build(
         )
     tfds.disable_progress_bar()  # ours knows the total, so it has an ETA
     config = MovingShapesConfig(world, num_train, num_test, seed)
-    opened = lambda: MovingShapes(config=config, data_dir=data_dir, file_format="array_record")
-    builder = opened()
+    where = as_path(data_dir)
+    opened = lambda where: MovingShapes(config=config, data_dir=where, file_format="array_record")
+    if isinstance(where, epath.Path):
+        _render_for(where, opened)
+    builder = opened(where)
     try:
         builder.download_and_prepare()
     except FileExistsError:  # another run was done first; ours is gone already
-        builder = opened()
+        builder = opened(where)
     # The decorators of TFDS hide from a type checker which arguments these two calls take.
     decoders = {"caption": _text()}  # pyright: ignore[reportCallIssue]
     train, test = builder.as_data_source(

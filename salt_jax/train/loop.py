@@ -10,7 +10,6 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -27,6 +26,7 @@ from salt_jax.config.schema import Recipe
 from salt_jax.config.validate import refuse_uneven
 from salt_jax.data.pipeline import batches
 from salt_jax.errors import Stopped
+from salt_jax.io.files import AnyPath, as_path
 from salt_jax.io.lock import Lock, locked
 from salt_jax.keys import Json
 from salt_jax.moving_shapes import dataset
@@ -35,7 +35,7 @@ from salt_jax.stages.roles import Role, read_roles, roles
 from salt_jax.stages.stage import Batch, Frozen, Metrics, RecordSource, Stage, Update
 from salt_jax.stages.texts import to_batch
 from salt_jax.state import TrainState
-from salt_jax.train.logs import report, stop_if_stuck, summarize
+from salt_jax.train.logs import flush, report, stop_if_stuck, summarize
 from salt_jax.train.preview import make_preview, show
 from salt_jax.train.provenance import keep_config, keep_roles
 from salt_jax.train.setup import Setup, setup
@@ -58,13 +58,13 @@ class Run(NamedTuple):
 class Places(NamedTuple):
     """Where a run writes to."""
 
-    workdir: Path
+    workdir: AnyPath
     manager: CheckpointManager
     lock: Lock | None  # of the first process, which holds it for all
 
 
 def train(
-    recipe: Recipe, workdir: str | Path, made_by: Json | None = None, stop: Stop | None = None
+    recipe: Recipe, workdir: str | AnyPath, made_by: Json | None = None, stop: Stop | None = None
 ) -> TrainState:
     """Trains until `recipe.iterations`, resuming what the workdir holds.
 
@@ -96,13 +96,13 @@ def train(
         owned(workdir, stop) as lock,
         checkpoint.open_checkpoints(workdir, recipe.keep, recipe.keep_every) as manager,
     ):
-        places = Places(Path(workdir), manager, lock)
+        places = Places(as_path(workdir), manager, lock)
         state, run = begin(parts, places, now, made_by)
         return go_on(state, run, places, stop)
 
 
 @contextmanager
-def owned(workdir: str | Path, stop: Stop) -> Iterator[Lock | None]:
+def owned(workdir: str | AnyPath, stop: Stop) -> Iterator[Lock | None]:
     """The lock of a workdir, which the first process takes for all.
 
     Raises:
@@ -181,6 +181,7 @@ def go_on(state: TrainState, run: Run, places: Places, stop: Stop) -> TrainState
             planned = kept or done % recipe.save_every == 0 or done == last
             if planned or late or stopping:
                 checkpoint.save(manager, state, meta)
+                flush(writer, anyway=True)
                 saved = time.monotonic()
             if planned and run.preview:
                 show(writer, run.preview(state.ema), sizes, done)
@@ -206,7 +207,7 @@ def resume(
     return restored[0]
 
 
-def make_run(parts: Setup, start: int, workdir: str | Path, files_may_move: bool = False) -> Run:
+def make_run(parts: Setup, start: int, workdir: str | AnyPath, files_may_move: bool = False) -> Run:
     """Readies the programs, and opens the data where iteration `start` needs it.
 
     Raises:
@@ -226,7 +227,7 @@ def make_run(parts: Setup, start: int, workdir: str | Path, files_may_move: bool
         build = functools.partial(dataset.build, d.dir, recipe.world, d.num_train, d.num_test)
         source, _ = hosts.first_then_others(lambda: build(d.seed), f"the data set in {d.dir}")
     records = stage.records(
-        RecordSource(source, Path(workdir), parts.frozen, parts.encode_caption, files_may_move)
+        RecordSource(source, as_path(workdir), parts.frozen, parts.encode_caption, files_may_move)
     )
     count = recipe.batch_size
     rows = sharding.local_rows(over_batch, count)

@@ -2,24 +2,22 @@
 processes one calls this.
 """
 
-from pathlib import Path
-
 from salt_jax.config.migrate import record_changes
 from salt_jax.config.reading import to_json
 from salt_jax.config.schema import Recipe
+from salt_jax.io.files import AnyPath, as_path, write_whole
 from salt_jax.keys import Json
 from salt_jax.stages.roles import (
     Role,
     going_on,
     refuse_changed,
-    replace_text,
     table,
     write_roles,
 )
 
 
 def keep_roles(
-    was: list[Role], now: list[Role], recipe: Recipe, workdir: str | Path, step: int
+    was: list[Role], now: list[Role], recipe: Recipe, workdir: str | AnyPath, step: int
 ) -> None:
     """Prints the files of each role and records them for the next start; a resumed run must have
     the files it began with.
@@ -27,7 +25,7 @@ def keep_roles(
     Raises:
       UserError: a file that a run began with has changed.
     """
-    begun = step or any((Path(workdir) / "trajectories").glob("*.safetensors"))
+    begun = step or any((as_path(workdir) / "trajectories").glob("*.safetensors"))
     if begun:
         refuse_changed(was, now)
     print(table(going_on(now, recipe, workdir, step) if step else now), flush=True)
@@ -36,10 +34,10 @@ def keep_roles(
 
 
 def keep_config(
-    workdir: str | Path, recipe: Recipe, step: int, made_by: Json | None = None
+    workdir: str | AnyPath, recipe: Recipe, step: int, made_by: Json | None = None
 ) -> None:
     """Writes config.json; changes on resume are printed and added to changes.jsonl."""
-    path = Path(workdir) / "config.json"
-    before = path.read_text(errors="replace") if step and path.is_file() else ""
+    path = as_path(workdir) / "config.json"
+    before = path.read_bytes().decode(errors="replace") if step and path.is_file() else ""
     record_changes(workdir, before, recipe, step)
-    replace_text(path, to_json(recipe, made_by))
+    write_whole(path, to_json(recipe, made_by))

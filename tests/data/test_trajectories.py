@@ -96,7 +96,8 @@ def test_a_part_is_a_function_of_the_seed_and_its_number_and_what_is_there_is_ke
     first, *later = (stopped / "trajectories" / f"{i:05d}.safetensors" for i in range(3))
     for part in later:  # stopped after the first part
         part.unlink()
-    later[0].with_suffix(".partial").write_bytes(b"half")  # in the middle of the second
+    half = later[0].with_name(f"{later[0].name}.partial")
+    half.write_bytes(b"half")  # in the middle of the second
     kept = first.stat().st_mtime_ns
     make(stopped)
     assert contents(stopped) == whole
