@@ -16,7 +16,6 @@ not: Orbax keeps no checksum of it.
 """
 
 import logging
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers as managers
 
-from salt_jax.checkpoint_files import JSONS, directory_of, refuse_uncommitted, trees
+from salt_jax.checkpoint_files import JSONS, directory_of, full_disk, refuse_uncommitted, trees
 from salt_jax.errors import UserError
 from salt_jax.io.files import AnyPath, as_path
 from salt_jax.keys import Json
@@ -58,6 +57,20 @@ def open_checkpoints(
     return _manager(directory, options)
 
 
+@contextmanager
+def writing(
+    workdir: str | AnyPath, keep: int, keep_every: int = 0
+) -> Iterator[ocp.CheckpointManager]:
+    """`open_checkpoints`; leaving it waits for what is being written.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    manager = open_checkpoints(workdir, keep, keep_every)
+    with full_disk(manager.directory), manager:
+        yield manager
+
+
 def save(manager: ocp.CheckpointManager, state: TrainState, meta: Json) -> None:
     """Start writing `state` as step `state.iteration`; a step that is already there is left alone.
 
@@ -72,7 +85,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, meta: Json) -> None:
         return
     items = {name: ocp.args.PyTreeSave(tree) for name, tree in to_items(state).items()}
     items |= {"data": ocp.args.JsonSave({"step": step}), "meta": ocp.args.JsonSave(meta)}
-    with jax.transfer_guard("allow"), _refusals(manager):
+    with jax.transfer_guard("allow"), full_disk(manager.directory):
         manager.save(step, args=ocp.args.Composite(**items))
 
 
@@ -82,25 +95,9 @@ def finish(manager: ocp.CheckpointManager) -> None:
     Raises:
         UserError: the disk refuses.
     """
-    with _refusals(manager):
+    with full_disk(manager.directory):
         manager.wait_until_finished()
         manager.check_for_errors()
-
-
-@contextmanager
-def _refusals(manager: ocp.CheckpointManager) -> Iterator[None]:
-    """Errors of the disk, which TensorStore raises as one of several classes, as a sentence."""
-    try:
-        yield
-    except Exception as error:
-        if not re.search(r"ENOSPC|EFBIG|EDQUOT|No space left|File too large|quota", str(error)):
-            raise
-        steps = sorted(manager.all_steps(read=True))
-        whole = f"step {steps[-1]} is whole" if steps else "there is none yet"
-        raise UserError(
-            f"a checkpoint could not be written to {manager.directory}: the disk is full; make "
-            f"room, or lower config.keep, and start again (of the checkpoints {whole})"
-        ) from error
 
 
 def restore(

@@ -5,8 +5,11 @@ No array is read, and Orbax is not asked.
 import hashlib
 import json
 import logging
+import re
 import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from salt_jax.errors import UserError
@@ -70,13 +73,43 @@ def refuse_uncommitted(step: AnyPath) -> None:
             raise OSError(f"{step / item}/commit_success.txt is missing")
 
 
+@contextmanager
+def full_disk(directory: AnyPath) -> Iterator[None]:
+    """Errors of a disk without room, which TensorStore raises as one of several classes, as a
+    sentence.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not re.search(r"ENOSPC|EFBIG|EDQUOT|No space left|File too large|quota", str(error)):
+            raise
+        steps = _whole_steps(directory)
+        whole = f"step {max(steps)} is whole" if steps else "there is none yet"
+        raise UserError(
+            f"a checkpoint could not be written to {directory}: the disk is full; make room, or "
+            f"lower config.keep, and start again (of the checkpoints {whole})"
+        ) from error
+
+
 def newest_step(workdir: str | AnyPath) -> int:
     """The newest step whose writer, or a copy, finished. Its arrays are not looked at.
 
     Raises:
         UserError: there is none.
     """
-    directory, found = directory_of(workdir), []
+    directory = directory_of(workdir)
+    found = _whole_steps(directory)
+    if not found:
+        raise UserError(
+            f"there is no whole checkpoint in {directory}; train there first, or name another "
+            "workdir"
+        )
+    return max(found)
+
+
+def _whole_steps(directory: AnyPath) -> list[int]:
+    """Of those that are not whole it warns."""
+    found = []
     for path in directory.glob("*"):
         if path.name.isascii() and path.name.isdigit():
             try:
@@ -86,12 +119,7 @@ def newest_step(workdir: str | AnyPath) -> int:
                 log.warning(
                     "checkpoint step %s in %s is passed over (%s)", path.name, directory, error
                 )
-    if not found:
-        raise UserError(
-            f"there is no whole checkpoint in {directory}; train there first, or name another "
-            "workdir"
-        )
-    return max(found)
+    return found
 
 
 def checkpoint_digest(

@@ -18,7 +18,7 @@ from salt_jax.flow.transition import euler
 from salt_jax.losses.regression import endpoint_loss
 from salt_jax.models.denoiser import WanDenoiser
 from salt_jax.rollout.causal import plan_teacher_forcing
-from salt_jax.sharding import batch_sharding, put, replicated
+from salt_jax.sharding import batch_sharding, put_rows, replicated
 from salt_jax.stages import causal, single
 from salt_jax.stages.accumulate import in_turn
 from salt_jax.stages.networks import denoiser_of
@@ -75,8 +75,9 @@ class OdeRegression:
 
         def make(records: Sequence, number: int) -> dict[str, np.ndarray]:
             arrays = collate(records, source.encode_caption)
-            text, video = (put(arrays[name], batch_sharding(mesh)) for name in ("text", "video"))
-            batch = Batch(Conditioning(text), video=video)
+            rows, where = np.arange(len(records)), batch_sharding(mesh)
+            place = lambda x: put_rows(x, rows, len(rows), where)
+            batch = Batch(Conditioning(place(arrays["text"])), video=place(arrays["video"]))
             key = jax.random.fold_in(jax.random.key(self.recipe.seed), number)
             states = np.asarray(trajectory(source.frozen, batch, key))
             return {"video": arrays["video"], "states": states}

@@ -1,15 +1,23 @@
 """The logs of a run, and its stop where updates are not finite."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import SupportsFloat
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Self, SupportsFloat
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from google.protobuf.message import Message
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from salt_jax.errors import UserError
-from salt_jax.io.files import in_bucket
+from salt_jax.io.files import AnyPath, in_bucket
+
+RARELY = 120.0  # seconds
 
 log = logging.getLogger(__name__)
 
@@ -25,24 +33,71 @@ def summarize(recent: Sequence[Mapping[str, SupportsFloat]]) -> dict[str, float]
     }
 
 
-def report(values: dict[str, float], step: int, writer: SummaryWriter, bar: tqdm) -> None:
+class EventLog:
+    """The TensorBoard events of a run, written by who calls.
+
+    SummaryWriter of tensorboardX leaves it to a thread; that ends where the disk is full, and then
+    whoever waits for it waits for ever.
+    """
+
+    def __init__(self, workdir: str | AnyPath, on: bool = True):
+        """Begins a file of its own in the workdir. `on` False writes nothing."""
+        self._where, self._seen = os.fspath(workdir), time.monotonic()
+        with self._refusals():
+            self._events = EventsWriter(f"{self._where}/events") if on else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self._events and kind is None:
+            with self._refusals():
+                self._events.close()
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        """Raises UserError where the disk refuses, as the others here."""
+        self.add(scalar(name, value), step)
+
+    def add(self, summary: Message, step: int) -> None:
+        """A `tensorboardX.proto.summary_pb2.Summary`."""
+        if self._events:
+            # Any: its classes are made when it is imported, where no type checker sees them
+            proto: Any = event_pb2
+            event = proto.Event(wall_time=time.time(), step=step, summary=summary)
+            with self._refusals():
+                self._events.write_event(event)
+
+    def flush(self, anyway: bool = False) -> None:
+        """Shows what was written.
+
+        In a bucket a file is written anew by each flush, and these files grow: there it is done
+        every `RARELY` seconds, unless `anyway`.
+        """
+        now = time.monotonic()
+        if self._events and (anyway or not in_bucket(self._where) or now > self._seen + RARELY):
+            self._seen = now
+            with self._refusals():
+                self._events.flush()
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write the log of the run to {self._where} ({error.strerror or error}): "
+                "make room, and start again; the last checkpoint is whole"
+            ) from error
+
+
+def report(values: dict[str, float], step: int, events: EventLog, bar: tqdm) -> None:
     """Scalars to TensorBoard, the losses to the bar."""
     for name, value in values.items():
-        writer.add_scalar(name, value, step)
-    flush(writer)
+        events.scalar(name, value, step)
+    events.flush()
     bar.set_postfix(
         {k: f"{v:.4g}" for k, v in values.items() if not k.endswith(("skipped", "row", "norm"))}
     )
-
-
-def flush(writer: SummaryWriter, anyway: bool = False) -> None:
-    """Shows what was written at once.
-
-    In a bucket a file is written anew by each flush, and these files grow: there it is left to
-    tensorboardX, which flushes every two minutes, unless `anyway`.
-    """
-    if anyway or not in_bucket(writer.logdir):
-        writer.flush()
 
 
 def stop_if_stuck(values: dict[str, float], limit: int, step: int) -> None:

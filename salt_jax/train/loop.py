@@ -15,7 +15,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from orbax.checkpoint import CheckpointManager
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from salt_jax import checkpoint, hosts, sharding
@@ -35,7 +34,7 @@ from salt_jax.stages.roles import Role, read_roles, roles
 from salt_jax.stages.stage import Batch, Frozen, Metrics, RecordSource, Stage, Update
 from salt_jax.stages.texts import to_batch
 from salt_jax.state import TrainState
-from salt_jax.train.logs import flush, report, stop_if_stuck, summarize
+from salt_jax.train.logs import EventLog, report, stop_if_stuck, summarize
 from salt_jax.train.preview import make_preview, show
 from salt_jax.train.provenance import keep_config, keep_roles
 from salt_jax.train.setup import Setup, setup
@@ -94,7 +93,7 @@ def train(
     make_writable(workdir)
     with (
         owned(workdir, stop) as lock,
-        checkpoint.open_checkpoints(workdir, recipe.keep, recipe.keep_every) as manager,
+        checkpoint.writing(workdir, recipe.keep, recipe.keep_every) as manager,
     ):
         places = Places(as_path(workdir), manager, lock)
         state, run = begin(parts, places, now, made_by)
@@ -162,8 +161,7 @@ def go_on(state: TrainState, run: Run, places: Places, stop: Stop) -> TrainState
     bar = tqdm(
         range(begun, last), recipe.stage, last, initial=begun, mininterval=1, disable=not mine
     )
-    # a writer of another process than the first writes nothing
-    with SummaryWriter(str(places.workdir), write_to_disk=mine) as writer:
+    with EventLog(places.workdir, mine) as events:
         for iteration in bar:
             with jax.transfer_guard("disallow"):
                 state, metrics = iterate(state, run, iteration)
@@ -173,7 +171,7 @@ def go_on(state: TrainState, run: Run, places: Places, stop: Stop) -> TrainState
             stopping, late = votes(stop.asked, late)
             if done % recipe.log_every == 0 or done == last:
                 values, recent = summarize(jax.device_get(recent)), []
-                report(values, done, writer, bar)
+                report(values, done, events, bar)
                 stop_if_stuck(values, recipe.max_skipped, done)
             if places.lock:
                 places.lock.refuse_lost()
@@ -181,10 +179,10 @@ def go_on(state: TrainState, run: Run, places: Places, stop: Stop) -> TrainState
             planned = kept or done % recipe.save_every == 0 or done == last
             if planned or late or stopping:
                 checkpoint.save(manager, state, meta)
-                flush(writer, anyway=True)
+                events.flush(anyway=True)
                 saved = time.monotonic()
             if planned and run.preview:
-                show(writer, run.preview(state.ema), sizes, done)
+                show(events, run.preview(state.ema), sizes, done)
             if stopping and done < last:
                 break
     checkpoint.finish(manager)

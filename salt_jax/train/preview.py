@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tensorboardX import SummaryWriter
 from tensorboardX.proto import summary_pb2
 
 from salt_jax.io.video import encode_gif, looks, visible_scale
@@ -20,7 +19,7 @@ from salt_jax.rollout.causal import Origin, Steps, rollout
 from salt_jax.rollout.parallel import sample
 from salt_jax.sharding import replicated
 from salt_jax.state import fetched
-from salt_jax.train.logs import flush
+from salt_jax.train.logs import EventLog
 from salt_jax.train.setup import Setup
 from salt_jax.types import Conditioning, Params
 
@@ -67,7 +66,7 @@ def make_preview(parts: Setup) -> Callable[[Params], np.ndarray] | None:
     return preview
 
 
-def show(writer: SummaryWriter, clips: np.ndarray, sizes: tuple[int, ...], step: int) -> None:
+def show(events: EventLog, clips: np.ndarray, sizes: tuple[int, ...], step: int) -> None:
     """Writes clips, uint8 [N, F, H, W, 3], side by side as an animated picture, and how they look,
     over training.
 
@@ -83,12 +82,11 @@ def show(writer: SummaryWriter, clips: np.ndarray, sizes: tuple[int, ...], step:
         height=height, width=width, colorspace=3, encoded_image_string=gif
     )
     summary = proto.Summary(value=[proto.Summary.Value(tag="clips", image=picture)])
-    assert writer.file_writer is not None
-    writer.file_writer.add_summary(summary, step)
+    events.add(summary, step)
     for name, value in looks(clips).items():
-        writer.add_scalar(f"looks/{name}", value, step)
+        events.scalar(f"looks/{name}", value, step)
     ends = np.cumsum(sizes)
     for i, (size, end) in enumerate(zip(sizes, ends, strict=True)):
         for name, value in looks(clips[:, end - size : end]).items():
-            writer.add_scalar(f"looks_by_chunk/{name}_{i}", value, step)
-    flush(writer)
+            events.scalar(f"looks_by_chunk/{name}_{i}", value, step)
+    events.flush()
