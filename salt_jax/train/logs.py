@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Self, SupportsFloat
+from typing import Any, SupportsFloat
 
 import numpy as np
 from google.protobuf.message import Message
@@ -46,7 +46,7 @@ class EventLog:
         with self._refusals():
             self._events = EventsWriter(f"{self._where}/events") if on else None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "EventLog":
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
