@@ -29,7 +29,8 @@ def emulator() -> Iterator[str]:
     it for the service meanwhile.
     """
     command, pipe = [sys.executable, "-m", "tests.buckets"], subprocess.PIPE
-    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as server:
+    quiet = dict(stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+    with subprocess.Popen(command, cwd=ROOT, **quiet) as server:
         assert server.stdout
         address = f"http://localhost:{int(server.stdout.readline())}"
         with _service_at(address):
@@ -91,13 +92,22 @@ def serve() -> None:
     from gcp_storage_emulator.exceptions import NotFound
     from gcp_storage_emulator.handlers import objects
 
-    def generation(request, storage) -> int:
+    def named(request) -> str | None:
+        """The file that a request is about; None: that is known from an earlier one."""
+        if "object_id" in request.params or "name" in request.query:
+            return request.params.get("object_id") or request.query["name"][0]
+        if "upload_id" in request.query:
+            return None
+        return request.data.get("meta", request.data)["name"]
+
+    def generation(request, storage) -> int | None:
         """0: there is no such file."""
-        name = request.params.get("object_id") or request.query.get("name", [""])[0]
+        name = named(request)
         try:
-            return int(storage.get_file_obj(request.params["bucket_name"], name)["generation"])
+            there = name and storage.get_file_obj(request.params["bucket_name"], name)
         except NotFound:
             return 0
+        return int(there["generation"]) if there else None
 
     def asked(request, condition: str) -> int | None:
         values = request.query.get(condition)
@@ -110,11 +120,11 @@ def serve() -> None:
             now = generation(request, storage)
             if now and asked(request, "ifGenerationNotMatch") == now:
                 response.status = HTTPStatus.NOT_MODIFIED
-            elif asked(request, "ifGenerationMatch") not in (None, now):
+            elif now is not None and asked(request, "ifGenerationMatch") not in (None, now):
                 response.status = HTTPStatus.PRECONDITION_FAILED
             else:
                 handler(request, response, storage, *args, **kwargs)
-                if handler is objects.download and now:
+                if handler is download and now:
                     response["x-goog-generation"] = str(now)
 
         return handle
@@ -124,8 +134,9 @@ def serve() -> None:
         objects.copy(request, response, storage)
         storage.delete_file(request.params["bucket_name"], request.params["object_id"])
 
-    guarded = {handler: conditional(handler) for handler in (objects.insert, objects.delete)}
-    guarded[objects.download] = conditional(objects.download)
+    download = objects.download
+    guarded = {h: conditional(h) for h in (objects.insert, objects.delete, download)}
+    objects.download = guarded[download]  # another handler calls it
     within = r"^/storage/v1/b/(?P<bucket_name>[-.\w]+)/o/(?P<object_id>.*[^/]+)"
     server.HANDLERS = (
         (within + r"/moveTo/o/(?P<dest_object_id>.*[^/]+)$", {"POST": move}),

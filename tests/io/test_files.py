@@ -152,3 +152,11 @@ def test_an_error_of_a_buckets_library_is_a_sentence():
     told = files.refusal(errors.DefaultCredentialsError("no credentials\nmore"))
     assert "(no credentials); check its name" in told and "\n" not in told
     assert files.refusal(OSError("disk")) == "" == files.refusal(np.exceptions.AxisError(1))
+
+
+def test_two_that_make_a_file_at_once_know_who_has(bucket):
+    """What the lock of a workdir stands on."""
+    files._buckets().pipe_file(f"{bucket}/lock", b"one", mode="create")
+    with pytest.raises(FileExistsError):
+        files._buckets().pipe_file(f"{bucket}/lock", b"two", mode="create")
+    assert as_path(f"{bucket}/lock").read_bytes() == b"one"

@@ -8,22 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
 from PIL import Image
-from safetensors.numpy import save_file
 
 from salt_jax.checkpoint import restore_params
 from salt_jax.data.clips import read_ending
 from salt_jax.io.model_folder import VAE, WAN, Source, open_part
 from salt_jax.io.video import write_video
-from salt_jax.models import image_encoder, text_encoder, vae
+from salt_jax.models import vae
 from salt_jax.models.presets import PRESETS
-from salt_jax.models.wan import init_wan
 from salt_jax.rollout.pixels import to_bytes
 from salt_jax.sharding import all_devices
-from tests.convert.networks import from_table, official, save_torch
-from tests.helpers import randomised, same_bits, shapes_of, to_diffusers
+from tests.helpers import same_bits
 from tests.launch.programs import frames, program, succeed
+from tests.launch.releases import release
 
 SMALL = ["--size=32x32", "--frames=9"]
 TINY = ["--preset_size=tiny", "--model=wan2.1-t2v-1.3b", *SMALL]
@@ -143,50 +140,6 @@ def test_from_prompts_alone_to_a_causal_student(tmp_path, prompts):
         "sample", f"--workdir={run}", "--num_steps=2", "--prompt=A cat", "--count=1", "--frames=9"
     )
     assert frames(run / "samples" / "2_000.mp4")[0].shape == (9, 32, 32, 3)
-
-
-def release(folder, layout, config):
-    """A release in one of the two layouts: Wan's networks, small and random, and a tokenizer of one
-    word a token.
-    """
-    parts = {"wan": (config, init_wan), "vae": (vae.PRESETS["tiny"], vae.init_vae)}
-    parts["text_encoder"] = (text_encoder.PRESETS["wan-tiny"], text_encoder.init_text_encoder)
-    if config.image_dim:
-        parts["image_encoder"] = (image_encoder.PRESETS["tiny"], image_encoder.init_image_encoder)
-    places = {
-        "wan": "transformer",
-        "vae": "vae",
-        "text_encoder": "text_encoder",
-        "image_encoder": "image_encoder",
-    }
-    for name, (sizes, init) in parts.items():
-        tree = randomised(shapes_of(sizes, init), 1)
-        if name == "image_encoder":  # a file has one layer more than is used
-            tree["blocks"] = jax.tree.map(
-                lambda leaf: np.concatenate([leaf, leaf[:1]]), tree["blocks"]
-            )
-        place = folder / (places[name] if layout == "diffusers" else "")
-        place.mkdir(parents=True, exist_ok=True)
-        told = {"num_heads": 2, "num_attention_heads": 2}
-        (place / "config.json").write_text(json.dumps(told))
-        if name == "wan":
-            by_hand = official(tree, sizes) if layout == "official" else to_diffusers(tree, sizes)
-            tensors = {name: np.asarray(w) for name, w in by_hand.items()}
-        else:
-            tensors = from_table(name, layout, tree)
-        if layout == "diffusers" or name == "wan":
-            save_file(tensors, place / "model.safetensors")
-        else:
-            save_torch(place / f"{name}.pth", tensors)
-    words = ["<pad>", "</s>", "<s>", "<unk>", "A", "cat", "dog", "walks", "runs", ".", "Noise"]
-    model = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>")
-    )
-    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    place = folder / ("tokenizer" if layout == "diffusers" else "google/umt5-xxl")
-    place.mkdir(parents=True)
-    model.save(str(place / "tokenizer.json"))
-    return folder
 
 
 @pytest.mark.slow
