@@ -71,7 +71,7 @@ def read_text(file: str | AnyPath) -> str:
         data = as_path(file).read_bytes()
     except (OSError, ValueError) as error:
         raise UserError(
-            f"cannot read {file} ({getattr(error, 'strerror', error)}); check its name"
+            f"cannot read {file} ({getattr(error, 'strerror', None) or error}); check its name"
         ) from error
     seen = next((f"it is {name}" for name, mark in MARKS if data.startswith(mark)), "")
     if not seen and 3 * data.count(0) > len(data):

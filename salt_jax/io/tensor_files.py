@@ -249,9 +249,10 @@ def load_weights(
             take = slices_of(stored, dict.fromkeys(bounds(i, stored.shape) for i in here))
 
         def read(index) -> np.ndarray:
-            part = take(bounds(index, stored.shape)) if take else view(stored)[index]
+            if take:
+                return np.asarray(take(bounds(index, stored.shape)), as_asked)
             # a copy: an array on the CPU could otherwise stay a window on the file
-            return np.array(part, as_asked)
+            return np.array(view(stored)[index], as_asked)
 
         return jax.make_array_from_callback(stored.shape, places[name], read)
 

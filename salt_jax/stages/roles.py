@@ -121,7 +121,7 @@ def _network(where: str, seed: int, report: Report) -> Role:
             sha = digest(file, report) if file.is_file() else ""
     except OSError as error:
         raise UserError(
-            f"cannot read {where} ({error.strerror}); mend it, or name another"
+            f"cannot read {where} ({error.strerror or error}); mend it, or name another"
         ) from error
     return Role("", where, record.step, sha, record.sees, record.made)
 
