@@ -132,7 +132,8 @@ def serve() -> None:
     def move(request, response, storage):
         request.params["dest_bucket_name"] = request.params["bucket_name"]
         objects.copy(request, response, storage)
-        storage.delete_file(request.params["bucket_name"], request.params["object_id"])
+        if response.status == HTTPStatus.OK:
+            storage.delete_file(request.params["bucket_name"], request.params["object_id"])
 
     download = objects.download
     guarded = {h: conditional(h) for h in (objects.insert, objects.delete, download)}

@@ -23,6 +23,7 @@ from salt_jax.checkpoint import open_checkpoints, restore, restore_params, save
 from salt_jax.checkpoint_files import checkpoint_digest, make_writable, newest_step
 from salt_jax.config.sections import Optimizer
 from salt_jax.errors import UserError
+from salt_jax.io.files import as_path, below
 from salt_jax.models.kv_cache import KVCache
 from salt_jax.optimizer import make_optimizer
 from salt_jax.sharding import make_mesh, state_shardings
@@ -472,3 +473,24 @@ def test_a_process_that_dies_while_saving_leaves_the_step_before(tmp_path):
     np.testing.assert_array_equal(
         state.learners["student"].params["w"], np.arange(2**23, dtype=np.float32)
     )
+
+
+@pytest.mark.slow
+def test_in_a_bucket_a_damaged_step_is_set_aside_and_the_one_before_it_is_used(bucket):
+    make_writable(bucket)
+    with open_checkpoints(bucket, keep=3) as manager:
+        for step in (1, 2):
+            save(manager, on(mesh_of(8), step=step), meta_of(step))
+    assert newest_step(bucket) == 2
+    item = as_path(bucket) / "checkpoints" / "2" / "student"
+    for file in below(item):
+        if file.name == "manifest.ocdbt":
+            file.unlink()
+    with open_checkpoints(bucket, keep=3) as manager:
+        state, meta = restore(manager, abstract(mesh_of(4)))
+    same_bits(state, make(step=1))
+    assert meta == meta_of(1) and newest_step(bucket) == 1
+    names = {path.name.partition(".")[0] for path in (as_path(bucket) / "checkpoints").iterdir()}
+    assert names == {"1", "2"} and not item.exists()
+    same_bits(restore_params(bucket, "ema", mesh_of(2)), make(step=1).ema)
+    gc.collect()
