@@ -3,13 +3,17 @@ kernels it has.
 
 The text is that of one device. Bytes are those that one device sends where n of them pass their
 parts around a ring, the least that a large array takes: gather and scatter (n - 1) / n of the
-whole, a sum of all twice that.
+whole, a sum of all twice that. Each collective is told by the axes of the mesh that it runs along:
+those along which the devices of one of its groups differ.
 """
 
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import NamedTuple
+
+import numpy as np
 
 # Of a number; others say it in their name: f32, u8, f8e4m3fn
 BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
@@ -30,6 +34,8 @@ class Moved(NamedTuple):
     calls: int  # places in the program
     runs: int  # of all of them in one run of the program, loops counted
     bytes: int  # that one device sends in a run
+    over: dict[str, int]  # these bytes by axes of the mesh, "data+fsdp"
+    open: dict[str, int]  # those of `over` in loops of unknown length, one turn of each
 
 
 class Read(NamedTuple):
@@ -47,33 +53,47 @@ class Instruction(NamedTuple):
     rest: str  # operands and attributes
 
 
-def read(text: str) -> Read:
-    """Everything above, of `compiled.as_text()`."""
-    computations, everyone = _computations(text), _everyone(text)
+def read(text: str, mesh: Mapping[str, int]) -> Read:
+    """Everything above, of `compiled.as_text()`.
+
+    `mesh`: the size of each axis, the last one changing fastest from device to device.
+    """
+    computations = _computations(text)
     lengths = {name: _length(instructions) for name, instructions in computations.items()}
-    times: Counter[str] = Counter()
+    entry = next(reversed(computations))
+    times, opened = Counter({entry: 1}), Counter[str]()  # runs; those in loops of unknown length
     found: dict[str, Moved] = {}
     kernels: Counter[str] = Counter()
     open_loops = 0
     # callers stand behind what they call; the entry is the last
     for name in reversed(computations):
-        runs = times[name] or (name == next(reversed(computations)))
         for i in computations[name]:
-            loop, length = i.opcode == "while", 1
-            if loop:
-                length = _known_length(i) or lengths.get(_callees(i, "condition")[0])
+            length = 1
+            if i.opcode == "while":
+                length = _known_length(i) or lengths.get(_callees(i, "condition")[0]) or 0
                 open_loops += not length
             # they name again what their start has called
             if not i.opcode.endswith(("-done", "-update")):
                 for callee in _callees(i):
-                    times[callee] += runs * ((length or 1) if loop else 1)
+                    times[callee] += times[name] * (length or 1)
+                    opened[callee] += opened[name] * length if length else times[name]
             if match := COLLECTIVE.match(i.opcode):
-                size = round(_bytes(_result(i)) * _sent(match[1], _group(i.rest, everyone)))
-                was = found.get(match[1], Moved(0, 0, 0))
-                found[match[1]] = Moved(was.calls + 1, was.runs + runs, was.bytes + runs * size)
+                was = found.setdefault(match[1], Moved(0, 0, 0, {}, {}))
+                found[match[1]] = _added(was, i, (times[name], opened[name]), mesh)
             if i.opcode == "custom-call" and (kernel := KERNEL.search(i.rest)):
                 kernels[_kernel(i, kernel[1])] += 1
     return Read(dict(sorted(found.items())), dict(sorted(kernels.items())), open_loops)
+
+
+def _added(was: Moved, i: Instruction, runs: tuple[int, int], mesh: Mapping[str, int]) -> Moved:
+    """With one more collective. `runs`: of it, and those of them in open loops."""
+    kind = i.opcode.removesuffix("-start")
+    members = _members(i.rest, math.prod(mesh.values()))
+    size = round(_bytes(_result(i)) * _sent(kind, len(members[0])))
+    axes, (times, opened) = _axes(members, mesh), runs
+    over = was.over | {axes: was.over.get(axes, 0) + times * size}
+    waits = was.open | ({axes: was.open.get(axes, 0) + opened * size} if opened else {})
+    return Moved(was.calls + 1, was.runs + times, was.bytes + times * size, over, waits)
 
 
 def _sent(kind: str, devices: int) -> int | float:
@@ -116,12 +136,6 @@ def _type_end(rest: str) -> int:
         if not depth:
             return match.end()
     raise ValueError(f"no type in {rest[:100]}")
-
-
-def _everyone(text: str) -> int:
-    """Devices that run the program."""
-    head = text.split("\n", 1)[0]
-    return math.prod(int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", head))
 
 
 def _callees(i: Instruction, attribute: str = "") -> list[str]:
@@ -178,18 +192,44 @@ def _bytes(shapes: str) -> float:
     return total
 
 
-def _group(attributes: str, everyone: int) -> int:
-    """How many devices take part in one collective."""
-    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
-        return match[1].count(",") + 1
-    if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
-        return int(match[1])
+def _members(attributes: str, everyone: int) -> np.ndarray:
+    """Devices [groups, devices of one] that take part together; of a permutation each pair."""
+    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[^=]*\})\}", attributes):
+        groups = re.findall(r"\{([\d,]+)\}", match[1])
+        return np.array([[int(n) for n in group.split(",")] for group in groups])
+    # [groups, of one]<=[shape]T(order)
+    if match := re.search(
+        r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
+    ):
+        grid = np.arange(everyone).reshape([int(n) for n in match[3].split(",")])
+        order = [int(n) for n in match[4].split(",")] if match[4] else None
+        return grid.transpose(order).reshape(int(match[1]), int(match[2]))
     # mesh['data'=2,'fsdp'=4] {'fsdp'}, or a part of an axis: {'fsdp':(1)2}
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
-        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", match[2])
-        return math.prod(int(part or sizes[axis]) for axis, part in axes)
-    return everyone
+        return _along(dict(re.findall(r"'([^']+)'=(\d+)", match[1])), match[2])
+    return np.arange(everyone)[None]
+
+
+def _along(sizes: Mapping[str, str], axes: str) -> np.ndarray:
+    """Groups along axes of a mesh, or parts of them, as a TPU's compiler writes them."""
+    taken = {
+        axis: (int(before or 1), int(part or sizes[axis]))
+        for axis, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
+    }
+    shape, along = [], []
+    for axis, size in sizes.items():
+        before, part = taken.get(axis, (1, 1))
+        shape += [before, part, int(size) // before // part]
+        along.append(len(shape) - 2)
+    grid = np.moveaxis(np.arange(math.prod(shape)).reshape(shape), along, range(-len(along), 0))
+    return grid.reshape(-1, math.prod(part for _, part in taken.values()))
+
+
+def _axes(members: np.ndarray, mesh: Mapping[str, int]) -> str:
+    """The axes of the mesh along which devices of a group differ, joined by "+"; "" where none."""
+    places = np.unravel_index(members, tuple(mesh.values()))
+    differ = ((place != place[:, :1]).any() for place in places)
+    return "+".join(axis for axis, moves in zip(mesh, differ, strict=True) if moves)
 
 
 def _kernel(i: Instruction, target: str) -> str:

@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.sharding import NamedSharding
 
 from salt_jax.compile.buffers import largest
 from salt_jax.compile.gpu_description import describe
@@ -69,7 +70,7 @@ def compile_program(program: Program, platform: str, memory: int | None, dump: P
     assert stats and text, "XLA's compilers give both"
     row |= memory_row(stats, platform)
     row["beside_bytes"] = max(0, bytes_given(program) - row["argument_bytes"])
-    found = read(text)
+    found = read(text, mesh_of(program))
     row["collectives"] = {kind: moved._asdict() for kind, moved in found.collectives.items()}
     row |= {"kernels": found.kernels, "open_loops": found.open_loops}
     row["largest"] = [buffer._asdict() for buffer in largest(dump, SHOWN)]
@@ -79,6 +80,15 @@ def compile_program(program: Program, platform: str, memory: int | None, dump: P
     if limit and needed > limit:
         row["problem"] = f"does not fit: {gib(needed)} at its peak, {gib(limit)} may be filled"
     return row
+
+
+def mesh_of(program: Program) -> dict[str, int]:
+    """The size of each axis of the mesh that a program's arguments lie on."""
+    for leaf in jax.tree.leaves(program.args):
+        place = getattr(leaf, "sharding", None)
+        if isinstance(place, NamedSharding):
+            return dict(place.mesh.shape)
+    raise ValueError("no argument of the program lies on a mesh")
 
 
 def bytes_given(program: Program) -> int:

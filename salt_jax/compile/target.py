@@ -22,6 +22,11 @@ class Tpu(NamedTuple):
     memory: int
     accelerator: str  # a machine of such chips, in the words of TPU_ACCELERATOR_TYPE
     flops: float  # a second at best, in bfloat16: Google's data sheets
+    # Bytes a second that it sends along one axis of the torus, both ways: half of the
+    # "bidirectional inter-chip interconnect bandwidth per chip" of docs.cloud.google.com/tpu/docs,
+    # by the axes
+    link: float
+    network: float  # the same to another slice: 50 Gbit/s, which are published for v5p alone
 
 
 class Gpu(NamedTuple):
@@ -31,16 +36,19 @@ class Gpu(NamedTuple):
     memory: int  # bytes: 81,008 and 143,771 MiB in nvidia-smi
     bandwidth: int  # of its memory, bytes a second: NVIDIA's data sheets
     flops: float  # a second at best, in bfloat16 and without sparsity: the same
+    # Bytes a second that it sends to others of its host, half of NVLink's 900 GB/s: the same
+    link: float
+    network: float  # the same to other hosts, 400 Gbit/s for each GPU: DGX H100's data sheet
 
 
 TPUS = {
-    "v5e": Tpu(2, round(15.75 * GIB), "v5litepod-8", 197e12),
-    "v5p": Tpu(3, round(95.73 * GIB), "v5p-8", 459e12),
-    "v6e": Tpu(2, round(31.24 * GIB), "v6e-8", 918e12),
+    "v5e": Tpu(2, round(15.75 * GIB), "v5litepod-8", 197e12, 100e9, 0.0),
+    "v5p": Tpu(3, round(95.73 * GIB), "v5p-8", 459e12, 200e9, 6.25e9),
+    "v6e": Tpu(2, round(31.24 * GIB), "v6e-8", 918e12, 200e9, 0.0),
 }
 GPUS = {
-    "h100": Gpu("NVIDIA H100 80GB HBM3", 84_942_979_072, 3_352_320_000_000, 989e12),
-    "h200": Gpu("NVIDIA H200", 150_754_820_096, 4_800_000_000_000, 989e12),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 84_942_979_072, 3_352_320_000_000, 989e12, 450e9, 50e9),
+    "h200": Gpu("NVIDIA H200", 150_754_820_096, 4_800_000_000_000, 989e12, 450e9, 50e9),
 }
 FORM = (
     f"it must be here, tpu:CHIP:AxB of {', '.join(c for c in TPUS if TPUS[c].axes == 2)}, "
@@ -62,6 +70,11 @@ class Target(NamedTuple):
     def devices(self) -> int:
         """How many are described; 1 here, where they are not counted yet."""
         return math.prod(self.grid)
+
+    @property
+    def near(self) -> int:
+        """How many are on one host of GPUs, or in one slice of TPUs."""
+        return self.grid[-1] if self.platform == "gpu" else self.devices
 
     @property
     def memory(self) -> int | None:

@@ -56,13 +56,20 @@ custom_call_target="tpu_custom_call", backend_config={}
 """
 
 
+def along(calls: int, runs: int, size: int, axes: str) -> Moved:
+    """Everything along the same axes, and nothing in a loop of unknown length."""
+    return Moved(calls, runs, size, {axes: size}, {})
+
+
 def test_the_text_of_a_tpu():
-    assert read(TPU) == (
+    assert read(TPU, {"data": 2, "fsdp": 4}) == (
         {
-            "all-gather": Moved(1, 7, 7 * 64 * 3 // 4),  # 64 bytes among 4 devices
-            "all-reduce": Moved(1, 1, 64),  # 2 (n - 1) / n = 1 of 64 bytes between 2
-            "all-to-all": Moved(1, 7, 7 * 128 * 3 // 4),  # half of fsdp, and data: 4
-            "collective-permute": Moved(1, 1, 192),
+            "all-gather": along(1, 7, 7 * 64 * 3 // 4, "fsdp"),  # 64 bytes among 4 devices
+            # 2 (n - 1) / n = 1 of 64 bytes between 2, in a loop whose length nobody tells
+            "all-reduce": Moved(1, 1, 64, {"fsdp": 64}, {"fsdp": 64}),
+            # half of fsdp, and data: 4
+            "all-to-all": along(1, 7, 7 * 128 * 3 // 4, "data+fsdp"),
+            "collective-permute": along(1, 1, 192, "fsdp"),
         },
         {"splash_fwd (tpu_custom_call)": 1},
         1,
@@ -95,15 +102,46 @@ replica_groups=[1,8]<=[8], dimensions={0}
 
 
 def test_the_text_of_a_gpu():
-    assert read(GPU) == (
+    assert read(GPU, {"data": 2, "fsdp": 4}) == (
         {
-            "all-gather": Moved(1, 1, (48 * 48 * 2 + 48 * 4) * 7 // 8),
-            "all-reduce": Moved(1, 5, 5 * 2 * (64 + 16) * 7 // 8),
-            "reduce-scatter": Moved(1, 5, 5 * 128 * 3),  # 128 bytes are left of 4 times as many
+            "all-gather": along(1, 1, (48 * 48 * 2 + 48 * 4) * 7 // 8, "data+fsdp"),
+            "all-reduce": along(1, 5, 5 * 2 * (64 + 16) * 7 // 8, "data+fsdp"),
+            # 128 bytes are left of 4 times as many
+            "reduce-scatter": along(1, 5, 5 * 128 * 3, "fsdp"),
         },
         {"__cudnn$fmhaSoftmaxBackward": 1},
         0,
     )
+
+
+@pytest.mark.parametrize(
+    "groups, axes",
+    [
+        ("replica_groups={{0,2},{1,3},{4,6},{5,7}}", "b"),
+        ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", "a"),
+        ("replica_groups={{0,3},{1,2},{4,7},{5,6}}", "b+c"),
+        ("replica_groups=[2,4]<=[8]", "b+c"),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", "a"),
+        ("replica_groups=[4,2]<=[4,2]T(1,0)", "b"),
+        ("replica_groups=[4,2]<=[2,2,2]T(0,2,1)", "b"),
+        ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", "a+c"),
+        ("replica_groups=mesh['x'=8] {'x':(2)2}", "b"),
+        ("replica_groups={}", "a+b+c"),
+        ("source_target_pairs={{0,1},{1,0},{2,3},{3,2}}", "c"),
+        ("source_target_pairs={{0,2},{2,4},{4,6},{6,0}}", "a+b"),
+    ],
+)
+def test_groups_run_along_axes_of_the_mesh(groups, axes):
+    """Each form in which compilers write groups of devices, on a mesh of 2 x 2 x 2."""
+    kind = "collective-permute" if "pairs" in groups else "all-to-all"
+    text = f"""HloModule jit_f, num_partitions=8
+
+ENTRY %main (p: f32[64]) -> f32[64] {{
+  ROOT %x = f32[64]{{0}} {kind}(%p), {groups}, channel_id=3
+}}
+"""
+    (moved,) = read(text, {"a": 2, "b": 2, "c": 2}).collectives.values()
+    assert set(moved.over) == {axes}
 
 
 @pytest.mark.optimized
@@ -126,7 +164,7 @@ def test_a_program_sends_what_it_was_written_to_send(tmp_path):
     with jax.numpy_rank_promotion("allow"):
         compiled = jax.jit(spread).lower(jax.ShapeDtypeStruct((128, 4), jnp.float32)).compile()
     share = 16 * 4 * 4  # bytes of x on a device
-    found = read(compiled.as_text())
+    found = read(compiled.as_text(), {"x": 8})
     assert found.kernels == {} and found.open_loops == 0
     assert {kind: moved.runs for kind, moved in found.collectives.items()} == dict.fromkeys(
         found.collectives, 5
