@@ -245,15 +245,15 @@ def main(_):
             DOCUMENT.write_text(with_tables(DOCUMENT.read_text(), document(found)))
 
 
-def with_tables(text: str, tables: str) -> str:
+def with_tables(text: str, tables: str, mark: str = MARK) -> str:
     """The document with other tables between its two marks.
 
     Raises UserError where it has not two.
     """
-    parts = text.split(MARK)
+    parts = text.split(mark)
     if len(parts) != 3:
-        raise UserError(f"{DOCUMENT} must have two lines {MARK}, between which the tables stand")
-    return f"{parts[0]}{MARK}\n{tables}\n{MARK}{parts[2]}"
+        raise UserError(f"{DOCUMENT} must have two lines {mark}, between which the tables stand")
+    return f"{parts[0]}{mark}\n{tables}\n{mark}{parts[2]}"
 
 
 if __name__ == "__main__":

@@ -18,3 +18,4 @@ if ! up_to_date scaling requirements.txt requirements-tpu.txt requirements-gpu-c
     mark_installed scaling requirements.txt requirements-tpu.txt requirements-gpu-compile.txt
 fi
 python -m launch.scaling "$@"
+python -m launch.scaling_cost "$@"

@@ -94,11 +94,20 @@ def bars(groups: Sequence[str], series: Mapping[str, Values], ylabel: str) -> by
     return _png(figure, axes)
 
 
-def curves(lines: Mapping[str, tuple[Values, Values]], xlabel: str, ylabel: str) -> bytes:
-    """A PNG of lines over x, each given as (x, y)."""
+def curves(
+    lines: Mapping[str, tuple[Values, Values]], xlabel: str, ylabel: str, octaves: bool = False
+) -> bytes:
+    """A PNG of lines over x, each given as (x, y).
+
+    `octaves`: x is a few powers of two, and each point is shown.
+    """
     figure, axes = _axes(ylabel)
     for i, (name, (x, y)) in enumerate(lines.items()):
-        axes.plot(x, y, label=name, color=PALETTE[i % len(PALETTE)], linewidth=1.6)
+        look = {"label": name, "color": PALETTE[i % len(PALETTE)], "linewidth": 1.6}
+        axes.plot(x, y, marker="o" if octaves else "", **look)
+    if octaves:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_xlabel(xlabel, color=GREY)
     return _png(figure, axes)
 

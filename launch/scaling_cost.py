@@ -1,0 +1,203 @@
+"""python -m launch.scaling_cost [--dir=docs/scaling] [--only=TEXT]
+
+What an iteration costs on 8 to 1,024 devices: compiles the programs whose files are not in DIR yet,
+then writes the second tables of docs/scaling.md and assets/scaling.png from the files. An iteration
+is an update of the student and `critic_ratio` of the critic, in the mean of a run's draws. See
+launch/scaling.sh.
+"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from launch.scaling import DIR, DOCUMENT, ONLY, STEPS, Row, compile_row, recipe_of, with_tables
+from salt_jax.cli.app import run_main
+from salt_jax.compile.target import GIB, read_target
+from salt_jax.compile.traffic import seconds
+from salt_jax.evaluate.report import curves
+from salt_jax.io.video import write_bytes
+from salt_jax.keys import Json
+from salt_jax.models.attention import is_flash
+from salt_jax.planning.flops import update_flops
+from salt_jax.planning.updates import ITERATIONS, update_name
+from salt_jax.rollout.draws import as_reference
+from salt_jax.stages import make_stage
+from salt_jax.stages.networks import attention_kernel
+
+MARK = "<!-- costs: launch/scaling.sh writes them -->"
+PLOT = Path("assets/scaling.png")
+MFU = 0.4  # the share of a device's best rate that products are assumed to reach
+AXES = ("data", "fsdp", "context", "tensor")
+
+
+def row(name: str, config: str, target: str, clips: int, *sizes: int) -> Row:
+    """`sizes` of data, fsdp, context and tensor."""
+    mesh = tuple(f"--config.mesh.{axis}={n}" for axis, n in zip(AXES, sizes, strict=True))
+    return Row(name, config, target, clips, None, (STEPS, *mesh))
+
+
+SF, SC = "self_forcing.py:wan,salt", "sc_dmd.py:wan"
+# line of the plot -> its rows, by devices
+LINES = {
+    "Self Forcing, a clip a GPU": (
+        row("cost_sf_8", SF, "gpu:h100:1x8", 8, 1, 8, 1, 1),
+        row("cost_sf_64", SF, "gpu:h100:8x8", 64, 8, 8, 1, 1),
+        row("cost_sf_1024_clips", SF, "gpu:h100:128x8", 1024, 128, 8, 1, 1),
+    ),
+    "Self Forcing, 64 clips": (
+        row("cost_sf_256", SF, "gpu:h100:32x8", 64, 32, 2, 4, 1),
+        row("cost_sf_512", SF, "gpu:h100:64x8", 64, 64, 1, 4, 2),
+        row("cost_sf_1024", SF, "gpu:h100:128x8", 64, 64, 1, 4, 4),
+    ),
+    "SC-DMD, 16 clips": (
+        row("cost_sc_16", SC, "gpu:h100:2x8", 16, 2, 8, 1, 1),
+        row("cost_sc_64", SC, "gpu:h100:8x8", 16, 8, 2, 4, 1),
+        row("cost_sc_128", SC, "gpu:h100:16x8", 16, 16, 1, 4, 2),
+        row("cost_sc_256", SC, "gpu:h100:32x8", 16, 16, 1, 4, 4),
+    ),
+}
+ROWS = tuple(row for rows in LINES.values() for row in rows)
+
+
+class Cost(NamedTuple):
+    """Of an iteration, on each device."""
+
+    computing: float  # seconds of its products
+    sent: dict[str, float]  # bytes by axes of the mesh
+    kinds: dict[str, float]  # the same bytes by kind of collective
+    sending: float  # seconds, if nothing else is sent at the time
+
+
+def turns_of(row: Row) -> dict[str, tuple[float, float]]:
+    """Program -> how often it runs in an iteration, and the turns of its loops of unknown length,
+    those over the steps of a rollout: means of a run's draws, with cache alignment.
+    """
+    stage = make_stage(recipe_of(row))
+    times, turns = Counter[str](), defaultdict[str, float](float)
+    for i in range(ITERATIONS):
+        for update, draw in stage.updates(stage.recipe.iterations + i):
+            name = update_name(update)
+            times[name] += 1
+            if draw is not None:
+                drawn = [draw]
+                if update.terms.alignment:
+                    drawn.append(as_reference(draw, stage.recipe.rollout.first_steps))
+                turns[name] += sum(int(d.exit_step) + 1 for d in drawn) / len(drawn)
+    return {name: (n / ITERATIONS, turns[name] / n) for name, n in times.items()}
+
+
+def sent_by(row: Row, file: Json, axes: bool) -> dict[str, float]:
+    """Bytes that one device sends in an iteration, by axes of the mesh or by kind of collective."""
+    turns, sent = turns_of(row), defaultdict[str, float](float)
+    for program in file["programs"]:
+        times, length = turns.get(program["program"], (0.0, 0.0))
+        for kind, moved in program["collectives"].items():
+            for along, size in moved["over"].items():
+                size += moved["open"].get(along, 0) * (length - 1)
+                sent[along if axes else kind] += times * size
+    return dict(sent)
+
+
+def cost(row: Row, file: Json) -> Cost:
+    """From the programs that were compiled, the closed forms of launch.plan for products, and rates
+    that vendors name.
+    """
+    recipe, target = recipe_of(row), read_target(row.target)
+    stage = make_stage(recipe)
+    flash = is_flash(attention_kernel(recipe, recipe.wan, target.platform))
+    flops = {
+        who: sum(update_flops(recipe, stage.mean_passes(who), flash).values())
+        for who in stage.learners
+    }
+    in_all = sum(flops[update.moves] for update, _ in stage.updates(0))
+    chip, sent = target.described, sent_by(row, file, True)
+    assert chip
+    computing = in_all / (target.devices * chip.flops * MFU)
+    mesh = file["programs"][0]["mesh"]
+    return Cost(computing, sent, sent_by(row, file, False), seconds(target, mesh, sent))
+
+
+HEAD = (
+    *("recipe", "devices", "data x fsdp x context x tensor", "clips", "of device"),
+    *("sent along each, GiB", "computing s", "sending s", "iteration s", "computing"),
+)
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+
+
+def cells(row: Row, file: Json) -> list[str]:
+    """A line of the first table."""
+    found, programs = cost(row, file), file["programs"]
+    mesh, most = programs[0]["mesh"], max(p["share"] for p in programs)
+    sent = " + ".join(
+        f"{size / GIB:.1f} {axes}" for axes, size in found.sent.items() if size > 0.05 * GIB
+    )
+    least, in_turn = max(found.computing, found.sending), found.computing + found.sending
+    return [
+        row.config,
+        f"{read_target(row.target).devices} {row.target.split(':')[1]}",
+        " x ".join(str(mesh[axis]) for axis in AXES),
+        str(row.clips),
+        f"{most:.0%}",
+        sent,
+        f"{found.computing:.2f}",
+        f"{found.sending:.2f}",
+        f"{least:.2f} to {in_turn:.2f}",
+        f"{found.computing / in_turn:.0%}",
+    ]
+
+
+def kind_cells(row: Row, file: Json) -> list[str]:
+    """A line of the second table."""
+    kinds = cost(row, file).kinds
+    link = f"[{row.name}](scaling/{row.name}.json)"
+    sent = [f"{kinds.get(kind, 0) / GIB:.2f}" for kind in KINDS]
+    return [link, *sent, file["commit"], f"`{' '.join(row.command)}`"]
+
+
+def table(head: tuple[str, ...], lines: list[list[str]]) -> str:
+    """As Markdown."""
+    rows = (f"| {' | '.join(line)} |" for line in (head, ("---",) * len(head), *lines))
+    return "\n".join(rows)
+
+
+def document(found: Mapping[str, Json]) -> str:
+    """Both tables. `found`: what files say, by the name of their row."""
+    there = [row for row in ROWS if row.name in found]
+    absent = [row.name for row in ROWS if row.name not in found]
+    told = table(HEAD, [cells(row, found[row.name]) for row in there])
+    told += f"\n\nNot compiled yet: {', '.join(absent)}." if absent else ""
+    head = ("file", *KINDS, "commit", "command")
+    return f"{told}\n\n{table(head, [kind_cells(row, found[row.name]) for row in there])}"
+
+
+def plot(found: Mapping[str, Json]) -> bytes:
+    """A PNG: how much of an iteration is computing, over devices."""
+    lines = {}
+    for name, rows in LINES.items():
+        points = []
+        for row in rows:
+            if row.name in found:
+                c = cost(row, found[row.name])
+                share = 100 * c.computing / (c.computing + c.sending)
+                points.append((read_target(row.target).devices, share))
+        if points:
+            lines[name] = tuple(zip(*points, strict=True))
+    return curves(lines, "devices", "computing, % of an iteration", octaves=True)
+
+
+def main(_):
+    folder, found = Path(DIR.value), {}
+    for row in ROWS:
+        file = folder / f"{row.name}.json"
+        if not file.exists() and ONLY.value in row.name:
+            compile_row(row, file)
+        if file.exists():
+            found[row.name] = json.loads(file.read_text())
+    DOCUMENT.write_text(with_tables(DOCUMENT.read_text(), document(found), MARK))
+    write_bytes(PLOT, plot(found))
+
+
+if __name__ == "__main__":
+    run_main(main)
