@@ -59,7 +59,6 @@ def read(text: str, mesh: Mapping[str, int]) -> Read:
     `mesh`: the size of each axis, the last one changing fastest from device to device.
     """
     computations = _computations(text)
-    lengths = {name: _length(instructions) for name, instructions in computations.items()}
     entry = next(reversed(computations))
     times, opened = Counter({entry: 1}), Counter[str]()  # runs; those in loops of unknown length
     found: dict[str, Moved] = {}
@@ -70,7 +69,8 @@ def read(text: str, mesh: Mapping[str, int]) -> Read:
         for i in computations[name]:
             length = 1
             if i.opcode == "while":
-                length = _known_length(i) or lengths.get(_callees(i, "condition")[0]) or 0
+                parts = (computations[_callees(i, part)[0]] for part in ("condition", "body"))
+                length = _known_length(i) or _length(*parts) or 0
                 open_loops += not length
             # they name again what their start has called
             if not i.opcode.endswith(("-done", "-update")):
@@ -148,21 +148,43 @@ def _known_length(i: Instruction) -> int | None:
     return int(match[1]) if match else None
 
 
-def _length(condition: list[Instruction]) -> int | None:
-    """Of the loop with this condition, where it is `counter < constant`: jax counts from 0 by 1."""
-    constants = {i.name: int(i.rest[:-1].split(")")[0]) for i in condition if _is_whole(i)}
+def _length(condition: list[Instruction], body: list[Instruction]) -> int | None:
+    """Of the loop of these, where it goes on while `counter < constant`: it counts from 0, by 1 in
+    jax's loops, by 2 where a TPU's compiler passes parts of a product around two at a time.
+    """
+    read, wholes = {i.name: i for i in condition}, _wholes(condition)
     for i in condition:
         if i.opcode == "compare" and "direction=LT" in i.rest:
-            return constants.get(i.rest.split(")")[0].split(", ")[-1].split(" ")[-1])
+            counter, last = _operands(i)
+            if last not in wholes:
+                return None
+            return math.ceil(wholes[last] / _stride(body, read.get(counter)))
     return None
 
 
-def _is_whole(i: Instruction) -> bool:
-    return (
-        i.opcode == "constant"
-        and re.match(r"\d+\)", i.rest) is not None
-        and i.type.startswith("s32[]")
-    )
+def _stride(body: list[Instruction], counter: Instruction | None) -> int:
+    """By how much a turn raises the counter, which the condition takes from the loop's values."""
+    index = re.search(r"index=(\d+)", counter.rest) if counter else None
+    left, made = _operands(body[-1]), {i.name: i for i in body}
+    following = made.get(left[int(index[1])]) if index and int(index[1]) < len(left) else None
+    if following is None or following.opcode != "add":
+        return 1
+    wholes = _wholes(body)
+    return next((wholes[name] for name in _operands(following) if name in wholes), 1)
+
+
+def _operands(i: Instruction) -> list[str]:
+    """Their names; some compilers write the type in front of each."""
+    return [name.split(" ")[-1] for name in i.rest.split(")")[0].split(", ")]
+
+
+def _wholes(instructions: list[Instruction]) -> dict[str, int]:
+    """Constants that are one whole number."""
+    return {
+        i.name: int(i.rest.split(")")[0])
+        for i in instructions
+        if i.opcode == "constant" and re.match(r"\d+\)", i.rest) and re.match(r"[su]32\[\]", i.type)
+    }
 
 
 def _result(i: Instruction) -> str:
@@ -198,20 +220,26 @@ def _members(attributes: str, everyone: int) -> np.ndarray:
         groups = re.findall(r"\{([\d,]+)\}", match[1])
         return np.array([[int(n) for n in group.split(",")] for group in groups])
     # [groups, of one]<=[shape]T(order)
-    if match := re.search(
-        r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
-    ):
-        grid = np.arange(everyone).reshape([int(n) for n in match[3].split(",")])
-        order = [int(n) for n in match[4].split(",")] if match[4] else None
-        return grid.transpose(order).reshape(int(match[1]), int(match[2]))
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=([\[\d,\]T()]+)", attributes):
+        return _devices(f"({match[3].rstrip(',')})", everyone).reshape(int(match[1]), int(match[2]))
     # mesh['data'=2,'fsdp'=4] {'fsdp'}, or a part of an axis: {'fsdp':(1)2}
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
-        return _along(dict(re.findall(r"'([^']+)'=(\d+)", match[1])), match[2])
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", attributes):
+        places = _along(dict(re.findall(r"'([^']+)'=(\d+)", match[1])), match[3])
+        return _devices(match[2], everyone)[places]
     return np.arange(everyone)[None]
 
 
+def _devices(order: str, everyone: int) -> np.ndarray:
+    """The devices of a mesh in its order: as they are, or `device_ids=([2,4]T(1,0))`, or a list."""
+    if match := re.search(r"\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)", order):
+        grid = np.arange(everyone).reshape([int(n) for n in match[1].split(",")])
+        return grid.transpose([int(n) for n in match[2].split(",")] if match[2] else None).ravel()
+    listed = [int(n) for n in re.findall(r"\d+", order)]
+    return np.array(listed) if listed else np.arange(everyone)
+
+
 def _along(sizes: Mapping[str, str], axes: str) -> np.ndarray:
-    """Groups along axes of a mesh, or parts of them, as a TPU's compiler writes them."""
+    """Groups along axes of a mesh, or parts of them, of places in it."""
     taken = {
         axis: (int(before or 1), int(part or sizes[axis]))
         for axis, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)

@@ -44,11 +44,29 @@ replica_groups=mesh['data'=2,'fsdp'=4] {'data','fsdp':(1)2}
   ROOT %ar = f32[16]{0} all-reduce(%p.4), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
 }
 
+%part (p.5: (u32[], f32[8,4])) -> pred[] {
+  %eight = u32[]{:T(128)} constant(8)
+  %p.5 = (u32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) parameter(0)
+  %c = u32[]{:T(128)} get-tuple-element(%p.5), index=0
+  ROOT %lt.3 = pred[]{:T(512)} compare(%c, %eight), direction=LT
+}
+
+%two.parts (p.6: (u32[], f32[8,4])) -> (u32[], f32[8,4]) {
+  %p.6 = (u32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) parameter(0)
+  %c.1 = u32[]{:T(128)} get-tuple-element(%p.6), index=0
+  %two = u32[]{:T(128)} constant(2)
+  %c.2 = u32[]{:T(128)} add(%c.1, %two)
+  %rs = f32[2,4]{1,0:T(8,128)} reduce-scatter(%z), \
+replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}, to_apply=%add
+  ROOT %t.6 = (u32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) tuple(%c.2, %rs)
+}
+
 ENTRY %main (p: f32[8,4]) -> f32[8,4] {
   %cp = (f32[1,48]{1,0:T(1,128)S(1)}, f32[1,48]{1,0:T(1,128)}, u32[]{:S(2)}) \
 collective-permute-start(%p), source_target_pairs={{0,1},{1,0}}
   %w.1 = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) while(%t.1), condition=%cond.1, body=%body.1
   %w.2 = (s32[], /*index=1*/s32[]) while(%t.2), condition=%open, body=%once
+  %w.3 = (u32[], f32[8,4]) while(%t.3), condition=%part, body=%two.parts
   %splash_fwd.12 = bf16[8,4]{1,0} custom-call(%p), \
 custom_call_target="tpu_custom_call", backend_config={}
   ROOT %alloc = f32[8,4] custom-call(), custom_call_target="AllocateBuffer"
@@ -70,6 +88,7 @@ def test_the_text_of_a_tpu():
             # half of fsdp, and data: 4
             "all-to-all": along(1, 7, 7 * 128 * 3 // 4, "data+fsdp"),
             "collective-permute": along(1, 1, 192, "fsdp"),
+            "reduce-scatter": along(1, 4, 4 * 32 * 3, "fsdp"),  # two of eight parts at a time
         },
         {"splash_fwd (tpu_custom_call)": 1},
         1,
@@ -126,6 +145,9 @@ def test_the_text_of_a_gpu():
         ("replica_groups=[4,2]<=[2,2,2]T(0,2,1)", "b"),
         ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", "a+c"),
         ("replica_groups=mesh['x'=8] {'x':(2)2}", "b"),
+        ("replica_groups=mesh['x'=4,'y'=2], device_ids=([2,4]T(1,0)) {'x'}", "b+c"),
+        ("replica_groups=mesh['x'=4,'y'=2], device_ids=([2,2,2]T(1,0,2)) {'y'}", "c"),
+        ("replica_groups=mesh['x'=2,'y'=4], device_ids=(0,2,4,6,1,3,5,7) {'x'}", "c"),
         ("replica_groups={}", "a+b+c"),
         ("source_target_pairs={{0,1},{1,0},{2,3},{3,2}}", "c"),
         ("source_target_pairs={{0,2},{2,4},{4,6},{6,0}}", "a+b"),
