@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from launch import scaling
 from launch.scaling import DIR, DOCUMENT, ONLY, STEPS, Row, compile_row, recipe_of, with_tables
 from salt_jax.cli.app import run_main
 from salt_jax.compile.target import GIB, read_target
@@ -39,10 +40,11 @@ def row(name: str, config: str, target: str, clips: int, *sizes: int) -> Row:
 
 
 SF, SC = "self_forcing.py:wan,salt", "sc_dmd.py:wan"
+BEFORE = {row.name: row for row in scaling.ROWS}  # those of the first tables
 # line of the plot -> its rows, by devices
 LINES = {
     "Self Forcing, a clip a GPU": (
-        row("cost_sf_8", SF, "gpu:h100:1x8", 8, 1, 8, 1, 1),
+        BEFORE["self_forcing_8h100"],
         row("cost_sf_64", SF, "gpu:h100:8x8", 64, 8, 8, 1, 1),
         row("cost_sf_1024_clips", SF, "gpu:h100:128x8", 1024, 128, 8, 1, 1),
     ),
@@ -57,6 +59,11 @@ LINES = {
         row("cost_sc_128", SC, "gpu:h100:16x8", 16, 16, 1, 4, 2),
         row("cost_sc_256", SC, "gpu:h100:32x8", 16, 16, 1, 4, 4),
     ),
+    "SC-DMD, 16 clips, v5p": (
+        row("cost_sc_v5p_16", SC, "tpu:v5p:2x2x4", 16, 1, 16, 1, 1),
+        row("cost_sc_v5p_64", SC, "tpu:v5p:4x4x4", 16, 1, 16, 4, 1),
+    ),
+    "SC-DMD I2V 14B, 16 clips, v5p": (BEFORE["i2v_v5p_64"],),
 }
 ROWS = tuple(row for rows in LINES.values() for row in rows)
 
@@ -187,14 +194,24 @@ def plot(found: Mapping[str, Json]) -> bytes:
     return curves(lines, "devices", "computing, % of an iteration", octaves=True)
 
 
+def read_files(folder: Path) -> dict[str, Json]:
+    """What is there, by the name of its row. Older files do not say along which axes."""
+    files = {row.name: folder / f"{row.name}.json" for row in ROWS}
+    read = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    return {name: file for name, file in read.items() if _tells_axes(file)}
+
+
+def _tells_axes(file: Json) -> bool:
+    return all("over" in m for p in file["programs"] for m in p.get("collectives", {}).values())
+
+
 def main(_):
-    folder, found = Path(DIR.value), {}
+    folder = Path(DIR.value)
     for row in ROWS:
         file = folder / f"{row.name}.json"
         if not file.exists() and ONLY.value in row.name:
             compile_row(row, file)
-        if file.exists():
-            found[row.name] = json.loads(file.read_text())
+    found = read_files(folder)
     DOCUMENT.write_text(with_tables(DOCUMENT.read_text(), document(found), MARK))
     write_bytes(PLOT, plot(found))
 
