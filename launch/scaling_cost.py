@@ -46,24 +46,27 @@ LINES = {
     "Self Forcing, a clip a GPU": (
         BEFORE["self_forcing_8h100"],
         row("cost_sf_64", SF, "gpu:h100:8x8", 64, 8, 8, 1, 1),
-        row("cost_sf_1024_clips", SF, "gpu:h100:128x8", 1024, 128, 8, 1, 1),
     ),
     "Self Forcing, 64 clips": (
         row("cost_sf_256", SF, "gpu:h100:32x8", 64, 32, 2, 4, 1),
         row("cost_sf_512", SF, "gpu:h100:64x8", 64, 64, 1, 4, 2),
         row("cost_sf_1024", SF, "gpu:h100:128x8", 64, 64, 1, 4, 4),
     ),
-    "SC-DMD, 16 clips": (
+    "SC-DMD, a clip a GPU": (
         row("cost_sc_16", SC, "gpu:h100:2x8", 16, 2, 8, 1, 1),
-        row("cost_sc_64", SC, "gpu:h100:8x8", 16, 8, 2, 4, 1),
+        row("cost_sc_1024_clips", SC, "gpu:h100:128x8", 1024, 128, 8, 1, 1),
+    ),
+    "SC-DMD, 16 clips": (
+        row("cost_sc_64", SC, "gpu:h100:8x8", 16, 16, 1, 4, 1),
         row("cost_sc_128", SC, "gpu:h100:16x8", 16, 16, 1, 4, 2),
         row("cost_sc_256", SC, "gpu:h100:32x8", 16, 16, 1, 4, 4),
+        row("cost_sc_512", SC, "gpu:h100:64x8", 16, 16, 1, 8, 4),
     ),
     "SC-DMD, 16 clips, v5p": (
         row("cost_sc_v5p_16", SC, "tpu:v5p:2x2x4", 16, 1, 16, 1, 1),
         row("cost_sc_v5p_64", SC, "tpu:v5p:4x4x4", 16, 1, 16, 4, 1),
     ),
-    "SC-DMD I2V 14B, 16 clips, v5p": (BEFORE["i2v_v5p_64"],),
+    "I2V 14B, 16 clips, v5p": (BEFORE["i2v_v5p_64"],),
 }
 ROWS = tuple(row for rows in LINES.values() for row in rows)
 
