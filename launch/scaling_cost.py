@@ -43,38 +43,40 @@ SF, SC = "self_forcing.py:wan,salt", "sc_dmd.py:wan"
 BEFORE = {row.name: row for row in scaling.ROWS}  # those of the first tables
 # line of the plot -> its rows, by devices
 LINES = {
-    "Self Forcing, a clip a GPU": (
+    "Self Forcing, 64 clips": (
         BEFORE["self_forcing_8h100"],
         row("cost_sf_64", SF, "gpu:h100:8x8", 64, 8, 8, 1, 1),
-    ),
-    "Self Forcing, 64 clips": (
         row("cost_sf_256", SF, "gpu:h100:32x8", 64, 32, 2, 4, 1),
         row("cost_sf_512", SF, "gpu:h100:64x8", 64, 64, 1, 4, 2),
         row("cost_sf_1024", SF, "gpu:h100:128x8", 64, 64, 1, 4, 4),
     ),
-    "SC-DMD, a clip a GPU": (
-        row("cost_sc_16", SC, "gpu:h100:2x8", 16, 2, 8, 1, 1),
-        row("cost_sc_1024_clips", SC, "gpu:h100:128x8", 1024, 128, 8, 1, 1),
-    ),
     "SC-DMD, 16 clips": (
+        row("cost_sc_16", SC, "gpu:h100:2x8", 16, 2, 8, 1, 1),
         row("cost_sc_64", SC, "gpu:h100:8x8", 16, 16, 1, 4, 1),
         row("cost_sc_128", SC, "gpu:h100:16x8", 16, 16, 1, 4, 2),
         row("cost_sc_256", SC, "gpu:h100:32x8", 16, 16, 1, 4, 4),
         row("cost_sc_512", SC, "gpu:h100:64x8", 16, 16, 1, 8, 4),
     ),
-    "SC-DMD, 16 clips, v5p": (
+    "SC-DMD, v5p": (
         row("cost_sc_v5p_16", SC, "tpu:v5p:2x2x4", 16, 1, 16, 1, 1),
         row("cost_sc_v5p_64", SC, "tpu:v5p:4x4x4", 16, 1, 16, 4, 1),
     ),
-    "I2V 14B, 16 clips, v5p": (BEFORE["i2v_v5p_64"],),
+    "I2V 14B, v5p": (BEFORE["i2v_v5p_64"],),
 }
-ROWS = tuple(row for rows in LINES.values() for row in rows)
+# a clip a device for 1,024, and the same devices as another mesh
+OTHERS = (
+    row("cost_sc_1024_clips", SC, "gpu:h100:128x8", 1024, 128, 8, 1, 1),
+    row("cost_sf_1024_context", SF, "gpu:h100:128x8", 64, 64, 1, 8, 2),
+    row("cost_sc_256_context", SC, "gpu:h100:32x8", 16, 16, 1, 8, 2),
+)
+ROWS = (*(row for rows in LINES.values() for row in rows), *OTHERS)
 
 
 class Cost(NamedTuple):
     """Of an iteration, on each device."""
 
-    computing: float  # seconds of its products
+    flops: float  # of its products
+    computing: float  # seconds of them
     sent: dict[str, float]  # bytes by axes of the mesh
     kinds: dict[str, float]  # the same bytes by kind of collective
     sending: float  # seconds, if nothing else is sent at the time
@@ -121,17 +123,23 @@ def cost(row: Row, file: Json) -> Cost:
         who: sum(update_flops(recipe, stage.mean_passes(who), flash).values())
         for who in stage.learners
     }
-    in_all = sum(flops[update.moves] for update, _ in stage.updates(0))
+    each = sum(flops[update.moves] for update, _ in stage.updates(0)) / target.devices
     chip, sent = target.described, sent_by(row, file, True)
     assert chip
-    computing = in_all / (target.devices * chip.flops * MFU)
-    mesh = file["programs"][0]["mesh"]
-    return Cost(computing, sent, sent_by(row, file, False), seconds(target, mesh, sent))
+    sending = seconds(target, file["programs"][0]["mesh"], sent)
+    return Cost(each, each / (chip.flops * MFU), sent, sent_by(row, file, False), sending)
 
 
 HEAD = (
     *("recipe", "devices", "data x fsdp x context x tensor", "clips", "of device"),
-    *("sent along each, GiB", "computing s", "sending s", "iteration s", "computing"),
+    *(
+        "PFLOP a device",
+        "sent along each, GiB",
+        "computing s",
+        "sending s",
+        "iteration s",
+        "computing",
+    ),
 )
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
@@ -150,6 +158,7 @@ def cells(row: Row, file: Json) -> list[str]:
         " x ".join(str(mesh[axis]) for axis in AXES),
         str(row.clips),
         f"{most:.0%}",
+        f"{found.flops / 1e15:.2f}",
         sent,
         f"{found.computing:.2f}",
         f"{found.sending:.2f}",
@@ -191,7 +200,7 @@ def plot(found: Mapping[str, Json]) -> bytes:
             if row.name in found:
                 c = cost(row, found[row.name])
                 share = 100 * c.computing / (c.computing + c.sending)
-                points.append((read_target(row.target).devices, share))
+                points.append((float(read_target(row.target).devices), share))
         if points:
             lines[name] = tuple(zip(*points, strict=True))
     return curves(lines, "devices", "computing, % of an iteration", octaves=True)

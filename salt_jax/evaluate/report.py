@@ -99,7 +99,7 @@ def curves(
 ) -> bytes:
     """A PNG of lines over x, each given as (x, y).
 
-    `octaves`: x is a few powers of two, and each point is shown.
+    `octaves`: x is a few powers of two, each point is shown, and y begins at 0.
     """
     figure, axes = _axes(ylabel)
     for i, (name, (x, y)) in enumerate(lines.items()):
@@ -107,6 +107,7 @@ def curves(
         axes.plot(x, y, marker="o" if octaves else "", **look)
     if octaves:
         axes.set_xscale("log", base=2)
+        axes.set_ylim(bottom=0)
         axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_xlabel(xlabel, color=GREY)
     return _png(figure, axes)
