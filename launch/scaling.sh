@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Every table of docs/scaling.md: compiles the programs of all Wan recipes for GPUs and TPUs that are not there. Five
-# to ten hours on 2 CPU cores; run it again to go on where it stopped. What docs/scaling/ holds is not compiled again.
+# Every table of docs/scaling.md: compiles the programs of all Wan recipes for GPUs and TPUs that are not there, then those
+# that tell what an iteration costs on up to 1,024 of them (launch.scaling_cost). Six to eleven hours on 2 CPU cores; run it
+# again to go on where it stopped. What docs/scaling/ holds is not compiled again.
 #
 #   PYTHON=python3.12 bash launch/scaling.sh [--only=TEXT]     with TEXT in a row's name, those rows alone
 set -euo pipefail
