@@ -63,8 +63,9 @@ LINES = {
     ),
     "I2V 14B, v5p": (BEFORE["i2v_v5p_64"],),
 }
-# a clip a device for 1,024, and the same devices as another mesh
+# a clip a device for 1,024, adapters alone, and the same devices as another mesh
 OTHERS = (
+    row("cost_lora_64", "longlive.py:wan,lora", "gpu:h100:8x8", 64, 8, 8, 1, 1),
     row("cost_sc_1024_clips", SC, "gpu:h100:128x8", 1024, 128, 8, 1, 1),
     row("cost_sf_1024_context", SF, "gpu:h100:128x8", 64, 64, 1, 8, 2),
     row("cost_sc_256_context", SC, "gpu:h100:32x8", 16, 16, 1, 8, 2),

@@ -58,3 +58,17 @@ def test_the_document_says_what_its_files_say():
     assert text.count(mark) == 2
     assert with_tables(text, scaling_cost.document(found), mark) == text
     assert scaling_cost.plot(found)[:4] == b"\x89PNG"
+
+
+def test_what_is_sent_follows_the_mesh():
+    """From 2 x 8 to 128 x 8: gathers along fsdp stay as they are; sums along data are of gradients
+    in eight parts, 2 (n - 1) / n of them.
+    """
+    found = scaling_cost.read_files(ROOT / "docs" / "scaling")
+    two, many = (
+        scaling_cost.cost(row, found[row.name]).sent
+        for row in scaling_cost.ROWS
+        if row.name in ("cost_sc_16", "cost_sc_1024_clips")
+    )
+    assert many["fsdp"] == pytest.approx(two["fsdp"], rel=0.01)
+    assert many["data"] / two["data"] == pytest.approx((127 / 128) / (1 / 2), rel=0.02)
