@@ -18,7 +18,7 @@ from salt_jax.cli.app import run_main
 from salt_jax.compile.target import GIB, read_target
 from salt_jax.compile.traffic import seconds
 from salt_jax.evaluate.report import curves
-from salt_jax.io.video import write_bytes
+from salt_jax.io.files import write_whole
 from salt_jax.keys import Json
 from salt_jax.models.attention import is_flash
 from salt_jax.planning.flops import update_flops
@@ -226,7 +226,7 @@ def main(_):
             compile_row(row, file)
     found = read_files(folder)
     DOCUMENT.write_text(with_tables(DOCUMENT.read_text(), document(found), MARK))
-    write_bytes(PLOT, plot(found))
+    write_whole(PLOT, plot(found))
 
 
 if __name__ == "__main__":
