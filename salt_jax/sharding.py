@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from salt_jax.errors import UserError
@@ -150,7 +150,7 @@ def put(tree: Tree, shardings: Tree) -> Tree:
     Every process has to have the same values: each takes what its own devices hold.
     """
 
-    def place(x: Leaf, where: NamedSharding) -> jax.Array:
+    def place(x: Leaf, where: Sharding) -> jax.Array:
         if isinstance(x, jax.Array):
             if x.sharding.is_equivalent_to(where, x.ndim):
                 return x
@@ -160,7 +160,7 @@ def put(tree: Tree, shardings: Tree) -> Tree:
         with jax.transfer_guard("allow"):  # it is asked for
             return jax.make_array_from_callback(here.shape, where, lambda index: here[index])
 
-    if isinstance(shardings, NamedSharding):
+    if isinstance(shardings, Sharding):
         return jax.tree.map(lambda x: place(x, shardings), tree)
     return jax.tree.map(place, tree, shardings)
 

@@ -51,7 +51,7 @@ class Run(NamedTuple):
     program: Callable[[Update], jax.stages.Wrapped]
     key: jax.Array
     feed: Iterator[Batch]  # positioned at the batch of the next call
-    preview: Callable[[Params], np.ndarray] | None  # of the average; None of kind latents
+    preview: Callable[[Params], np.ndarray] | None = None  # of the average; None of kind latents
 
 
 class Places(NamedTuple):
@@ -87,7 +87,8 @@ def train(
     parts = setup(stage)
     where = sharding.state_shardings(mesh, parts.frozen)
     # what is in its place is not copied
-    parts = parts._replace(frozen=sharding.put(parts.frozen, where))
+    only = [parts._replace(frozen=sharding.put(parts.frozen, where))]
+    del parts  # what a state is made of is given up once there is one
     now: list[Role] = []
     hosts.only_first(lambda: now.extend(read_files(stage)), "checksums of the weights")
     make_writable(workdir)
@@ -96,7 +97,7 @@ def train(
         checkpoint.writing(workdir, recipe.keep, recipe.keep_every) as manager,
     ):
         places = Places(as_path(workdir), manager, lock)
-        state, run = begin(parts, places, now, made_by)
+        state, run = begin(only, places, now, made_by)
         return go_on(state, run, places, stop)
 
 
@@ -123,7 +124,7 @@ def read_files(stage: Stage) -> list[Role]:
 
 
 def begin(
-    parts: Setup, places: Places, now: list[Role], made_by: Json | None
+    only: list[Setup], places: Places, now: list[Role], made_by: Json | None
 ) -> tuple[TrainState, Run]:
     """The first state or that of the newest checkpoint, and all that iterations need; says in the
     workdir what the run is.
@@ -131,6 +132,7 @@ def begin(
     Raises:
       UserError: as `train`.
     """
+    parts = only.pop()
     recipe, workdir = parts.stage.recipe, places.workdir
     was: list[Role] = []
 

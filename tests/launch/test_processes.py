@@ -26,7 +26,6 @@ COVERED = {"mesh.data": 2, "mesh.fsdp": 4}
 UNCOVERED = {"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 8}
 HALF = {"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2}
 CASES = {  # what is trained on which mesh of 8 devices
-    "whole clips": COVERED,
     "whole clips, batch axes in one process": UNCOVERED,
     "rollout with mixed steps and alignment": ROLLOUT | ALIGNED | HALF,
     "streaming with LoRA": ROLLOUT
