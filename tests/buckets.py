@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
+from http.server import HTTPServer
 
 import numpy as np
 
@@ -146,6 +147,8 @@ def serve() -> None:
             for pattern, there in server.HANDLERS
         ),
     )
+    # of five that wait, as is usual, the sixth comes again a second later, and then three, and seven
+    HTTPServer.request_queue_size = 512
     running = server.create_server("localhost", 0, in_memory=True, default_bucket=NAME)
     running.start()
     print(running._api._httpd.server_port, flush=True)
