@@ -147,7 +147,7 @@ def serve() -> None:
             for pattern, there in server.HANDLERS
         ),
     )
-    # of five that wait, as is usual, the sixth comes again a second later, and then three, and seven
+    # with the usual 5 the sixth that waits is dropped, and comes again seconds later
     HTTPServer.request_queue_size = 512
     running = server.create_server("localhost", 0, in_memory=True, default_bucket=NAME)
     running.start()

@@ -6,6 +6,7 @@ lock that a crash left behind lapses. A process of this machine that is gone is 
 """
 
 import json
+import logging
 import os
 import socket
 import threading
@@ -20,6 +21,8 @@ from etils import epath
 from salt_jax.errors import UserError
 from salt_jax.io.files import AnyPath
 from salt_jax.keys import Json
+
+log = logging.getLogger(__name__)
 
 BEAT = 5.0  # seconds between two writes
 LAPSE = 30.0  # seconds without one, after which a lock is nobody's
@@ -58,12 +61,13 @@ class Lock:
         while not self._stop.wait(BEAT):
             count += 1
             try:
-                if _read(self._path).get("owner") != self._owner:
+                found = _read(self._path)  # {}: it could not be read this time
+                if found and found.get("owner") != self._owner:
                     self._lost.set()
                     return
                 _write(self._path, _entry(self._owner, count))
-            except OSError:
-                continue  # a full disk or a bucket out of reach: others see no beat
+            except Exception as error:  # a full disk, or whatever a bucket out of reach raises
+                log.warning("%s could not be written (%s): others see no beat", self._path, error)
 
 
 @contextmanager

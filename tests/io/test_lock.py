@@ -136,3 +136,19 @@ def test_of_many_that_come_at_once_one_gets_it(tmp_path):
     outputs = [process.communicate(timeout=60) for process in found]
     assert sum(out == "held\n" for out, _ in outputs) == 1, outputs
     assert sum("in use by another run" in err for _, err in outputs) == 3, outputs
+
+
+def test_a_beat_that_fails_is_no_loss(quick, tmp_path, monkeypatch, caplog):
+    path = tmp_path / "lock.json"
+    with locked(tmp_path) as held:
+        with monkeypatch.context() as patch:
+            patch.setattr(lock, "_write", lambda *_: 1 / 0)  # what buckets raise is no OSError
+            wait = threading.Event()
+            while "others see no beat" not in caplog.text:
+                wait.wait(0.01)
+            path.write_text("")  # as a reader sees a file that is being replaced
+            wait.wait(0.2)
+        before = json.loads(path.read_text() or '{"beat": 0}')["beat"]
+        while json.loads(path.read_text() or '{"beat": 0}')["beat"] <= before:
+            wait.wait(0.01)
+        assert not held.lost
