@@ -34,9 +34,10 @@ CASES = {  # what is trained on which mesh of 8 devices
     | COVERED,
     "trajectories": CAUSAL | ODE | HALF,
 }
-# An all-reduce over two machines adds in another order than one inside a machine. What Adam makes
-# of a gradient is 0.004 at most here, so this is a thousandth of two updates.
-BOUND = 4e-6
+# An all-reduce over two processes adds in another order than one inside a process, and Adam makes
+# a step of 2e-4 also of a gradient that is little more than rounding. Measured: 9e-7 of DMD, 1.1e-5
+# of trajectories. Of another batch nearly every number would differ by the step.
+BOUND = 4e-5
 
 
 def scalars_of(workdir):
