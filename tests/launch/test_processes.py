@@ -100,13 +100,13 @@ def test_a_stopped_run_is_saved_once_and_goes_on_bit_for_bit(pair, tmp_path):
     options, whole = pair
     run = tmp_path / "run"
     found = processes.start(run, options, 2, 1)
-    processes.until(lambda: "3/16" in processes.text(run), found, run)
+    processes.until(lambda: "denoising=" in processes.text(run), found, run)
     for process in found:
         process.send_signal(signal.SIGTERM)
     processes.finish(found, run, codes=(75,))
-    steps = {int(path.name) for path in (run / "checkpoints").iterdir()} - {8}
-    (step,) = steps
-    assert 3 <= step < 16
+    steps = {int(path.name) for path in (run / "checkpoints").iterdir()}
+    step = max(steps)
+    assert 1 <= step < 16 and steps <= {8, step}
     assert f"stopped at iteration {step} of 16, which is saved" in processes.text(run, 1)
     assert not (run / "lock.json").exists()
     processes.train(run, options, 2, 1)
