@@ -208,14 +208,17 @@ def plot(found: Mapping[str, Json]) -> bytes:
 
 
 def read_files(folder: Path) -> dict[str, Json]:
-    """What is there, by the name of its row. Older files do not say along which axes."""
+    """What is there, by the name of its row. Older files do not say along which axes; programs that
+    did not compile say nothing.
+    """
     files = {row.name: folder / f"{row.name}.json" for row in ROWS}
     read = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
     return {name: file for name, file in read.items() if _tells_axes(file)}
 
 
 def _tells_axes(file: Json) -> bool:
-    return all("over" in m for p in file["programs"] for m in p.get("collectives", {}).values())
+    found = [p.get("collectives") for p in file["programs"]]
+    return all(kinds and all("over" in m for m in kinds.values()) for kinds in found)
 
 
 def main(_):
