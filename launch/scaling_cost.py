@@ -6,6 +6,7 @@ is an update of the student and `critic_ratio` of the critic, in the mean of a r
 launch/scaling.sh.
 """
 
+import functools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -83,6 +84,7 @@ class Cost(NamedTuple):
     sending: float  # seconds, if nothing else is sent at the time
 
 
+@functools.cache
 def turns_of(row: Row) -> dict[str, tuple[float, float]]:
     """Program -> how often it runs in an iteration, and the turns of its loops of unknown length,
     those over the steps of a rollout: means of a run's draws, with cache alignment.
@@ -125,22 +127,16 @@ def cost(row: Row, file: Json) -> Cost:
         for who in stage.learners
     }
     each = sum(flops[update.moves] for update, _ in stage.updates(0)) / target.devices
-    chip, sent = target.described, sent_by(row, file, True)
+    chip, sent = target.described, sent_by(row, file, axes=True)
     assert chip
     sending = seconds(target, file["programs"][0]["mesh"], sent)
-    return Cost(each, each / (chip.flops * MFU), sent, sent_by(row, file, False), sending)
+    return Cost(each, each / (chip.flops * MFU), sent, sent_by(row, file, axes=False), sending)
 
 
 HEAD = (
     *("recipe", "devices", "data x fsdp x context x tensor", "clips", "of device"),
-    *(
-        "PFLOP a device",
-        "sent along each, GiB",
-        "computing s",
-        "sending s",
-        "iteration s",
-        "computing",
-    ),
+    *("PFLOP a device", "sent along each, GiB"),
+    *("computing s", "sending s", "iteration s", "computing"),
 )
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 

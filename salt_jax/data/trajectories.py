@@ -82,13 +82,16 @@ def _missing(parts: list[AnyPath], recipe: Recipe, files_may_move: bool) -> list
     Raises:
       UserError: as `open_trajectories`.
     """
-    for path in parts:
-        if path.exists():
-            config = read_metadata(path).get("config")
-            if not config:
-                raise UserError(f"{path} has no config in it; delete it, or pass a new --workdir")
-            refuse_another_run(config, recipe, files_may_move)
-    return [number for number, path in enumerate(parts) if not path.exists()]
+    missing = []
+    for number, path in enumerate(parts):
+        if not path.exists():
+            missing.append(number)
+            continue
+        config = read_metadata(path).get("config")
+        if not config:
+            raise UserError(f"{path} has no config in it; delete it, or pass a new --workdir")
+        refuse_another_run(config, recipe, files_may_move)
+    return missing
 
 
 def _write(path: AnyPath, arrays: dict[str, np.ndarray], recipe: Recipe) -> None:

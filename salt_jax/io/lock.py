@@ -16,10 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from etils import epath
-
 from salt_jax.errors import UserError
-from salt_jax.io.files import AnyPath
+from salt_jax.io.files import AnyPath, as_path, in_bucket, write_whole
 from salt_jax.keys import Json
 
 log = logging.getLogger(__name__)
@@ -31,7 +29,7 @@ LAPSE = 30.0  # seconds without one, after which a lock is nobody's
 class Lock:
     """A lock that is held. `lost`: another run has taken it, because this one stood still."""
 
-    def __init__(self, path: epath.Path, owner: str):
+    def __init__(self, path: AnyPath, owner: str):
         self._path, self._owner = path, owner
         self._stop = threading.Event()
         self._lost = threading.Event()
@@ -65,7 +63,7 @@ class Lock:
                 if found and found.get("owner") != self._owner:
                     self._lost.set()
                     return
-                _write(self._path, _entry(self._owner, count))
+                write_whole(self._path, json.dumps(_entry(self._owner, count)))
             except Exception as error:  # a full disk, or whatever a bucket out of reach raises
                 log.warning("%s could not be written (%s): others see no beat", self._path, error)
 
@@ -77,7 +75,7 @@ def locked(workdir: str | AnyPath) -> Iterator[Lock]:
     Raises:
       UserError: another run has it.
     """
-    path, owner = epath.Path(workdir) / "lock.json", uuid.uuid4().hex
+    path, owner = as_path(workdir) / "lock.json", uuid.uuid4().hex
     _take(path, owner)
     lock = Lock(path, owner)
     try:
@@ -86,8 +84,8 @@ def locked(workdir: str | AnyPath) -> Iterator[Lock]:
         lock.release()
 
 
-def _take(path: epath.Path, owner: str) -> None:
-    entry = _entry(owner, 0)
+def _take(path: AnyPath, owner: str) -> None:
+    entry = json.dumps(_entry(owner, 0))
     while not _create(path, entry):
         _wait_for_its_owner(path)
         path.unlink(missing_ok=True)
@@ -97,7 +95,7 @@ def _take(path: epath.Path, owner: str) -> None:
         raise _in_use(path, there)
 
 
-def _wait_for_its_owner(path: epath.Path) -> None:
+def _wait_for_its_owner(path: AnyPath) -> None:
     """Returns when the lock may be removed. Raises UserError where its owner is at work."""
     found = _read(path)
     if found.get("host") == _host() and _is_running(found):
@@ -119,7 +117,7 @@ def _wait_for_its_owner(path: epath.Path) -> None:
             raise _in_use(path, now)
 
 
-def _in_use(path: epath.Path, found: Json) -> UserError:
+def _in_use(path: AnyPath, found: Json) -> UserError:
     return UserError(
         f"the workdir {path.parent} is in use by another run ({_owner(found)}); wait for it, stop "
         "it, or pass another --workdir"
@@ -167,7 +165,7 @@ def _is_running(found: Json) -> bool:
     return _born(pid) == found.get("born")
 
 
-def _read(path: epath.Path) -> Json:
+def _read(path: AnyPath) -> Json:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -175,30 +173,16 @@ def _read(path: epath.Path) -> Json:
     return found if isinstance(found, dict) else {}
 
 
-def _write(path: epath.Path, entry: Json) -> None:
-    """In place on a bucket, where a put is whole; elsewhere under another name first."""
-    if "://" in str(path):
-        path.write_text(json.dumps(entry))
-        return
-    partial = path.with_name(f"lock.{entry['owner']}.partial")
-    partial.write_text(json.dumps(entry))
-    partial.replace(path)
-
-
-def _create(path: epath.Path, entry: Json) -> bool:
+def _create(path: AnyPath, entry: str) -> bool:
     """Whether the file was not there, and is now."""
-    if "://" in str(path):
-        import fsspec  # comes with what epath needs for buckets
-
-        files = fsspec.filesystem(str(path).partition("://")[0])
-        try:
-            files.pipe_file(str(path), json.dumps(entry).encode(), mode="create")
-        except FileExistsError:
-            return False
-        return True
     try:
-        with open(path, "x") as file:
-            file.write(json.dumps(entry))
+        if in_bucket(path):
+            import fsspec  # comes with what epath needs for buckets
+
+            fsspec.filesystem("gs").pipe_file(str(path), entry.encode(), mode="create")
+        else:
+            with path.open("x") as file:
+                file.write(entry)
     except FileExistsError:
         return False
     return True

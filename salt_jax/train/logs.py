@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from typing import Any, SupportsFloat
 
 import numpy as np
-from google.protobuf.message import Message
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
-from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from salt_jax.errors import UserError
 from salt_jax.io.files import AnyPath, in_bucket
+from salt_jax.keys import Json
 
 RARELY = 120.0  # seconds
 
@@ -56,13 +55,19 @@ class EventLog:
 
     def scalar(self, name: str, value: float, step: int) -> None:
         """Raises UserError where the disk refuses, as the others here."""
-        self.add(scalar(name, value), step)
+        self._add({"tag": name, "simple_value": value}, step)
 
-    def add(self, summary: Message, step: int) -> None:
-        """A `tensorboardX.proto.summary_pb2.Summary`."""
+    def picture(self, name: str, gif: bytes, size: tuple[int, int], step: int) -> None:
+        """An animated one; `size` is (height, width)."""
+        image = {"height": size[0], "width": size[1], "colorspace": 3, "encoded_image_string": gif}
+        self._add({"tag": name, "image": image}, step)
+
+    def _add(self, value: Json, step: int) -> None:
+        """A `Summary.Value`, as its fields."""
         if self._events:
             # Any: its classes are made when it is imported, where no type checker sees them
             proto: Any = event_pb2
+            summary = {"value": [value]}
             event = proto.Event(wall_time=time.time(), step=step, summary=summary)
             with self._refusals():
                 self._events.write_event(event)

@@ -4,12 +4,10 @@ numbers.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tensorboardX.proto import summary_pb2
 
 from salt_jax.io.video import encode_gif, looks, visible_scale
 from salt_jax.models.lora import merge
@@ -76,13 +74,7 @@ def show(events: EventLog, clips: np.ndarray, sizes: tuple[int, ...], step: int)
     scale = visible_scale(frames.shape[1], 96)
     gif = encode_gif(frames, shapes.FPS, scale)
     height, width = (scale * n for n in frames.shape[1:3])
-    # Any: its classes are made when it is imported, where no type checker sees them
-    proto: Any = summary_pb2
-    picture = proto.Summary.Image(
-        height=height, width=width, colorspace=3, encoded_image_string=gif
-    )
-    summary = proto.Summary(value=[proto.Summary.Value(tag="clips", image=picture)])
-    events.add(summary, step)
+    events.picture("clips", gif, (height, width), step)
     for name, value in looks(clips).items():
         events.scalar(f"looks/{name}", value, step)
     ends = np.cumsum(sizes)

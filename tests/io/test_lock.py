@@ -142,7 +142,7 @@ def test_a_beat_that_fails_is_no_loss(quick, tmp_path, monkeypatch, caplog):
     path = tmp_path / "lock.json"
     with locked(tmp_path) as held:
         with monkeypatch.context() as patch:
-            patch.setattr(lock, "_write", lambda *_: 1 / 0)  # what buckets raise is no OSError
+            patch.setattr(lock, "write_whole", lambda *_: 1 / 0)  # what buckets raise is no OSError
             wait = threading.Event()
             while "others see no beat" not in caplog.text:
                 wait.wait(0.01)

@@ -12,6 +12,17 @@ from salt_jax.models.wan import init_wan
 from tests.convert.networks import from_table, official, save_torch
 from tests.helpers import randomised, shapes_of, to_diffusers
 
+# What a run of a small network on small encoded clips is given, of one iteration
+ONE_ITERATION = [
+    "--config.text_encoder=wan-tiny",
+    "--config.model.dtype=float32",
+    "--config.data.clip=(3,4,4)",
+    "--config.batch_size=2",
+    "--config.iterations=1",
+    "--config.critic_ratio=1",
+    "--config.mesh.fsdp=1",
+]
+
 
 def release(folder, layout, config):
     """A release in one of the two layouts: Wan's networks, small and random, and a tokenizer of one

@@ -23,7 +23,7 @@ from salt_jax.models.presets import PRESETS
 from salt_jax.sharding import all_devices
 from tests.helpers import ROOT, same_bits
 from tests.launch.programs import frames, succeed
-from tests.launch.releases import release
+from tests.launch.releases import ONE_ITERATION, release
 
 TINY = [
     "--config=configs/sc_dmd.py",
@@ -139,13 +139,7 @@ def test_wan_goes_in_through_data_and_training_and_out_in_a_bucket(bucket, tmp_p
         f"--config.data.dir={bucket}/data",
         f"--config.weights={bucket}/weights",
         "--config.model.preset=wan2.1-t2v-tiny",
-        "--config.text_encoder=wan-tiny",
-        "--config.model.dtype=float32",
-        "--config.data.clip=(3,4,4)",
-        "--config.batch_size=2",
-        "--config.iterations=1",
-        "--config.critic_ratio=1",
-        "--config.mesh.fsdp=1",
+        *ONE_ITERATION,
     ]
     succeed(*train)
     succeed("sample", f"--workdir={run}", "--num_steps=2", "--prompt=A cat", "--count=1")

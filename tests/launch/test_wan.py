@@ -20,20 +20,11 @@ from salt_jax.rollout.pixels import to_bytes
 from salt_jax.sharding import all_devices
 from tests.helpers import same_bits
 from tests.launch.programs import frames, program, succeed
-from tests.launch.releases import release
+from tests.launch.releases import ONE_ITERATION, release
 
 SMALL = ["--size=32x32", "--frames=9"]
 TINY = ["--preset_size=tiny", "--model=wan2.1-t2v-1.3b", *SMALL]
-TRAIN = [
-    "--config.weights=",
-    "--config.text_encoder=wan-tiny",
-    "--config.model.dtype=float32",
-    "--config.data.clip=(3,4,4)",
-    "--config.batch_size=2",
-    "--config.iterations=1",
-    "--config.critic_ratio=1",
-    "--config.mesh.fsdp=1",
-]
+TRAIN = ["--config.weights=", *ONE_ITERATION]
 
 
 @pytest.fixture(scope="module")
