@@ -2,7 +2,8 @@
 
     python -m launch.train --config=configs/causal_forcing.py --workdir=runs/shapes_causal_forcing
 
-Variants after a colon behind the file's name: `salt` adds Salt (Eq. 13); `frame` works frame by
+Variants after a colon behind the file's name: `salt` adds Salt (Eq. 13), `paper`
+or `release` as configs/self_forcing.py has it; `frame` works frame by
 frame; `two` and `one` are its frame-wise models of 2 and 1 steps, whose first chunk takes 4. `wan`
 is at Wan 2.1 size (--workdir=runs/wan_causal_forcing). It starts from runs/shapes_consistency,
 frame by frame from runs/shapes_consistency_frame.
@@ -12,7 +13,7 @@ from configs import parts
 
 
 def get_config(options: str = ""):
-    size, variants = parts.read_options(options, "salt", "frame", "two", "one")
+    size, variants = parts.read_options(options, "salt", "frame", "two", "one", *parts.READINGS)
     c = parts.causal(size)
     c.init_from = f"runs/{size}_consistency"
     if variants & {"frame", "two", "one"}:
@@ -21,7 +22,8 @@ def get_config(options: str = ""):
     if "salt" in variants:
         if size == "wan":
             c.iterations = 300  # 1,500 of the peers' iterations (row 14)
-        return parts.salt(c, align_start=20 if size == "shapes" else 120)
+        # SR: 700 iterations
+        return parts.salt(c, size, variants, parts.Released(start=140, noise="euler_between"))
     c = parts.four_steps(c)
     if variants & {"two", "one"}:
         k = 2 if "two" in variants else 1

@@ -3,7 +3,8 @@ rollout.
 
     python -m launch.train --config=configs/causvid.py --workdir=runs/shapes_causvid
 
-Variants after a colon behind the file's name: `salt` is Salt (Eq. 13) instead, from the same start.
+Variants after a colon behind the file's name: `salt` is Salt (Eq. 13) instead, from the same start,
+`paper` or `release` as configs/self_forcing.py has it (the alignment is Causal Forcing's).
 `wan` is at Wan 2.1 size (--workdir=runs/wan_causvid): its levels are the published ones, of shift
 8; so are those of its start, runs/wan_ode_causvid, which is configs/ode_regression.py:wan,causvid;
 with `salt` runs/wan_ode_causvid_salt, which is :wan,causvid,salt there.
@@ -14,7 +15,7 @@ from salt_jax.keys import Config
 
 
 def get_config(options: str = "") -> Config:
-    size, variants = parts.read_options(options, "salt")
+    size, variants = parts.read_options(options, "salt", *parts.READINGS)
     c = parts.causal(size)
     c.init_from = "runs/shapes_ode"
     if size == "wan":
@@ -22,7 +23,10 @@ def get_config(options: str = "") -> Config:
     if "salt" in variants:
         if size == "wan":
             c.init_from += "_salt"
-        return parts.salt(c, align_start=20 if size == "shapes" else 120)
+        c = parts.salt(c, size, variants, parts.Released(start=140, noise="euler_between"))
+        if c.align.network == "teacher" and size == "wan":
+            c.align.layers = 16  # of 30: the middle, as SR's 21 of 40
+        return c
     c = parts.four_steps(c)
     if size == "wan":
         c = parts.listed_levels(c, (1000, 757, 522))  # CV

@@ -3,14 +3,15 @@
     python -m launch.train --config=configs/longlive.py --workdir=runs/shapes_longlive
 
 Starts from runs/shapes_longlive_init. After a colon behind the file's name `salt` adds Salt (Eq.
-13), `lora` trains low-rank adapters only, `wan` is at Wan 2.1 size (--workdir=runs/wan_longlive).
+13), `paper` or `release` as configs/self_forcing.py has it, `lora` trains low-rank adapters only,
+`wan` is at Wan 2.1 size (--workdir=runs/wan_longlive).
 """
 
 from configs import parts
 
 
 def get_config(options: str = ""):
-    size, variants = parts.read_options(options, "salt", "lora")
+    size, variants = parts.read_options(options, "salt", "lora", *parts.READINGS)
     c = parts.causal(size)
     c.init_from = f"runs/{size}_longlive_init"
     lora = 16 if size == "shapes" else 256  # LL
@@ -25,5 +26,5 @@ def get_config(options: str = ""):
         c.student_optimizer.learning_rate, c.critic_optimizer.learning_rate = 1e-5, 2e-6  # LL
         c.ema.start = c.iterations  # LL: no average with LoRA
     if "salt" in variants:
-        return parts.salt(c, align_start=20 if size == "shapes" else 120)
+        return parts.salt(c, size, variants, parts.Released(start=240, noise="euler_between"))
     return parts.four_steps(c)

@@ -6,13 +6,17 @@ After a config's file name and a colon stands its size, "shapes" (Moving Shapes,
 Sources: SF, CF, LL, CV are Self-Forcing @33593df, Causal-Forcing @1fc7bbc, LongLive v1.0 @e52d9ef,
 CausVid @ca21150; their numbers are read off configs and code. Their iterations count critic
 updates, five to one of the student: ours are student updates, so 600 of theirs are 120 here. Salt
-is arXiv:2604.03118; where it is silent a row of docs/algorithm.md 9 is named.
+is arXiv:2604.03118, SR its authors' code @020d04f; where it is
+silent a row of docs/algorithm.md 9 is named.
 """
+
+from typing import NamedTuple
 
 from configs import base
 from salt_jax.keys import Config
 
 SIZES = ("shapes", "wan")
+READINGS = ("paper", "release")
 
 
 def read_options(text: str, *variants: str) -> tuple[str, set[str]]:
@@ -90,17 +94,45 @@ def listed_levels(c: Config, levels: tuple) -> Config:
     return c
 
 
-def salt(c: Config, align_start: int) -> Config:
-    """Salt's full objective, Eq. 13: mixed steps, self-consistency at K = 8, cache alignment at
-    K = 2 and 4.
+class Released(NamedTuple):
+    """What the authors' configs of the three backbones do not share."""
 
-    `align_start` in iterations; the paper names 600 of its own for Causal Forcing, 120 here.
+    start: int  # of cache alignment, in iterations; theirs count critic updates, five to one
+    noise: str  # of its reference
+
+
+def salt(c: Config, size: str, variants: set[str], released: Released) -> Config:
+    """Salt's full objective, Eq. 13: mixed steps, self-consistency at K = 8, cache alignment at
+    fewer. As the authors' code has it ("release", the default at Wan size) or as their paper does.
     """
     c.rollout.update(num_steps=(2, 4, 8), probabilities=(0.2, 0.4, 0.4))  # Salt App. B
-    # T(K) of Eq. 9 is T(8) in rollouts (row 4)
-    c.schedule.update(train_levels=8, anchor_levels=8)
-    c.loss.update(self_consistency=1.0, stop_gradient="none")  # rows 1, 2
-    c.align.update(weight=0.5, start=align_start)  # row 21
+    c.schedule.train_levels = 8
+    c.loss.self_consistency, c.align.weight = 1.0, 1.0  # see `reading`
+    # the paper names 600 of its iterations for Causal Forcing
+    c.align.start = 20 if size == "shapes" else 120
+    return reading(c, size, variants, released)
+
+
+def reading(c: Config, size: str, variants: set[str], released: Released) -> Config:
+    """Sets how the terms that are on are computed: by the paper, or as its authors' code does."""
+    if {"paper", "release"} <= variants:
+        raise ValueError("paper and release are two readings of one method: name one of them")
+    if "paper" in variants or (size == "shapes" and "release" not in variants):
+        c.schedule.anchor_levels = c.schedule.train_levels  # of rollouts (row 4)
+        c.align.weight *= 0.5  # row 21
+        return c
+    # SR: every value below, by name
+    c.schedule.update(anchor_levels=c.schedule.train_levels // 2, nearest_ends=2)  # row 4
+    c.loss.self_consistency *= 0.2  # row 1
+    c.loss.update(stop_gradient="composed", level_weight="one_minus_sigma")  # rows 2, 5
+    c.align.weight *= 0.1  # row 21
+    c.align.update(network="teacher", layers=21, highest=0.2)  # rows 17, 18, 19
+    c.align.update(num_steps=(2,), lowest_exit=1, probability=1.0)  # row 22
+    c.align.update(reference_exit="student", reference_noise=released.noise)  # row 23
+    if size == "shapes":
+        c.align.layers = 2  # of 4: the middle, as there
+    else:
+        c.align.start = released.start
     return c
 
 

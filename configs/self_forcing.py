@@ -4,7 +4,9 @@
 
 Variants after a colon behind the file's name: none is K = 4 and DMD alone; `naive` has
 self-consistency at K = 4, `mixed` K of 2, 4 and 8, `mixed_sc` self-consistency at 8 too, `salt`
-cache alignment too (Eq. 13). `wan` is at Wan 2.1 size, from an ODE regression, here runs/wan_ode,
+cache alignment too (Eq. 13). With any of these `release` computes the terms as the authors' code
+does and `paper` as their equations say (docs/algorithm.md 9); `release` is the default of `wan`,
+`paper` of Moving Shapes. `wan` is at Wan 2.1 size, from an ODE regression, here runs/wan_ode,
 with Self-Forcing's numbers (configs/parts.py). Cost and result: docs/results.md.
 """
 
@@ -12,17 +14,19 @@ from configs import parts
 
 
 def get_config(options: str = ""):
-    size, variants = parts.read_options(options, "naive", "mixed", "mixed_sc", "salt")
+    mixed = "mixed", "mixed_sc", "salt"
+    size, variants = parts.read_options(options, "naive", *mixed, *parts.READINGS)
     c = parts.causal(size)
     if size == "wan":
         c.init_from = "runs/wan_ode"
-    if not variants - {"naive"}:
+    released = parts.Released(start=200, noise="own")  # SR: 1,000 iterations
+    if not variants & {*mixed}:
         c = parts.four_steps(c)
         c.loss.self_consistency = float("naive" in variants)
-        return c
-    c = parts.salt(c, align_start=20 if size == "shapes" else 120)
+        return parts.reading(c, size, variants, released) if "naive" in variants else c
+    c = parts.salt(c, size, variants, released)
     if size == "wan":
         c.iterations = 300  # 1,500 of the peers' iterations (row 14)
-    c.loss.self_consistency = float("mixed" not in variants)
+    c.loss.self_consistency *= "mixed" not in variants
     c.align.weight *= "salt" in variants
     return c

@@ -98,7 +98,7 @@ def turns_of(row: Row) -> dict[str, tuple[float, float]]:
             if draw is not None:
                 drawn = [draw]
                 if update.terms.alignment:
-                    drawn.append(as_reference(draw, stage.recipe.rollout.first_steps))
+                    drawn.append(as_reference(draw, stage.recipe))
                 turns[name] += sum(int(d.exit_step) + 1 for d in drawn) / len(drawn)
     return {name: (n / ITERATIONS, turns[name] / n) for name, n in times.items()}
 

@@ -23,3 +23,18 @@ StopGradient = Literal["none", "composed", "direct", "midpoint"]
 endpoint x^(2), the direct endpoint x^(1), or only the state x_m at which v_m is evaluated
 (`rollout.parallel.midpoint` stops that one).
 """
+
+LevelWeight = Literal["one", "one_minus_sigma"]
+"""What Eq. 8 is multiplied by: nothing, or 1 - sigma_s, which is 0 at pure noise."""
+
+ReferenceNoise = Literal["shared", "own", "euler_between"]
+"""What the reference of cache alignment adds to its estimate at a noise level, after the first,
+which it always shares with the student: the noise that the student has or would have at that level,
+noise of its own, or the student's where the student visits the level and elsewhere none, by an
+Euler step.
+"""
+
+ReferenceExit = Literal["last", "student"]
+"""Where the reference of cache alignment stops: after its last step, or at the noise level at which
+the student stops.
+"""

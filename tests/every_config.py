@@ -16,18 +16,41 @@ OPTIONS = {
     "ode_regression": ["", "frame", "wan", "wan,frame", "wan,causvid", "wan,causvid,salt"],
     "consistency": ["", "frame", "wan", "wan,frame"],
     "shortcut": ["", "wan"],
-    "self_forcing": ["", "naive", "mixed", "mixed_sc", "salt", "wan", "wan,salt"],
+    "self_forcing": ["", "naive", "mixed", "mixed_sc", "salt", "wan", "wan,salt"]
+    + [
+        f"{size},{variant},{reading}"
+        for size, reading in (("shapes", "release"), ("wan", "paper"))
+        for variant in ("naive", "mixed", "mixed_sc", "salt")
+    ],
     "causal_forcing": [
         size + variant
         for size in ("shapes", "wan")
-        for variant in ("", ",salt", ",frame", ",frame,salt", ",two", ",one")
+        for variant in (
+            "",
+            ",salt",
+            ",salt,paper",
+            ",salt,release",
+            ",frame",
+            ",frame,salt",
+            ",frame,salt,paper",
+            ",two",
+            ",one",
+        )
     ],
-    "causvid": ["", "salt", "wan", "wan,salt"],
-    "longlive_init": ["", "salt", "wan", "wan,salt"],
+    "causvid": ["", "salt", "salt,release", "wan", "wan,salt", "wan,salt,paper"],
+    "longlive_init": ["", "salt", "salt,release", "wan", "wan,salt", "wan,salt,paper"],
     "longlive": [
         size + variant
         for size in ("shapes", "wan")
-        for variant in ("", ",salt", ",lora", ",lora,salt")
+        for variant in (
+            "",
+            ",salt",
+            ",lora",
+            ",lora,salt",
+            ",salt,paper",
+            ",lora,salt,paper",
+            ",salt,release",
+        )
     ],
     "salt": [None],
 }

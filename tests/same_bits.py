@@ -36,7 +36,7 @@ CONFIGS = {
     "ode_regression.py": "shapes_ode.py",
     "consistency.py": "shapes_consistency.py",
     "sc_dmd.py:wan": "wan_t2v.py:sc_dmd",
-    "self_forcing.py:wan,salt": "wan_causal_self_forcing.py:salt",
+    "self_forcing.py:wan,salt,paper": "wan_causal_self_forcing.py:salt",
 }
 RENAMED = {new: old for old, new in migrate.RENAMED.items()} | {"num_steps": "num_updates"}
 SHORT = {
@@ -63,7 +63,7 @@ CASES = {
     "ode": ("ode_regression.py", ODE),
     "consistency": ("consistency.py", ODE),
     "wan_t2v": ("sc_dmd.py:wan", T2V),
-    "wan_self_forcing": ("self_forcing.py:wan,salt", T2V | ONE),
+    "wan_self_forcing": ("self_forcing.py:wan,salt,paper", T2V | ONE),
 }
 
 

@@ -30,7 +30,7 @@ from salt_jax.config.sections import (
     Stream,
     Teacher,
 )
-from salt_jax.flow.schedule import student_levels
+from salt_jax.flow.schedule import Triples, student_levels, triples
 from salt_jax.keys import COUNT, NOT_NEGATIVE, SEED, SHARE, key
 from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.presets import (
@@ -184,6 +184,12 @@ class Recipe:
         else the grid.
         """
         return student_levels(num_steps, self.schedule.shift, self.schedule.levels)
+
+    @property
+    def triples(self) -> Triples:
+        """Those of Eq. 9 on the training grid."""
+        s = self.schedule
+        return triples(s.train_levels, s.anchor_levels, s.nearest_ends)
 
     @property
     def compute(self) -> Compute:

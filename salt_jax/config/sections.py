@@ -10,7 +10,13 @@ No jax in here, as in `choices`.
 from dataclasses import dataclass
 from typing import Literal
 
-from salt_jax.choices import Solver, StopGradient
+from salt_jax.choices import (
+    LevelWeight,
+    ReferenceExit,
+    ReferenceNoise,
+    Solver,
+    StopGradient,
+)
 from salt_jax.keys import (
     COUNT,
     DECAY,
@@ -126,6 +132,12 @@ class Schedule:
     anchor_levels: int = key(
         4, "T(K) of Eq. 9: levels where shortcuts end; divides `train_levels` (row 4)", COUNT
     )
+    nearest_ends: int = key(
+        0,
+        "a shortcut ends at one of so many of these that are nearest below its start; 0: at any "
+        "(row 4)",
+        NOT_NEGATIVE,
+    )
     shift: float = key(
         12.0, "timestep shift of these grids, and of sampling (Salt App. A.1: 12)", POSITIVE
     )
@@ -164,13 +176,34 @@ class Align:
     )
     start: int = key(0, "iterations before it begins; the paper names 600 of its own", NOT_NEGATIVE)
     probability: float = key(
-        0.5, 'of the term, where K is below the largest ("stochastically", row 22)'
+        0.5, 'of the term, in an update that can have it ("stochastically", row 22)'
+    )
+    num_steps: tuple[int, ...] = key(
+        (), "K of the updates that can have it; `()`: each but the largest (row 22)"
+    )
+    lowest_exit: int = key(
+        0,
+        "least exit step of these; 1 leaves out those at pure noise (row 22)",
+        NOT_NEGATIVE,
     )
     margin: float = key(0.1, "delta of Eq. 12, VideoREPA's (row 20)", NOT_NEGATIVE)
-    network: Literal["base", "critic", "student"] = key(
-        "base", "network of the features: base (`weights`, frozen), critic, student (row 17)"
+    network: Literal["base", "teacher", "critic", "student"] = key(
+        "base",
+        "network of the features: base (`weights`, frozen), teacher, critic, student (row 17)",
     )
     layers: int = key(2, "blocks before the features are taken; about 0.6 of all (row 18)")
+    highest: float = key(
+        0.0,
+        "the noise level of the features is drawn anew, u uniform in [0, `highest`], then shift "
+        "and clip of `renoise`; 0: level and noise of teacher and critic (row 19)",
+        SHARE,
+    )
+    reference_exit: ReferenceExit = key(
+        "last", 'where the reference stops: `"last"` or `"student"` (row 23)'
+    )
+    reference_noise: ReferenceNoise = key(
+        "shared", 'its noise: `"shared"`, `"own"` or `"euler_between"` (row 23)'
+    )
 
 
 @dataclass(frozen=True)
@@ -230,6 +263,9 @@ class Loss:
         "none",
         "`none`, `composed`, `direct`, `midpoint`: see "
         "[algorithm](algorithm.md#3-one-student-update) (row 2)",
+    )
+    level_weight: LevelWeight = key(
+        "one", '`"one_minus_sigma"`: the term counts 1 - sigma_s of its start (row 5)'
     )
 
 

@@ -30,10 +30,18 @@ def draw_triple(
 
 
 def draw_renoise_sigma(
-    key: PRNGKey, batch: int, shift_amount: float, lowest: float, highest: float
+    key: PRNGKey,
+    batch: int,
+    shift_amount: float,
+    lowest: float,
+    highest: float,
+    u_highest: float = 1.0,
 ) -> Float[Array, "b"]:
-    """Noise levels at which teacher and critic judge a video: u uniform, shifted, then clamped.
+    """Noise levels at which teacher and critic judge a video: u uniform in [0, u_highest], shifted,
+    then clamped.
 
     The peers clamp to [0.02, 0.98] at shift 5, so 9.3 % of the draws sit exactly on 0.98.
     """
-    return jnp.clip(shift(jax.random.uniform(key, (batch,)), shift_amount), lowest, highest)
+    return jnp.clip(
+        shift(u_highest * jax.random.uniform(key, (batch,)), shift_amount), lowest, highest
+    )

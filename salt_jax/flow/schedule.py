@@ -90,9 +90,12 @@ class Triples(NamedTuple):
     probability: np.ndarray  # [n, P] float32, rows sum to 1 or 0
 
 
-def triples(train_levels: int, anchor_levels: int) -> Triples:
+def triples(train_levels: int, anchor_levels: int, nearest_ends: int = 0) -> Triples:
     """Tabulates Salt Eq. 9: sigma_e uniform on the anchors T(K) below sigma_s, then sigma_m uniform
     on the training levels strictly between. Anchors that leave no room for sigma_m are not drawn.
+
+    Args:
+      nearest_ends: draw sigma_e from the highest so many of these anchors; 0 from all.
 
     Raises ValueError unless `anchor_levels` divides `train_levels` (else T(K) is not part of
     T_train).
@@ -107,6 +110,7 @@ def triples(train_levels: int, anchor_levels: int) -> Triples:
     rows = []
     for start in range(n):
         ends = [e for e in anchors if e >= start + 2]
+        ends = ends[:nearest_ends] if nearest_ends else ends
         rows.append(
             [(m, e, 1 / (len(ends) * (e - start - 1))) for e in ends for m in range(start + 1, e)]
         )

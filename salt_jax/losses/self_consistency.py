@@ -13,7 +13,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from salt_jax.choices import StopGradient
+from salt_jax.choices import LevelWeight, StopGradient
 from salt_jax.flow.prediction import expand
 from salt_jax.types import Latent, PerExample, Sigma
 
@@ -25,6 +25,7 @@ def self_consistency_loss(
     sigma_m: Sigma,
     sigma_e: Sigma,
     stop_gradient: StopGradient,
+    level_weight: LevelWeight,
 ) -> PerExample:
     """|x^(1) - x^(2)|^2 of Salt Eq. 8, as a mean over F H W C instead of a sum.
 
@@ -34,6 +35,7 @@ def self_consistency_loss(
       sigma_s, sigma_m, sigma_e: the triple of Eq. 9, [B] or [B, F], which broadcasts. Where no
         triple exists pass three equal levels: the loss is 0.
       stop_gradient: changes the gradient, never the value.
+      level_weight: "one_minus_sigma" multiplies by 1 - sigma_s, as the authors' code does.
 
     Returns:
       [B] float32.
@@ -44,7 +46,7 @@ def self_consistency_loss(
     >>> v = jnp.zeros((1, 1, 1, 1, 1))
     >>> level = lambda s: jnp.array([s])
     >>> s, m, e = level(1.0), level(0.75), level(0.25)
-    >>> self_consistency_loss(v, v + 2.0, s, m, e, "none")  # (0.5 * 2)^2
+    >>> self_consistency_loss(v, v + 2.0, s, m, e, "none", "one")  # (0.5 * 2)^2
     Array([1.], dtype=float32)
     """
     chex.assert_rank(v_s, 5)
@@ -60,4 +62,5 @@ def self_consistency_loss(
         difference = jax.lax.stop_gradient(difference) - (s - e) * live
     elif stop_gradient == "direct":
         difference = (m - e) * (v_m - jax.lax.stop_gradient(v_s)) + (s - m) * live
-    return (difference**2).mean((1, 2, 3, 4))
+    weight = 1.0 - s if level_weight == "one_minus_sigma" else 1.0
+    return (weight * difference**2).mean((1, 2, 3, 4))

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from salt_jax.choices import Solver
+from salt_jax.choices import ReferenceNoise, Solver
 from salt_jax.flow.transition import euler, renoise
 from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.denoiser import CausalDenoiser, Cond
@@ -42,6 +42,8 @@ class Steps:
     # "cm" re-noises with noise of its own for each level and frame
     solver: Solver = flax.struct.field(pytree_node=False)
     first: "Steps | None" = None  # of a video's first chunk, where they are not those of the others
+    # of "cm", after the first level
+    noise: ReferenceNoise = flax.struct.field(pytree_node=False, default="shared")
 
 
 class Origin(NamedTuple):
@@ -82,6 +84,7 @@ def generate_chunk(
       picture: (H, W, C), static.
     """
     b, levels = len(keys), steps.levels
+    others = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)
 
     def at(i):
         return jnp.full(b, levels[i])
@@ -90,9 +93,12 @@ def generate_chunk(
         """The state at level i, from the previous prediction; one place draws noise, so it compiles
         once.
         """
-        if steps.solver == "cm":
-            return renoise(said.x0, noise_at(keys, levels[i], plan.frames, picture), at(i))
-        return euler(x, said.velocity, at(jnp.maximum(i - 1, 0)), at(i))
+        along = euler(x, said.velocity, at(jnp.maximum(i - 1, 0)), at(i))
+        if steps.solver == "euler":
+            return along
+        draw = jnp.where(i == 0, keys, others) if steps.noise == "own" else keys
+        x = renoise(said.x0, noise_at(draw, levels[i], plan.frames, picture), at(i))
+        return jnp.where(i % 2 == 1, along, x) if steps.noise == "euler_between" else x
 
     def step(i, states):
         x = arrive(i, *states)

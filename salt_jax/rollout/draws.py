@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from salt_jax.config.schema import Recipe
 from salt_jax.flow.draws import draw_triple
-from salt_jax.flow.schedule import triples
+from salt_jax.flow.schedule import Triples
 from salt_jax.types import PRNGKey, Sigma
 
 
@@ -28,24 +28,24 @@ class LevelTriple(NamedTuple):
     exists: Bool[Array, "b"] | Bool[Array, "b f"]
 
 
-def draw_triples(key: PRNGKey, batch: int, levels: np.ndarray, anchor_levels: int) -> LevelTriple:
+def draw_triples(key: PRNGKey, batch: int, levels: np.ndarray, table: Triples) -> LevelTriple:
     """sigma_s uniform on the non-zero `levels` of T_train, then (sigma_m, sigma_e) as
     `flow.schedule.triples` says.
     """
     k_start, k_triple = jax.random.split(key)
     train_levels, sigmas = len(levels) - 1, jnp.asarray(levels)
     start = jax.random.randint(k_start, (batch,), 0, train_levels)
-    middle, end, exists = draw_triple(k_triple, start, triples(train_levels, anchor_levels))
+    middle, end, exists = draw_triple(k_triple, start, table)
     return LevelTriple(sigmas[start], sigmas[middle], sigmas[end], exists)
 
 
 def draw_chunk_triples(
-    key: PRNGKey, batch: int, sizes: Sequence[int], levels: np.ndarray, anchor_levels: int
+    key: PRNGKey, batch: int, sizes: Sequence[int], levels: np.ndarray, table: Triples
 ) -> LevelTriple:
     """As `draw_triples` with a draw for each chunk, [B, F]; a chunk may also be clean already, with
     sigma 0 (CausVid).
     """
-    triple = draw_triples(key, batch * len(sizes), levels, anchor_levels)
+    triple = draw_triples(key, batch * len(sizes), levels, table)
     clean = jax.random.bernoulli(jax.random.fold_in(key, 1), 1 / len(levels), (batch * len(sizes),))
 
     def spread(value):
@@ -77,7 +77,7 @@ class Draw(NamedTuple):
     # of the triple that starts at the exit step; that level where none is
     sigma_m: np.float32 | Float[Array, ""]
     sigma_e: np.float32 | Float[Array, ""]
-    reference_levels: Float[np.ndarray | Array, "n"]  # T(2K), all of whose steps the reference runs
+    reference_levels: Float[np.ndarray | Array, "n"]  # T(2K) of the reference
     reference_exit: np.int32 | Int[Array, ""]
     # whether a continued video changes its prompt
     switch: np.bool_ | Bool[Array, ""] = np.False_
@@ -104,7 +104,7 @@ def draw_rollout(r: Recipe, iteration: int, call: int) -> tuple[Terms, Draw]:
     def padded(k: int) -> np.ndarray:
         return np.pad(r.levels(k), (0, max(longest, o.first_steps) - k))
 
-    table, start = triples(longest, r.schedule.anchor_levels), exit_step
+    table, start = r.triples, exit_step
     middle = end = start * (longest // k)
     exists = k == longest and table.probability[start].sum() > 0
     if exists:
@@ -113,8 +113,11 @@ def draw_rollout(r: Recipe, iteration: int, call: int) -> tuple[Terms, Draw]:
         middle, end = int(table.middle[start, column]), int(table.end[start, column])
     first = o.first_steps or k
     first_exit = int(u[1] * first) if o.first_steps else exit_step
-    coin = r.align.probability if r.align.weight and iteration >= r.align.start else 0.0
+    begun = r.align.weight and iteration >= r.align.start
+    can = k in aligned_steps(r) and exit_step >= r.align.lowest_exit
+    coin = r.align.probability if begun and can else 0.0
     better = min(2 * k, longest)
+    at_student = k < longest and r.align.reference_exit == "student"
     place = place_in_sequence(r, call)
     draw = Draw(
         levels=padded(k),
@@ -124,17 +127,28 @@ def draw_rollout(r: Recipe, iteration: int, call: int) -> tuple[Terms, Draw]:
         sigma_m=train[middle],
         sigma_e=train[end],
         reference_levels=padded(better),
-        reference_exit=np.int32(better - 1),
+        reference_exit=np.int32(2 * exit_step if at_student else better - 1),
         switch=np.bool_(place == "switch"),
     )
     self_consistency = bool(exists and r.loss.self_consistency > 0)
     sequence = "new" if place == "new" else "on"
-    return Terms(self_consistency, bool(k < longest and u[3] < coin), sequence), draw
+    return Terms(self_consistency, bool(u[3] < coin), sequence), draw
 
 
-def as_reference(draw: Draw, first_steps: int) -> Draw:
-    """The draw of cache alignment's reference rollout: every chunk runs all its steps."""
-    first_exit = np.int32(first_steps - 1) if first_steps else draw.reference_exit
+def aligned_steps(r: Recipe) -> tuple[int, ...]:
+    """K of the updates that can have cache alignment: below the largest, so that T(2K) exists."""
+    below = (k for k in r.rollout.num_steps if k < max(r.rollout.num_steps))
+    return r.align.num_steps or tuple(below)
+
+
+def as_reference(draw: Draw, r: Recipe) -> Draw:
+    """The draw of cache alignment's reference rollout: T(2K), of which level 2i is level i of the
+    student's T(K). Where the first chunk has steps of its own, those are the same.
+    """
+    first_exit = draw.reference_exit
+    if r.rollout.first_steps:
+        last = np.int32(r.rollout.first_steps - 1)
+        first_exit = last if r.align.reference_exit == "last" else draw.first_exit
     return draw._replace(
         levels=draw.reference_levels, exit_step=draw.reference_exit, first_exit=first_exit
     )

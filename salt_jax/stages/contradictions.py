@@ -88,10 +88,27 @@ def alignment(r: Recipe) -> Iterator[str]:
         return
     if len(r.rollout.num_steps) < 2:
         yield NO_ALIGNMENT.format(a.weight)
-    if not 1 <= a.layers <= r.wan.num_layers:
+    if a.network == "teacher" and r.teacher.kind != "network":
         yield (
-            f"config.align.layers={a.layers} must be between 1 and the {r.wan.num_layers} layers "
+            f"config.align.network=teacher has no features where config.teacher.kind="
+            f"{r.teacher.kind}; set config.align.network=base"
+        )
+    network = r.teacher_wan if a.network == "teacher" else r.wan
+    if not 1 <= a.layers <= network.num_layers:
+        yield (
+            f"config.align.layers={a.layers} must be between 1 and the {network.num_layers} layers "
             "of the network"
+        )
+    can = [k for k in r.rollout.num_steps if k < max(r.rollout.num_steps)]
+    if not set(a.num_steps) <= set(can):
+        yield (
+            f"config.align.num_steps={a.num_steps} must be among {tuple(can)}, the "
+            "config.rollout.num_steps with a denser schedule"
+        )
+    elif a.lowest_exit >= max(a.num_steps or can, default=1):
+        yield (
+            f"config.align.lowest_exit={a.lowest_exit} leaves no update with the term: "
+            f"config.align.num_steps are {a.num_steps or tuple(can)}; lower it"
         )
     if not 0 < a.probability <= 1:
         yield f"config.align.probability={a.probability} must be in (0, 1]"

@@ -5,7 +5,7 @@ critic follows the student's videos by flow matching. For whole clips that is Eq
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +42,10 @@ from salt_jax.stages.stage import (
 from salt_jax.stages.start import (
     StartNoise,
     StartState,
+    as_steps,
     draw_start,
     noised_clip,
+    rolled_out,
     self_rollout,
 )
 from salt_jax.state import Stream, TrainState, first_state
@@ -177,8 +179,17 @@ class Distil:
         """
         if draw is None:
             return noised_clip(inputs.batch, inputs.noise, self.recipe)
-        params = jax.lax.stop_gradient(params)
-        return self_rollout(self.student, params, origin, inputs.noise, draw, self.recipe)
+        params, steps = jax.lax.stop_gradient(params), as_steps(draw, self.recipe)
+        made = self_rollout(self.student, params, origin, steps, inputs.noise.keys, self.recipe)
+        return rolled_out(made, origin, draw, self.recipe)
+
+    def reference(self, params: Params, origin: Origin, inputs: Inputs) -> Latent:
+        """The video that cache alignment aligns to: of twice the steps, on its own cache."""
+        assert inputs.draw is not None
+        params, draw = jax.lax.stop_gradient(params), as_reference(inputs.draw, self.recipe)
+        steps = replace(as_steps(draw, self.recipe), noise=self.recipe.align.reference_noise)
+        keys = inputs.noise.keys
+        return self_rollout(self.student, params, origin, steps, keys, self.recipe).x0
 
     def next_stream(self, start: StartState, origin: Origin) -> Stream | None:
         """What the next update continues from."""
@@ -221,24 +232,27 @@ def student_losses(
     losses = {"dmd": dmd_loss(video.x0, x0_critic, x0_teacher)}  # Eq. 4
     metrics = {"dmd_gap": jnp.abs(x0_critic - x0_teacher).mean()}
     if terms.self_consistency:  # Eq. 8
-        stop = r.loss.stop_gradient
-        x_m = midpoint(start.x, video.velocity, start.sigma, start.sigma_m, stop == "midpoint")
-        v_m = denoise(student, x_m, start.sigma_m, origin.cond, start.plan).velocity
+        stop, weight = r.loss.stop_gradient, r.loss.level_weight
         triple = start.sigma, start.sigma_m, start.sigma_e
-        losses["self_consistency"] = self_consistency_loss(video.velocity, v_m, *triple, stop)
+        x_m = midpoint(start.x, video.velocity, *triple[:2], stop in ("midpoint", "composed"))
+        network = jax.lax.stop_gradient(student) if stop == "composed" else student
+        v_m = denoise(network, x_m, start.sigma_m, origin.cond, start.plan).velocity
+        losses["self_consistency"] = self_consistency_loss(
+            video.velocity, v_m, *triple, stop, weight
+        )
     if terms.alignment:  # Eq. 12
-        assert inputs.draw is not None
-        longer = as_reference(inputs.draw, r.rollout.first_steps)
-        reference = stage.start(student, origin, inputs, longer)
-        judges = {"base": frozen.get("base"), "critic": critic, "student": student}
+        reference = stage.reference(student, origin, inputs)
+        judges = frozen | {"critic": critic, "student": student}
         judge = jax.lax.stop_gradient(judges[r.align.network])
+        network = stage.teacher if r.align.network == "teacher" else stage.student
+        noise = inputs.noise.aligned or renoised
 
         def features(x0: Latent) -> Float[Array, "b f s d"]:
-            x = add_noise(start.with_overlap(x0), *renoised)
+            x = add_noise(start.with_overlap(x0), *noise)
             layers = r.align.layers
-            return start.new(stage.student.features(judge, x, renoised.sigma, origin.cond, layers))
+            return start.new(network.features(judge, x, noise.sigma, origin.cond, layers))
 
-        low, high = features(video.x0), features(reference.trajectory.x0)
+        low, high = features(video.x0), features(reference)
         losses["alignment"], active = cache_alignment_loss(low, high, r.align.margin)
         metrics["alignment_active"] = active.mean()
     return losses, metrics, stage.next_stream(start, origin)

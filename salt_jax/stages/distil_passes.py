@@ -5,9 +5,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from salt_jax.config.schema import Recipe
-from salt_jax.flow.schedule import triples
 from salt_jax.models.visibility import chunk_pairs
-from salt_jax.rollout.draws import Draw, as_reference
+from salt_jax.rollout.draws import Draw, aligned_steps, as_reference
 from salt_jax.stages import teachers
 from salt_jax.stages.stage import Gradient, Memory, Pass, Update
 
@@ -35,7 +34,7 @@ def mix_of(recipe: Recipe, update: Update, draw: Draw | None) -> Mix:
     )
     if draw is None:
         return mix
-    reference = as_reference(draw, recipe.rollout.first_steps)
+    reference = as_reference(draw, recipe)
     return mix._replace(
         first=int(draw.first_exit) + 2.0,
         rest=int(draw.exit_step) + 2.0,
@@ -52,20 +51,25 @@ def mean_mix(recipe: Recipe) -> Mix:
     on = float(recipe.loss.self_consistency > 0)
     if recipe.video != "rollout":
         return Mix(self_consistency=on)
-    r, m, longest = recipe.rollout, recipe.stream, max(recipe.rollout.num_steps)
-    coin = recipe.align.probability if recipe.align.weight else 0.0
+    r, m, a, longest = recipe.rollout, recipe.stream, recipe.align, max(recipe.rollout.num_steps)
     drawn = list(zip(r.num_steps, r.probabilities, strict=True))
     rest = sum(p * (k + 1) / 2 for k, p in drawn) + 1
-    aligned = [(min(2 * k, longest), p * coin) for k, p in drawn if k < longest]
-    exists = (triples(longest, recipe.schedule.anchor_levels).probability.sum(1) > 0).mean()
+    aligned = [  # each K and exit step that has it: evaluations of the reference, the share
+        (2 * k if a.reference_exit == "last" else 2 * e + 1, p * a.probability / k)
+        for k, p in drawn
+        for e in range(a.lowest_exit, k)
+        if a.weight and k in aligned_steps(recipe)
+    ]
+    first = r.first_steps if a.reference_exit == "last" else (r.first_steps + 1) / 2
+    exists = (recipe.triples.probability.sum(1) > 0).mean()
     at_longest = sum(p for k, p in drawn if k == longest)
     new = recipe.clip_shape[0] - m.overlap
     calls = 1 + (m.max_frames - recipe.clip_shape[0]) // new if m.max_frames else 1
     return Mix(
         first=(r.first_steps + 1) / 2 + 1 if r.first_steps else rest,
         rest=rest,
-        reference_first=sum((p * ((r.first_steps or k) + 1) for k, p in aligned), 0.0),
-        reference_rest=sum((p * (k + 1) for k, p in aligned), 0.0),
+        reference_first=sum((p * ((first if r.first_steps else n) + 1) for n, p in aligned), 0.0),
+        reference_rest=sum((p * (n + 1) for n, p in aligned), 0.0),
         self_consistency=float(on * at_longest * exists),
         alignment=sum((p for _, p in aligned), 0.0),
         on=1 - 1 / calls,
@@ -76,6 +80,7 @@ def mean_mix(recipe: Recipe) -> Mix:
 def passes(recipe: Recipe, moves: str, mix: Mix) -> list[Pass]:
     """Those of an update of the student or the critic."""
     wan, frames, layers = recipe.wan, recipe.clip_shape[0], recipe.align.layers
+    judge = recipe.teacher_wan if recipe.align.network == "teacher" else wan
     whole = ((frames, frames),)
     made = list(rollout_passes(recipe, "student: rollout", mix.first, mix.rest, mix))
     if moves == "critic":
@@ -84,15 +89,17 @@ def passes(recipe: Recipe, moves: str, mix: Mix) -> list[Pass]:
         return [*made, Pass("critic", wan, whole, 1.0, "weights")]
     seen = mix.alignment
     made += video_passes(recipe, "student: replay", 1.0, mix, "weights")
-    made += video_passes(recipe, "student: self-consistency", mix.self_consistency, mix, "weights")
+    composed = recipe.loss.stop_gradient == "composed"
+    second = "none" if composed else "weights"
+    made += video_passes(recipe, "student: self-consistency", mix.self_consistency, mix, second)
     made += rollout_passes(
         recipe, "student: reference rollout", mix.reference_first, mix.reference_rest, mix
     )
     made += [
         Pass("critic: score", wan, whole, 1.0),
         *teachers.passes(recipe),
-        Pass("features", wan, whole, seen, "activations", layers),
-        Pass("features: forward", wan, whole, seen, "none", layers),
+        Pass("features", judge, whole, seen, "activations", layers),
+        Pass("features: forward", judge, whole, seen, "none", layers),
     ]
     return [p for p in made if p.times or p.reads]
 
@@ -104,11 +111,13 @@ def memory(recipe: Recipe, update: Update) -> Memory:
     rolls = recipe.video == "rollout"
     going = recipe.memory.capacity(0) - recipe.stream.overlap if recipe.stream.max_frames else 0
     terms = update.terms
-    share = recipe.align.layers / recipe.wan.num_layers
+    judge = recipe.teacher_wan if recipe.align.network == "teacher" else recipe.wan
+    share = recipe.align.layers * judge.dim / (recipe.wan.num_layers * recipe.wan.dim)
+    second = terms.self_consistency and recipe.loss.stop_gradient != "composed"
     return Memory(
         caches=rolls * (1 + (terms.alignment and recipe.memory.window > 0)),
         slots=recipe.clip_shape[0] + max(going, 0),
-        forwards=1.0 + terms.self_consistency + share * terms.alignment,
+        forwards=1.0 + second + share * terms.alignment,
     )
 
 

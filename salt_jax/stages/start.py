@@ -43,6 +43,7 @@ class StartNoise(NamedTuple):
     keys: Key[Array, "b"] = ABSENT  # of the rollouts
     clip: Latent = ABSENT  # on real clips
     triple: LevelTriple = ABSENT  # its levels
+    aligned: Renoised = ABSENT  # of cache alignment, where that is not `renoised`
 
 
 class StartState(NamedTuple):
@@ -73,20 +74,27 @@ def draw_start(key: PRNGKey, batch: Batch, recipe: Recipe) -> StartNoise:
     shape = (batch.size, *recipe.clip_shape)
     renoised = draw_renoised(k_renoise, shape, recipe.renoise)
     if recipe.video == "rollout":
-        return StartNoise(renoised, jax.random.split(k_video, batch.size))
+        keys, aligned = jax.random.split(k_video, batch.size), ABSENT
+        if recipe.align.weight and recipe.align.highest:
+            key = jax.random.fold_in(k_renoise, 1)
+            aligned = draw_renoised(key, shape, recipe.renoise, recipe.align.highest)
+        return StartNoise(renoised, keys, aligned=aligned)
     k_triple, k_noise = jax.random.split(k_video)
-    anchors, levels = recipe.schedule.anchor_levels, recipe.levels(recipe.schedule.train_levels)
+    table, levels = recipe.triples, recipe.levels(recipe.schedule.train_levels)
     if recipe.video == "noised_chunks":
         sizes = recipe.memory.sizes(shape[1])
-        triple = draw_chunk_triples(k_triple, batch.size, sizes, levels, anchors)
+        triple = draw_chunk_triples(k_triple, batch.size, sizes, levels, table)
     else:
-        triple = draw_triples(k_triple, batch.size, levels, anchors)
+        triple = draw_triples(k_triple, batch.size, levels, table)
     return StartNoise(renoised, clip=jax.random.normal(k_noise, shape), triple=triple)
 
 
-def draw_renoised(key: PRNGKey, shape: tuple[int, ...], r: Renoise) -> Renoised:
+def draw_renoised(
+    key: PRNGKey, shape: tuple[int, ...], r: Renoise, highest: float = 1.0
+) -> Renoised:
+    """`highest`: of u, before the shift."""
     k_sigma, k_noise = jax.random.split(key)
-    sigma = draw_renoise_sigma(k_sigma, shape[0], r.shift, r.lowest, r.highest)
+    sigma = draw_renoise_sigma(k_sigma, shape[0], r.shift, r.lowest, r.highest, highest)
     return Renoised(jax.random.normal(k_noise, shape), sigma)
 
 
@@ -104,19 +112,22 @@ def self_rollout(
     student: WanDenoiser,
     params: Params,
     origin: Origin,
-    noise: StartNoise,
-    draw: Draw,
+    steps: Steps,
+    keys: Key[Array, "b"],
     recipe: Recipe,
-) -> StartState:
+) -> Trajectory:
     """The student's own rollout on its own, imperfect, cache."""
     frames, *picture = recipe.clip_shape
     overlap = 0 if origin.cache is None else recipe.stream.overlap
     shape = (frames - overlap, *picture)
-    steps = as_steps(draw, recipe)
-    made = rollout(student, params, origin, steps, noise.keys, shape, recipe.memory)
+    return rollout(student, params, origin, steps, keys, shape, recipe.memory)
+
+
+def rolled_out(made: Trajectory, origin: Origin, draw: Draw, recipe: Recipe) -> StartState:
+    """What a rollout leaves to its exit steps."""
     before = made.x[:, :0]
     if origin.cache is not None:
-        before = origin.cache.x0[:, origin.cache.slots - overlap :]
+        before = origin.cache.x0[:, origin.cache.slots - recipe.stream.overlap :]
     sigma_m, sigma_e = (jnp.full(made.x.shape[:2], level) for level in (draw.sigma_m, draw.sigma_e))
     plan = plan_replay(made, recipe.memory)
     return StartState(made.x, made.sigma, sigma_m, sigma_e, plan, before, made)

@@ -40,7 +40,10 @@ TIED = {
     "memory.positions",
     "rollout.solver",
     "align.network",
+    "align.reference_exit",
+    "align.reference_noise",
     "loss.stop_gradient",
+    "loss.level_weight",
     "sample.solver",
 }
 TIED |= {"world.size", "schedule.train_levels", "schedule.anchor_levels", "schedule.levels"}
@@ -150,7 +153,7 @@ def test_an_unknown_and_a_missing_key_are_refused_by_name():
         ("teacher.preset", "tiny, small, wan2.1-t2v-1.3b"),
         ("memory.positions", "absolute, relative"),
         ("rollout.solver", "euler, cm"),
-        ("align.network", "base, critic, student"),
+        ("align.network", "base, teacher, critic, student"),
         ("model.preset", "tiny, small, wan2.1-t2v-1.3b"),
         ("model.dtype", "float32, bfloat16"),
         ("model.remat", "none, all, save_attention, dots, dots_no_batch, offload"),
@@ -411,6 +414,18 @@ CONTRADICTIONS = {
         (
             r"config\.align\.layers=5 must be between 1 and the 4 layers",
             ALIGN | {"align.layers": 5},
+        ),
+        (
+            r"config\.align\.network=teacher has no features .*teacher\.kind=closed_form",
+            ALIGN | {"align.network": "teacher", "teacher.kind": "closed_form"},
+        ),
+        (
+            r"config\.align\.num_steps=\(8,\) must be among \(2, 4\)",
+            ALIGN | {"align.num_steps": (8,)},
+        ),
+        (
+            r"config\.align\.lowest_exit=2 leaves no update .* \(2,\); lower it",
+            ALIGN | {"align.num_steps": (2,), "align.lowest_exit": 2},
         ),
         (
             r"config\.align\.probability=0\.0 must be in \(0, 1\]",

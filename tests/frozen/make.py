@@ -23,7 +23,7 @@ RUNS = {
     ),
     # Wan in form, small, with fresh weights and nothing but prompts: every parameter is trained
     "wan": (
-        "self_forcing.py:wan,salt",
+        "self_forcing.py:wan,salt,paper",
         SHORT
         | {"weights": "", "model.preset": "wan2.1-t2v-tiny", "text_encoder": "wan-tiny"}
         | {"teacher.weights": "", "teacher.preset": "wan2.1-t2v-tiny", "model.dtype": "float32"}

@@ -16,7 +16,7 @@ from tests.helpers import without_type_checks
 
 CLIP, FRAMES, CLIPS = (2, 3, 4, 5, 6), (2, 3), (2,)
 alignment_loss = partial(cache_alignment_loss, margin=0.1)
-consistency_loss = partial(self_consistency_loss, stop_gradient="direct")
+consistency_loss = partial(self_consistency_loss, stop_gradient="direct", level_weight="one")
 GOOD = [
     (dmd_loss, CLIP, CLIP, CLIP),
     (endpoint_loss, CLIP, CLIP),

@@ -43,8 +43,10 @@ def field(theta, x, sigma, xp):
     )
 
 
-def printed_loss(live, held, x_s, stop):
-    """Eq. 6-8. `held` takes the place of `live` where no gradient passes; mean instead of sum."""
+def printed_loss(live, held, x_s, stop, weight="one"):
+    """Eq. 6-8. `held` takes the place of `live` where no gradient passes; mean instead of sum.
+    `weight`: what multiplies the square of each clip.
+    """
     s, m, e = wide(S), wide(M), wide(E)
 
     def direct(theta):
@@ -62,30 +64,31 @@ def printed_loss(live, held, x_s, stop):
         "midpoint": lambda: (direct(live), composed(live, held)),
     }
     x1, x2 = ends[stop]()
-    return np.mean((x1 - x2) ** 2)
+    return np.mean({"one": 1.0, "one_minus_sigma": 1.0 - s}[weight] * (x1 - x2) ** 2)
 
 
-def our_loss(theta, x_s, stop):
+def our_loss(theta, x_s, stop, weight="one"):
     """As the training step calls it."""
     s, m, e = levels()
     v_s = field(theta, x_s, wide(S, jnp), jnp)
     x_m = midpoint(x_s, v_s, s, m, stop == "midpoint")
     v_m = field(theta, x_m, wide(M, jnp), jnp)
-    return self_consistency_loss(v_s, v_m, s, m, e, stop).mean()
+    return self_consistency_loss(v_s, v_m, s, m, e, stop, weight).mean()
 
 
-def printed_gradient(x_s, stop, h=1e-5):
+def printed_gradient(x_s, stop, weight="one", h=1e-5):
     steps = h * np.eye(3)
-    loss = lambda theta: printed_loss(theta, THETA, x_s, stop)
+    loss = lambda theta: printed_loss(theta, THETA, x_s, stop, weight)
     return np.array([(loss(THETA + d) - loss(THETA - d)) / (2 * h) for d in steps])
 
 
+@pytest.mark.parametrize("weight", ["one", "one_minus_sigma"])
 @each_choice
-def test_value_and_gradient_are_those_of_the_endpoint_form(stop):
+def test_value_and_gradient_are_those_of_the_endpoint_form(stop, weight):
     x_s = normal(0)
-    value, gradient = jax.value_and_grad(our_loss)(jnp.array(THETA), jnp.array(x_s), stop)
-    np.testing.assert_allclose(value, printed_loss(THETA, THETA, x_s, "none"), rtol=1e-5)
-    np.testing.assert_allclose(gradient, printed_gradient(x_s, stop), rtol=1e-4, atol=1e-6)
+    value, gradient = jax.value_and_grad(our_loss)(jnp.array(THETA), jnp.array(x_s), stop, weight)
+    np.testing.assert_allclose(value, printed_loss(THETA, THETA, x_s, "none", weight), rtol=1e-5)
+    np.testing.assert_allclose(gradient, printed_gradient(x_s, stop, weight), rtol=1e-4, atol=1e-6)
 
 
 def test_the_four_choices_are_four_gradients():
@@ -127,7 +130,7 @@ def test_pull_on_the_two_velocities_by_hand(stop, to_v_s, to_v_m):
     more.
     """
     v_s, v_m = normal(0), normal(1)
-    loss = lambda v_s, v_m: self_consistency_loss(v_s, v_m, *levels(), stop).sum()
+    loss = lambda v_s, v_m: self_consistency_loss(v_s, v_m, *levels(), stop, "one").sum()
     got = jax.grad(loss, argnums=(0, 1))(jnp.array(v_s), jnp.array(v_m))
     s, m, e = wide(S), wide(M), wide(E)
     common = 2 * (m - e) * (v_m - v_s) / SIZE
@@ -140,8 +143,8 @@ class Value(chex.TestCase):
     @parameterized.parameters(*CHOICES)
     def test_value_is_one_number_per_example(self, stop):
         v_s, v_m = normal(0), normal(1)
-        loss = self.variant(self_consistency_loss, static_argnums=5)
-        got = loss(jnp.array(v_s), jnp.array(v_m), *levels(), stop)
+        loss = self.variant(self_consistency_loss, static_argnums=(5, 6))
+        got = loss(jnp.array(v_s), jnp.array(v_m), *levels(), stop, "one")
         assert got.shape == (3,) and got.dtype == jnp.float32
         expected = [np.mean(((M[b] - E[b]) * (v_m[b] - v_s[b])) ** 2) for b in range(3)]
         np.testing.assert_allclose(got, expected, rtol=1e-5)
@@ -151,7 +154,7 @@ class Value(chex.TestCase):
 def test_nothing_is_asked_where_no_triple_exists(stop):
     """Three equal levels: neither value nor gradient, however much the velocities differ."""
     level = jnp.array([0.4167, 0.4167, 1.0])
-    loss = lambda v_s, v_m: self_consistency_loss(v_s, v_m, level, level, level, stop).sum()
+    loss = lambda v_s, v_m: self_consistency_loss(v_s, v_m, level, level, level, stop, "one").sum()
     value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(
         jnp.array(normal(0)), jnp.array(normal(1))
     )
@@ -163,7 +166,8 @@ def test_nothing_is_asked_where_no_triple_exists(stop):
 def test_straight_paths_are_content(stop):
     v = jnp.array(normal(0))
     value, gradients = jax.value_and_grad(
-        lambda v_s, v_m: self_consistency_loss(v_s, v_m, *levels(), stop).sum(), argnums=(0, 1)
+        lambda v_s, v_m: self_consistency_loss(v_s, v_m, *levels(), stop, "one").sum(),
+        argnums=(0, 1),
     )(v, v)
     assert value == 0
     assert not np.any(gradients)
@@ -172,7 +176,7 @@ def test_straight_paths_are_content(stop):
 def test_example_of_the_docstring():
     v, level = jnp.zeros((1, 1, 1, 1, 1)), lambda s: jnp.array([s])
     assert self_consistency_loss(
-        v, v + 2.0, level(1.0), level(0.75), level(0.25), "none"
+        v, v + 2.0, level(1.0), level(0.75), level(0.25), "none", "one"
     ).tolist() == [1.0]
 
 
@@ -183,7 +187,7 @@ def test_long_triples_that_end_clean_carry_the_loss(triple, weight):
     """(sigma_m - sigma_e)^2 on the grid of 8 updates at shift 5."""
     levels = (jnp.array([grid(8, 5.0)[i]]) for i in triple)
     v = jnp.zeros((1, 2, 4, 2, 3))
-    assert float(self_consistency_loss(v, v + 1.0, *levels, "none")[0]) == pytest.approx(
+    assert float(self_consistency_loss(v, v + 1.0, *levels, "none", "one")[0]) == pytest.approx(
         weight, rel=0.03
     )
 
@@ -197,7 +201,9 @@ def test_half_precision_keeps_what_the_endpoints_lose():
     v_m = half(np.asarray(v_s, float) * 1.03)
     s, m, e = (jnp.full(3, level) for level in (1.0, 0.96875, 0.9375))  # exact in bfloat16
     truth = ((0.03125 * (np.asarray(v_m, float) - np.asarray(v_s, float))) ** 2).mean((1, 2, 3, 4))
-    np.testing.assert_allclose(self_consistency_loss(v_s, v_m, s, m, e, "none"), truth, rtol=1e-4)
+    np.testing.assert_allclose(
+        self_consistency_loss(v_s, v_m, s, m, e, "none", "one"), truth, rtol=1e-4
+    )
 
     s, m, e = (half(level) for level in (s, m, e))
     lossy = direct_endpoint(x_s, v_s, s, e) - composed_endpoint(x_s, v_s, v_m, s, m, e)

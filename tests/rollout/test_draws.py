@@ -23,7 +23,7 @@ BATCH = 20_000
 
 def drawn(seed, anchors=4):
     return jax.tree.map(
-        np.asarray, draw_triples(jax.random.key(seed), BATCH, grid(8, 5.0), anchors)
+        np.asarray, draw_triples(jax.random.key(seed), BATCH, grid(8, 5.0), triples(8, anchors))
     )
 
 
@@ -72,13 +72,17 @@ def test_the_key_decides_everything():
 
 
 def test_the_same_inside_a_compiled_step():
-    compiled = jax.jit(lambda key: draw_triples(key, 64, grid(8, 5.0), 4))(jax.random.key(5))
-    chex.assert_trees_all_equal(compiled, draw_triples(jax.random.key(5), 64, grid(8, 5.0), 4))
+    compiled = jax.jit(lambda key: draw_triples(key, 64, grid(8, 5.0), triples(8, 4)))(
+        jax.random.key(5)
+    )
+    chex.assert_trees_all_equal(
+        compiled, draw_triples(jax.random.key(5), 64, grid(8, 5.0), triples(8, 4))
+    )
 
 
 def test_no_key_is_used_twice():
     with jax.debug_key_reuse(True):
-        draw_triples(jax.random.key(6), 4, grid(8, 5.0), 4)
+        draw_triples(jax.random.key(6), 4, grid(8, 5.0), triples(8, 4))
 
 
 def test_listed_levels_take_the_place_of_the_grid():
@@ -86,7 +90,9 @@ def test_listed_levels_take_the_place_of_the_grid():
     (1, 2, 3).
     """
     levels = explicit((1000, 757, 522))
-    triple = jax.tree.map(np.asarray, draw_triples(jax.random.key(0), 2000, levels, 3))
+    triple = jax.tree.map(
+        np.asarray, draw_triples(jax.random.key(0), 2000, levels, triples(len(levels) - 1, 3))
+    )
     assert set(triple.sigma_s.tolist()) == set(levels[:3].tolist())
     found = {
         tuple(levels.tolist().index(x) for x in row[:3])
@@ -95,7 +101,8 @@ def test_listed_levels_take_the_place_of_the_grid():
     }
     assert found == {(0, 1, 2), (0, 1, 3), (0, 2, 3), (1, 2, 3)}
     recipe = Recipe(
-        rollout=Rollout((3,), (1.0,)), schedule=Schedule(3, 3, 5.0, levels=(1000.0, 757.0, 522.0))
+        rollout=Rollout((3,), (1.0,)),
+        schedule=Schedule(3, 3, shift=5.0, levels=(1000.0, 757.0, 522.0)),
     )
     _, draw = draw_rollout(recipe, iteration=0, call=3)
     np.testing.assert_array_equal(draw.levels, levels)
@@ -109,7 +116,7 @@ SIZES = (1, 3, 3)
 @functools.cache
 def drawn_chunks(seed, batch=4000):
     """Levels of one frame of each chunk, [batch, 3]."""
-    draw = jax.jit(lambda key: draw_chunk_triples(key, batch, SIZES, grid(8, 5.0), 4))
+    draw = jax.jit(lambda key: draw_chunk_triples(key, batch, SIZES, grid(8, 5.0), triples(8, 4)))
     triple = jax.tree.map(np.asarray, draw(jax.random.key(seed)))
     for value in triple:
         assert value.shape == (batch, 7)
@@ -156,18 +163,30 @@ def test_chunks_have_triples_of_eq_9_or_three_equal_levels():
 UPDATES, PROBABILITIES, CALLS = (2, 4, 8), (0.2, 0.3, 0.5), 2000
 
 
-@functools.cache
-def rollouts(
-    seed=0, first_steps=0, self_consistency=1.0, alignment=1.0, start=0, coin=0.5, calls=CALLS
+def recipe_of(
+    seed=0,
+    first_steps=0,
+    self_consistency=1.0,
+    alignment=1.0,
+    start=0,
+    coin=0.5,
+    nearest_ends=0,
+    **align,
 ):
-    """Of a run with these weights of the terms, call by call."""
-    recipe = Recipe(
+    """A run with these weights of the terms."""
+    return Recipe(
         seed=seed,
         rollout=Rollout(UPDATES, PROBABILITIES, first_steps),
-        schedule=Schedule(8, 4, 5.0),
+        schedule=Schedule(8, 4, shift=5.0, nearest_ends=nearest_ends),
         loss=Loss(self_consistency),
-        align=Align(alignment, start, coin),
+        align=Align(alignment, start, coin, **align),
     )
+
+
+@functools.cache
+def rollouts(calls=CALLS, **changes):
+    """Call by call."""
+    recipe = recipe_of(**changes)
     return [draw_rollout(recipe, iteration=call, call=call) for call in range(calls)]
 
 
@@ -264,13 +283,51 @@ def test_the_reference_takes_twice_as_many_updates_and_all_of_them():
         assert draw.reference_exit == twice - 1
 
 
+def test_the_release_ends_shortcuts_at_the_two_nearest_of_four():
+    """Boundaries are levels 0, 2, 4, 6 of T(8) and 0; those below the next level of T(8) count; of
+    these one of the two nearest, then a middle uniform between.
+    """
+    wanted = {
+        0: {(1, 2): 1 / 2} | {(m, 4): 1 / 6 for m in (1, 2, 3)},
+        1: {(m, 4): 1 / 4 for m in (2, 3)} | {(m, 6): 1 / 8 for m in (2, 3, 4, 5)},
+        2: {(3, 4): 1 / 2} | {(m, 6): 1 / 6 for m in (3, 4, 5)},
+        3: {(m, 6): 1 / 4 for m in (4, 5)} | {(m, 8): 1 / 8 for m in (4, 5, 6, 7)},
+        4: {(5, 6): 1 / 2} | {(m, 8): 1 / 6 for m in (5, 6, 7)},
+        5: {(m, 8): 1 / 2 for m in (6, 7)},
+        6: {(7, 8): 1.0},
+        7: {},
+    }
+    table = triples(8, 4, nearest_ends=2)
+    for start, pairs in wanted.items():
+        rows = zip(*(x[start].tolist() for x in table), strict=True)
+        assert {(m, e): p for m, e, p in rows if p} == pytest.approx(pairs)
+    level = {float(value): i for i, value in enumerate(grid(8, 5.0))}
+    for terms, draw in by_updates(rollouts(nearest_ends=2))[8]:
+        pair = level[float(draw.sigma_m)], level[float(draw.sigma_e)]
+        assert not terms.self_consistency or pair in wanted[int(draw.exit_step)]
+
+
+def test_the_release_aligns_two_steps_that_do_not_stop_at_pure_noise():
+    told = {"num_steps": (2,), "lowest_exit": 1, "coin": 1.0, "calls": 400}
+    for terms, draw in rollouts(**told):
+        assert terms.alignment == (number(draw.levels) == 2 and draw.exit_step == 1)
+
+
+def test_a_reference_that_stops_with_the_student_stops_at_its_level():
+    for _, draw in rollouts(reference_exit="student", calls=400):
+        reference = as_reference(draw, recipe_of(reference_exit="student"))
+        if number(draw.levels) < 8:
+            assert reference.levels[reference.exit_step] == draw.levels[draw.exit_step]
+            assert number(reference.levels) == 2 * number(draw.levels)
+
+
 @pytest.mark.parametrize("first", [0, 4])
 def test_every_chunk_of_the_reference_runs_all_its_updates(first):
     """As a draw it has the reference's levels; a first chunk with a schedule of its own keeps
     it.
     """
     for _, draw in rollouts(first_steps=first, calls=200 if not first else 600):
-        reference = as_reference(draw, first)
+        reference = as_reference(draw, recipe_of(first_steps=first))
         np.testing.assert_array_equal(reference.levels, draw.reference_levels)
         assert (
             reference.levels[reference.exit_step] > 0 == reference.levels[reference.exit_step + 1]

@@ -48,7 +48,7 @@ def draws(key, batch, recipe):
     k_sigma, k_fresh = jax.random.split(k_renoise)
     size, column = batch.size, lambda level: level.reshape(-1, 1, 1, 1, 1)
     levels = grid(recipe.schedule.train_levels, recipe.schedule.shift)
-    triple = draw_triples(k_plan, size, levels, recipe.schedule.anchor_levels)
+    triple = draw_triples(k_plan, size, levels, recipe.triples)
     u = jax.random.uniform(k_sigma, (size,))
     sigma = jnp.clip(5.0 * u / (1 + 4.0 * u), 0.02, 0.98)
     assert (recipe.renoise.shift, recipe.renoise.lowest, recipe.renoise.highest) == (

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from salt_jax.config.sections import Lora
 from salt_jax.flow.prediction import guide
-from salt_jax.flow.schedule import grid
+from salt_jax.flow.schedule import grid, triples
 from salt_jax.losses.cache_alignment import cache_alignment_loss
 from salt_jax.losses.dmd import dmd_loss
 from salt_jax.losses.self_consistency import self_consistency_loss
@@ -100,7 +100,7 @@ def judged(p, video, plan, start, before, cond, k_renoise):
     )
     x_m = x - (s - m)[..., None, None, None] * video.velocity
     v_m = NETWORK.denoise(p, x_m, m, cond, plan).velocity
-    consistency = self_consistency_loss(video.velocity, v_m, s, m, e, "none")
+    consistency = self_consistency_loss(video.velocity, v_m, s, m, e, "none", "one")
     return dmd_loss(video.x0, x0_critic, x0_teacher).mean(), consistency.mean()
 
 
@@ -393,7 +393,7 @@ def chunks_by_hand(params, batch):
     cond, x0 = batch.cond, batch.video
     k_video, k_renoise = jax.random.split(KEY)
     k_triple, k_noise = jax.random.split(k_video)
-    triple = draw_chunk_triples(k_triple, BATCH, (2, 2, 2), grid(4, 2.0), 2)
+    triple = draw_chunk_triples(k_triple, BATCH, (2, 2, 2), grid(4, 2.0), triples(4, 2))
     plan = plan_diffusion_forcing(6, CHUNKS.memory)
     level = triple.sigma_s[..., None, None, None]
     x = (1 - level) * x0 + level * jax.random.normal(k_noise, x0.shape)
