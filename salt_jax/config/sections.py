@@ -165,6 +165,14 @@ class Rollout:
         0, "K of the first chunk; 0: as the others (Causal Forcing's few-step models take 4)"
     )
     solver: Solver = key("cm", "between the steps of a rollout; `cm` re-noises, as all peers do")
+    context_noise: float = key(
+        0.0, "noise level of the frames in the cache; the peers' is .00498 (row 27)", SHARE
+    )
+    live_cache: bool = key(
+        False,
+        "whether gradient runs through the cache to the keys that its frames had at their exit "
+        "step, as in the peers' (row 26)",
+    )
 
 
 @dataclass(frozen=True)
@@ -247,6 +255,12 @@ class Renoise:
     shift: float = key(5.0, "shift of uniform levels; the peers' value", POSITIVE)
     lowest: float = key(0.02, "lower clip of the levels; the peers' value", LEVEL)
     highest: float = key(0.98, "upper clip of the levels; the peers' value", LEVEL)
+    score_shift: float = key(
+        0.0,
+        "shift of the table of 1,000 levels in which teacher and critic look up the level that "
+        "they judge, noised by the table of `shift`; the peers' is 8. 0: the level itself (row 9)",
+        NOT_NEGATIVE,
+    )
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from salt_jax.flow.schedule import Triples, shift
+from salt_jax.flow.schedule import Triples, grid, shift
 from salt_jax.types import PRNGKey
 
 
@@ -27,6 +27,12 @@ def draw_triple(
         for options in (table.middle, table.end)
     )
     return jnp.where(exists, middle, start), jnp.where(exists, end, start), exists
+
+
+def nearest(sigma: Float[Array, "b"], shift_amount: float) -> Float[Array, "b"]:
+    """The nearest level of the peers' table, which has 1,000 and ends at 4.98e-3 for shift 5."""
+    table = jnp.asarray(grid(1000, shift_amount)[:-1])
+    return table[jnp.argmin(jnp.abs(table - sigma[:, None]), axis=1)]
 
 
 def draw_renoise_sigma(

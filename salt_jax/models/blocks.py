@@ -8,6 +8,7 @@ from typing import NamedTuple, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -155,6 +156,12 @@ def chunked_attention(
     return jnp.concatenate(outputs, axis=1)
 
 
+def straight_through(old, new, start: int):
+    """Frames of a memory as they are, which pass gradient to `new`, those from slot `start` on."""
+    live = new - jax.lax.stop_gradient(new)
+    return old.at[:, start : start + new.shape[1]].add(live.astype(old.dtype))
+
+
 def _seen(group: QueryGroup, new, old):
     """Keys or values of the new frames and of the memory's that a group sees."""
     parts = [new[:, s] for s in group.own] + [old[:, s] for s in group.past]
@@ -170,6 +177,7 @@ class Block(nn.Module):
 
     config: WanConfig
     compute: Compute
+    live_from: int | None = None  # see `visibility.AttentionPlan`
 
     @nn.compact
     def __call__(self, x, e0, text, groups, memory=None):
@@ -187,6 +195,12 @@ class Block(nn.Module):
         h = modulated(x, scale_sa, shift_sa)
         to_self = Attention(c, compute, name="self_attn")
         q, (k, v) = to_self.queries(h), to_self.keys_values(h)
+        if self.live_from is not None:
+            old_k, old_v = memory
+            memory = (
+                straight_through(old_k, k, self.live_from),
+                straight_through(old_v, v, self.live_from),
+            )
         seen = to_self.output(chunked_attention(q, k, v, memory, groups, compute))
         x = x + gate_sa * seen.astype(jnp.float32)
 
@@ -228,6 +242,28 @@ class ImageMLP(nn.Module):
         return norm(name="norm_out")(dense(c.dim, self.dtype, "out")(nn.gelu(h, approximate=False)))
 
 
+def cos_sin(timestep: Float[Array, "*b"], count: int) -> tuple[Array, Array]:
+    """Cosines and sines, [*b, count] each, of timestep * 10000^(-k / count), to the last bits of
+    float32.
+
+    An angle of up to 1000, rounded to float32, is off by 3e-5, and its cosine by as much; the peers
+    take float64. Here the timestep and the frequencies are each split into a part of 12 bits, whose
+    product is exact, and a small rest.
+    """
+    frequency = 10_000.0 ** (-np.arange(count) / count)
+    mantissa, exponent = np.frexp(frequency)
+    coarse = np.ldexp(np.round(mantissa * 4096) / 4096, exponent)
+    across = (*(1,) * timestep.ndim, count)
+    parts = (coarse, frequency - coarse, frequency)
+    coarse, rest, whole = (np.float32(part).reshape(across) for part in parts)
+    timestep = timestep[..., None]
+    quarters = jnp.round(4.0 * timestep) / 4.0
+    large = quarters * coarse
+    small = quarters * rest + (timestep - quarters) * whole
+    (c, s), (dc, ds) = ((jnp.cos(a), jnp.sin(a)) for a in (large, small))
+    return c * dc - s * ds, s * dc + c * ds
+
+
 class TimeMLP(nn.Module):
     """Timestep in [0, 1000], [...] -> (e [..., D], e0 [..., 6, D]), float32."""
 
@@ -236,9 +272,7 @@ class TimeMLP(nn.Module):
     @nn.compact
     def __call__(self, timestep):
         c, init = self.config, nn.initializers.normal(0.02)
-        half = c.freq_dim // 2
-        angles = jnp.einsum("...,k->...k", timestep, 10_000.0 ** (-jnp.arange(half) / half))
-        h = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+        h = jnp.concatenate(cos_sin(timestep, c.freq_dim // 2), axis=-1)
         e = dense(c.dim, jnp.float32, "out", init)(
             nn.silu(dense(c.dim, jnp.float32, "in", init)(h))
         )

@@ -42,6 +42,9 @@ class AttentionPlan(NamedTuple):
     groups: tuple[QueryGroup, ...]
     memory: KeysValues | None
     frames: Positions  # [F], the new frames' numbers in the video
+    # Slot of the memory from which on it holds the new frames, clean; these slots then pass
+    # gradient to the new frames' own, noisy, keys and values, straight through. None: no gradient.
+    live_from: int | None = None
 
 
 def plan_whole_clip(frames: int) -> AttentionPlan:

@@ -203,7 +203,9 @@ def _run_blocks(
         block, cross, memory = each
         seen = context if cross is None else cross
         tokens = lay(tokens.astype(jnp.float32), compute.mesh, *TOKENS)
-        tokens, kv = apply(Block(c, compute), block, tokens, e0, seen, groups, memory)
+        tokens, kv = apply(
+            Block(c, compute, plan.live_from), block, tokens, e0, seen, groups, memory
+        )
         return lay(tokens, compute.mesh, *TOKENS).astype(compute.residual), kv if keep else None
 
     layer = recomputed(layer, compute.remat)

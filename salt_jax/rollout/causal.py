@@ -44,6 +44,8 @@ class Steps:
     first: "Steps | None" = None  # of a video's first chunk, where they are not those of the others
     # of "cm", after the first level
     noise: ReferenceNoise = flax.struct.field(pytree_node=False, default="shared")
+    # noise level of the frames that are committed; the network takes them for clean
+    context_noise: float = flax.struct.field(pytree_node=False, default=0.0)
 
 
 class Origin(NamedTuple):
@@ -67,6 +69,11 @@ class Trajectory(NamedTuple):
         return self.cache.slots - self.x.shape[1]
 
 
+def other_keys(keys: Key[Array, "b"]) -> Key[Array, "b"]:
+    """Of noise that has nothing to do with that of `keys`."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)
+
+
 def generate_chunk(
     network: CausalDenoiser,
     params: Params,
@@ -83,8 +90,7 @@ def generate_chunk(
       keys: [B], one for each video; all its noise comes from it.
       picture: (H, W, C), static.
     """
-    b, levels = len(keys), steps.levels
-    others = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)
+    b, levels, others = len(keys), steps.levels, other_keys(keys)
 
     def at(i):
         return jnp.full(b, levels[i])
@@ -118,10 +124,15 @@ def commit(
     x0: Latent,
     cond: Cond,
     policy: CachePolicy,
+    seen: Latent | None = None,
 ) -> KVCache:
-    """The clean pass: the only way frames get into a cache. They see what the chunk saw."""
+    """The clean pass: the only way frames get into a cache. They see what the chunk saw.
+
+    `seen`: what the network reads in the frames' place, with a little noise.
+    """
     plan = plan_next_chunk(cache, policy, x0.shape[1])
-    return append(cache, network.keys_values(params, x0, cond, plan), x0, policy)
+    read = network.keys_values(params, x0 if seen is None else seen, cond, plan)
+    return append(cache, read, x0, policy)
 
 
 def recache(
@@ -175,13 +186,17 @@ def rollout(
     sizes = policy.sizes(frames, before)
     empty = network.empty_cache(len(keys), before + frames, shape[1:])
     cache = empty if origin.cache is None else grow(origin.cache, empty)
-    read = network.read(params, cond)
+    read, others = network.read(params, cond), other_keys(keys)
 
     def make(size: int, steps: Steps):
         def body(cache, _):
             plan = plan_next_chunk(cache, policy, size)
             x, x0 = generate_chunk(network, params, plan, read, steps, keys, shape[1:])
-            return commit(network, params, cache, x0, read, policy), (x, x0)
+            seen = x0
+            if steps.context_noise:
+                noise = noise_at(others, jnp.float32(0), plan.frames, shape[1:])
+                seen = renoise(x0, noise, jnp.full(len(keys), steps.context_noise))
+            return commit(network, params, cache, x0, read, policy, seen), (x, x0)
 
         return body
 
@@ -195,15 +210,21 @@ def rollout(
     return jax.lax.stop_gradient(Trajectory(x, jnp.concatenate(sigmas, axis=1), x0, cache))
 
 
-def plan_replay(trajectory: Trajectory, policy: CachePolicy) -> AttentionPlan:
+def plan_replay(
+    trajectory: Trajectory, policy: CachePolicy, live_cache: bool = False
+) -> AttentionPlan:
     """What the chunks of a rollout saw, all at once: clean frames in its cache, their own as they
     are.
+
+    `live_cache`: gradient also runs through the cache, straight through to the keys and values that
+    its frames had at their exit steps. The peers' caches, overwritten in place, give that gradient.
     """
     cache, before = trajectory.cache, trajectory.before
     frames = cache.frames if before else np.arange(cache.slots)
     sizes = policy.sizes(cache.slots - before, before)
     groups = chunk_groups(policy, sizes, frames, before, clean="memory")
-    return AttentionPlan(groups, KeysValues(cache.k, cache.v), frames[before:])
+    live = before if live_cache else None
+    return AttentionPlan(groups, KeysValues(cache.k, cache.v), frames[before:], live)
 
 
 def replay(

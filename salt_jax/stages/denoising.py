@@ -17,6 +17,7 @@ from salt_jax.models.text_encoder import encode_text
 from salt_jax.moving_shapes.exact import ClosedForm
 from salt_jax.stages import single
 from salt_jax.stages.contradictions import no_lora, no_rollouts
+from salt_jax.stages.judging import Renoised, draw_renoised
 from salt_jax.stages.networks import denoiser_of
 from salt_jax.stages.stage import (
     CLOSED_FORM,
@@ -29,7 +30,6 @@ from salt_jax.stages.stage import (
     Update,
     Weights,
 )
-from salt_jax.stages.start import Renoised, draw_renoised
 from salt_jax.state import TrainState, first_state
 from salt_jax.types import Conditioning, Params, PRNGKey
 

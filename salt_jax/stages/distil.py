@@ -25,6 +25,7 @@ from salt_jax.rollout.causal import Origin, recache
 from salt_jax.rollout.draws import Draw, Terms, as_reference, draw_rollout
 from salt_jax.rollout.parallel import midpoint
 from salt_jax.stages import contradictions, distil_passes, teachers
+from salt_jax.stages.judging import judged
 from salt_jax.stages.networks import denoiser_of
 from salt_jax.stages.stage import (
     Aux,
@@ -221,13 +222,12 @@ def student_losses(
     start = stage.start(student, origin, inputs, inputs.draw)
     video = denoise(student, start.x, start.sigma, origin.cond, start.plan)
     # 2. Teacher and critic judge one noised copy of it.
-    noised = add_noise(jax.lax.stop_gradient(start.with_overlap(video.x0)), *renoised)
-    judge = noised, renoised.sigma, origin.cond
+    judge = judged(start.with_overlap(video.x0), renoised, origin.cond, r.renoise)
     teacher, weights = guided(
         stage.teacher, frozen["teacher"], frozen["null_text"], r.teacher.guidance
     )
-    x0_teacher = start.new(teacher.denoise(weights, *judge).x0)
-    x0_critic = start.new(stage.critic.denoise(critic, *judge).x0)
+    x0_teacher = start.new(judge.by(teacher, weights).x0)
+    x0_critic = start.new(judge.by(stage.critic, critic).x0)
     # 3. The equations.
     losses = {"dmd": dmd_loss(video.x0, x0_critic, x0_teacher)}  # Eq. 4
     metrics = {"dmd_gap": jnp.abs(x0_critic - x0_teacher).mean()}
@@ -235,22 +235,23 @@ def student_losses(
         stop, weight = r.loss.stop_gradient, r.loss.level_weight
         triple = start.sigma, start.sigma_m, start.sigma_e
         x_m = midpoint(start.x, video.velocity, *triple[:2], stop in ("midpoint", "composed"))
-        network = jax.lax.stop_gradient(student) if stop == "composed" else student
-        v_m = denoise(network, x_m, start.sigma_m, origin.cond, start.plan).velocity
+        second = jax.lax.stop_gradient(student) if stop == "composed" else student
+        v_m = denoise(second, x_m, start.sigma_m, origin.cond, start.still_plan).velocity
         losses["self_consistency"] = self_consistency_loss(
             video.velocity, v_m, *triple, stop, weight
         )
     if terms.alignment:  # Eq. 12
         reference = stage.reference(student, origin, inputs)
         judges = frozen | {"critic": critic, "student": student}
-        judge = jax.lax.stop_gradient(judges[r.align.network])
+        fixed = jax.lax.stop_gradient(judges[r.align.network])
         network = stage.teacher if r.align.network == "teacher" else stage.student
+        assert isinstance(network, WanDenoiser), "a formula has no features"
         noise = inputs.noise.aligned or renoised
 
         def features(x0: Latent) -> Float[Array, "b f s d"]:
             x = add_noise(start.with_overlap(x0), *noise)
             layers = r.align.layers
-            return start.new(network.features(judge, x, noise.sigma, origin.cond, layers))
+            return start.new(network.features(fixed, x, noise.sigma, origin.cond, layers))
 
         low, high = features(video.x0), features(reference)
         losses["alignment"], active = cache_alignment_loss(low, high, r.align.margin)
@@ -271,7 +272,7 @@ def critic_losses(
         x0 = start.trajectory.x0
     else:
         x0 = stage.student.denoise(student, start.x, start.sigma, origin.cond, start.plan).x0
-    noised = add_noise(jax.lax.stop_gradient(start.with_overlap(x0)), *renoised)
-    velocity = start.new(stage.critic.denoise(critic, noised, renoised.sigma, origin.cond).velocity)
-    loss = flow_matching_loss(velocity, x0, start.new(renoised.noise))
+    judge = judged(start.with_overlap(x0), renoised, origin.cond, stage.recipe.renoise)
+    said = judge.by(stage.critic, critic)
+    loss = flow_matching_loss(start.new(said.velocity), x0, start.new(renoised.noise))
     return {"critic": loss}, {}, stage.next_stream(start, origin)

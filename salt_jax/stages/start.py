@@ -11,8 +11,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from salt_jax.config.schema import Recipe
-from salt_jax.config.sections import Renoise
-from salt_jax.flow.draws import draw_renoise_sigma
 from salt_jax.flow.prediction import add_noise
 from salt_jax.models.denoiser import WanDenoiser
 from salt_jax.models.visibility import AttentionPlan
@@ -25,15 +23,9 @@ from salt_jax.rollout.causal import (
     rollout,
 )
 from salt_jax.rollout.draws import Draw, LevelTriple, draw_chunk_triples, draw_triples
+from salt_jax.stages.judging import Renoised, draw_renoised
 from salt_jax.stages.stage import ABSENT, Batch
 from salt_jax.types import Latent, Params, PRNGKey, Sigma
-
-
-class Renoised(NamedTuple):
-    """Noise and levels at which teacher and critic judge a video."""
-
-    noise: Latent
-    sigma: Sigma  # [B]
 
 
 class StartNoise(NamedTuple):
@@ -58,6 +50,11 @@ class StartState(NamedTuple):
     # streaming long tuning, else F' is 0
     overlap: Latent
     trajectory: Trajectory = ABSENT  # of a rollout
+
+    @property
+    def still_plan(self) -> AttentionPlan | None:
+        """`plan` without gradient through the cache."""
+        return self.plan and self.plan._replace(live_from=None)
 
     def with_overlap(self, x0: Float[Array, "b g h w c"]) -> Float[Array, "b f h w c"]:
         """The frames of one video that teacher and critic judge, of which `x0` are the new ones."""
@@ -87,15 +84,6 @@ def draw_start(key: PRNGKey, batch: Batch, recipe: Recipe) -> StartNoise:
     else:
         triple = draw_triples(k_triple, batch.size, levels, table)
     return StartNoise(renoised, clip=jax.random.normal(k_noise, shape), triple=triple)
-
-
-def draw_renoised(
-    key: PRNGKey, shape: tuple[int, ...], r: Renoise, highest: float = 1.0
-) -> Renoised:
-    """`highest`: of u, before the shift."""
-    k_sigma, k_noise = jax.random.split(key)
-    sigma = draw_renoise_sigma(k_sigma, shape[0], r.shift, r.lowest, r.highest, highest)
-    return Renoised(jax.random.normal(k_noise, shape), sigma)
 
 
 def noised_clip(batch: Batch, noise: StartNoise, recipe: Recipe) -> StartState:
@@ -129,13 +117,18 @@ def rolled_out(made: Trajectory, origin: Origin, draw: Draw, recipe: Recipe) -> 
     if origin.cache is not None:
         before = origin.cache.x0[:, origin.cache.slots - recipe.stream.overlap :]
     sigma_m, sigma_e = (jnp.full(made.x.shape[:2], level) for level in (draw.sigma_m, draw.sigma_e))
-    plan = plan_replay(made, recipe.memory)
+    plan = plan_replay(made, recipe.memory, recipe.rollout.live_cache)
     return StartState(made.x, made.sigma, sigma_m, sigma_e, plan, before, made)
 
 
 def as_steps(draw: Draw, recipe: Recipe) -> Steps:
     solver = recipe.rollout.solver
     first = (
-        Steps(draw.first_levels, draw.first_exit, solver) if recipe.rollout.first_steps else None
+        Steps(
+            draw.first_levels, draw.first_exit, solver, context_noise=recipe.rollout.context_noise
+        )
+        if recipe.rollout.first_steps
+        else None
     )
-    return Steps(draw.levels, draw.exit_step, solver, first)
+    noise = recipe.rollout.context_noise
+    return Steps(draw.levels, draw.exit_step, solver, first, context_noise=noise)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from salt_jax.models.blocks import cos_sin
 from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.denoiser import guided, wan_denoiser
 from salt_jax.models.position_channels import POSITION_CHANNELS, position_channels
@@ -278,3 +279,14 @@ def test_tokens_cut_along_context_change_nothing(axes):
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
     close(run(mesh), run(None), rtol=2e-4, atol=2e-5)
+
+
+def test_time_is_embedded_to_the_last_bits_of_float32():
+    """Angles of up to 1000: in float32 alone their cosines are off by 4e-5."""
+    drawn = np.random.default_rng(0).uniform(0, 1000, 4000)
+    timestep = np.concatenate([drawn, [0, 0.02, 416.67, 999.9, 1000]]).astype(np.float32)
+    for count in (16, 32, 128):
+        angles = timestep[:, None].astype(np.float64) * 10_000.0 ** (-np.arange(count) / count)
+        found = jax.jit(cos_sin, static_argnums=1)(timestep, count)
+        for ours, wanted in zip(found, (np.cos(angles), np.sin(angles)), strict=True):
+            np.testing.assert_allclose(ours, wanted, atol=2e-7)

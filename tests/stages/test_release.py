@@ -34,7 +34,7 @@ RECIPE = replace(
     loss=replace(RELEASE.loss, self_consistency=1e4),
     align=replace(RELEASE.align, weight=20.0, margin=0.001, layers=1, start=0),
 )
-# Self-consistency of the release is gentle: 6e-6 beside 1.3 of DMD in this network. Here they are felt.
+# The release's self-consistency is gentle: 6e-6 beside 1.3 of DMD here. Now each term is felt.
 WEIGHTS = {"self_consistency": 1e4, "alignment": 20.0}
 TEACHER = small.wan(7)
 FROZEN = {"teacher": TEACHER, "null_text": NULL}
