@@ -13,23 +13,17 @@ from typing import Literal
 import ml_dtypes
 import numpy as np
 
-from salt_jax.config.sections import (
+from salt_jax.config.method import (
     Align,
-    Data,
-    Ema,
-    Lora,
     Loss,
-    Mesh,
-    Model,
     Ode,
-    Optimizer,
     Renoise,
     Rollout,
-    Sample,
     Schedule,
     Stream,
     Teacher,
 )
+from salt_jax.config.sections import Data, Ema, Lora, Mesh, Model, Optimizer, Sample
 from salt_jax.flow.schedule import Triples, student_levels, triples
 from salt_jax.keys import COUNT, NOT_NEGATIVE, SEED, SHARE, key
 from salt_jax.models.cache_policy import CachePolicy

@@ -1,6 +1,6 @@
 """What makes videos, as one object: `load`, and `Model.generate` and `Model.stream`."""
 
-from salt_jax.config.sections import Teacher
+from salt_jax.config.method import Teacher
 from salt_jax.errors import UserError
 from salt_jax.io.files import AnyPath
 from salt_jax.io.model_folder import WAN, Source, part_file, stored_config

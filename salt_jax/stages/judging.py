@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 
-from salt_jax.config.sections import Renoise
+from salt_jax.config.method import Renoise
 from salt_jax.flow.draws import draw_renoise_sigma, nearest
 from salt_jax.flow.prediction import add_noise, expand, from_velocity
 from salt_jax.types import Conditioning, Denoiser, Latent, Params, Prediction, PRNGKey, Sigma

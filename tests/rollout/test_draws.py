@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from salt_jax.config.method import Align, Loss, Rollout, Schedule, Stream
 from salt_jax.config.schema import Recipe
-from salt_jax.config.sections import Align, Data, Loss, Rollout, Schedule, Stream
+from salt_jax.config.sections import Data
 from salt_jax.flow.schedule import explicit, grid, triples
 from salt_jax.rollout.draws import (
     as_reference,
