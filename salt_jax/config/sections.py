@@ -1,5 +1,5 @@
-"""Sections of a config, key by key: default, meaning with unit and source, what it must be. Those of
-the method stand in `method`.
+"""Sections of a config, key by key: default, meaning with unit and source, what it must be. Those
+of the method stand in `method`.
 
 Defaults are those of the shapes world, on two CPU cores. Rows are those of docs/algorithm.md 9,
 where the Salt paper is silent. `World` and `CachePolicy`, which are sections too, stand in
