@@ -65,21 +65,21 @@ TOGETHER = ("--config.mesh.data=1", "--config.mesh.fsdp=-1")
 SHARED = (STEPS, *TOGETHER)
 MAKING = (f"{STEPS},teacher", *TOGETHER)  # the trajectories beside the update that learns from them
 SALT = {  # Causal Forcing's programs are those of Self Forcing
-    "self_forcing": "self_forcing.py:wan,salt",
-    "longlive": "longlive.py:wan,salt",
-    "causvid": "causvid.py:wan,salt",
+    "self_forcing": "self_forcing.py:wan,salt,paper",
+    "longlive": "longlive.py:wan,salt,paper",
+    "causvid": "causvid.py:wan,salt,paper",
 }
 STAGES = {
     "teacher_forcing": "teacher_forcing.py:wan",
     "ode": "ode_regression.py:wan",
     "consistency": "consistency.py:wan",
-    "longlive_init": "longlive_init.py:wan,salt",
+    "longlive_init": "longlive_init.py:wan,salt,paper",
 }
 MACHINES = {"8h100": ("gpu:h100:8", 8), "v5p_16": ("tpu:v5p:2x2x4", 16)}
 FIRST = {"h200": ("gpu:h200:1", 1), **MACHINES, "v6e_32": ("tpu:v6e:4x8", 32)}
 MOST = {"h200": 125.0, "8h100": 36.0}
 STREAM = ("--what=stream,vae", *TOGETHER)
-CHUNKS = "self_forcing.py:wan,salt"
+CHUNKS = "self_forcing.py:wan,salt,paper"
 CUT = (
     STEPS,
     "--config.mesh.data=1",

@@ -40,7 +40,7 @@ def row(name: str, config: str, target: str, clips: int, *sizes: int) -> Row:
     return Row(name, config, target, clips, None, (STEPS, *mesh))
 
 
-SF, SC = "self_forcing.py:wan,salt", "sc_dmd.py:wan"
+SF, SC = "self_forcing.py:wan,salt,paper", "sc_dmd.py:wan"
 BEFORE = {row.name: row for row in scaling.ROWS}  # those of the first tables
 # line of the plot -> its rows, by devices
 LINES = {

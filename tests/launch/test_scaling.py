@@ -28,7 +28,7 @@ def test_rows_have_names_of_their_own_and_machines_that_exist():
 def test_causal_forcing_has_the_programs_of_self_forcing():
     """So the tables have them once. They start from other weights."""
     one, other = (
-        form(read_recipe(module.get_config("wan,salt")))
+        form(read_recipe(module.get_config("wan,salt,paper")))
         for module in (causal_forcing, self_forcing)
     )
     assert one == other
@@ -64,7 +64,7 @@ def test_a_program_is_a_line_that_says_whether_it_is_what_must_be():
         in tables
     )
     assert (
-        "--config=configs/self_forcing.py:wan,salt --target=gpu:h100:8 --config.batch_size=8"
+        "--config=configs/self_forcing.py:wan,salt,paper --target=gpu:h100:8 --config.batch_size=8"
         in command
     )
 

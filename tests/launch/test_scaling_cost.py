@@ -7,7 +7,7 @@ from launch.scaling import with_tables
 from salt_jax.compile.target import GIB, read_target
 from tests.helpers import ROOT
 
-ROW = scaling_cost.row("two", "self_forcing.py:wan,salt", "gpu:h100:2x8", 16, 2, 8, 1, 1)
+ROW = scaling_cost.row("two", "self_forcing.py:wan,salt,paper", "gpu:h100:2x8", 16, 2, 8, 1, 1)
 
 
 def program(name: str, fsdp: int, data: int, waits: int) -> dict:
