@@ -1,7 +1,7 @@
 """What configs share. Not a config itself.
 
-After a config's file name and a colon stands its size, "shapes" (Moving Shapes, the default) or
-"wan" (Wan 2.1 at 480p), and its variants, with commas: `configs/longlive.py:wan,lora`.
+After a config's file name and a colon stands its size, "shapes" (Moving Shapes, the default),
+"long" (its long world) or "wan" (Wan 2.1 at 480p), and its variants, with commas: `configs/longlive.py:wan,lora`.
 
 Sources: SF, CF, LL, CV are Self-Forcing @33593df, Causal-Forcing @1fc7bbc, LongLive v1.0 @e52d9ef,
 CausVid @ca21150; their numbers are read off configs and code. Their iterations count critic
@@ -12,7 +12,7 @@ is arXiv:2604.03118; where it is silent a row of docs/algorithm.md 9 is named.
 from configs import base
 from salt_jax.keys import Config
 
-SIZES = ("shapes", "wan")
+SIZES = ("shapes", "long", "wan")
 
 
 def read_options(text: str, *variants: str) -> tuple[str, set[str]]:
@@ -25,7 +25,7 @@ def read_options(text: str, *variants: str) -> tuple[str, set[str]]:
     sizes = [name for name in names if name in SIZES]
     if unknown or len(sizes) > 1:
         raise ValueError(
-            f"{text!r} after the colon: there stands {' or '.join(SIZES)}, and any of "
+            f"{text!r} after the colon: there stands {', '.join(SIZES)}, and any of "
             f"{', '.join(variants) or 'nothing else'}, with commas"
         )
     return (sizes or ["shapes"])[0], set(names) - set(sizes)
@@ -36,7 +36,23 @@ def causal(size: str) -> Config:
     c = base.get_config()
     c.video = "rollout"
     c.schedule.shift = 5.0  # SF, CF, LL
-    return c if size == "shapes" else wan(c)
+    return at_size(c, size)
+
+
+def at_size(c: Config, size: str) -> Config:
+    """A recipe for Moving Shapes at another size."""
+    return {"shapes": lambda c: c, "long": long, "wan": wan}[size](c)
+
+
+def long(c: Config) -> Config:
+    """Endless videos of 48 x 48 pixels in clips of 21 latent frames, 7 chunks of 3; 16 tokens a
+    frame.
+    """
+    c.world.update(size=48, frames=21, radius=9.0, softness=2.0, patch=4)
+    c.world.update(starts=tuple(map(float, range(0, 48, 2))), speeds=(2.0, 4.0))
+    c.model.update(preset="long", remat="none")
+    c.weights = "runs/long_teacher.safetensors"
+    return c
 
 
 def wan(c: Config) -> Config:
@@ -65,10 +81,10 @@ def stage(size: str, variants: set[str], name: str, before: str) -> Config:
     c.stage, c.init_from = name, before
     if "frame" in variants:
         c = frame_wise(c)
-    if size == "shapes":
+    if size != "wan":
         c.batch_size = 16
         c.student_optimizer.update(learning_rate=5e-4, warmup=20)
-    c.log_every, c.save_every = 20, 100 if size == "shapes" else 200
+    c.log_every, c.save_every = 20, 200 if size == "wan" else 100
     return c
 
 

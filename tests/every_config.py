@@ -11,7 +11,7 @@ OPTIONS = {
         "dmd4",
         *("wan" + i2v + v for i2v in ("", ",i2v") for v in ("", ",dmd8", ",dmd4")),
     ],
-    "teacher": [None],
+    "teacher": ["", "long"],
     "teacher_forcing": ["", "frame", "wan", "wan,frame"],
     "ode_regression": ["", "frame", "wan", "wan,frame", "wan,causvid", "wan,causvid,salt"],
     "consistency": ["", "frame", "wan", "wan,frame"],

@@ -66,8 +66,16 @@ def _clip(r: Recipe) -> Iterator[str]:
             f"patches of {preset}; "
             "change config.world, config.data.clip or config.model.preset"
         )
-    if r.data.kind == "moving_shapes" and channels != 3:
-        yield f"{preset} makes {channels} channels, Moving Shapes has 3; choose tiny or small"
+    if r.world.size % r.world.patch:
+        yield (
+            f"config.world.patch={r.world.patch} must divide config.world.size={r.world.size}; "
+            "change one of them"
+        )
+    if channels != r.wan.out_channels:
+        yield (
+            f"{preset} makes {r.wan.out_channels} channels, this world of Moving Shapes has "
+            f"{channels}; choose tiny or small, for world.patch=4 long"
+        )
     if r.data.kind == "latents" and (r.teacher.kind != "network" or r.makes_teacher):
         yield (
             f"config.teacher.kind={r.teacher.kind} and config.stage={r.stage} do not go with "

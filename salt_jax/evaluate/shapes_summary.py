@@ -8,6 +8,7 @@ import numpy as np
 from salt_jax.evaluate.report import Plot, Report, Table, VideoRow, bars, curves
 from salt_jax.evaluate.shapes_suite import DEFECT_STEPS, DriftNumbers, StudentNumbers, Task
 from salt_jax.moving_shapes import shapes
+from salt_jax.moving_shapes.latents import to_pixels
 
 SHOWN = (
     "all",
@@ -130,7 +131,7 @@ def make_report(
     videos = [
         VideoRow(
             shapes.caption(scenes[task.scene[i]]),
-            [(label, shapes.to_pixels(clips[i])) for label, clips in columns],
+            [(label, to_pixels(clips[i], task.world)) for label, clips in columns],
         )
         for i in np.linspace(0, len(task.scene) - 1, rows).astype(int)
     ]
