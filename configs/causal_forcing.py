@@ -21,7 +21,7 @@ def get_config(options: str = ""):
     if "salt" in variants:
         if size == "wan":
             c.iterations = 300  # 1,500 of the peers' iterations (row 14)
-        return parts.salt(c, align_start=20 if size == "shapes" else 120)
+        return parts.salt(c, align_start=120 if size == "wan" else 20)
     c = parts.four_steps(c)
     if variants & {"two", "one"}:
         k = 2 if "two" in variants else 1

@@ -16,13 +16,13 @@ from salt_jax.keys import Config
 def get_config(options: str = "") -> Config:
     size, variants = parts.read_options(options, "salt")
     c = parts.causal(size)
-    c.init_from = "runs/shapes_ode"
+    c.init_from = f"runs/{size}_ode"
     if size == "wan":
         c = numbers_of_causvid(c)
     if "salt" in variants:
         if size == "wan":
             c.init_from += "_salt"
-        return parts.salt(c, align_start=20 if size == "shapes" else 120)
+        return parts.salt(c, align_start=120 if size == "wan" else 20)
     c = parts.four_steps(c)
     if size == "wan":
         c = parts.listed_levels(c, (1000, 757, 522))  # CV

@@ -1,7 +1,8 @@
 """What configs share. Not a config itself.
 
 After a config's file name and a colon stands its size, "shapes" (Moving Shapes, the default),
-"long" (its long world) or "wan" (Wan 2.1 at 480p), and its variants, with commas: `configs/longlive.py:wan,lora`.
+"long" (its long world) or "wan" (Wan 2.1 at 480p), and its variants, with commas:
+`configs/longlive.py:wan,lora`.
 
 Sources: SF, CF, LL, CV are Self-Forcing @33593df, Causal-Forcing @1fc7bbc, LongLive v1.0 @e52d9ef,
 CausVid @ca21150; their numbers are read off configs and code. Their iterations count critic
@@ -52,6 +53,7 @@ def long(c: Config) -> Config:
     c.world.update(starts=tuple(map(float, range(0, 48, 2))), speeds=(2.0, 4.0))
     c.model.update(preset="long", remat="none")
     c.weights = "runs/long_teacher.safetensors"
+    c.batch_size = 8
     return c
 
 
@@ -81,8 +83,9 @@ def stage(size: str, variants: set[str], name: str, before: str) -> Config:
     c.stage, c.init_from = name, before
     if "frame" in variants:
         c = frame_wise(c)
-    if size != "wan":
+    if size == "shapes":
         c.batch_size = 16
+    if size != "wan":
         c.student_optimizer.update(learning_rate=5e-4, warmup=20)
     c.log_every, c.save_every = 20, 200 if size == "wan" else 100
     return c

@@ -2,10 +2,11 @@
 
     python -m launch.train --config=configs/self_forcing.py --workdir=runs/self_forcing
 
-Variants after a colon behind the file's name: none is K = 4 and DMD alone; `naive` has
-self-consistency at K = 4, `mixed` K of 2, 4 and 8, `mixed_sc` self-consistency at 8 too, `salt`
-cache alignment too (Eq. 13). `wan` is at Wan 2.1 size, from an ODE regression, here runs/wan_ode,
-with Self-Forcing's numbers (configs/parts.py). Cost and result: docs/results.md.
+Variants after a colon behind the file's name: none is K = 4 and DMD alone; `naive` has self-
+consistency at K = 4, `mixed` K of 2, 4 and 8, `mixed_sc` self-consistency at 8 too, `salt` cache
+alignment too (Eq. 13). `long` is in the long world, from runs/long_consistency. `wan` is at Wan 2.1
+size, from an ODE regression, here runs/wan_ode, with Self-Forcing's numbers (configs/parts.py).
+Cost and result: docs/results.md.
 """
 
 from configs import parts
@@ -14,13 +15,13 @@ from configs import parts
 def get_config(options: str = ""):
     size, variants = parts.read_options(options, "naive", "mixed", "mixed_sc", "salt")
     c = parts.causal(size)
-    if size == "wan":
-        c.init_from = "runs/wan_ode"
+    if size != "shapes":
+        c.init_from = "runs/wan_ode" if size == "wan" else "runs/long_consistency"
     if not variants - {"naive"}:
         c = parts.four_steps(c)
         c.loss.self_consistency = float("naive" in variants)
         return c
-    c = parts.salt(c, align_start=20 if size == "shapes" else 120)
+    c = parts.salt(c, align_start=120 if size == "wan" else 20)
     if size == "wan":
         c.iterations = 300  # 1,500 of the peers' iterations (row 14)
     c.loss.self_consistency = float("mixed" not in variants)

@@ -12,21 +12,31 @@ OPTIONS = {
         *("wan" + i2v + v for i2v in ("", ",i2v") for v in ("", ",dmd8", ",dmd4")),
     ],
     "teacher": ["", "long"],
-    "teacher_forcing": ["", "frame", "wan", "wan,frame"],
-    "ode_regression": ["", "frame", "wan", "wan,frame", "wan,causvid", "wan,causvid,salt"],
-    "consistency": ["", "frame", "wan", "wan,frame"],
+    "teacher_forcing": ["", "frame", "long", "wan", "wan,frame"],
+    "ode_regression": ["", "frame", "long", "wan", "wan,frame", "wan,causvid", "wan,causvid,salt"],
+    "consistency": ["", "frame", "long", "wan", "wan,frame"],
     "shortcut": ["", "wan"],
-    "self_forcing": ["", "naive", "mixed", "mixed_sc", "salt", "wan", "wan,salt"],
+    "self_forcing": [
+        "",
+        "naive",
+        "mixed",
+        "mixed_sc",
+        "salt",
+        "long",
+        "long,salt",
+        "wan",
+        "wan,salt",
+    ],
     "causal_forcing": [
         size + variant
         for size in ("shapes", "wan")
         for variant in ("", ",salt", ",frame", ",frame,salt", ",two", ",one")
     ],
     "causvid": ["", "salt", "wan", "wan,salt"],
-    "longlive_init": ["", "salt", "wan", "wan,salt"],
+    "longlive_init": ["", "salt", "long", "wan", "wan,salt"],
     "longlive": [
         size + variant
-        for size in ("shapes", "wan")
+        for size in ("shapes", "long", "wan")
         for variant in ("", ",salt", ",lora", ",lora,salt")
     ],
     "salt": [None],

@@ -34,9 +34,9 @@ class Model:
 
     preset: str = key(
         "tiny",
-        "size of student, critic and teacher: `tiny`, `small`, `long` of Moving Shapes; `wan2.1-t2v-1.3b`, "
-        "`wan2.1-t2v-14b`, `wan2.1-i2v-14b`, and `wan2.1-t2v-tiny`, `wan2.1-i2v-tiny`, which are "
-        "Wan in form and small",
+        "size of student, critic and teacher: `tiny`, `small`, `long` of Moving Shapes; "
+        "`wan2.1-t2v-1.3b`, `wan2.1-t2v-14b`, `wan2.1-i2v-14b`, and `wan2.1-t2v-tiny`, "
+        "`wan2.1-i2v-tiny`, which are Wan in form and small",
     )
     dtype: Dtype = key(
         "float32", "type of matrix products; parameters, moments and losses are always float32"

@@ -60,16 +60,16 @@ def _lora(r: Recipe) -> Iterator[str]:
 def _clip(r: Recipe) -> Iterator[str]:
     (frames, height, width, channels), patch = r.clip_shape, r.wan.patch_size
     preset = f"config.model.preset={r.model.preset}"
+    if r.world.size % r.world.patch:
+        yield (
+            f"config.world.patch={r.world.patch} must divide config.world.size={r.world.size}; "
+            "change one of them"
+        )
     if frames % patch[0] or height % patch[1] or width % patch[2]:
         yield (
             f"a clip of {frames} frames of {height} x {width} does not split into the {patch} "
             f"patches of {preset}; "
             "change config.world, config.data.clip or config.model.preset"
-        )
-    if r.world.size % r.world.patch:
-        yield (
-            f"config.world.patch={r.world.patch} must divide config.world.size={r.world.size}; "
-            "change one of them"
         )
     if channels != r.wan.out_channels:
         yield (

@@ -1,8 +1,9 @@
 """Everything that is measured of a student on Moving Shapes, as one dictionary of plain numbers."""
 
+import functools
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from salt_jax.moving_shapes import shapes
 from salt_jax.moving_shapes.exact import expected_error
 from salt_jax.moving_shapes.latents import to_latent, to_pixels
 from salt_jax.moving_shapes.score import score
-from salt_jax.moving_shapes.shapes import World
+from salt_jax.moving_shapes.shapes import World, is_endless
 from salt_jax.rollout.sampler import Cue, Sampler, clip_keys, generate
 from salt_jax.types import Conditioning, Denoiser, Params
 
@@ -58,6 +59,9 @@ class DriftNumbers(TypedDict):
 
     segments: list[dict[str, float]]  # the scorer's card of each
     looks: list[dict[str, float]]  # of each chunk, see `io.video.looks`
+    # Of an endless world, where a long video has to be right as one clip: its card, each chunk's.
+    whole: NotRequired[dict[str, float]]
+    chunks: NotRequired[list[dict[str, float]]]
 
 
 def clips(
@@ -137,10 +141,14 @@ def drift(latents: np.ndarray, task: Task) -> DriftNumbers:
     segments = [pixels[:, i : i + frames] for i in range(0, pixels.shape[1] - frames + 1, frames)]
     edges = np.cumsum((0, *policy.sizes(pixels.shape[1])))
     chunks = [pixels[:, a:b] for a, b in pairwise(edges)]
-    return {
-        "segments": [score(part, task.scene, task.world) for part in segments],
+    card = functools.partial(score, scene_index=task.scene, world=task.world)
+    found: DriftNumbers = {
+        "segments": [card(part) for part in segments],
         "looks": [looks(chunk) for chunk in chunks],
     }
+    if is_endless(task.world):
+        found["whole"], found["chunks"] = card(pixels), [card(chunk) for chunk in chunks]
+    return found
 
 
 def real_clips(

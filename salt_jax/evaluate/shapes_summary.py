@@ -1,6 +1,6 @@
 """From numbers to tables, plots and the report of one evaluated run."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,9 +87,9 @@ def long_tables(long: Mapping[str, DriftNumbers]) -> list[Table]:
     over the chunks.
     """
     segments = [
-        [memory, f"{i + 1}", *(f"{score[name]:.3f}" for name in SEGMENT)]
+        [memory, segment, *(f"{score[name]:.3f}" for name in SEGMENT)]
         for memory, result in long.items()
-        for i, score in enumerate(result["segments"])
+        for segment, score in _segments(result)
     ]
     ends = {memory: (result["looks"][0], result["looks"][-1]) for memory, result in long.items()}
     drifts = [
@@ -109,6 +109,13 @@ def long_tables(long: Mapping[str, DriftNumbers]) -> list[Table]:
             "Drift, first to last chunk", ["memory", *LOOKS], drifts, "Means over pixels and clips."
         ),
     ]
+
+
+def _segments(result: DriftNumbers) -> Iterator[tuple[str, dict[str, float]]]:
+    for i, score in enumerate(result["segments"]):
+        yield f"{i + 1}", score
+    if "whole" in result:
+        yield "whole", result["whole"]
 
 
 def make_report(

@@ -5,6 +5,8 @@ made of few frames, an object at a place, in the order that a motion gives. So f
 and per direction and mode which of them a clip consists of.
 """
 
+import dataclasses
+
 import numpy as np
 
 from salt_jax.moving_shapes import latents, shapes
@@ -23,8 +25,8 @@ def every_clip(world: World) -> Params:
     if not shapes.is_endless(world):
         drawn = [[shapes.render(scene, mode, world) for mode in modes] for scene in scenes]
         return {"clips": latents.to_latent(np.array(drawn), world)}
-    places = [Mode(x, y, 0) for y in world.starts for x in world.starts]
-    still = World(**vars(world) | {"frames": 1})
+    places = [Mode(x, y, 0.0) for y in world.starts for x in world.starts]
+    still = dataclasses.replace(world, frames=1)
     drawn = [
         [shapes.render(scene, place, still)[0] for place in places]
         for scene in scenes[:: len(DIRECTIONS)]

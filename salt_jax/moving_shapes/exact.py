@@ -64,7 +64,8 @@ def _frames_likelihood(params: Params, x: Latent, part: Float[Array, "b 1"]) -> 
     frames = params["frames"].reshape(*params["frames"].shape[:2], -1)
     seen = x.reshape(*x.shape[:2], -1)
     cross = jnp.einsum("bfd,opd->fpbo", seen, frames, precision="highest")
-    each = part * cross - 0.5 * part**2 * (frames**2).sum(-1).T[:, None]
+    part, power = part[None, None], (frames**2).sum(-1).T[None, :, None]
+    each = part * cross - 0.5 * part**2 * power  # [F, P, B, O]
 
     def add(total, frame):
         likelihood, path = frame

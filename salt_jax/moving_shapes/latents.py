@@ -3,8 +3,8 @@
 Every square of `world.patch` pixels becomes its lowest cosines, as in JPEG: those whose orders down
 and across add up to 2 or less, so 6 of a square of 4 x 4, for each of red, green and blue. They are
 orthogonal, hence decoding is the transpose, and the distance of two latents is that of their pixels
-but for what is left out. A basis fitted to the clips (PCA) leaves out about as much; this one is the
-same on every machine. Squares of one pixel are their own latent.
+but for what is left out. A basis fitted to the clips (PCA) leaves out about as much; this one is
+the same on every machine. Squares of one pixel are their own latent.
 """
 
 import functools

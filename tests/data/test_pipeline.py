@@ -29,7 +29,13 @@ def encode(caption: str) -> np.ndarray:
 
 
 def read(source, count, **changes):
-    settings = {"batch_size": BATCH, "seed": 5, "start": 0, "encode_caption": encode, "world": WORLD}
+    settings = {
+        "batch_size": BATCH,
+        "seed": 5,
+        "start": 0,
+        "encode_caption": encode,
+        "world": WORLD,
+    }
     settings |= {"rows": np.arange(BATCH)}
     return list(itertools.islice(pipeline.batches(source, **(settings | changes)), count))
 
