@@ -2,9 +2,9 @@
 
 Every square of `world.patch` pixels becomes its lowest cosines, as in JPEG: those whose orders down
 and across add up to 2 or less, so 6 of a square of 4 x 4, for each of red, green and blue. They are
-orthogonal, hence decoding is the transpose, and the distance of two latents is that of their pixels
-but for what is left out. A basis fitted to the clips (PCA) leaves out about as much; this one is
-the same on every machine. Squares of one pixel are their own latent.
+orthogonal, hence decoding is the transpose, and the distance of two latents goes with that of their
+pixels but for what is left out. A basis fitted to the clips (PCA) leaves out about as much; this
+one is the same on every machine. Squares of one pixel are their own latent.
 """
 
 import functools
@@ -14,6 +14,7 @@ import numpy as np
 from salt_jax.moving_shapes.shapes import World
 
 HIGHEST = 2  # sum of the orders of a cosine
+SCALE = 6.0  # of a mean colour; it varies by about 1 then, as latents of a VAE do
 
 
 @functools.cache
@@ -32,15 +33,15 @@ def clip_shape(world: World) -> tuple[int, int, int, int]:
 
 
 def to_latent(video: np.ndarray, world: World) -> np.ndarray:
-    """uint8 pixels [..., H, W, 3] -> float32 [..., H / patch, W / patch, C]; the first three
-    channels are the mean colour in [-1, 1].
+    """uint8 pixels [..., H, W, 3] -> float32 [..., H / patch, W / patch, C]; black is 0, white has
+    `SCALE` in its first three channels. A latent of single pixels is in [-1, 1].
     """
-    pixels = video.astype(np.float32) / 127.5 - 1
     p, side = world.patch, world.size // world.patch
     if p == 1:
-        return pixels
-    squares = pixels.reshape(*video.shape[:-3], side, p, side, p, 3)
-    found = np.einsum("...ypxqc,kpq->...yxkc", squares, _cosines(p) / p**2, optimize=True)
+        return video.astype(np.float32) / 127.5 - 1
+    squares = (video / np.float32(255)).reshape(*video.shape[:-3], side, p, side, p, 3)
+    basis = SCALE / p**2 * _cosines(p)
+    found = np.einsum("...ypxqc,kpq->...yxkc", squares, basis, optimize=True)
     return found.reshape(*found.shape[:-2], -1)
 
 
@@ -48,7 +49,7 @@ def to_pixels(latent: np.ndarray, world: World) -> np.ndarray:
     """Latent -> uint8, clipped to the range."""
     pixels = np.asarray(latent, np.float32)
     if world.patch > 1:
-        found = pixels.reshape(*pixels.shape[:-1], -1, 3)
-        squares = np.einsum("...yxkc,kpq->...ypxqc", found, _cosines(world.patch), optimize=True)
-        pixels = squares.reshape(*pixels.shape[:-3], world.size, world.size, 3)
+        found, basis = pixels.reshape(*pixels.shape[:-1], -1, 3), _cosines(world.patch)
+        squares = np.einsum("...yxkc,kpq->...ypxqc", found, 2 / SCALE * basis, optimize=True)
+        pixels = squares.reshape(*pixels.shape[:-3], world.size, world.size, 3) - 1
     return np.round((np.clip(pixels, -1, 1) + 1) * 127.5).astype(np.uint8)

@@ -76,7 +76,7 @@ def test_latents_decode_to_what_they_were_made_of():
     off, there = (decoded / 255 - videos / 255) ** 2, (videos / 255) ** 2
     assert np.sqrt(off.sum((2, 3, 4)) / there.sum((2, 3, 4))).max() < 0.1
     again = latents.to_latent(decoded, LONG)
-    assert np.sqrt(np.mean((again - latent) ** 2)) < 0.01
+    assert np.sqrt(np.mean((again - latent) ** 2)) < 0.03
 
 
 def test_the_autoencoder_is_orthogonal_and_begins_with_the_mean_colour():
@@ -84,7 +84,7 @@ def test_the_autoencoder_is_orthogonal_and_begins_with_the_mean_colour():
     videos = rng.integers(0, 256, (2, 3, 8, 8, 3)).astype(np.uint8)
     latent = latents.to_latent(videos, SMALL)
     squares = videos.reshape(2, 3, 2, 4, 2, 4, 3)
-    np.testing.assert_allclose(latent[..., :3], squares.mean((3, 5)) / 127.5 - 1, atol=1e-6)
+    np.testing.assert_allclose(latent[..., :3], 6 * squares.mean((3, 5)) / 255, atol=1e-5)
     # smooth pictures lose nothing: a plane, scaled to stay within the range
     y, x, _ = np.indices((8, 8, 3)) % 4
     plane = np.round(100 + 20 * np.cos(np.pi * (x + 0.5) / 4) + 30 * np.cos(np.pi * (y + 0.5) / 4))
