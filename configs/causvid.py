@@ -17,7 +17,7 @@ from salt_jax.keys import Config
 def get_config(options: str = "") -> Config:
     size, variants = parts.read_options(options, "salt", *parts.READINGS)
     c = parts.causal(size)
-    c.init_from = "runs/shapes_ode"
+    c.init_from = f"runs/{size}_ode"
     if size == "wan":
         c = numbers_of_causvid(c)
     if "salt" in variants:

@@ -4,7 +4,8 @@ Forcing++).
     python -m launch.train --config=configs/consistency.py --workdir=runs/shapes_consistency
 
 Starts from runs/shapes_teacher_forcing. `:wan` after the file's name is at Wan 2.1 size
-(--workdir=runs/wan_consistency), `frame` works frame by frame.
+(--workdir=runs/wan_consistency), `long` in the long world (--workdir=runs/long_consistency);
+`frame` works frame by frame.
 """
 
 from configs import parts
@@ -13,7 +14,7 @@ from configs import parts
 def get_config(options: str = ""):
     size, variants = parts.read_options(options, "frame")
     c = parts.stage(size, variants, "consistency", f"runs/{size}_teacher_forcing")
-    if size == "shapes":
+    if size != "wan":
         c.iterations = 200
         return c
     c.iterations = 3000  # CF: at least 3,000

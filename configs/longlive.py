@@ -4,7 +4,7 @@
 
 Starts from runs/shapes_longlive_init. After a colon behind the file's name `salt` adds Salt (Eq.
 13), `paper` or `release` as configs/self_forcing.py has it, `lora` trains low-rank adapters only,
-`wan` is at Wan 2.1 size (--workdir=runs/wan_longlive).
+`wan` is at Wan 2.1 size (--workdir=runs/wan_longlive), `long` in the long world.
 """
 
 from configs import parts
@@ -14,13 +14,14 @@ def get_config(options: str = ""):
     size, variants = parts.read_options(options, "salt", "lora", *parts.READINGS)
     c = parts.causal(size)
     c.init_from = f"runs/{size}_longlive_init"
-    lora = 16 if size == "shapes" else 256  # LL
+    lora = 256 if size == "wan" else 16  # LL
     c.lora.update(rank=lora * ("lora" in variants), alpha=float(lora))
-    if size == "shapes":
-        c.memory.update(window=9, sink=3)
-        c.stream.update(max_frames=45, overlap=3, switch=0.5)  # LL: 240, 3
-    else:
-        c.memory.update(window=12, sink=3)  # LL
+    # LL has 12 and 3 in clips of 21 frames; those of Moving Shapes have 9
+    c.memory.update(window=9 if size == "shapes" else 12, sink=3)
+    c.stream.update(max_frames=45, overlap=3, switch=0.5)  # LL: 240, 3
+    if size == "long":
+        c.stream.max_frames = 84
+    if size == "wan":
         c.stream.update(max_frames=240, overlap=3, switch=1.0)  # LL: one switch in each sequence
         c.iterations = 600  # LL: 3,000 iterations
         c.student_optimizer.learning_rate, c.critic_optimizer.learning_rate = 1e-5, 2e-6  # LL

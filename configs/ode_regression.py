@@ -3,9 +3,10 @@
     python -m launch.train --config=configs/ode_regression.py --workdir=runs/shapes_ode
 
 Starts from runs/shapes_teacher_forcing. After a colon behind the file's name `wan` is at Wan 2.1
-size (--workdir=runs/wan_ode), `frame` works frame by frame; with `wan`, `causvid` is at CausVid's
-levels and `causvid,salt` at eight of its shift. Self-Forcing and CausVid regress trajectories of a
-bidirectional teacher instead, which a causal student cannot follow (Causal Forcing).
+size (--workdir=runs/wan_ode), `long` in the long world, `frame` works frame by frame; with `wan`,
+`causvid` is at CausVid's levels and `causvid,salt` at eight of its shift. Self-Forcing and CausVid
+regress trajectories of a bidirectional teacher instead, which a causal student cannot follow
+(Causal Forcing).
 """
 
 from configs import parts
@@ -15,7 +16,7 @@ def get_config(options: str = ""):
     size, variants = parts.read_options(options, "frame", "causvid", "salt")
     before = f"runs/{size}_teacher_forcing"
     c = parts.stage(size, variants, "ode_regression", before)
-    if size == "shapes":
+    if size != "wan":
         c.iterations = 200
         return c
     c.iterations = 1000  # CF: at least 1,000

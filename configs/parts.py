@@ -1,7 +1,8 @@
 """What configs share. Not a config itself.
 
-After a config's file name and a colon stands its size, "shapes" (Moving Shapes, the default) or
-"wan" (Wan 2.1 at 480p), and its variants, with commas: `configs/longlive.py:wan,lora`.
+After a config's file name and a colon stands its size, "shapes" (Moving Shapes, the default),
+"long" (its long world) or "wan" (Wan 2.1 at 480p), and its variants, with commas:
+`configs/longlive.py:wan,lora`.
 
 Sources: SF, CF, LL, CV are Self-Forcing @33593df, Causal-Forcing @1fc7bbc, LongLive v1.0 @e52d9ef,
 CausVid @ca21150; their numbers are read off configs and code. Their iterations count critic
@@ -15,7 +16,7 @@ from typing import NamedTuple
 from configs import base
 from salt_jax.keys import Config
 
-SIZES = ("shapes", "wan")
+SIZES = ("shapes", "long", "wan")
 READINGS = ("paper", "release")
 
 
@@ -29,7 +30,7 @@ def read_options(text: str, *variants: str) -> tuple[str, set[str]]:
     sizes = [name for name in names if name in SIZES]
     if unknown or len(sizes) > 1:
         raise ValueError(
-            f"{text!r} after the colon: there stands {' or '.join(SIZES)}, and any of "
+            f"{text!r} after the colon: there stands {', '.join(SIZES)}, and any of "
             f"{', '.join(variants) or 'nothing else'}, with commas"
         )
     return (sizes or ["shapes"])[0], set(names) - set(sizes)
@@ -40,7 +41,24 @@ def causal(size: str) -> Config:
     c = base.get_config()
     c.video = "rollout"
     c.schedule.shift = 5.0  # SF, CF, LL
-    return c if size == "shapes" else wan(c)
+    return at_size(c, size)
+
+
+def at_size(c: Config, size: str) -> Config:
+    """A recipe for Moving Shapes at another size."""
+    return {"shapes": lambda c: c, "long": long, "wan": wan}[size](c)
+
+
+def long(c: Config) -> Config:
+    """Endless videos of 48 x 48 pixels in clips of 21 latent frames, 7 chunks of 3; 16 tokens a
+    frame.
+    """
+    c.world.update(size=48, frames=21, radius=9.0, softness=2.0, patch=4)
+    c.world.update(starts=tuple(map(float, range(0, 48, 2))), speeds=(2.0, 4.0))
+    c.model.update(preset="long", remat="none")
+    c.weights = "runs/long_teacher.safetensors"
+    c.batch_size = 8
+    return c
 
 
 def wan(c: Config) -> Config:
@@ -71,8 +89,9 @@ def stage(size: str, variants: set[str], name: str, before: str) -> Config:
         c = frame_wise(c)
     if size == "shapes":
         c.batch_size = 16
+    if size != "wan":
         c.student_optimizer.update(learning_rate=5e-4, warmup=20)
-    c.log_every, c.save_every = 20, 100 if size == "shapes" else 200
+    c.log_every, c.save_every = 20, 200 if size == "wan" else 100
     return c
 
 
@@ -109,7 +128,7 @@ def salt(c: Config, size: str, variants: set[str], released: Released) -> Config
     c.schedule.train_levels = 8
     c.loss.self_consistency, c.align.weight = 1.0, 1.0  # see `reading`
     # the paper names 600 of its iterations for Causal Forcing
-    c.align.start = 20 if size == "shapes" else 120
+    c.align.start = 120 if size == "wan" else 20
     return reading(c, size, variants, released)
 
 
@@ -117,7 +136,7 @@ def reading(c: Config, size: str, variants: set[str], released: Released) -> Con
     """Sets how the terms that are on are computed: by the paper, or as its authors' code does."""
     if {"paper", "release"} <= variants:
         raise ValueError("paper and release are two readings of one method: name one of them")
-    if "paper" in variants or (size == "shapes" and "release" not in variants):
+    if "paper" in variants or (size != "wan" and "release" not in variants):
         c.schedule.anchor_levels = c.schedule.train_levels  # of rollouts (row 4)
         c.align.weight *= 0.5  # row 21
         return c
@@ -129,10 +148,10 @@ def reading(c: Config, size: str, variants: set[str], released: Released) -> Con
     c.align.update(network="teacher", layers=21, highest=0.2)  # rows 17, 18, 19
     c.align.update(num_steps=(2,), lowest_exit=1, probability=1.0)  # row 22
     c.align.update(reference_exit="student", reference_noise=released.noise)  # row 23
-    if size == "shapes":
-        c.align.layers = 2  # of 4: the middle, as there
-    else:
+    if size == "wan":
         c.align.start = released.start
+    else:
+        c.align.layers = 2  # of 4: the middle, as there
     return c
 
 

@@ -18,8 +18,7 @@ from salt_jax.keys import Config
 def get_config(options: str = "") -> Config:
     size, variants = parts.read_options(options, "dmd8", "dmd4", "i2v")
     c = base.get_config()
-    if size == "wan":
-        c = whole_clips_of_wan(c)
+    c = whole_clips_of_wan(c) if size == "wan" else parts.at_size(c, size)
     if "i2v" in variants:
         if size != "wan":
             raise ValueError("i2v is a variant of wan: write wan,i2v after the colon")

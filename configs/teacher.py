@@ -11,14 +11,16 @@ everything.
 Small batches suffice: the target is the closed-form optimum, not a sample, with the same minimiser
 and less variance in the gradient. The direction of motion is decided at high noise and learnt last,
 so the first run trains at high noise. Cost and result:
-salt_jax/assets/README.md.
+salt_jax/assets/README.md. `:long` after the file's name is for the long world; launch/long_world.sh
+has both runs.
 """
 
-from configs import base
+from configs import base, parts
 
 
-def get_config():
-    c = base.get_config()
+def get_config(options: str = ""):
+    size, _ = parts.read_options(options)
+    c = parts.at_size(base.get_config(), size)
     c.stage = "denoising"
     c.weights = ""
     c.iterations = 8000
@@ -31,4 +33,9 @@ def get_config():
     c.ema.update(decay=0.99, start=50)
     c.log_every = 100
     c.save_every = 500
+    if size == "long":  # without decay, so that the run may be made longer
+        c.batch_size, c.iterations = 8, 12000
+        c.student_optimizer.update(learning_rate=1e-3, decay=False)
+        c.ema.decay = 0.997
+        c.log_every, c.save_every_minutes = 50, 10.0
     return c

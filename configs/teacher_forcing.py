@@ -3,8 +3,8 @@ chunks before it.
 
     python -m launch.train --config=configs/teacher_forcing.py --workdir=runs/shapes_teacher_forcing
 
-`:wan` after the file's name is at Wan 2.1 size (--workdir=runs/wan_teacher_forcing), `frame` works
-frame by frame.
+`:wan` after the file's name is at Wan 2.1 size (--workdir=runs/wan_teacher_forcing), `long` in the
+long world (--workdir=runs/long_teacher_forcing); `frame` works frame by frame.
 """
 
 from configs import parts
@@ -13,8 +13,8 @@ from configs import parts
 def get_config(options: str = ""):
     size, variants = parts.read_options(options, "frame")
     c = parts.stage(size, variants, "teacher_forcing", "")
-    if size == "shapes":
-        c.iterations = 300
+    if size != "wan":
+        c.iterations = 300 if size == "shapes" else 2000
         c.renoise.update(lowest=0.001, highest=1.0)
         return c
     c.iterations = 2000  # CF: at least 2,000, better 5,000 to 10,000

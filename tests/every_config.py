@@ -2,6 +2,21 @@
 
 import importlib
 
+
+def each_reading(*variants):
+    """Salt with these, by the paper and by the authors' code: by size one of the two by default."""
+    return [
+        size + variant + ",salt" + reading
+        for size, reading in (
+            ("shapes", ""),
+            ("shapes", ",release"),
+            ("wan", ""),
+            ("wan", ",paper"),
+        )
+        for variant in variants
+    ]
+
+
 # Every config with what may stand after the colon, alone and together.
 OPTIONS = {
     "base": [None],
@@ -11,47 +26,21 @@ OPTIONS = {
         "dmd4",
         *("wan" + i2v + v for i2v in ("", ",i2v") for v in ("", ",dmd8", ",dmd4")),
     ],
-    "teacher": [None],
-    "teacher_forcing": ["", "frame", "wan", "wan,frame"],
-    "ode_regression": ["", "frame", "wan", "wan,frame", "wan,causvid", "wan,causvid,salt"],
-    "consistency": ["", "frame", "wan", "wan,frame"],
+    "teacher": ["", "long"],
+    "teacher_forcing": ["", "frame", "long", "wan", "wan,frame"],
+    "ode_regression": ["", "frame", "long", "wan", "wan,frame", "wan,causvid", "wan,causvid,salt"],
+    "consistency": ["", "frame", "long", "wan", "wan,frame"],
     "shortcut": ["", "wan"],
-    "self_forcing": ["", "naive", "mixed", "mixed_sc", "salt", "wan", "wan,salt"]
-    + [
-        f"{size},{variant},{reading}"
-        for size, reading in (("shapes", "release"), ("wan", "paper"))
-        for variant in ("naive", "mixed", "mixed_sc", "salt")
-    ],
+    "self_forcing": ["", "naive", "naive,release", "mixed", "mixed_sc", "long", "wan", "wan,naive"]
+    + each_reading("", ",mixed_sc"),
     "causal_forcing": [
-        size + variant
-        for size in ("shapes", "wan")
-        for variant in (
-            "",
-            ",salt",
-            ",salt,paper",
-            ",salt,release",
-            ",frame",
-            ",frame,salt",
-            ",frame,salt,paper",
-            ",two",
-            ",one",
-        )
-    ],
-    "causvid": ["", "salt", "salt,release", "wan", "wan,salt", "wan,salt,paper"],
-    "longlive_init": ["", "salt", "salt,release", "wan", "wan,salt", "wan,salt,paper"],
-    "longlive": [
-        size + variant
-        for size in ("shapes", "wan")
-        for variant in (
-            "",
-            ",salt",
-            ",lora",
-            ",lora,salt",
-            ",salt,paper",
-            ",lora,salt,paper",
-            ",salt,release",
-        )
-    ],
+        size + variant for size in ("shapes", "wan") for variant in ("", ",frame", ",two", ",one")
+    ]
+    + each_reading("", ",frame"),
+    "causvid": ["", "wan", *each_reading("")],
+    "longlive_init": ["", "long", "wan", *each_reading("")],
+    "longlive": [size + lora for size in ("shapes", "long", "wan") for lora in ("", ",lora")]
+    + each_reading("", ",lora"),
     "salt": [None],
 }
 CASES = [(name, options) for name, several in OPTIONS.items() for options in several]

@@ -34,6 +34,7 @@ from salt_jax.models.presets import (
     TextEncoderConfig,
     WanConfig,
 )
+from salt_jax.moving_shapes.latents import clip_shape
 from salt_jax.moving_shapes.shapes import World
 
 StageName = Literal[
@@ -159,8 +160,9 @@ class Recipe:
     @property
     def clip_shape(self) -> tuple[int, int, int, int]:
         """(F, H, W, C) of a clip."""
-        shapes = (self.world.frames, self.world.size, self.world.size)
-        frames, height, width = self.data.clip if self.data.kind == "latents" else shapes
+        if self.data.kind == "moving_shapes":
+            return clip_shape(self.world)
+        frames, height, width = self.data.clip
         return frames, height, width, self.wan.out_channels
 
     @property

@@ -33,9 +33,9 @@ class Model:
 
     preset: str = key(
         "tiny",
-        "size of student, critic and teacher: `tiny`, `small` of Moving Shapes; `wan2.1-t2v-1.3b`, "
-        "`wan2.1-t2v-14b`, `wan2.1-i2v-14b`, and `wan2.1-t2v-tiny`, `wan2.1-i2v-tiny`, which are "
-        "Wan in form and small",
+        "size of student, critic and teacher: `tiny`, `small`, `long` of Moving Shapes; "
+        "`wan2.1-t2v-1.3b`, `wan2.1-t2v-14b`, `wan2.1-i2v-14b`, and `wan2.1-t2v-tiny`, "
+        "`wan2.1-i2v-tiny`, which are Wan in form and small",
     )
     dtype: Dtype = key(
         "float32", "type of matrix products; parameters, moments and losses are always float32"
@@ -74,7 +74,7 @@ class Data:
     )
     dir: str = key(
         "runs/data",
-        "folder of the data set; Moving Shapes is rendered into it once, about 18 MB",
+        "folder of the data set; Moving Shapes is rendered into it once, about 20 MB",
         resume="free",
         path=True,
     )

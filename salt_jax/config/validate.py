@@ -60,14 +60,22 @@ def _lora(r: Recipe) -> Iterator[str]:
 def _clip(r: Recipe) -> Iterator[str]:
     (frames, height, width, channels), patch = r.clip_shape, r.wan.patch_size
     preset = f"config.model.preset={r.model.preset}"
+    if r.world.size % r.world.patch:
+        yield (
+            f"config.world.patch={r.world.patch} must divide config.world.size={r.world.size}; "
+            "change one of them"
+        )
     if frames % patch[0] or height % patch[1] or width % patch[2]:
         yield (
             f"a clip of {frames} frames of {height} x {width} does not split into the {patch} "
             f"patches of {preset}; "
             "change config.world, config.data.clip or config.model.preset"
         )
-    if r.data.kind == "moving_shapes" and channels != 3:
-        yield f"{preset} makes {channels} channels, Moving Shapes has 3; choose tiny or small"
+    if channels != r.wan.out_channels:
+        yield (
+            f"{preset} makes {r.wan.out_channels} channels, this world of Moving Shapes has "
+            f"{channels}; choose tiny or small, for world.patch=4 long"
+        )
     if r.data.kind == "latents" and (r.teacher.kind != "network" or r.makes_teacher):
         yield (
             f"config.teacher.kind={r.teacher.kind} and config.stage={r.stage} do not go with "

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 import grain
 import numpy as np
 
-from salt_jax.moving_shapes.shapes import to_latent
+from salt_jax.moving_shapes.latents import to_latent
+from salt_jax.moving_shapes.shapes import World
 
 # In batches. One thread: decoding holds the interpreter lock, more would only compete with the
 # training loop.
@@ -24,6 +25,7 @@ def batches(
     start: int,
     encode_caption: Callable[[str], np.ndarray],
     rows: np.ndarray,
+    world: World,
 ) -> Iterator[dict[str, np.ndarray]]:
     """This process's rows of the global batches start, start + 1, ... without end; every epoch is
     shuffled anew.
@@ -40,10 +42,11 @@ def batches(
       rows: of the global batch, int [b]: see `sharding.local_rows`.
       encode_caption: pure; called once per distinct caption, in the thread that reads ahead; the
         results are kept. Not called where records have `text`.
+      world: whose autoencoder makes latents of pixels.
 
     Yields:
       text [b, ...], stacked encodings, and what else the records have: video float32
-      [b, F, H, W, C], of pixels in [-1, 1]; image, condition, states; scene int32 [b].
+      [b, F, H, W, C], latents; image, condition, states; scene int32 [b].
 
     Raises:
       ValueError: the source is empty.
@@ -53,7 +56,7 @@ def batches(
     encode = functools.cache(encode_caption)
 
     def load(indices: np.ndarray) -> dict[str, np.ndarray]:
-        return collate([source[int(i)] for i in indices[rows]], encode)
+        return collate([source[int(i)] for i in indices[rows]], encode, world)
 
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     stream = iter(order.batch(batch_size).map(load).to_iter_dataset(READ_AHEAD))
@@ -62,7 +65,7 @@ def batches(
 
 
 def collate(
-    records: Sequence, encode_caption: Callable[[str], np.ndarray]
+    records: Sequence, encode_caption: Callable[[str], np.ndarray], world: World
 ) -> dict[str, np.ndarray]:
     """Records as one batch, see `batches`."""
     texts = (r["text"] if "text" in r else encode_caption(r["caption"]) for r in records)
@@ -71,7 +74,7 @@ def collate(
         if name in records[0]:
             batch[name] = np.stack([r[name] for r in records])
     if "video" in batch and batch["video"].dtype == np.uint8:
-        batch["video"] = to_latent(batch["video"])
+        batch["video"] = to_latent(batch["video"], world)
     if "scene" in records[0]:
         batch["scene"] = np.array([r["scene"] for r in records], np.int32)
     return batch

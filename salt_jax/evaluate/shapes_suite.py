@@ -1,8 +1,9 @@
 """Everything that is measured of a student on Moving Shapes, as one dictionary of plain numbers."""
 
+import functools
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,9 @@ from salt_jax.io.video import looks
 from salt_jax.models.denoiser import WanDenoiser
 from salt_jax.moving_shapes import shapes
 from salt_jax.moving_shapes.exact import expected_error
+from salt_jax.moving_shapes.latents import to_latent, to_pixels
 from salt_jax.moving_shapes.score import score
-from salt_jax.moving_shapes.shapes import World, to_pixels
+from salt_jax.moving_shapes.shapes import World, is_endless
 from salt_jax.rollout.sampler import Cue, Sampler, clip_keys, generate
 from salt_jax.types import Conditioning, Denoiser, Params
 
@@ -57,6 +59,9 @@ class DriftNumbers(TypedDict):
 
     segments: list[dict[str, float]]  # the scorer's card of each
     looks: list[dict[str, float]]  # of each chunk, see `io.video.looks`
+    # Of an endless world, where a long video has to be right as one clip: its card, each chunk's.
+    whole: NotRequired[dict[str, float]]
+    chunks: NotRequired[list[dict[str, float]]]
 
 
 def clips(
@@ -78,7 +83,7 @@ def clips(
 
 def shapes_score(latents: np.ndarray, task: Task) -> dict[str, float]:
     """The scorer's report card."""
-    return score(to_pixels(latents), task.scene, task.world)
+    return score(to_pixels(latents, task.world), task.scene, task.world)
 
 
 def defect(network: WanDenoiser, params: Params, task: Task, solver: Solver) -> DefectNumbers:
@@ -132,14 +137,18 @@ def drift(latents: np.ndarray, task: Task) -> DriftNumbers:
     """
     policy = task.sampler.memory
     assert policy
-    frames, pixels = task.world.frames, to_pixels(latents)
+    frames, pixels = task.world.frames, to_pixels(latents, task.world)
     segments = [pixels[:, i : i + frames] for i in range(0, pixels.shape[1] - frames + 1, frames)]
     edges = np.cumsum((0, *policy.sizes(pixels.shape[1])))
     chunks = [pixels[:, a:b] for a, b in pairwise(edges)]
-    return {
-        "segments": [score(part, task.scene, task.world) for part in segments],
+    card = functools.partial(score, scene_index=task.scene, world=task.world)
+    found: DriftNumbers = {
+        "segments": [card(part) for part in segments],
         "looks": [looks(chunk) for chunk in chunks],
     }
+    if is_endless(task.world):
+        found["whole"], found["chunks"] = card(pixels), [card(chunk) for chunk in chunks]
+    return found
 
 
 def real_clips(
@@ -152,10 +161,8 @@ def real_clips(
     drawn = [
         (scenes[rng.integers(len(scenes))], modes[rng.integers(len(modes))]) for _ in range(count)
     ]
-    latents = np.array(
-        [shapes.to_latent(shapes.render(scene, mode, world)) for scene, mode in drawn]
-    )
-    return latents, embed([shapes.caption(scene) for scene, _ in drawn])
+    videos = np.array([shapes.render(scene, mode, world) for scene, mode in drawn])
+    return to_latent(videos, world), embed([shapes.caption(scene) for scene, _ in drawn])
 
 
 class Clean(NamedTuple):

@@ -1,6 +1,6 @@
 """From numbers to tables, plots and the report of one evaluated run."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,7 @@ import numpy as np
 from salt_jax.evaluate.report import Plot, Report, Table, VideoRow, bars, curves
 from salt_jax.evaluate.shapes_suite import DEFECT_STEPS, DriftNumbers, StudentNumbers, Task
 from salt_jax.moving_shapes import shapes
+from salt_jax.moving_shapes.latents import to_pixels
 
 SHOWN = (
     "all",
@@ -86,9 +87,9 @@ def long_tables(long: Mapping[str, DriftNumbers]) -> list[Table]:
     over the chunks.
     """
     segments = [
-        [memory, f"{i + 1}", *(f"{score[name]:.3f}" for name in SEGMENT)]
+        [memory, segment, *(f"{score[name]:.3f}" for name in SEGMENT)]
         for memory, result in long.items()
-        for i, score in enumerate(result["segments"])
+        for segment, score in _segments(result)
     ]
     ends = {memory: (result["looks"][0], result["looks"][-1]) for memory, result in long.items()}
     drifts = [
@@ -108,6 +109,13 @@ def long_tables(long: Mapping[str, DriftNumbers]) -> list[Table]:
             "Drift, first to last chunk", ["memory", *LOOKS], drifts, "Means over pixels and clips."
         ),
     ]
+
+
+def _segments(result: DriftNumbers) -> Iterator[tuple[str, dict[str, float]]]:
+    for i, score in enumerate(result["segments"]):
+        yield f"{i + 1}", score
+    if "whole" in result:
+        yield "whole", result["whole"]
 
 
 def make_report(
@@ -130,7 +138,7 @@ def make_report(
     videos = [
         VideoRow(
             shapes.caption(scenes[task.scene[i]]),
-            [(label, shapes.to_pixels(clips[i])) for label, clips in columns],
+            [(label, to_pixels(clips[i], task.world)) for label, clips in columns],
         )
         for i in np.linspace(0, len(task.scene) - 1, rows).astype(int)
     ]

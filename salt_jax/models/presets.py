@@ -59,6 +59,9 @@ PRESETS = {
     # channels of colour and 16 of position in, see models.denoiser.
     "tiny": WanConfig(192, 4, 4, 768, 19, 3, (1, 6, 6), 64, 32, 64, 0, 1e-6),
     "small": WanConfig(384, 6, 8, 1536, 19, 3, (1, 4, 4), 64, 80, 128, 0, 1e-6),
+    # Its long world, 16 tokens a frame. Nothing but rotary positions tells a token where it is: in
+    # an endless video neither frames nor places differ.
+    "long": WanConfig(192, 4, 4, 768, 18, 18, (1, 3, 3), 64, 32, 64, 0, 1e-6),
     "wan2.1-t2v-1.3b": _wan(1536, 12, 30, 8960),
     "wan2.1-t2v-14b": _wan(5120, 40, 40, 13824),
     "wan2.1-i2v-14b": _wan(5120, 40, 40, 13824, 1280),

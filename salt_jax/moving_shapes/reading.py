@@ -29,6 +29,7 @@ from salt_jax.moving_shapes.shapes import World
 
 # distance of neighbouring places, pixels; an object between them leaves a residual of up to 0.2
 STEP = 0.5
+WIDE, WIDE_STEP = 24, 1.0  # in pictures wider than this, whose objects are larger
 EMPTY = 0.25  # an object with less than this part of its brightness is not there
 CHUNK = 32  # clips read at once; bounds the memory
 
@@ -157,7 +158,8 @@ def _find_object(amount, weight, world: World):
 @functools.cache
 def _templates(world: World) -> tuple[np.ndarray, np.ndarray]:
     """Masks [shapes, places, P] and the places [places, 2] as (x, y)."""
-    axis = np.arange(0, world.size, STEP, dtype=np.float32)
+    step = STEP if world.size <= WIDE else WIDE_STEP
+    axis = np.arange(0, world.size, step, dtype=np.float32)
     y, x = (a.ravel() for a in np.meshgrid(axis, axis, indexing="ij"))
     masks = [shapes.shape_mask(shape, x, y, world).reshape(len(x), -1) for shape in shapes.SHAPES]
     return np.stack(masks), np.stack([x, y], -1)

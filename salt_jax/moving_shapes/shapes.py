@@ -5,8 +5,9 @@ three and nothing else: where the shape starts and how fast it moves is free. So
 clips, all of which can be listed. That makes regression to the mean visible as blur, and gives the
 optimal denoiser in closed form (`moving_shapes.exact`). Starts lie around the middle, not
 everywhere: over all starts of a torus the mean clip is the same for every direction, and a network
-then finds it hard to see that the caption matters. The `pair` variant adds a second object and
-their spatial relation.
+then finds it hard to see that the caption matters. An endless world (`is_endless`, the size `long`
+of the configs) has them everywhere all the same, because only then a long video stays what clips
+are. The `pair` variant adds a second object and their spatial relation.
 
 All functions are pure; positions and speeds are in pixels and pixels per frame, colours in [0, 1].
 """
@@ -58,6 +59,12 @@ class World:
         False,
         "two objects and their relation; needs `small` (captions of up to 63 bytes) and "
         "`teacher.kind` other than `closed_form`",
+    )
+    patch: int = key(
+        1,
+        "side of the squares of pixels that the fixed autoencoder makes one place of latent of; "
+        "1: pixels are the latent",
+        COUNT,
     )
 
 
@@ -177,11 +184,12 @@ def render(scene: Scene, mode: Mode, world: World) -> np.ndarray:
     return np.round(255 * frame).astype(np.uint8)
 
 
-def to_latent(video: np.ndarray) -> np.ndarray:
-    """uint8 pixels -> float32 in [-1, 1]. In this world pixels are the latent; there is no VAE."""
-    return video.astype(np.float32) / 127.5 - 1
+def is_endless(world: World) -> bool:
+    """Whether every window of a video that goes on for ever is a clip of the world, and all are
+    equally likely.
 
-
-def to_pixels(latent: np.ndarray) -> np.ndarray:
-    """Latent -> uint8, clipped to the range."""
-    return np.round((np.clip(np.asarray(latent, np.float32), -1, 1) + 1) * 127.5).astype(np.uint8)
+    That is so if starts cover the torus evenly, and every frame moves from start to start.
+    """
+    step = world.size / len(world.starts)
+    even = np.allclose(world.starts, step * np.arange(len(world.starts)))
+    return bool(even and not np.remainder(np.array(world.speeds), step).any())

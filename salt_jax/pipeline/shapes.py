@@ -7,7 +7,7 @@ import numpy as np
 from salt_jax.config.schema import Recipe
 from salt_jax.io.shipped import located
 from salt_jax.io.tensor_files import digest
-from salt_jax.moving_shapes import shapes
+from salt_jax.moving_shapes import latents, shapes
 from salt_jax.pipeline.model import Given, Model, Parts
 from salt_jax.rollout.settings import Sampler
 from salt_jax.workdir import Trained
@@ -21,10 +21,10 @@ def shapes_model(
     text_encoder = digest(located(run.text_file)) if run.text_file else "fresh"
 
     def read_given(pixels: np.ndarray, shape: tuple[int, ...], chunks: bool) -> Given:
-        return Given(latents=shapes.to_latent(pixels)[None])
+        return Given(latents=latents.to_latent(pixels, recipe.world)[None])
 
     def decode(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        return (shapes.to_pixels(chunk[0]) for chunk in chunks)
+        return (latents.to_pixels(chunk[0], recipe.world) for chunk in chunks)
 
     def read_texts(prompts: Sequence[str]) -> dict[str, np.ndarray]:
         return {prompt: run.embed([prompt]) for prompt in prompts}

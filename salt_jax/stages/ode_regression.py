@@ -74,7 +74,7 @@ class OdeRegression:
         trajectory = jax.jit(self.trajectory, out_shardings=replicated(mesh))
 
         def make(records: Sequence, number: int) -> dict[str, np.ndarray]:
-            arrays = collate(records, source.encode_caption)
+            arrays = collate(records, source.encode_caption, self.recipe.world)
             rows, where = np.arange(len(records)), batch_sharding(mesh)
             place = lambda x: put_rows(x, rows, len(rows), where)
             batch = Batch(Conditioning(place(arrays["text"])), video=place(arrays["video"]))

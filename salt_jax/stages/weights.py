@@ -26,6 +26,7 @@ from salt_jax.models.lora import merge
 from salt_jax.models.text_encoder import init_text_encoder
 from salt_jax.models.wan import init_wan
 from salt_jax.moving_shapes import shapes
+from salt_jax.moving_shapes.every_clip import every_clip, sizes
 from salt_jax.moving_shapes.exact import closed_form_params
 from salt_jax.moving_shapes.shapes import World
 from salt_jax.sharding import state_shardings
@@ -199,10 +200,10 @@ def fresh(stage: Stage) -> Weights:
     null_text = jnp.zeros((1, recipe.wan.text_length, 1 if tokens else recipe.wan.text_dim))
     source = dict(stage.parts()).get("teacher", NO_TEACHER)
     if source == CLOSED_FORM:
-        scenes, modes = shapes.scenes(recipe.world), shapes.modes(recipe.world)
-        captions = jnp.zeros((len(scenes), *null_text.shape[1:]))
-        clips = jnp.zeros((len(scenes), len(modes), *recipe.clip_shape))
-        teacher = {"clips": clips, "captions": captions}
+        captions = jnp.zeros((len(shapes.scenes(recipe.world)), *null_text.shape[1:]))
+        dtypes = {"clips": jnp.float32, "frames": jnp.float32, "paths": jnp.int32}
+        teacher = {n: jnp.zeros(size, dtypes[n]) for n, size in sizes(recipe.world).items()}
+        teacher["captions"] = captions
     elif source == NO_TEACHER:
         teacher = None
     elif t.weights or recipe.teacher_wan != recipe.wan:
@@ -224,11 +225,7 @@ def closed_form(recipe: Recipe, encode: Callable[[str], np.ndarray]) -> Params:
             "config.world.pair has too many clips for the closed form; set "
             "config.teacher.kind=network"
         )
-    clips = [
-        [shapes.to_latent(shapes.render(scene, mode, world)) for mode in shapes.modes(world)]
-        for scene in shapes.scenes(world)
-    ]
     captions = [encode(shapes.caption(scene)) for scene in shapes.scenes(world)]
     # tokens stand for the caption as one number a row
     rows = [row[:, None].astype(np.float32) if row.ndim == 1 else row for row in captions]
-    return closed_form_params(np.array(clips), np.stack(rows))
+    return closed_form_params(every_clip(world), np.stack(rows))

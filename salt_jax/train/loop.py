@@ -238,6 +238,7 @@ def make_run(parts: Setup, start: int, workdir: str | AnyPath, files_may_move: b
         start=start * len(stage.updates(0)),
         encode_caption=parts.encode_caption,
         rows=rows,
+        world=recipe.world,
     )
     place = lambda x: sharding.put_rows(x, rows, count, over_batch)
     feed = (jax.tree.map(place, to_batch(stage, arrays)) for arrays in stream)

@@ -13,6 +13,7 @@ from salt_jax.io.video import encode_gif, looks, visible_scale
 from salt_jax.models.lora import merge
 from salt_jax.models.text_encoder import encode_text
 from salt_jax.moving_shapes import shapes
+from salt_jax.moving_shapes.latents import to_pixels
 from salt_jax.rollout.causal import Origin, Steps, rollout
 from salt_jax.rollout.parallel import sample
 from salt_jax.sharding import replicated
@@ -59,7 +60,7 @@ def make_preview(parts: Setup) -> Callable[[Params], np.ndarray] | None:
     base = parts.frozen.get("student")
 
     def preview(ema: Params) -> np.ndarray:
-        return shapes.to_pixels(jax.device_get(clips(ema, base)))
+        return to_pixels(jax.device_get(clips(ema, base)), recipe.world)
 
     return preview
 

@@ -46,7 +46,13 @@ TIED = {
     "loss.level_weight",
     "sample.solver",
 }
-TIED |= {"world.size", "schedule.train_levels", "schedule.anchor_levels", "schedule.levels"}
+TIED |= {
+    "world.size",
+    "world.patch",
+    "schedule.train_levels",
+    "schedule.anchor_levels",
+    "schedule.levels",
+}
 TIED |= {"memory.window", "align.weight", "stream.max_frames", "accumulate"}
 # Values that one key alone would contradict; these stand together.
 TOGETHER = {"video": "rollout", "schedule.train_levels": 12, "schedule.anchor_levels": 6}
@@ -150,11 +156,11 @@ def test_an_unknown_and_a_missing_key_are_refused_by_name():
         ("stage", "denoising, teacher_forcing, ode_regression, consistency, shortcut, distil"),
         ("video", "noised, noised_chunks, rollout"),
         ("data.kind", "moving_shapes, latents"),
-        ("teacher.preset", "tiny, small, wan2.1-t2v-1.3b"),
+        ("teacher.preset", "tiny, small, long, wan2.1-t2v-1.3b"),
         ("memory.positions", "absolute, relative"),
         ("rollout.solver", "euler, cm"),
         ("align.network", "base, teacher, critic, student"),
-        ("model.preset", "tiny, small, wan2.1-t2v-1.3b"),
+        ("model.preset", "tiny, small, long, wan2.1-t2v-1.3b"),
         ("model.dtype", "float32, bfloat16"),
         ("model.remat", "none, all, save_attention, dots, dots_no_batch, offload"),
         ("model.residual", "float32, bfloat16"),
@@ -324,6 +330,7 @@ CONTRADICTIONS = {
             )
             for how in ({"video": "noised_chunks"}, {"stage": "consistency"})
         ),
+        (r"world\.patch=5 must divide config\.world\.size=12", {"world.patch": 5}),
         (
             r"config\.model\.preset=wan2.1-t2v-1.3b makes 16 channels",
             {"model.preset": "wan2.1-t2v-1.3b"},

@@ -14,6 +14,7 @@ from salt_jax.data import pipeline
 from salt_jax.data.latents import FORMAT, open_records
 from salt_jax.data.writing_latents import Plan, in_groups, write_records
 from salt_jax.errors import UserError
+from salt_jax.moving_shapes.shapes import World
 
 CLIP, DIM = (3, 4, 6, 16), 8
 SHAPES = {"latent": CLIP, "text": (None, DIM), "image": (5, 10), "condition": CLIP}
@@ -99,6 +100,7 @@ def test_prompts_alone_and_clips_without_pictures(tmp_path, shapes):
         start=0,
         encode_caption=str.split,  # not called
         rows=np.arange(2),
+        world=World(),
     )
     assert next(stream).keys() == {"text"} | ({"video"} if "latent" in shapes else set())
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from salt_jax.data import pipeline
-from salt_jax.moving_shapes import dataset, shapes
+from salt_jax.moving_shapes import dataset
+from salt_jax.moving_shapes.latents import to_pixels
 from salt_jax.moving_shapes.shapes import World
 
 WORLD = World()
@@ -28,7 +29,13 @@ def encode(caption: str) -> np.ndarray:
 
 
 def read(source, count, **changes):
-    settings = {"batch_size": BATCH, "seed": 5, "start": 0, "encode_caption": encode}
+    settings = {
+        "batch_size": BATCH,
+        "seed": 5,
+        "start": 0,
+        "encode_caption": encode,
+        "world": WORLD,
+    }
     settings |= {"rows": np.arange(BATCH)}
     return list(itertools.islice(pipeline.batches(source, **(settings | changes)), count))
 
@@ -43,7 +50,7 @@ def test_batch_has_the_promised_form(source):
     assert batch["video"].min() == -1 and batch["video"].max() <= 1
     clips = {record["video"].tobytes(): record for record in source}
     for video, text, scene in zip(batch["video"], batch["text"], batch["scene"], strict=True):
-        record = clips[shapes.to_pixels(video).tobytes()]  # the three still belong together
+        record = clips[to_pixels(video, WORLD).tobytes()]  # the three still belong together
         assert record["scene"] == scene
         np.testing.assert_array_equal(text, encode(record["caption"]))
 

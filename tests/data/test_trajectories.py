@@ -15,7 +15,8 @@ from salt_jax.data.pipeline import batches
 from salt_jax.errors import UserError
 from salt_jax.flow.schedule import grid
 from salt_jax.models.presets import PRESETS, Compute
-from salt_jax.moving_shapes.shapes import to_latent
+from salt_jax.moving_shapes.latents import to_latent
+from salt_jax.moving_shapes.shapes import World
 from salt_jax.stages import make_stage
 from salt_jax.stages.ode_regression import OdeRegression
 from salt_jax.stages.stage import RecordSource
@@ -71,7 +72,7 @@ def test_records_are_clips_with_their_captions_and_trajectories(tmp_path):
     for index in range(12):
         record, clip = made[index], index % 5
         assert record["caption"] == f"clip {clip}" and record["states"].shape == (3, *CLIP)
-        np.testing.assert_array_equal(record["video"], to_latent(SOURCE[clip]["video"]))
+        np.testing.assert_array_equal(record["video"], to_latent(SOURCE[clip]["video"], World()))
         np.testing.assert_allclose(
             record["states"], record["states"][:1] - (1 - levels) * clip / 2, atol=1e-5
         )
@@ -113,7 +114,7 @@ def test_batches_of_trajectories_bring_their_states(tmp_path):
     """The clips are latents already and stay as they are; everything in a batch still belongs
     together.
     """
-    made, share = make(tmp_path), {"rows": np.arange(6)}
+    made, share = make(tmp_path), {"rows": np.arange(6), "world": World()}
     batch = next(batches(made, batch_size=6, seed=0, start=0, encode_caption=encode, **share))
     assert batch["states"].shape == (6, 3, *CLIP) and batch["states"].dtype == np.float32
     known = {made[i]["states"].tobytes(): made[i] for i in range(len(made))}

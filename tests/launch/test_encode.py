@@ -20,6 +20,7 @@ from salt_jax.io.tensor_files import save_weights
 from salt_jax.models import image_encoder, text_encoder, vae
 from salt_jax.models.image_condition import condition_latents, image_clip, squash_for_clip
 from salt_jax.models.presets import PRESETS
+from salt_jax.moving_shapes.shapes import World
 from tests.helpers import randomised, shapes_of
 from tests.launch.programs import program as run_program
 from tests.launch.programs import succeed as run
@@ -190,7 +191,7 @@ def test_a_teacher_makes_a_clip_of_each_prompt(weights, tmp_path):
         assert first["caption"] == second["caption"] and first["video"].std() > 0.1
         np.testing.assert_allclose(first["video"], second["video"], rtol=5e-3, atol=5e-3)
     assert np.abs(one[0]["video"] - one[2]["video"]).mean() > 0.1  # the same prompt, other noise
-    settings = {"rows": np.arange(3), "encode_caption": str.split}
+    settings = {"rows": np.arange(3), "encode_caption": str.split, "world": World()}
     batch = next(pipeline.batches(one, batch_size=3, seed=0, start=0, **settings))
     assert batch["video"].shape == (3, 3, 4, 6, 16) and batch["text"].shape == (3, 512, 32)
 

@@ -22,7 +22,7 @@ RNG = np.random.default_rng(0)
 CLIPS = RNG.uniform(-1, 1, (3, 4, *SHAPE)).astype(np.float32)  # three captions, four clips each
 CAPTIONS = RNG.normal(size=(3, 2, 5)).astype(np.float32)
 NULL = np.zeros((2, 5), np.float32)
-PARAMS = closed_form_params(CLIPS, CAPTIONS)
+PARAMS = closed_form_params({"clips": CLIPS}, CAPTIONS)
 CHOICES = [0, 2, None, 1]  # captions of a batch; None is the null text
 TEXT = jnp.asarray(np.stack([NULL if c is None else CAPTIONS[c] for c in CHOICES]))
 COND = Conditioning(TEXT)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from salt_jax.moving_shapes import shapes
+from salt_jax.moving_shapes.latents import to_latent, to_pixels
 from salt_jax.moving_shapes.shapes import Mode, Scene, World
 
 WORLDS = {
@@ -226,7 +227,7 @@ def test_pair_does_not_overlap():
 
 def test_latent_is_pixels_from_minus_one_to_one():
     pixels = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16, 1)
-    latent = shapes.to_latent(pixels)
+    latent = to_latent(pixels, World())
     assert latent.dtype == np.float32 and latent.min() == -1 and latent.max() == 1
-    np.testing.assert_array_equal(shapes.to_pixels(latent), pixels)
-    np.testing.assert_array_equal(shapes.to_pixels(np.array([-7.0, 7.0])), [0, 255])
+    np.testing.assert_array_equal(to_pixels(latent, World()), pixels)
+    np.testing.assert_array_equal(to_pixels(np.array([-7.0, 7.0]), World()), [0, 255])

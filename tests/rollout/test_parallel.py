@@ -224,7 +224,7 @@ def test_a_world_of_one_clip_per_caption_is_sampled_exactly(solver, num_steps):
     """Even in one update: the denoiser knows the answer at sigma = 1."""
     captions = np.asarray(texts(3))
     clips = np.random.default_rng(2).uniform(-1, 1, (3, 1, *SHAPE)).astype(np.float32)
-    params, order = closed_form_params(clips, captions), [2, 0, 1, 1]
+    params, order = closed_form_params({"clips": clips}, captions), [2, 0, 1, 1]
     sigmas, cond = jnp.asarray(grid(num_steps, 5.0)), Conditioning(jnp.asarray(captions[order]))
     got = sample(ClosedForm(), params, cond, sigmas, solver, keys(4), SHAPE)
     np.testing.assert_allclose(got, clips[order, 0], atol=1e-6)
@@ -238,7 +238,7 @@ def test_many_updates_land_on_the_clips_equally_often(solver):
     count, num = 800, 5
     clips = np.random.default_rng(3).choice([-1.0, 1.0], (1, num, 1, 2, 4, 1)).astype(np.float32)
     assert len(np.unique(clips.reshape(num, -1), axis=0)) == num
-    params = closed_form_params(clips, np.zeros((1, 1, 1), np.float32))
+    params = closed_form_params({"clips": clips}, np.zeros((1, 1, 1), np.float32))
     cond, sigmas = Conditioning(jnp.zeros((count, 1, 1))), jnp.asarray(grid(64, 1.0))
     sample_all = jax.jit(
         lambda keys: sample(ClosedForm(), params, cond, sigmas, solver, keys, (1, 2, 4, 1))

@@ -46,7 +46,7 @@ def test_the_closed_form_of_one_clip_a_caption_is_that_clip():
     """
     batch = captioned(tokens(8))
     captions = np.asarray(batch.tokens, np.float32)[..., None]
-    frozen = {"teacher": closed_form_params(np.asarray(batch.video)[:, None], captions)}
+    frozen = {"teacher": closed_form_params({"clips": np.asarray(batch.video)[:, None]}, captions)}
 
     def losses(p):
         cases = ("closed_form", 0.0), ("data", 0.0), ("closed_form", 1.0), ("data", 1.0)
