@@ -20,14 +20,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key
+from jaxtyping import Array, Int, Key
 
 from salt_jax.choices import Solver
 from salt_jax.flow.transition import euler, renoise
 from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.denoiser import CausalDenoiser, Cond
 from salt_jax.models.kv_cache import KVCache, append, grow, plan_next_chunk
-from salt_jax.models.visibility import AttentionPlan, KeysValues, QueryGroup, chunk_groups
+from salt_jax.models.visibility import AttentionPlan, KeysValues, QueryGroup, chunk_groups, in_time
 from salt_jax.rollout.parallel import noise_at
 from salt_jax.types import Conditioning, Latent, Leaf, Params, Prediction, Sigma
 
@@ -42,6 +42,15 @@ class Steps:
     # "cm" re-noises with noise of its own for each level and frame
     solver: Solver = flax.struct.field(pytree_node=False)
     first: "Steps | None" = None  # of a video's first chunk, where they are not those of the others
+    # whether what the exit step reads is kept, see `CachePolicy.context`
+    keep: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+class ChunkSpec(NamedTuple):
+    """What is static in a chunk."""
+
+    size: int
+    policy: CachePolicy
 
 
 class Origin(NamedTuple):
@@ -49,6 +58,8 @@ class Origin(NamedTuple):
 
     cond: Conditioning
     cache: KVCache | None = None  # every slot of it filled; None starts a video
+    # int [], number of a video's first frame, whole chunks: 0, or of cyclic positions any
+    start: Int[Array, ""] | np.int32 | int = 0
 
 
 class Trajectory(NamedTuple):
@@ -73,8 +84,9 @@ def generate_chunk(
     steps: Steps,
     keys: Key[Array, "b"],
     picture: tuple[int, ...],
-) -> tuple[Latent, Latent]:
-    """One chunk from noise: its state before the exit step, and the clean estimate of that step.
+) -> tuple[Latent, Latent, KeysValues | None]:
+    """One chunk from noise: its state before the exit step, the clean estimate of that step, and
+    where they are kept the keys and values that it read.
 
     Args:
       plan: of `plan_next_chunk`.
@@ -101,8 +113,13 @@ def generate_chunk(
     # Before the first step nothing was predicted: the state at level 1 is noise, by either solver.
     nothing = jnp.zeros((b, len(plan.frames), *picture))
     start = noise_at(keys, levels[0], plan.frames, picture) if steps.solver != "cm" else nothing
-    x, said = jax.lax.fori_loop(0, steps.exit_step + 1, step, (start, Prediction(nothing, nothing)))
-    return x, said.x0
+    first = (start, Prediction(nothing, nothing))
+    x, said = jax.lax.fori_loop(0, steps.exit_step + (not steps.keep), step, first)
+    if not steps.keep:
+        return x, said.x0, None
+    x = arrive(steps.exit_step, x, said)
+    said, kept = network.denoise_and_keep(params, x, at(steps.exit_step), cond, plan)
+    return x, said.x0, kept
 
 
 def commit(
@@ -113,9 +130,31 @@ def commit(
     cond: Cond,
     policy: CachePolicy,
 ) -> KVCache:
-    """The clean pass: the only way frames get into a cache. They see what the chunk saw."""
+    """The clean pass: frames get into a cache as they are. They see what the chunk saw."""
     plan = plan_next_chunk(cache, policy, x0.shape[1])
     return append(cache, network.keys_values(params, x0, cond, plan), x0, policy)
+
+
+def extend(
+    network: CausalDenoiser,
+    params: Params,
+    cache: KVCache,
+    cond: Cond,
+    steps: Steps,
+    call: tuple[Key[Array, "b"], int | Int[Array, ""]],
+    spec: ChunkSpec,
+) -> tuple[Latent, Latent, KVCache]:
+    """The next chunk of a video: its state before the exit step, the clean estimate of that step,
+    and the cache with it. `call` is (keys, how far it jumps ahead in time).
+    """
+    (keys, jump), policy = call, spec.policy
+    plan = plan_next_chunk(cache, policy, spec.size, jump)
+    steps = replace(steps, keep=not policy.clean_pass)
+    picture = cache.x0.shape[2:]
+    x, x0, kept = generate_chunk(network, params, plan, cond, steps, keys, picture)
+    if kept is None:
+        return x, x0, commit(network, params, cache, x0, cond, policy)
+    return x, x0, append(cache, kept, x0, policy)
 
 
 def recache(
@@ -127,7 +166,7 @@ def recache(
     A frame sees its own chunk and the ones before it, as far as they are in the cache: what was
     dropped is not seen again. Chunks are found by the frames' numbers, so nothing depends on how
     full the cache is or where it was cut. Where nothing was dropped, reading under the same prompt
-    changes nothing.
+    changes nothing but what was kept of noisy states, which are gone: all are read clean.
     """
     if not cache.slots:
         return cache
@@ -138,7 +177,7 @@ def recache(
     earlier = chunk[None] <= chunk[:, None]
     seen = jnp.sum(earlier & (slots < cache.filled)[None], axis=1)
     seen = jnp.maximum(seen, 1)  # an empty slot sees something, or it would hold NaN
-    positions = slots if policy.positions == "relative" else cache.frames
+    positions = in_time(policy, cache.frames, slots)
     everything = slice(0, cache.slots)
     group = QueryGroup(everything, (everything,), (), positions, positions, seen)
     plan = AttentionPlan((group,), None, cache.frames)
@@ -168,14 +207,15 @@ def rollout(
     frames, before = shape[0], 0 if origin.cache is None else origin.cache.slots
     sizes = policy.sizes(frames, before)
     empty = network.empty_cache(len(keys), before + frames, shape[1:])
+    empty = replace(empty, end=jnp.asarray(origin.start, jnp.int32))
     cache = empty if origin.cache is None else grow(origin.cache, empty)
     read = network.read(params, cond)
 
     def make(size: int, steps: Steps):
         def body(cache, _):
-            plan = plan_next_chunk(cache, policy, size)
-            x, x0 = generate_chunk(network, params, plan, read, steps, keys, shape[1:])
-            return commit(network, params, cache, x0, read, policy), (x, x0)
+            spec = ChunkSpec(size, policy)
+            x, x0, cache = extend(network, params, cache, read, steps, (keys, 0), spec)
+            return cache, (x, x0)
 
         return body
 
@@ -194,7 +234,8 @@ def plan_replay(trajectory: Trajectory, policy: CachePolicy) -> AttentionPlan:
     are.
     """
     cache, before = trajectory.cache, trajectory.before
-    frames = cache.frames if before else np.arange(cache.slots)
+    known = not before and not policy.period  # the numbers, before the program runs
+    frames = np.arange(cache.slots) if known else cache.frames
     sizes = policy.sizes(cache.slots - before, before)
     groups = chunk_groups(policy, sizes, frames, before, clean="memory")
     return AttentionPlan(groups, KeysValues(cache.k, cache.v), frames[before:])

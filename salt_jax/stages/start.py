@@ -113,6 +113,7 @@ def self_rollout(
     overlap = 0 if origin.cache is None else recipe.stream.overlap
     shape = (frames - overlap, *picture)
     steps = as_steps(draw, recipe)
+    origin = origin._replace(start=draw.start)
     made = rollout(student, params, origin, steps, noise.keys, shape, recipe.memory)
     before = made.x[:, :0]
     if origin.cache is not None:
