@@ -84,7 +84,7 @@ class Model:
         self,
         prompt: str,
         *,
-        num_steps: int | tuple[int, int] | None = None,
+        num_steps: int | tuple[int, ...] | None = None,
         seed: int = 0,
         frames: int | None = None,
         image: np.ndarray | None = None,
@@ -113,7 +113,7 @@ class Model:
         prompts: str | Mapping[int, str],
         *,
         memory: CachePolicy | None = None,
-        num_steps: int | tuple[int, int] | None = None,
+        num_steps: int | tuple[int, ...] | None = None,
         seed: int = 0,
         frames: int | None = None,
     ) -> Iterator[np.ndarray]:
@@ -144,7 +144,7 @@ class Model:
         return self._pixels(video)
 
     def _sampler(
-        self, num_steps: int | tuple[int, int] | None, memory: CachePolicy | None
+        self, num_steps: int | tuple[int, ...] | None, memory: CachePolicy | None
     ) -> Sampler:
         sampler = self.sampler._replace(memory=memory)
         if num_steps is None:
