@@ -6,8 +6,9 @@ Variants after a colon behind the file's name: none is K = 4 and DMD alone; `nai
 self-consistency at K = 4, `mixed` K of 2, 4 and 8, `mixed_sc` self-consistency at 8 too, `salt`
 cache alignment too (Eq. 13). With any of these `release` computes the terms as the authors' code
 does and `paper` as their equations say (docs/algorithm.md 9); `release` is the default of `wan`,
-`paper` of Moving Shapes. `long` is in the long world, from runs/long_consistency. `wan` is at Wan 2.1 size, from an ODE regression, here runs/wan_ode,
-with Self-Forcing's numbers (configs/parts.py). Cost and result: docs/results.md.
+`paper` of Moving Shapes. `long` is in the long world, from runs/long_consistency. `wan` is at Wan
+2.1 size, from an ODE regression, here runs/wan_ode, with Self-Forcing's numbers (configs/parts.py).
+Cost and result: docs/results.md.
 """
 
 from configs import parts

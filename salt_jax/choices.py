@@ -13,9 +13,14 @@ estimate afresh.
 TeacherSolver = Literal["unipc", "dpmpp", "euler"]
 """Solvers of a teacher with many steps, see `flow.multistep`."""
 
-Positions = Literal["absolute", "relative"]
-"""Where in time a frame that is seen stands: at its number in the video, or at its rank among those
-that are seen.
+Positions = Literal["absolute", "relative", "cyclic"]
+"""Where in time a frame that is seen stands: at its number in the video, at its rank among those
+that are seen, or at its number modulo a period.
+"""
+
+Context = Literal["clean", "last_step"]
+"""What later chunks see of a finished one: its keys and values once it is clean, or those of its
+last denoising step.
 """
 
 StopGradient = Literal["none", "composed", "direct", "midpoint"]

@@ -74,7 +74,7 @@ def refuse_length(frames: int, policy: CachePolicy | None, shown: Callable[[int]
             f"of {policy.first} "
             f"and chunks of {policy.chunk}; the nearest that do: {nearest}"
         )
-    if frames > MAX_FRAMES and not (policy and policy.positions == "relative"):
+    if frames > MAX_FRAMES and not (policy and policy.positions != "absolute"):
         most = policy.nearest(MAX_FRAMES)[0] if policy else MAX_FRAMES
         raise UserError(
             f"--frames={shown(frames)} are {frames} latent frames, more than there are positions; "

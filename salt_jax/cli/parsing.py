@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import get_args
 
-from salt_jax.choices import Positions
+from salt_jax.choices import Context, Positions
 from salt_jax.config import reading
 from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
@@ -37,21 +37,31 @@ def read_workdir(workdir: AnyPath, step: int | None = None) -> Recipe:
 
 
 def read_cache_policy(text: str, policy: CachePolicy) -> CachePolicy:
-    """ "WINDOW:SINK:POSITIONS", as --memory has it -> `policy` with these.
+    """ "WINDOW:SINK:POSITIONS[:PERIOD][:CONTEXT]", as --memory has it -> `policy` with these. The
+    period, of cyclic positions, and the context are otherwise its own.
 
     Raises:
       UserError: it is not of that form, or the numbers do not fit the chunks.
     """
     try:
-        window, sink, positions = text.split(":")
-        if positions not in get_args(Positions):
-            raise ValueError(
-                f"positions is {positions!r}, not one of {', '.join(get_args(Positions))}"
-            )
-        return dataclasses.replace(policy, window=int(window), sink=int(sink), positions=positions)
+        window, sink, positions, *more = text.split(":")
+        period = int(more.pop(0)) if more and more[0].isdecimal() else policy.period
+        context = more.pop(0) if more else policy.context
+        for name, word, words in (
+            ("positions", positions, get_args(Positions)),
+            ("context", context, get_args(Context)),
+        ):
+            if word not in words:
+                raise ValueError(f"{name} is {word!r}, not one of {', '.join(words)}")
+        if more:
+            raise ValueError(f"nothing stands behind {context}")
+        changes = {"window": int(window), "sink": int(sink), "positions": positions}
+        changes |= {"period": period if positions == "cyclic" else 0, "context": context}
+        return dataclasses.replace(policy, **changes)
     except ValueError as error:
         raise UserError(
-            f"--memory {text}: {error}; write WINDOW:SINK:POSITIONS, such as 6:1:relative"
+            f"--memory {text}: {error}; write WINDOW:SINK:POSITIONS, such as 6:1:relative or "
+            "12:3:cyclic:21"
         ) from error
 
 

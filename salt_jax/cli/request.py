@@ -161,7 +161,7 @@ def read_policy(mode: str, recipe: Recipe | None, pictured: bool) -> CachePolicy
                 f"--chunk={chunk} with --recipe={f.RECIPE.value}: {error}; leave it out"
             ) from error
     policy = read_cache_policy(f.MEMORY.value, policy) if f.MEMORY.value else policy
-    if f.CUT.value and policy.positions == "absolute":
+    if f.CUT.value and policy.positions != "relative":
         raise UserError("--cut moves relative positions; give a --memory with relative ones")
     return policy
 
@@ -223,8 +223,10 @@ def read_sampler(
     if mode == f.TEACHER:
         steps = read_num_steps(wanted or [str(TEACHER_STEPS[bool(config.image_dim)])])
         return steps, sampler._replace(stepwise=True)
-    if recipe and policy:
-        sampler = sampler._replace(first_steps=recipe.rollout.first_steps)
+    if policy and (recipe or f.FIRST_STEPS.value is not None):
+        usual = recipe.rollout.first_steps if recipe else 0
+        first = usual if f.FIRST_STEPS.value is None else f.FIRST_STEPS.value
+        sampler = sampler._replace(first_steps=first)
     if f.LEVELS.value is not None:
         levels = check_levels(read_levels(f.LEVELS.value))
         return [len(levels)], sampler._replace(levels=levels)
@@ -232,11 +234,11 @@ def read_sampler(
     usual = recipe.sample.num_steps if recipe else (released.num_steps if released else 4,)
     steps = read_num_steps(wanted or [str(k) for k in usual])
     if own:
-        if steps != [len(own)] or f.SHIFT.value is not None:
+        if steps != [len(own)] or f.SHIFT.value is not None or f.FIRST_STEPS.value:
             raise UserError(
                 "this student was trained at the levels "
-                f"{', '.join(f'{level:g}' for level in own)}; leave --num_steps and --shift out, "
-                "or say others with --levels"
+                f"{', '.join(f'{level:g}' for level in own)}; leave --num_steps, --first_steps "
+                "and --shift out, or say others with --levels"
             )
         return steps, sampler._replace(levels=check_levels(own))
     return steps, sampler

@@ -108,7 +108,15 @@ CHUNK = flags.DEFINE_integer(
     "chunk", 0, "latent frames that a converted student makes together; 0: all", lower_bound=0
 )
 MEMORY = flags.DEFINE_string(
-    "memory", None, "cache policy WINDOW:SINK:POSITIONS, chunk by chunk; default as in the config"
+    "memory",
+    None,
+    "cache policy WINDOW:SINK:POSITIONS[:PERIOD][:CONTEXT]; default as in the config",
+)
+FIRST_STEPS = flags.DEFINE_integer(
+    "first_steps",
+    None,
+    "network evaluations of the first chunk, 0: as of the others; default as in the config",
+    lower_bound=0,
 )
 SWITCH = flags.DEFINE_multi_string(
     "switch", [], "FRAME:PROMPT, another prompt from that frame on; may be repeated"
@@ -143,7 +151,7 @@ BELONGS = {
     **dict.fromkeys(("model", "preset_size", "size"), CONVERTED),
     **dict.fromkeys(("student", "recipe", "chunk"), CONVERTED - {TEACHER}),
     **dict.fromkeys(("weights", "image", "image_fit", "dtype", "tile", "vbench", "extended"), WANS),
-    **dict.fromkeys(("memory", "switch", "flush", "cut", "prefix"), CHUNKS),
+    **dict.fromkeys(("memory", "first_steps", "switch", "flush", "cut", "prefix"), CHUNKS),
     "frames": ALL - {SHAPES},
     "levels": ALL - {TEACHER},
 }
@@ -158,7 +166,7 @@ EXCLUDES = {
     "prompts_file": ["vbench", "count"],
     "vbench": ["count", "switch", "prefix"],
     "image": ["prefix"],
-    "levels": ["num_steps", "shift"],
+    "levels": ["num_steps", "first_steps", "shift"],
 }
 
 

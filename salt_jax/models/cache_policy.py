@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from salt_jax.choices import Positions
+from salt_jax.choices import Context, Positions
 from salt_jax.keys import key
 
 # latent frames that a position computed by a program may name, as in Wan's own table
@@ -11,7 +11,20 @@ MAX_FRAMES = 1024
 
 @dataclass(frozen=True)
 class CachePolicy:
-    """Sizes in latent frames; docs/guide.md has those of the peers."""
+    """Sizes in latent frames; docs/guide.md has those of the peers.
+
+    Cyclic positions are those of Salt's release (`loop_rope_training`): frame n stands at n modulo
+    the period, so a video of any length has the positions of a training clip. Attention knows the
+    difference of two positions alone. That is the distance in time of a frame that is seen while
+    the count has not begun again since it; behind that it is the distance less the period, as if
+    the frame came after the chunk. Frames a period apart share a position: a window of at most a
+    period sees no two of them, the sink aside, which keeps its positions and is met again once in
+    each period. A period holds whole chunks, so none is torn where the count begins again.
+
+    The last step as context is Causal-rCM's (`context_from_last_step`): keys and values of a chunk
+    are those of the evaluation that made it, of its noisy state at the exit step's level. Frames
+    that no step made are read clean: those that are given, and all at a prompt switch.
+    """
 
     chunk: int = key(3, "latent frames generated together")
     first: int = key(
@@ -22,7 +35,17 @@ class CachePolicy:
     )
     sink: int = key(0, "first frames of the video, which every chunk sees")
     positions: Positions = key(
-        "absolute", 'or `"relative"`: a frame\'s position is its rank among those that are seen'
+        "absolute",
+        'or `"relative"`: a frame\'s position is its rank among those that are seen; or '
+        '`"cyclic"`: its number modulo `period`',
+    )
+    period: int = key(
+        0, "latent frames after which cyclic positions begin again, such as a clip's; else 0"
+    )
+    context: Context = key(
+        "clean",
+        "what later chunks see of one: its clean frames, read once more at noise level 0; or "
+        '`"last_step"`: what its last denoising step read, which saves that evaluation',
     )
 
     def __post_init__(self):
@@ -35,6 +58,22 @@ class CachePolicy:
                 f"window={self.window} must be 0 (everything) or hold sink={self.sink} and "
                 f"chunk={self.chunk}"
             )
+        if (self.positions == "cyclic") != bool(self.period):
+            raise ValueError(
+                f"positions={self.positions} with period={self.period}: cyclic positions need a "
+                "period, such as 21, and others have period=0"
+            )
+        fits = self.first == self.chunk and self.period % self.chunk == 0
+        if self.period and not (fits and 0 < self.period <= MAX_FRAMES):
+            raise ValueError(
+                f"period={self.period} must be a multiple of chunk={self.chunk}, up to "
+                f"{MAX_FRAMES}, and first={self.first} equal to chunk: no chunk is torn"
+            )
+
+    @property
+    def clean_pass(self) -> bool:
+        """Whether a finished chunk is read once more."""
+        return self.context == "clean"
 
     def sizes(self, frames: int, before: int = 0) -> tuple[int, ...]:
         """How many of the next `frames` each chunk has, in a video that has `before` frames

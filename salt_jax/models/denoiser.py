@@ -4,6 +4,7 @@ A denoiser is a frozen value without parameters, so jit keys on what it is: two 
 their programs.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -84,6 +85,14 @@ class WanDenoiser:
         return wan.keys_values(
             params, self._inputs(x0, clean, cond, plan), self.config, self.compute
         )
+
+    def denoise_and_keep(
+        self, params: Params, x: Latent, sigma: Sigma, cond: Cond, plan: AttentionPlan
+    ) -> tuple[Prediction, KeysValues]:
+        """`denoise`, and the keys and values of x at that level, as a cache stores them."""
+        seen = self._inputs(x, 1000.0 * sigma, cond, plan)
+        velocity, kept = wan.apply_and_keep(params, seen, self.config, self.compute)
+        return from_velocity(x, velocity, sigma), kept
 
     def features(
         self, params: Params, x: Latent, sigma: Sigma, cond: Conditioning, layers: int
@@ -166,11 +175,19 @@ class Guided:
         cond: Cond,
         plan: AttentionPlan,
     ) -> KeysValues:
-        parts = [
+        return _joined(
             self._wan.keys_values(params.network, x0, c, p)
             for c, p in zip(_both(params, cond), _halves(plan), strict=True)
-        ]
-        return KeysValues(*(jnp.concatenate(pair, axis=1) for pair in zip(*parts, strict=True)))
+        )
+
+    def denoise_and_keep(
+        self, params: GuidedParams, x: Latent, sigma: Sigma, cond: Cond, plan: AttentionPlan
+    ) -> tuple[Prediction, KeysValues]:
+        (given, first), (null, second) = (
+            self._wan.denoise_and_keep(params.network, x, sigma, c, p)
+            for c, p in zip(_both(params, cond), _halves(plan), strict=True)
+        )
+        return guide(given, null, self.guidance), _joined((first, second))
 
     def read(self, params: GuidedParams, cond: Conditioning) -> Branches:
         return Branches(*(self._wan.read(params.network, c) for c in _both(params, cond)))
@@ -196,6 +213,11 @@ def _both(params: GuidedParams, cond: Cond) -> tuple:
     assert isinstance(cond, Conditioning), "conditioning of a network without guidance"
     null = params.null_text.repeat(len(cond.text), axis=0)
     return cond, cond._replace(text=null)
+
+
+def _joined(parts: Iterable[KeysValues]) -> KeysValues:
+    """Of both branches, as a cache holds them."""
+    return KeysValues(*(jnp.concatenate(pair, axis=1) for pair in zip(*parts, strict=True)))
 
 
 def _halves(plan: AttentionPlan) -> tuple[AttentionPlan, AttentionPlan]:

@@ -5,9 +5,9 @@ under way reads them (`plan_next_chunk`), and only when it is finished its own a
 Nothing else changes a cache.
 
 Keys are stored raw and turned to their rotary positions when they are read. So one cache serves
-absolute positions (a frame keeps its number for ever) and relative ones (a frame's position is its
-rank among the frames that are seen). Turning them again at every read is a few elementwise passes
-beside two matrix products of the same keys.
+absolute positions (a frame keeps its number for ever), cyclic ones, and relative ones (a frame's
+position is its rank among the frames that are seen). Turning them again at every read is a few
+elementwise passes beside two matrix products of the same keys.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from salt_jax.models.cache_policy import CachePolicy
-from salt_jax.models.visibility import AttentionPlan, KeysValues, QueryGroup
+from salt_jax.models.visibility import AttentionPlan, KeysValues, QueryGroup, in_time
 from salt_jax.types import Latent, Leaf
 
 SLOT_AXES = {"k": 2, "v": 2, "x0": 1, "frames": 0}
@@ -36,7 +36,7 @@ class KVCache:
     x0: Leaf
     frames: Leaf  # int32 [slots], the frames' numbers in the video
     filled: Leaf  # int32 [], how many slots hold a frame
-    end: Leaf  # int32 [], frames of the video finished so far
+    end: Leaf  # int32 [], number of the next frame
 
     @property
     def slots(self) -> int:
@@ -133,9 +133,8 @@ def plan_next_chunk(
         k, v, numbers = jnp.take(k, slots, 2), jnp.take(v, slots, 2), numbers[slots]
         filled = jnp.minimum(filled, reach)
     frames = cache.end + jnp.arange(size, dtype=jnp.int32)
-    relative = policy.positions == "relative"
-    here = (filled + jnp.arange(size, dtype=jnp.int32) if relative else frames) + jump
-    there = jnp.arange(len(numbers), dtype=jnp.int32) if relative else numbers
+    here = in_time(policy, frames, filled + jnp.arange(size, dtype=jnp.int32)) + jump
+    there = in_time(policy, numbers, jnp.arange(len(numbers), dtype=jnp.int32))
     everything = slice(0, len(numbers))
     # The chunk itself stands first, so that what counts is in front and empty slots are behind.
     group = QueryGroup(

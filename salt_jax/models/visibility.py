@@ -47,6 +47,15 @@ class AttentionPlan(NamedTuple):
     live_from: int | None = None
 
 
+def in_time(policy: CachePolicy, numbers: Positions, ranks: Positions) -> Positions:
+    """Where frames that are seen together stand, by their numbers in the video and their ranks
+    among each other.
+    """
+    if policy.positions == "relative":
+        return ranks
+    return numbers % policy.period if policy.period else numbers
+
+
 def plan_whole_clip(frames: int) -> AttentionPlan:
     """Every frame sees every frame: a bidirectional network."""
     all_of_it, positions = slice(0, frames), np.arange(frames)
@@ -83,10 +92,8 @@ def chunk_groups(
             own = (*(slice(s.start - before, s.stop - before) for s in earlier), queries)
             past = ()
         slots = np.array([i for s in earlier for i in range(s.start, s.stop)], int)
-        if policy.positions == "relative":
-            there, here = np.arange(len(slots)), len(slots) + np.arange(size)
-        else:
-            there, here = frames[slots], frames[start:stop]
+        there = in_time(policy, frames[slots], np.arange(len(slots)))
+        here = in_time(policy, frames[start:stop], len(slots) + np.arange(size))
         both = (here, there) if clean == "memory" else (there, here)
         xp = np if all(isinstance(p, np.ndarray) for p in both) else jnp
         groups.append(QueryGroup(queries, own, past, here, xp.concatenate(both)))

@@ -101,6 +101,10 @@ def apply_wan(
       ValueError: the latent does not split into patches, or the text is too long.
     """
     made = _run_blocks(params, inputs, config, compute, config.num_layers)
+    return _velocity(params, inputs, config, made)
+
+
+def _velocity(params: Params, inputs: Inputs, config: WanConfig, made: "_Made") -> Latent:
     (pt, ph, pw), (h, w) = config.patch_size, inputs.x.shape[2:4]
     out = apply(Head(config), params["head"], made.tokens, made.e)
     form = "b f (h w) (pt ph pw c) -> b (f pt) (h ph) (w pw) c"
@@ -110,6 +114,18 @@ def apply_wan(
 def keys_values(params: Params, inputs: Inputs, config: WanConfig, compute: Compute) -> KeysValues:
     """The raw keys and values of the frames of `inputs.x` in every layer, [n, B, F, S, A, d]."""
     made = _run_blocks(params, inputs, config, compute, config.num_layers, keep=True)
+    return _kept(made, compute)
+
+
+def apply_and_keep(
+    params: Params, inputs: Inputs, config: WanConfig, compute: Compute
+) -> tuple[Latent, KeysValues]:
+    """Both `apply_wan` and `keys_values`, of one evaluation."""
+    made = _run_blocks(params, inputs, config, compute, config.num_layers, keep=True)
+    return _velocity(params, inputs, config, made), _kept(made, compute)
+
+
+def _kept(made: "_Made", compute: Compute) -> KeysValues:
     assert made.keys_values is not None
     return KeysValues(*(lay_cache(x, compute.mesh) for x in made.keys_values))
 

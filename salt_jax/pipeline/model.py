@@ -84,7 +84,7 @@ class Model:
         self,
         prompt: str,
         *,
-        num_steps: int | None = None,
+        num_steps: int | tuple[int, ...] | None = None,
         seed: int = 0,
         frames: int | None = None,
         image: np.ndarray | None = None,
@@ -92,7 +92,8 @@ class Model:
         """A video, uint8 [F, H, W, 3].
 
         Args:
-          num_steps: network evaluations, of the clip or of each chunk.
+          num_steps: network evaluations, of the clip or of each chunk; or (of the first chunk, of
+            each other one).
           seed: the same seed gives the same video on the same machine.
           frames: of the video; of Wan 4k + 1.
           image: the first frame, uint8 [H, W, 3], for models that read it or begin with one frame.
@@ -112,7 +113,7 @@ class Model:
         prompts: str | Mapping[int, str],
         *,
         memory: CachePolicy | None = None,
-        num_steps: int | None = None,
+        num_steps: int | tuple[int, ...] | None = None,
         seed: int = 0,
         frames: int | None = None,
     ) -> Iterator[np.ndarray]:
@@ -122,6 +123,7 @@ class Model:
           prompts: one, or the prompts by the latent frame from which they hold; 0 must be there,
             and the others begin a chunk.
           memory: what a chunk sees, in place of what the model was trained with.
+          num_steps: as in `generate`.
           frames: of the video; None: as far as the last prompt, and at least a usual clip.
 
         Raises:
@@ -141,13 +143,22 @@ class Model:
             video = video._replace(shape=(length, *video.shape[1:]))
         return self._pixels(video)
 
-    def _sampler(self, num_steps: int | None, memory: CachePolicy | None) -> Sampler:
+    def _sampler(
+        self, num_steps: int | tuple[int, ...] | None, memory: CachePolicy | None
+    ) -> Sampler:
         sampler = self.sampler._replace(memory=memory)
         if num_steps is None:
             return sampler
-        if sampler.levels and num_steps != len(sampler.levels):
+        steps = num_steps if isinstance(num_steps, tuple) else (num_steps,)
+        if len(steps) > 2 or (len(steps) == 2 and not memory):
+            raise ValueError(
+                f"num_steps={num_steps} must be one number, or of a model that works chunk by "
+                "chunk two: of the first chunk, and of each other one"
+            )
+        if sampler.levels and any(k != len(sampler.levels) for k in steps):
             raise ValueError(f"this student was trained at the levels {sampler.levels} alone")
-        return sampler._replace(num_steps=num_steps)
+        first = steps[0] if len(steps) == 2 else sampler.first_steps
+        return sampler._replace(num_steps=steps[-1], first_steps=first)
 
     def _video(
         self, switches: Mapping[int, Switch], sampler: Sampler, seed: int, frames: int | None

@@ -180,7 +180,8 @@ def updates(stage: Stage, learner: str, runs: int) -> Iterator[Result]:
         # the one before is donated
         state = random_params(shapes[0], None, recipe.seed, shardings[0])
         flops = sum(update_flops(recipe, stage.passes(update, draw), flash).values())
-        evaluations = 0.0 if draw is None else int(draw.exit_step) + 2.0
+        clean = recipe.memory.clean_pass
+        evaluations = 0.0 if draw is None else int(draw.exit_step) + 1.0 + clean
         more = {"clips": recipe.batch_size, "evaluations_per_chunk": evaluations}
         args = (state, frozen, batch, call)
         yield measure(update_name(update), jitted, args, flops, runs, **more)
@@ -252,7 +253,7 @@ def streaming(
     frames, seconds = all_runs[0][2], median(whole)
     pairs = chunk_pairs(policy, recipe.clip_shape[0])
     work = sweep(c, recipe.clip_shape[1:3], pairs)
-    flops = work.context + (num_steps + 1) * (work.linear + work.attention)
+    flops = work.context + (num_steps + policy.clean_pass) * (work.linear + work.attention)
     more = {
         "num_steps": num_steps,
         "frames": sum(frames),

@@ -20,14 +20,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key
+from jaxtyping import Array, Int, Key
 
 from salt_jax.choices import ReferenceNoise, Solver
 from salt_jax.flow.transition import euler, renoise
 from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.denoiser import CausalDenoiser, Cond
 from salt_jax.models.kv_cache import KVCache, append, grow, plan_next_chunk
-from salt_jax.models.visibility import AttentionPlan, KeysValues, QueryGroup, chunk_groups
+from salt_jax.models.visibility import AttentionPlan, KeysValues, QueryGroup, chunk_groups, in_time
 from salt_jax.rollout.parallel import noise_at
 from salt_jax.types import Conditioning, Latent, Leaf, Params, Prediction, Sigma
 
@@ -46,6 +46,15 @@ class Steps:
     noise: ReferenceNoise = flax.struct.field(pytree_node=False, default="shared")
     # noise level of the frames that are committed; the network takes them for clean
     context_noise: float = flax.struct.field(pytree_node=False, default=0.0)
+    # whether what the exit step reads is kept, see `CachePolicy.context`
+    keep: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+class ChunkSpec(NamedTuple):
+    """What is static in a chunk."""
+
+    size: int
+    policy: CachePolicy
 
 
 class Origin(NamedTuple):
@@ -53,6 +62,8 @@ class Origin(NamedTuple):
 
     cond: Conditioning
     cache: KVCache | None = None  # every slot of it filled; None starts a video
+    # int [], number of a video's first frame, whole chunks: 0, or of cyclic positions any
+    start: Int[Array, ""] | np.int32 | int = 0
 
 
 class Trajectory(NamedTuple):
@@ -82,8 +93,9 @@ def generate_chunk(
     steps: Steps,
     keys: Key[Array, "b"],
     picture: tuple[int, ...],
-) -> tuple[Latent, Latent]:
-    """One chunk from noise: its state before the exit step, and the clean estimate of that step.
+) -> tuple[Latent, Latent, KeysValues | None]:
+    """One chunk from noise: its state before the exit step, the clean estimate of that step, and
+    where they are kept the keys and values that it read.
 
     Args:
       plan: of `plan_next_chunk`.
@@ -113,8 +125,13 @@ def generate_chunk(
     # Before the first step nothing was predicted: the state at level 1 is noise, by either solver.
     nothing = jnp.zeros((b, len(plan.frames), *picture))
     start = noise_at(keys, levels[0], plan.frames, picture) if steps.solver != "cm" else nothing
-    x, said = jax.lax.fori_loop(0, steps.exit_step + 1, step, (start, Prediction(nothing, nothing)))
-    return x, said.x0
+    first = (start, Prediction(nothing, nothing))
+    x, said = jax.lax.fori_loop(0, steps.exit_step + (not steps.keep), step, first)
+    if not steps.keep:
+        return x, said.x0, None
+    x = arrive(steps.exit_step, x, said)
+    said, kept = network.denoise_and_keep(params, x, at(steps.exit_step), cond, plan)
+    return x, said.x0, kept
 
 
 def commit(
@@ -126,13 +143,39 @@ def commit(
     policy: CachePolicy,
     seen: Latent | None = None,
 ) -> KVCache:
-    """The clean pass: the only way frames get into a cache. They see what the chunk saw.
+    """The clean pass: frames get into a cache as they are. They see what the chunk saw.
 
     `seen`: what the network reads in the frames' place, with a little noise.
     """
     plan = plan_next_chunk(cache, policy, x0.shape[1])
     read = network.keys_values(params, x0 if seen is None else seen, cond, plan)
     return append(cache, read, x0, policy)
+
+
+def extend(
+    network: CausalDenoiser,
+    params: Params,
+    cache: KVCache,
+    cond: Cond,
+    steps: Steps,
+    call: tuple[Key[Array, "b"], int | Int[Array, ""]],
+    spec: ChunkSpec,
+) -> tuple[Latent, Latent, KVCache]:
+    """The next chunk of a video: its state before the exit step, the clean estimate of that step,
+    and the cache with it. `call` is (keys, how far it jumps ahead in time).
+    """
+    (keys, jump), policy = call, spec.policy
+    plan = plan_next_chunk(cache, policy, spec.size, jump)
+    steps = replace(steps, keep=not policy.clean_pass)
+    picture = cache.x0.shape[2:]
+    x, x0, kept = generate_chunk(network, params, plan, cond, steps, keys, picture)
+    if kept is not None:
+        return x, x0, append(cache, kept, x0, policy)
+    seen = x0
+    if steps.context_noise:
+        noise = noise_at(other_keys(keys), jnp.float32(0), plan.frames, picture)
+        seen = renoise(x0, noise, jnp.full(len(keys), steps.context_noise))
+    return x, x0, commit(network, params, cache, x0, cond, policy, seen)
 
 
 def recache(
@@ -144,7 +187,7 @@ def recache(
     A frame sees its own chunk and the ones before it, as far as they are in the cache: what was
     dropped is not seen again. Chunks are found by the frames' numbers, so nothing depends on how
     full the cache is or where it was cut. Where nothing was dropped, reading under the same prompt
-    changes nothing.
+    changes nothing but what was kept of noisy states, which are gone: all are read clean.
     """
     if not cache.slots:
         return cache
@@ -155,7 +198,7 @@ def recache(
     earlier = chunk[None] <= chunk[:, None]
     seen = jnp.sum(earlier & (slots < cache.filled)[None], axis=1)
     seen = jnp.maximum(seen, 1)  # an empty slot sees something, or it would hold NaN
-    positions = slots if policy.positions == "relative" else cache.frames
+    positions = in_time(policy, cache.frames, slots)
     everything = slice(0, cache.slots)
     group = QueryGroup(everything, (everything,), (), positions, positions, seen)
     plan = AttentionPlan((group,), None, cache.frames)
@@ -185,18 +228,15 @@ def rollout(
     frames, before = shape[0], 0 if origin.cache is None else origin.cache.slots
     sizes = policy.sizes(frames, before)
     empty = network.empty_cache(len(keys), before + frames, shape[1:])
+    empty = replace(empty, end=jnp.asarray(origin.start, jnp.int32))
     cache = empty if origin.cache is None else grow(origin.cache, empty)
-    read, others = network.read(params, cond), other_keys(keys)
+    read = network.read(params, cond)
 
     def make(size: int, steps: Steps):
         def body(cache, _):
-            plan = plan_next_chunk(cache, policy, size)
-            x, x0 = generate_chunk(network, params, plan, read, steps, keys, shape[1:])
-            seen = x0
-            if steps.context_noise:
-                noise = noise_at(others, jnp.float32(0), plan.frames, shape[1:])
-                seen = renoise(x0, noise, jnp.full(len(keys), steps.context_noise))
-            return commit(network, params, cache, x0, read, policy, seen), (x, x0)
+            spec = ChunkSpec(size, policy)
+            x, x0, cache = extend(network, params, cache, read, steps, (keys, 0), spec)
+            return cache, (x, x0)
 
         return body
 
@@ -220,7 +260,8 @@ def plan_replay(
     its frames had at their exit steps. The peers' caches, overwritten in place, give that gradient.
     """
     cache, before = trajectory.cache, trajectory.before
-    frames = cache.frames if before else np.arange(cache.slots)
+    known = not before and not policy.period  # the numbers, before the program runs
+    frames = np.arange(cache.slots) if known else cache.frames
     sizes = policy.sizes(cache.slots - before, before)
     groups = chunk_groups(policy, sizes, frames, before, clean="memory")
     live = before if live_cache else None

@@ -81,11 +81,14 @@ class Draw(NamedTuple):
     reference_exit: np.int32 | Int[Array, ""]
     # whether a continued video changes its prompt
     switch: np.bool_ | Bool[Array, ""] = np.False_
+    # number of a new video's first frame: of cyclic positions the start of any chunk of a period
+    start: np.int32 | Int[Array, ""] = np.int32(0)
 
 
 def draw_rollout(r: Recipe, iteration: int, call: int) -> tuple[Terms, Draw]:
     """K, then the exit step uniform on its K, then a triple of Eq. 9, then the coin of the
-    alignment, and in streaming long tuning the place in its sequence.
+    alignment, and in streaming long tuning the place in its sequence, and of cyclic positions where
+    a new video begins.
 
     Self-consistency is trained at the longest K only (Salt 3.3), where T_train is T(K); alignment
     at the others, whose reference takes twice as many steps. Every call draws the same amount, so a
@@ -95,7 +98,7 @@ def draw_rollout(r: Recipe, iteration: int, call: int) -> tuple[Terms, Draw]:
       call: number of the optimizer call in the run.
     """
     rng = np.random.default_rng(np.random.SeedSequence([r.seed, call]))
-    o, longest, u = r.rollout, max(r.rollout.num_steps), rng.random(4)
+    o, longest, u = r.rollout, max(r.rollout.num_steps), rng.random(5)
     index = np.searchsorted(np.cumsum(o.probabilities), u[0], side="right")
     k = int(o.num_steps[min(index, len(o.num_steps) - 1)])
     exit_step = int(u[1] * k)
@@ -129,6 +132,7 @@ def draw_rollout(r: Recipe, iteration: int, call: int) -> tuple[Terms, Draw]:
         reference_levels=padded(better),
         reference_exit=np.int32(2 * exit_step if at_student else better - 1),
         switch=np.bool_(place == "switch"),
+        start=np.int32(r.memory.chunk * int(u[4] * (r.memory.period // r.memory.chunk))),
     )
     self_consistency = bool(exists and r.loss.self_consistency > 0)
     sequence = "new" if place == "new" else "on"

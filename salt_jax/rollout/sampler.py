@@ -17,8 +17,8 @@ from salt_jax.flow.multistep import solver_steps
 from salt_jax.models.blocks import CrossKV
 from salt_jax.models.cache_policy import CachePolicy, refuse_overflow
 from salt_jax.models.denoiser import Branches, CausalDenoiser
-from salt_jax.models.kv_cache import KVCache, flush, plan_next_chunk
-from salt_jax.rollout.causal import Steps, commit, generate_chunk, recache
+from salt_jax.models.kv_cache import KVCache, flush
+from salt_jax.rollout.causal import ChunkSpec, Steps, commit, extend, recache
 from salt_jax.rollout.parallel import multistep_start, multistep_step, noise_at, sample
 from salt_jax.rollout.settings import Sampler
 from salt_jax.types import Conditioning, Denoiser, Latent, Params
@@ -63,21 +63,11 @@ def _empty_cache(network, clips, slots, picture):
     return network.empty_cache(clips, slots, picture)
 
 
-class ChunkSpec(NamedTuple):
-    """What is static in a chunk."""
-
-    size: int
-    policy: CachePolicy
-
-
 @partial(jax.jit, static_argnames=("network", "spec"), donate_argnames="cache")
 def make_chunk(network, params, cache, cond, steps, call, spec):
-    """The next chunk and the cache behind it; `call` is (keys, how far it jumps ahead in time)."""
-    keys, jump = call
-    plan = plan_next_chunk(cache, spec.policy, spec.size, jump)
-    picture = cache.x0.shape[2:]
-    _, x0 = generate_chunk(network, params, plan, cond, steps, keys, picture)
-    return x0, commit(network, params, cache, x0, cond, spec.policy)
+    """`extend`, without the chunk's noisy state."""
+    _, x0, cache = extend(network, params, cache, cond, steps, call, spec)
+    return x0, cache
 
 
 def clip_keys(seed: int, count: int) -> jax.Array:
@@ -113,8 +103,8 @@ def generate(
 
     Raises:
       ValueError: F does not split into chunks or does not fit the cache, or a cue is not at the
-        start of a chunk, or a cut is asked of absolute positions, or `given` is no number of chunks
-        below F.
+        start of a chunk, or a cut is asked of positions that are not relative, or `given` is no
+        number of chunks below F.
     """
     if sampler.memory is None:
         yield whole_clips(sampler, network, params, cues[0].cond, keys, shape)
@@ -233,7 +223,7 @@ def _refuse(
             f"prompts begin at frames {sorted(cues)}; these must be starts of chunks, and 0 among "
             "them"
         )
-    if policy.positions == "absolute" and any(cue.cut for cue in cues.values()):
+    if policy.positions != "relative" and any(cue.cut for cue in cues.values()):
         raise ValueError("a scene cut moves relative positions; set positions to relative")
     refuse_overflow(policy, policy.capacity(shape[1]), shape[1])
     return starts

@@ -23,6 +23,11 @@ def no_rollouts(r: Recipe) -> Iterator[str]:
         yield NO_ALIGNMENT.format(r.align.weight)
     if r.stream.max_frames:
         yield NO_STREAM
+    if not r.memory.clean_pass:
+        yield (
+            f"config.memory.context={r.memory.context} is of chunks that were made step by step; "
+            'set it to "clean", or config.stage=distil and config.video=rollout'
+        )
 
 
 def no_lora(r: Recipe) -> Iterator[str]:

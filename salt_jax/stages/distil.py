@@ -160,7 +160,7 @@ class Distil:
         params = jax.lax.stop_gradient(params)
         cond, stream, draw = inputs.batch.cond, inputs.state.stream, inputs.draw
         if stream is None or terms.sequence == "new":
-            return Origin(cond)
+            return Origin(cond, start=draw.start if draw else 0)
         assert draw is not None
         if not self.recipe.stream.switch:
             return Origin(cond._replace(text=stream.text), stream.cache)

@@ -14,7 +14,7 @@ from salt_jax.stages.stage import Gradient, Memory, Pass, Update
 class Mix(NamedTuple):
     """How much of everything an update has: of one draw, or the mean over a run's."""
 
-    first: float = 0.0  # evaluations of a rollout's first chunk, the commit among them
+    first: float = 0.0  # evaluations of a rollout's first chunk, the clean pass among them
     rest: float = 0.0  # of each other chunk
     reference_first: float = 0.0  # the same of the reference of cache alignment
     reference_rest: float = 0.0
@@ -34,12 +34,12 @@ def mix_of(recipe: Recipe, update: Update, draw: Draw | None) -> Mix:
     )
     if draw is None:
         return mix
-    reference = as_reference(draw, recipe)
+    reference, more = as_reference(draw, recipe), 1.0 + recipe.memory.clean_pass
     return mix._replace(
-        first=int(draw.first_exit) + 2.0,
-        rest=int(draw.exit_step) + 2.0,
-        reference_first=mix.alignment * (int(reference.first_exit) + 2.0),
-        reference_rest=mix.alignment * (int(reference.exit_step) + 2.0),
+        first=int(draw.first_exit) + more,
+        rest=int(draw.exit_step) + more,
+        reference_first=mix.alignment * (int(reference.first_exit) + more),
+        reference_rest=mix.alignment * (int(reference.exit_step) + more),
         switch=float(on and bool(draw.switch)),
     )
 
@@ -53,7 +53,8 @@ def mean_mix(recipe: Recipe) -> Mix:
         return Mix(self_consistency=on)
     r, m, a, longest = recipe.rollout, recipe.stream, recipe.align, max(recipe.rollout.num_steps)
     drawn = list(zip(r.num_steps, r.probabilities, strict=True))
-    rest = sum(p * (k + 1) / 2 for k, p in drawn) + 1
+    clean = recipe.memory.clean_pass
+    rest = sum(p * (k + 1) / 2 for k, p in drawn) + clean
     aligned = [  # each K and exit step that has it: evaluations of the reference, the share
         (2 * k if a.reference_exit == "last" else 2 * e + 1, p * a.probability / k)
         for k, p in drawn
@@ -66,10 +67,12 @@ def mean_mix(recipe: Recipe) -> Mix:
     new = recipe.clip_shape[0] - m.overlap
     calls = 1 + (m.max_frames - recipe.clip_shape[0]) // new if m.max_frames else 1
     return Mix(
-        first=(r.first_steps + 1) / 2 + 1 if r.first_steps else rest,
+        first=(r.first_steps + 1) / 2 + clean if r.first_steps else rest,
         rest=rest,
-        reference_first=sum((p * ((first if r.first_steps else n) + 1) for n, p in aligned), 0.0),
-        reference_rest=sum((p * (n + 1) for n, p in aligned), 0.0),
+        reference_first=sum(
+            (p * ((first if r.first_steps else n) + clean) for n, p in aligned), 0.0
+        ),
+        reference_rest=sum((p * (n + clean) for n, p in aligned), 0.0),
         self_consistency=float(on * at_longest * exists),
         alignment=sum((p for _, p in aligned), 0.0),
         on=1 - 1 / calls,

@@ -38,6 +38,8 @@ TIED = {
     "teacher.dtype",
     "teacher.preset",
     "memory.positions",
+    "memory.period",
+    "memory.context",
     "rollout.solver",
     "align.network",
     "align.reference_exit",
@@ -70,6 +72,9 @@ TOGETHER |= {
 TOGETHER |= {
     "memory.window": 9,
     "memory.sink": 3,
+    "memory.positions": "cyclic",
+    "memory.period": 21,
+    "memory.context": "last_step",
     "stream.max_frames": 50,
     "teacher.preset": "tiny",
 }
@@ -157,7 +162,8 @@ def test_an_unknown_and_a_missing_key_are_refused_by_name():
         ("video", "noised, noised_chunks, rollout"),
         ("data.kind", "moving_shapes, latents"),
         ("teacher.preset", "tiny, small, long, wan2.1-t2v-1.3b"),
-        ("memory.positions", "absolute, relative"),
+        ("memory.positions", "absolute, relative, cyclic"),
+        ("memory.context", "clean, last_step"),
         ("rollout.solver", "euler, cm"),
         ("align.network", "base, teacher, critic, student"),
         ("model.preset", "tiny, small, long, wan2.1-t2v-1.3b"),
@@ -470,6 +476,16 @@ CONTRADICTIONS = {
         (
             r"config\.stream\.max_frames=14 leaves no room .* at least 15",
             STREAM | {"stream.max_frames": 14},
+        ),
+    ],
+    "what a chunk sees": [
+        (r"positions=cyclic with period=0: .* need a period", {"memory.positions": "cyclic"}),
+        *(
+            (
+                r"config\.memory\.context=last_step is of chunks .* set it to \"clean\"",
+                change | {"memory.context": "last_step"},
+            )
+            for change in ({}, {"stage": "teacher_forcing"}, {"video": "noised_chunks"})
         ),
     ],
     "optimizers": [

@@ -482,6 +482,8 @@ CASES = {  # policy, frames of a clip; each window is short enough to forget som
     "sink, picture first": (CachePolicy(3, 1, 7, 1, "absolute"), 10),
     "sink, relative": (CachePolicy(3, 3, 7, 1, "relative"), 12),
     "window, relative, frame by frame": (CachePolicy(1, 1, 3, 0, "relative"), 5),
+    "all, cyclic": (CachePolicy(3, 3, 0, 0, "cyclic", 6), 9),
+    "sink, cyclic": (CachePolicy(3, 3, 9, 3, "cyclic", 9), 12),
 }
 SIZES = diffusers_sizes(SMALL)
 
@@ -499,15 +501,16 @@ def looks(policy, sizes, halves=False):
     """How the frames of [clip], or of the halves [clean clip | noisy clip], look around.
 
     A list of (which frames look, bool [L, L] who sees whom, int [L] positions in time). One item
-    where positions are absolute; relative ones differ from chunk to chunk.
+    where positions are not relative, which differ from chunk to chunk.
     """
     frames = sum(sizes)
     ends = np.repeat(np.cumsum(sizes), sizes)
     rule = np.array([[sees(policy, k, end) for k in range(frames)] for end in ends])
     own = ends[:, None] == ends[None, :]
     mask = np.block([[rule, False & own], [rule & ~own, own]]) if halves else rule
-    if policy.positions == "absolute":
-        return [(np.ones(len(mask), bool), mask, np.tile(np.arange(frames), 1 + halves))]
+    if policy.positions != "relative":
+        numbers = np.arange(frames) % (policy.period or frames)
+        return [(np.ones(len(mask), bool), mask, np.tile(numbers, 1 + halves))]
     items = []
     for end in np.unique(ends):
         rank = np.cumsum(rule[end - 1]) - 1  # invisible frames get one too; nobody asks
@@ -680,7 +683,7 @@ def backward(policy, x0, noisy, levels, weights, constant):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("case", ["all, picture first", "sink, relative"])
+@pytest.mark.parametrize("case", ["all, picture first", "sink, relative", "sink, cyclic"])
 def test_teacher_forcing_equals_the_dense_mask(case):
     """As above, with gradient through the clean half too."""
     pytest.importorskip("torch")

@@ -30,6 +30,18 @@ def test_a_seed_makes_the_same_video_whole_and_as_it_comes(model):
     assert np.any(model.generate(RED, num_steps=2, seed=4) != video)
 
 
+def test_the_first_chunk_may_take_steps_of_its_own(model):
+    """It is that of as many steps in all; the next ones see it and take theirs."""
+    more, both, few = (model.generate(RED, num_steps=k, frames=6) for k in (4, (4, 1), 1))
+    np.testing.assert_array_equal(both[:3], more[:3])
+    assert np.any(both[3:] != more[3:]) and np.any(both != few)
+    chunks = list(model.stream(RED, num_steps=(4, 1), frames=6))
+    np.testing.assert_array_equal(np.concatenate(chunks), both)
+    for of, steps in ((model, (4, 2, 1)), (salt_jax.load("shapes_teacher"), (4, 1))):
+        with pytest.raises(ValueError, match=r"must be one number, or of a model that works chunk"):
+            of.generate(RED, num_steps=steps)
+
+
 def test_a_prompt_holds_from_its_frame_on_and_the_video_goes_on_behind_it(model):
     memory = salt_jax.CachePolicy(window=9, sink=3, chunk=3)
     one = list(model.stream(RED, num_steps=2, memory=memory, frames=6))

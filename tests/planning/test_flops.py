@@ -248,9 +248,11 @@ def test_without_rollouts_an_update_costs_what_was_derived_by_hand():
 @pytest.mark.parametrize(
     ("config", "variant"), [(self_forcing, "wan,salt"), (longlive, "wan,salt"), (sc_dmd, "wan")]
 )
-def test_the_mean_is_that_of_many_draws(config, variant):
+@pytest.mark.parametrize("context", ["clean", "last_step"])
+def test_the_mean_is_that_of_many_draws(config, variant, context):
     """Every call counts as the student's: all of them draw alike."""
     r = recipe(config, variant)
+    r = dataclasses.replace(r, memory=dataclasses.replace(r.memory, context=context))
     if r.video == "rollout":
         calls = (draw_rollout(r, r.iterations, call) for call in range(4000))
         drawn = [mix_of(r, Update("student", terms), draw) for terms, draw in calls]
@@ -301,15 +303,20 @@ def dense(r, evaluations):
         ("student", "self_consistency"),
         ("student", "alignment"),
         ("critic", "plain"),
+        ("critic", "last_step"),
     ],
 )
 def test_updates_with_rollouts_cost_what_their_traces_multiply(who, kind):
+    """Where the last step is the context, its chunk is not read once more."""
     r = short(self_forcing, "wan,salt")
+    last = kind == "last_step"
+    context = "last_step" if last else "clean"
+    r = dataclasses.replace(r, memory=dataclasses.replace(r.memory, context=context))
     stage = make_stage(r)
     kinds = {"plain": Terms(), "self_consistency": Terms(True), "alignment": Terms(False, True)}
-    update = Update(who, kinds[kind])
+    update = Update(who, kinds.get(kind, Terms()))
     draw = programs(stage)[update]
-    evaluations = int(draw.exit_step) + 2
+    evaluations = int(draw.exit_step) + 1 + (not last)
     parts = update_flops(r, stage.passes(update, draw), FLASH)
     rollouts = sum(f for name, f in parts.items() if name.endswith("rollout"))
     # One number stands for all loops of a trace: here both rollouts go round as often as the first

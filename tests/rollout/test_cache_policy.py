@@ -37,7 +37,7 @@ def one_after_the_other(params, cond, keys, exit_step):
     cache, total = NETWORK.empty_cache(CLIPS, SHAPE[0], SHAPE[1:]), 0.0
     for size in POLICY.sizes(SHAPE[0]):
         plan = plan_next_chunk(cache, POLICY, size)
-        x, x0 = generate_chunk(NETWORK, stopped, plan, cond, steps, keys, SHAPE[1:])
+        x, x0, _ = generate_chunk(NETWORK, stopped, plan, cond, steps, keys, SHAPE[1:])
         sigma = jnp.full(CLIPS, LEVELS[exit_step])
         total += (
             NETWORK.denoise(params, jax.lax.stop_gradient(x), sigma, cond, plan).x0 ** 2

@@ -314,7 +314,7 @@ def test_replay_says_what_the_rollout_said_with_position_channels():
 def streamed(params, cache, cond, steps, keys, size, policy):
     """The next chunk: its state before the exit step, what that said, and the cache with it."""
     plan = plan_next_chunk(cache, policy, size)
-    x, x0 = generate_chunk(NETWORK, params, plan, cond, steps, keys, PLACE)
+    x, x0, _ = generate_chunk(NETWORK, params, plan, cond, steps, keys, PLACE)
     return x, x0, commit(NETWORK, params, cache, x0, cond, policy)
 
 

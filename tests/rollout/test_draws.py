@@ -1,6 +1,7 @@
 """What is drawn follows Eq. 9 and nothing but the key, or the seed and the number of the call."""
 
 import functools
+from dataclasses import replace
 
 import chex
 import jax
@@ -11,6 +12,7 @@ from salt_jax.config.method import Align, Loss, Rollout, Schedule, Stream
 from salt_jax.config.schema import Recipe
 from salt_jax.config.sections import Data
 from salt_jax.flow.schedule import explicit, grid, triples
+from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.rollout.draws import (
     as_reference,
     draw_chunk_triples,
@@ -347,6 +349,20 @@ def test_a_rollout_is_a_function_of_the_seed_and_the_call():
     assert agree == pytest.approx(0.2**2 + 0.3**2 + 0.5**2, abs=0.1), (
         "seeds know nothing of each other"
     )
+
+
+def test_a_video_with_cyclic_positions_begins_at_any_chunk_of_a_period():
+    """Each equally often, by (seed, call); the other draws are what they are without."""
+    recipe = Recipe(seed=5)
+    turned = replace(recipe, memory=CachePolicy(3, positions="cyclic", period=9))
+    pairs = [[draw_rollout(r, 0, call) for call in range(600)] for r in (recipe, turned)]
+    for (terms, plain), (same_terms, draw) in zip(*pairs, strict=True):
+        assert terms == same_terms and plain.start == 0
+        assert same(plain, draw._replace(start=plain.start))
+        assert as_reference(draw, 0).start == draw.start
+    starts, counts = np.unique([draw.start for _, draw in pairs[1]], return_counts=True)
+    assert starts.tolist() == [0, 3, 6] and counts.min() > 160
+    assert same(draw_rollout(turned, 0, 7)[1], pairs[1][7][1])
 
 
 def test_a_term_that_is_off_changes_no_draw():

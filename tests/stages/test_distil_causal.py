@@ -16,6 +16,7 @@ from salt_jax.flow.schedule import grid, triples
 from salt_jax.losses.cache_alignment import cache_alignment_loss
 from salt_jax.losses.dmd import dmd_loss
 from salt_jax.losses.self_consistency import self_consistency_loss
+from salt_jax.models.kv_cache import trim
 from salt_jax.models.lora import init_lora, merge
 from salt_jax.rollout.causal import (
     Origin,
@@ -28,6 +29,7 @@ from salt_jax.rollout.causal import (
 )
 from salt_jax.rollout.draws import Terms, draw_chunk_triples, draw_rollout
 from salt_jax.stages.stage import Update
+from salt_jax.stages.start import StartNoise, self_rollout
 from salt_jax.state import first_state
 from salt_jax.train.step import Call, train_step
 from salt_jax.types import Conditioning
@@ -184,6 +186,27 @@ def test_a_student_step_follows_the_gradient_of_the_terms_assembled_by_hand(term
     cond, draw = batch_of(0).cond, drawn(*exits(terms))
     by_hand = student_by_hand(STUDENT, cond, draw, None, weights, RECIPE)
     assert_by_hand(*student_stepped(terms), by_hand, weights)
+
+
+def test_a_new_video_begins_where_it_was_drawn():
+    """With cyclic positions, and so do all that go on from it. Nobody is asked for the numbers."""
+    memory = replace(ROLLING, positions="cyclic", period=6, context="last_step")
+    recipe = replace(STREAM, memory=memory)
+    draw = drawn(2, 1, recipe)._replace(start=np.int32(4))
+
+    @jax.jit
+    def numbers(params, draw):
+        noise = StartNoise(None, jax.random.split(KEY, BATCH))
+        begins = Origin(batch_of(0).cond)
+        made = self_rollout(NETWORK, params, begins, noise, draw, recipe)
+        goes_on = begins._replace(cache=trim(made.trajectory.cache, memory))
+        more = self_rollout(NETWORK, params, goes_on, noise, draw._replace(start=0), recipe)
+        return made.trajectory.cache.frames, more.trajectory.cache.frames, more.plan.frames
+
+    first, then, new = numbers(STUDENT, draw)
+    np.testing.assert_array_equal(first, 4 + np.arange(6))
+    np.testing.assert_array_equal(then, [4, 5, 8, 9, 10, 11, 12, 13])
+    np.testing.assert_array_equal(new, [10, 11, 12, 13])
 
 
 @pytest.mark.slow
