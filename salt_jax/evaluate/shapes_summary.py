@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from salt_jax.evaluate.report import Plot, Report, Table, VideoRow, bars, curves
-from salt_jax.evaluate.shapes_suite import DEFECT_STEPS, DriftNumbers, StudentNumbers, Task
+from salt_jax.evaluate.shapes_suite import DriftNumbers, StudentNumbers, Task
+from salt_jax.evaluate.suite import DEFECT_STEPS
 from salt_jax.moving_shapes import shapes
 
 SHOWN = (
