@@ -91,6 +91,8 @@ def stage(size: str, variants: set[str], name: str, before: str) -> Config:
         c.batch_size = 16
     if size != "wan":
         c.student_optimizer.update(learning_rate=5e-4, warmup=20)
+    else:
+        c.caption_dropout = 0.0  # CF: none; Wan's empty text here is its negative prompt
     c.log_every, c.save_every = 20, 200 if size == "wan" else 100
     return c
 

@@ -141,8 +141,8 @@ def restore_params(
 def restore_step(
     workdir: str | AnyPath, what: str, mesh: Mesh, step: int | None = None
 ) -> tuple[int, Params]:
-    """Only the parameters of "ema" or "student", for sampling: no optimizer is known or read,
-    nothing is written.
+    """Only the parameters of "ema", "student" or "critic": no optimizer is known or read, nothing
+    is written.
 
     `step` None is the newest that can be read; a step that is named is read or refused. Returns it
     too.
@@ -151,8 +151,8 @@ def restore_step(
         UserError: the workdir has no checkpoint, not the one that is named, or none that is
           readable.
     """
-    if what not in ("ema", "student"):
-        raise ValueError(f"what is {what!r}; it has to be 'ema' or 'student'")
+    if what not in ("ema", "student", "critic"):
+        raise ValueError(f"what is {what!r}; it has to be 'ema', 'student' or 'critic'")
 
     def read(step: int) -> tuple[int, Params]:
         stored = nested(_stored(manager, step)[what])

@@ -1,7 +1,7 @@
 """A trained workdir, or a file that was exported from one, opened for reading."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -70,6 +70,22 @@ def open_workdir(workdir: str | AnyPath, step: int | None = None, average: str =
         refuse_another_base(workdir, recipe)
         params = merge(student_start(recipe, weights["wan"], mesh), params, recipe.lora)
     return Trained(stage, made_with, params, weights, recipe.weights)
+
+
+def open_networks(workdir: str | AnyPath, step: int | None = None) -> Iterator[tuple[str, Params]]:
+    """What a checkpoint has under the names of the Self Forcing family, one after the other:
+    generator, generator_ema, and critic where the run trains one; LoRAs are merged.
+
+    Raises:
+      UserError: as `open_workdir`.
+    """
+    run = open_workdir(workdir, step, "none")
+    yield "generator", run.params
+    run = open_workdir(workdir, run.made_with["step"], "ema")
+    yield "generator_ema", run.params
+    if "critic" in run.stage.learners:
+        critic = restore_step(workdir, "critic", all_devices(), run.made_with["step"])[1]
+        yield "critic", merge(run.weights.get("wan"), critic, run.recipe.lora)
 
 
 def open_exported(file: str | AnyPath) -> Trained:

@@ -13,7 +13,7 @@ import pytest
 
 from salt_jax.config.build import all_keys
 from salt_jax.config.reading import read_recipe
-from salt_jax.config.schema import Recipe
+from salt_jax.config.schema import CAUSAL, Recipe
 from salt_jax.config.table import table
 from salt_jax.planning.updates import programs
 from salt_jax.stages import make_stage, weights
@@ -35,6 +35,13 @@ def test_every_config_is_here():
 def test_it_builds_a_recipe_of_a_stage(name, options):
     recipe = read_recipe(get_config(name, options))
     assert recipe.iterations >= 1 and make_stage(recipe).recipe == recipe
+
+
+@pytest.mark.parametrize(("name", "options"), WAN)
+def test_no_causal_stage_of_wan_drops_captions(name, options):
+    """The text without a prompt is Wan's negative prompt: it would be taught on good clips."""
+    recipe = read_recipe(get_config(name, options))
+    assert recipe.stage not in CAUSAL or recipe.caption_dropout == 0
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if None not in OPTIONS[name]])

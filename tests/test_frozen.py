@@ -7,6 +7,7 @@ are read. Whether training itself keeps its bits, `python -m tests.same_bits` as
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,6 +25,11 @@ CONFIGS = json.loads((HERE / "configs.json").read_text())
 FILES = {"ode": "ode_regression", "dmd4": "sc_dmd", "dmd8": "sc_dmd", "t2v": "sc_dmd"}
 FILES |= {"i2v": "sc_dmd", "forcing": "causal_forcing"}
 VARIANTS = {"plain": "", "chunk": "", "sc_dmd": "", "frame_salt": "frame,salt"}
+# What was changed on purpose since, by the name of 0.1.
+NO_DROPOUT = {"caption_dropout": 0.0}
+CHANGED = dict.fromkeys(
+    ("wan_causal_teacher_forcing", "wan_causal_ode", "wan_causal_consistency"), NO_DROPOUT
+)
 VARIANTS |= {"lora_salt": "lora,salt", "causvid_salt": "causvid,salt"}
 
 
@@ -45,7 +51,9 @@ def of_today(name):
 @pytest.mark.usefixtures("elsewhere")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_of_0_1_is_the_recipe_of_today(name):
-    assert from_json(json.dumps(CONFIGS[name])) == read_recipe(get_config(*of_today(name)))
+    before, stem = from_json(json.dumps(CONFIGS[name])), name.partition(":")[0]
+    now = replace(before, **CHANGED.get(stem.removesuffix(".py"), {}))
+    assert now == read_recipe(get_config(*of_today(name)))
 
 
 def test_every_config_of_0_1_is_there_and_none_is_another():

@@ -38,7 +38,7 @@ DTYPE = flags.DEFINE_enum(
     "how to store; default: as it is stored there, fp8 as it is exact",
 )
 TO = flags.DEFINE_enum(
-    "to", None, ["official", "diffusers", "comfyui"], "write the layout of others"
+    "to", None, ["official", "diffusers", "comfyui", "pt"], "write the layout of others"
 )
 STEP = flags.DEFINE_integer(
     "step", None, "step of a workdir's checkpoint; default the newest", lower_bound=1
@@ -75,6 +75,12 @@ def read_wanted() -> Wanted:
     refuse_flags("in" if not TO.value else "workdir" if workdir else "out", MODES, BELONGS)
     if not TO.value:
         refuse_pairs({"keep_lora": ["lora"], "lora_strength": ["lora"]}, {})
+    if TO.value == "pt":
+        for flag in (AVERAGE, KEEP):
+            if flag.present:
+                raise UserError(
+                    f"--to=pt writes whole networks, averaged and not; leave out --{flag.name}"
+                )
     check_apart(src, dst)
     if not src.exists():
         raise UserError(f"there is no {src}; check the name")

@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, cast
 
 from tqdm import tqdm
@@ -16,17 +17,19 @@ from salt_jax.convert.reading import Found, writers
 from salt_jax.convert.sizes import PARTS
 from salt_jax.convert.writing import Transformer, open_wan, write_official
 from salt_jax.convert.writing_lora import LowRank, open_lora, write_lora
+from salt_jax.convert.writing_torch import write_pt
 from salt_jax.errors import UserError
 from salt_jax.io.files import AnyPath, all_or_nothing, as_path, free_bytes
 from salt_jax.io.files import size as file_size
-from salt_jax.io.header import read_metadata
+from salt_jax.io.header import read_metadata, stored_student
 from salt_jax.io.model_folder import TOKENIZERS
 from salt_jax.io.tensor_files import TensorWriter, digest, view, write_tensors
 from salt_jax.keys import Json
 from salt_jax.sharding import all_devices
-from salt_jax.workdir import ITEMS, open_workdir, record
+from salt_jax.workdir import ITEMS, open_networks, open_workdir, record
 
-Layout = Literal["official", "diffusers", "comfyui"]  # of --to
+Layout = Literal["official", "diffusers", "comfyui", "pt"]  # of --to
+FAMILY = ("generator", "generator_ema", "critic")  # keys of a .pt
 
 
 class Job(NamedTuple):
@@ -167,7 +170,7 @@ def give_back(src: AnyPath, dst: AnyPath, layout: Layout, workdir: bool) -> None
         )
     lora = adapter_of(src, workdir)
     if lora:
-        if layout == "official":
+        if layout in ("official", "pt"):
             raise UserError(f"{src} is a LoRA; write it with --to=diffusers or --to=comfyui")
         with tqdm(unit="B", unit_scale=True) as bar:
             file = write_lora(lora, dst, layout, f.DTYPE.value, report=bar.update)
@@ -177,6 +180,11 @@ def give_back(src: AnyPath, dst: AnyPath, layout: Layout, workdir: bool) -> None
         raise UserError(
             f"{src} is a whole transformer, which ComfyUI reads with --to=official; name that"
         )
+    if layout == "pt":
+        with tqdm(unit="B", unit_scale=True) as bar:
+            file = write_pt(dst, family(src, workdir), f.DTYPE.value, bar.update)
+        print(f"wrote {file}")
+        return
     if workdir:
         run = open_workdir(str(src), f.STEP.value, f.AVERAGE.value)
         network, origin = Transformer(run.recipe.wan, run.params), record(run)["salt_jax"]
@@ -185,6 +193,20 @@ def give_back(src: AnyPath, dst: AnyPath, layout: Layout, workdir: bool) -> None
     with tqdm(unit="B", unit_scale=True) as bar:
         write_official(network, dst, layout, f.DTYPE.value, report=bar.update, record=origin)
     print(f"wrote {dst} with {layout} names")
+
+
+def family(src: AnyPath, workdir: bool) -> Iterator[tuple[str, Transformer]]:
+    """The networks of a .pt with their keys: all of a workdir; or a converted one, under the key
+    that it came from, where a student has one.
+    """
+    if workdir:
+        config = read_workdir(src, f.STEP.value).wan
+        for key, params in open_networks(src, f.STEP.value):
+            yield key, Transformer(config, params)
+        return
+    ours = src / PARTS["wan"].file if src.is_dir() else src
+    parts = re.split(r"[./]", stored_student(ours))
+    yield next((key for key in FAMILY if key in parts), "generator"), open_wan(ours)
 
 
 def adapter_of(src: AnyPath, workdir: bool) -> LowRank | None:

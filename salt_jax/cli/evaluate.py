@@ -1,11 +1,13 @@
 """python -m launch.evaluate --workdir=DIR [--count=96] [--seed=0]
+python -m launch.evaluate --workdir=DIR --prompts_file=FILE [--weights=DIR]
 python -m launch.evaluate --vbench_results=FILE_OR_DIR
 
 Measures the averaged student of a workdir beside its teacher and writes DIR/evaluation.json and
 DIR/report.html. On a teacher's workdir (stage denoising) it measures the teacher alone. The teacher
 makes its clips with 32 guided Euler steps; its velocity error is against the closed form. A
 student that works chunk by chunk also makes long videos, under each policy of --memory. All of that
-is of Moving Shapes; videos of Wan 2.1 are scored by VBench, of whose results the second form
+is of Moving Shapes. The second form is for students of Wan 2.1: whether numbers of steps agree, how
+much moves, and how chunks drift. How good videos are VBench scores, of whose results the third form
 computes Quality, Semantic and Total.
 """
 
@@ -38,9 +40,9 @@ def main(_):
         return
     wanted = f.read_wanted()
     # jax comes here, after all that can be refused without it
-    from salt_jax.cli.evaluating import evaluate
+    from salt_jax.cli import evaluating, evaluating_wan
 
-    evaluate(wanted)
+    (evaluating_wan if wanted.prompts else evaluating).evaluate(wanted)
 
 
 def run() -> None:

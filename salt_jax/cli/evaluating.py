@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from salt_jax.cli import evaluate_flags as f
 from salt_jax.evaluate import shapes_suite, shapes_summary
-from salt_jax.evaluate.report import write_report
-from salt_jax.io.files import write_whole
+from salt_jax.evaluate.report import Table, write_report
+from salt_jax.io.files import AnyPath, write_whole
 from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.denoiser import guided
 from salt_jax.moving_shapes import shapes
@@ -62,12 +62,12 @@ def measure_teacher(run: Trained, task: shapes_suite.Task) -> tuple[dict, np.nda
 
 
 def measure_long(
-    run: Trained, task: shapes_suite.Task, policies: dict[str, CachePolicy]
+    run: Trained, task: shapes_suite.Task, long: int, policies: dict[str, CachePolicy]
 ) -> tuple[dict, dict[str, np.ndarray]]:
     """By cache policy: how videos of several times the training length hold, and the videos."""
     numbers, made = {}, {}
     for words, policy in policies.items():
-        shape = (f.LONG.value * task.shape[0], *task.shape[1:])
+        shape = (long * task.shape[0], *task.shape[1:])
         this = task._replace(sampler=task.sampler._replace(memory=policy), shape=shape)
         num_steps = len(task.sampler.levels) or LONG_STEPS
         solver = run.recipe.sample.solver
@@ -76,7 +76,7 @@ def measure_long(
     return numbers, made
 
 
-def origin(run: Trained) -> dict[str, str]:
+def origin(run: Trained, count: int) -> dict[str, str]:
     """Where the numbers come from."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
@@ -88,7 +88,7 @@ def origin(run: Trained) -> dict[str, str]:
         "versions": f"jax {jax.__version__}, Python {platform.python_version()}",
         "checkpoint": "step {step}, average {average}, sha256 {sha256}".format(**run.made_with),
         "seeds": f"training {run.recipe.seed}, evaluation {f.SEED.value}",
-        "clips": str(f.COUNT.value),
+        "clips": str(count),
     }
 
 
@@ -112,17 +112,23 @@ def evaluate(wanted: f.Wanted) -> None:
                 columns += [(f"{k} steps", made[k]) for k in num_steps]
         if wanted.policies:
             bar.set_description("long videos")
-            long, videos = measure_long(run, task, wanted.policies)
+            long, videos = measure_long(run, task, wanted.long, wanted.policies)
         bar.update()
-    numbers = {**origin(run), "teacher": teacher, "student": results, "long": long}
+    numbers = {**origin(run, f.COUNT.value), "teacher": teacher, "student": results, "long": long}
     write_whole(wanted.out / "evaluation.json", json.dumps(numbers, indent=2))
     write_report(
         wanted.out / "report.html",
         shapes_summary.make_report(numbers, task, columns, videos, min(6, f.COUNT.value)),
     )
-    table = shapes_summary.score_table(numbers)
+    print_table(shapes_summary.score_table(numbers), results, wanted.out)
+
+
+def print_table(table: Table, results: dict, out: AnyPath) -> None:
+    """Prints a table, the defect by solver, and where the rest is."""
+    widths = [max(15, *(len(row[i]) + 2 for row in (table.header, *table.rows)))
+              for i in range(len(table.header))]  # fmt: skip
     for row in (table.header, *table.rows):
-        print("".join(f"{cell:>15}" for cell in row))
+        print("".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
     for solver, result in results.items():
         print(f"semigroup defect, {solver}: {result['defect']['mean']:.4f}")
-    print(f"{wanted.out / 'evaluation.json'}\n{wanted.out / 'report.html'}")
+    print(f"{out / 'evaluation.json'}\n{out / 'report.html'}")

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from salt_jax.cli import sample_flags as f
+from salt_jax.cli.parsing import read_prompt_list
 from salt_jax.config.schema import Recipe
-from salt_jax.data.text_lists import read_prompts
 from salt_jax.errors import UserError
 from salt_jax.evaluate import vbench
 from salt_jax.io.files import AnyPath, as_path, real
@@ -65,12 +65,7 @@ def read_jobs(recipe: Recipe | None, num_steps: Sequence[int]) -> Iterator[Job]:
     if f.PROMPT.value is not None:
         prompts = (f.PROMPT.value,) * f.COUNT.value
     elif f.PROMPTS_FILE.value:
-        rows = read_prompts(f.PROMPTS_FILE.value)
-        if wrong := [row.problem for row in rows if row.problem]:
-            raise UserError(
-                f"--prompts_file={f.PROMPTS_FILE.value}: {wrong[0]}; mend it, or leave it out"
-            )
-        prompts = tuple(row.text for row in rows)
+        prompts = tuple(read_prompt_list(f.PROMPTS_FILE.value))
     elif recipe and recipe.data.kind == "moving_shapes":
         scenes = shapes.scenes(recipe.world)
         prompts = tuple(

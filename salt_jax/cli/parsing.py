@@ -11,6 +11,7 @@ from typing import get_args
 from salt_jax.choices import Context, Positions
 from salt_jax.config import reading
 from salt_jax.config.schema import Recipe
+from salt_jax.data.text_lists import read_prompts
 from salt_jax.errors import UserError
 from salt_jax.io.files import AnyPath
 from salt_jax.models.cache_policy import CachePolicy
@@ -63,6 +64,18 @@ def read_cache_policy(text: str, policy: CachePolicy) -> CachePolicy:
             f"--memory {text}: {error}; write WINDOW:SINK:POSITIONS, such as 6:1:relative or "
             "12:3:cyclic:21"
         ) from error
+
+
+def read_prompt_list(file: str) -> list[str]:
+    """The captions of --prompts_file, one a line.
+
+    Raises:
+      UserError: it cannot be read, or has a line that is no caption.
+    """
+    rows = read_prompts(file)
+    if wrong := [row.problem for row in rows if row.problem]:
+        raise UserError(f"--prompts_file={file}: {wrong[0]}; mend it, or leave it out")
+    return [row.text for row in rows]
 
 
 def read_size(text: str) -> tuple[int, int]:

@@ -27,11 +27,11 @@ from salt_jax.data.pictures import read_picture
 from salt_jax.errors import UserError
 from salt_jax.flow.schedule import explicit
 from salt_jax.io.files import AnyPath, as_path
-from salt_jax.io.header import stored_sizes
+from salt_jax.io.header import refuse_other_student, stored_sizes
 from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.latent_size import SPACE, fit_size
 from salt_jax.models.presets import PRESETS, WanConfig, tiny_preset
-from salt_jax.rollout.settings import RELEASED, TEACHER_STEPS, Sampler, Switch
+from salt_jax.rollout.settings import RELEASED, RELEASED_KEYS, TEACHER_STEPS, Sampler, Switch
 
 
 class Request(NamedTuple):
@@ -84,6 +84,9 @@ def read_request() -> Request:
     if f.SHIFT.value == 0:
         raise UserError("--shift=0 makes every noise level 0; give a number above it")
     config = recipe.wan if recipe else converted_config()
+    if f.STUDENT.value and (name := f.RECIPE.value):
+        key = RELEASED_KEYS.get(name, "")
+        refuse_other_student(transformer_file(f.STUDENT.value), key, f"--recipe={name}")
     picture = read_picture(f.PICTURE.value) if f.PICTURE.value else None
     policy = read_policy(mode, recipe, picture is not None)
     refuse_picture(mode, config, policy, picture is not None)
@@ -131,14 +134,19 @@ def converted_config() -> WanConfig:
     model = f.MODEL.value
     if f.PRESET_SIZE.value == "tiny":
         return PRESETS[tiny_preset(model or "")]
-    where = as_path(f.WEIGHTS.value or "")
-    config = stored_sizes(where / "wan.safetensors" if where.is_dir() else where, WanConfig)
+    config = stored_sizes(transformer_file(f.WEIGHTS.value or ""), WanConfig)
     if model and PRESETS.get(model) != config:
         raise UserError(
             f"--weights={f.WEIGHTS.value} is not --model={model} but {config}; name its own, or "
             "none"
         )
     return config
+
+
+def transformer_file(name: str) -> AnyPath:
+    """Of a converted folder or file."""
+    where = as_path(name)
+    return where / "wan.safetensors" if where.is_dir() else where
 
 
 def read_policy(mode: str, recipe: Recipe | None, pictured: bool) -> CachePolicy | None:

@@ -69,6 +69,12 @@ class Recipe:
         resume="file",
         path=True,
     )
+    accept_shift: bool = key(
+        False,
+        "whether a few-step start in `init_from` may have been trained at another shift or other "
+        "listed levels; otherwise it is refused",
+        resume="free",
+    )
     seed: int = key(
         0, "initial weights where fresh, order of the data, all noise in training", SEED
     )

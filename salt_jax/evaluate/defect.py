@@ -15,22 +15,26 @@ Both are reported. Low is not good by itself: an undistilled teacher has a low d
 few-step videos.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from salt_jax.choices import Solver
 from salt_jax.flow.schedule import grid
 from salt_jax.flow.transition import euler
 from salt_jax.models.cache_policy import CachePolicy
-from salt_jax.models.denoiser import WanDenoiser
-from salt_jax.rollout.causal import Origin, Steps, plan_replay, rollout
+from salt_jax.models.denoiser import CausalDenoiser
+from salt_jax.models.kv_cache import plan_next_chunk
+from salt_jax.rollout.causal import commit
 from salt_jax.rollout.parallel import advance, noise_at
-from salt_jax.types import Conditioning, Denoiser, Latent, Params, PerExample
+from salt_jax.rollout.sampler import ChunkSpec, read_prompt, start_session
+from salt_jax.rollout.settings import Sampler
+from salt_jax.types import Conditioning, Denoiser, Latent, Params, Prediction, Sigma
 
 EPS = 1e-8  # of Eq. 16; the paper gives no value
 
@@ -58,6 +62,13 @@ class Path(NamedTuple):
     keys: Key[Array, " b"]  # give each clip its noise
 
 
+class Norms(NamedTuple):
+    """Squared norms over the elements of each clip, or of a chunk of it, by interval."""
+
+    bend: Float[Array, "n b"]  # |v_m - v_s|^2
+    velocity: Float[Array, "n b"]  # |v_s|^2
+
+
 @partial(jax.jit, static_argnames=("denoiser", "solver", "shape"))
 def semigroup_defect(
     denoiser: Denoiser,
@@ -72,36 +83,21 @@ def semigroup_defect(
     `solver` is how the rollout moves on, `shape` is (F, H, W, C). The states are those that
     `rollout.parallel.sample` passes through with the same arguments. The denoiser runs twice per
     interval; bring it without guidance. Squared norms go over the whole clip, in float32.
+
+    Raises:
+      ValueError: the levels do not have as many intervals as midpoints, or there is no such solver.
     """
-    sigmas, midpoints, keys = path
-    if len(sigmas) != len(midpoints) + 1:
-        raise ValueError(
-            f"{len(sigmas)} noise levels have {len(sigmas) - 1} intervals, which need as many "
-            f"midpoints, got {len(midpoints)}"
-        )
-    if solver not in ("euler", "cm"):
-        raise ValueError(f"unknown solver {solver!r}, expected 'euler' or 'cm'")
+    _refuse(path, solver)
 
-    def interval(x_s, levels):
-        sigma_s, sigma_m, sigma_e = levels
-        per_example = partial(jnp.full, len(x_s), dtype=jnp.float32)
-        at_s = denoiser.denoise(params, x_s, per_example(sigma_s), cond)
-        v_s = at_s.velocity.astype(jnp.float32)
-        x_m = euler(x_s, v_s, per_example(sigma_s), per_example(sigma_m))
-        v_m = denoiser.denoise(params, x_m, per_example(sigma_m), cond).velocity
-        x_e = advance(x_s, at_s, per_example(sigma_s), sigma_e, solver, keys, frames)
-        return x_e, defect_and_curvature(at_s.velocity, v_m, *levels)
+    def denoise(x, sigma):
+        return denoiser.denoise(params, x, sigma, cond)
 
-    sigmas, midpoints = jnp.asarray(sigmas, jnp.float32), jnp.asarray(midpoints, jnp.float32)
-    frames = np.arange(shape[0])
-    x = noise_at(keys, sigmas[0], frames, shape[1:])
-    _, (defects, curvatures) = jax.lax.scan(interval, x, (sigmas[:-1], midpoints, sigmas[1:]))
-    return Defect(defects, defects.mean(), curvatures)
+    _, norms = _walk(denoise, path, solver, np.arange(shape[0]), shape[1:])
+    return _defect(norms, path)
 
 
-@partial(jax.jit, static_argnames=("network", "solver", "shape", "policy"))
 def causal_defect(
-    network: WanDenoiser,
+    network: CausalDenoiser,
     params: Params,
     cond: Conditioning,
     path: Path,
@@ -109,39 +105,86 @@ def causal_defect(
     shape: tuple[int, ...],
     policy: CachePolicy,
 ) -> Defect:
-    """The same for a student that works chunk by chunk: x_s is its rollout up to each interval, on
-    the cache of a video whose chunks all stopped there. Both velocities read that cache. Arguments
-    as in `semigroup_defect`.
+    """The same for a student that works chunk by chunk, on the path of `rollout.sampler.generate`:
+    each chunk goes through all levels before it is committed, and the next one sees it finished.
+
+    Squared norms go over all chunks of a clip. Arguments as in `semigroup_defect`.
     """
-    sigmas = jnp.asarray(path.sigmas, jnp.float32)
-    midpoints = jnp.asarray(path.midpoints, jnp.float32)
-
-    def interval(_, given):
-        i, levels = given[0], given[1:]
-        steps = Steps(sigmas, i, solver)
-        made = rollout(network, params, Origin(cond), steps, path.keys, shape, policy)
-        plan = plan_replay(made, policy)
-        v_s = network.denoise(params, made.x, made.sigma, cond, plan).velocity
-        sigma_m = levels[1] * jnp.ones_like(made.sigma)
-        x_m = euler(made.x, v_s, made.sigma, sigma_m)
-        v_m = network.denoise(params, x_m, sigma_m, cond, plan).velocity
-        return None, defect_and_curvature(v_s, v_m, *levels)
-
-    given = (jnp.arange(len(midpoints)), sigmas[:-1], midpoints, sigmas[1:])
-    _, (defects, curvatures) = jax.lax.scan(interval, None, given)
-    return Defect(defects, defects.mean(), curvatures)
+    _refuse(path, solver)
+    sampler = Sampler(len(path.midpoints), 1.0, solver, policy)
+    cache, found = start_session(sampler, network, path.keys, shape).cache, []
+    cond = jax.tree.map(jnp.asarray, cond)
+    read = read_prompt(network, params, cond)
+    for size in policy.sizes(shape[0]):
+        cache, norms = _measured_chunk(
+            network, params, cache, read, path, solver, ChunkSpec(size, policy)
+        )
+        found.append(norms)
+    return _defect(jax.tree.map(lambda *parts: jnp.stack(parts).sum(axis=0), *found), path)
 
 
-def defect_and_curvature(v_s: Latent, v_m: Latent, sigma_s, sigma_m, sigma_e):
-    """Eq. (4) of one interval and its second factor, means over the clips, from the two velocities.
+@partial(jax.jit, static_argnames=("network", "solver", "spec"), donate_argnames="cache")
+def _measured_chunk(network, params, cache, cond, path, solver, spec):
+    """The cache with the next chunk in it, finished, and the norms on the way there."""
+    plan = plan_next_chunk(cache, spec.policy, spec.size)
+
+    def denoise(x, sigma):
+        return network.denoise(params, x, sigma, cond, plan)
+
+    x0, norms = _walk(denoise, path, solver, plan.frames, cache.x0.shape[2:])
+    return commit(network, params, cache, x0, cond, spec.policy), norms
+
+
+def _walk(
+    denoise: Callable[[Latent, Sigma], Prediction],
+    path: Path,
+    solver: Solver,
+    frames: Int[Array | np.ndarray, "f"],
+    picture: tuple[int, ...],
+) -> tuple[Latent, Norms]:
+    """From noise to clean along the path: where it ends, and the two velocities of each interval.
+
+    Args:
+      frames: numbers of the frames in their video.
+      picture: (H, W, C).
+    """
+    sigmas, midpoints = (jnp.asarray(levels, jnp.float32) for levels in path[:2])
+
+    def squared_norm(x):
+        return jnp.sum(jnp.square(x), axis=(1, 2, 3, 4))
+
+    def interval(x_s, levels):
+        sigma_s, sigma_m, sigma_e = levels
+        per_example = partial(jnp.full, len(x_s), dtype=jnp.float32)
+        at_s = denoise(x_s, per_example(sigma_s))
+        v_s = at_s.velocity.astype(jnp.float32)
+        x_m = euler(x_s, v_s, per_example(sigma_s), per_example(sigma_m))
+        v_m = denoise(x_m, per_example(sigma_m)).velocity.astype(jnp.float32)
+        x_e = advance(x_s, at_s, per_example(sigma_s), sigma_e, solver, path.keys, frames)
+        return x_e, Norms(squared_norm(v_m - v_s), squared_norm(v_s))
+
+    start = noise_at(path.keys, sigmas[0], frames, picture)
+    return jax.lax.scan(interval, start, (sigmas[:-1], midpoints, sigmas[1:]))
+
+
+def _defect(norms: Norms, path: Path) -> Defect:
+    """Eq. (4) and its second factor, means over the clips.
 
     Form (4): the difference of two endpoints would lose the digits that the two have in common.
     """
+    sigmas, midpoints = (jnp.asarray(levels, jnp.float32)[:, None] for levels in path[:2])
+    displacement = jnp.square(sigmas[:-1] - sigmas[1:]) * norms.velocity
+    defects = jnp.square(midpoints - sigmas[1:]) * norms.bend / (displacement + EPS)
+    per_interval = defects.mean(axis=1)
+    curvature = (norms.bend / (norms.velocity + EPS)).mean(axis=1)
+    return Defect(per_interval, per_interval.mean(), curvature)
 
-    def squared_norm(x: Latent) -> PerExample:
-        return jnp.sum(jnp.square(x), axis=(1, 2, 3, 4))
 
-    v_s, v_m = v_s.astype(jnp.float32), v_m.astype(jnp.float32)
-    bend, displacement = squared_norm(v_m - v_s), squared_norm((sigma_s - sigma_e) * v_s)
-    defect = jnp.square(sigma_m - sigma_e) * bend / (displacement + EPS)
-    return defect.mean(), (bend / (squared_norm(v_s) + EPS)).mean()
+def _refuse(path: Path, solver: Solver) -> None:
+    if len(path.sigmas) != len(path.midpoints) + 1:
+        raise ValueError(
+            f"{len(path.sigmas)} noise levels have {len(path.sigmas) - 1} intervals, which need as "
+            f"many midpoints, got {len(path.midpoints)}"
+        )
+    if solver not in ("euler", "cm"):
+        raise ValueError(f"unknown solver {solver!r}, expected 'euler' or 'cm'")

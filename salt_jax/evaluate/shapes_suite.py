@@ -11,7 +11,7 @@ import numpy as np
 
 from salt_jax.choices import Solver
 from salt_jax.evaluate.cross_step import cross_step_distance
-from salt_jax.evaluate.defect import Path, causal_defect, defect_grid, semigroup_defect
+from salt_jax.evaluate.suite import DefectNumbers, clips, defect
 from salt_jax.flow.prediction import add_noise
 from salt_jax.io.video import looks
 from salt_jax.models.denoiser import WanDenoiser
@@ -20,10 +20,8 @@ from salt_jax.moving_shapes.exact import expected_error
 from salt_jax.moving_shapes.latents import to_latent, to_pixels
 from salt_jax.moving_shapes.score import score
 from salt_jax.moving_shapes.shapes import World, is_endless
-from salt_jax.rollout.sampler import Cue, Sampler, clip_keys, generate
+from salt_jax.rollout.settings import Sampler
 from salt_jax.types import Conditioning, Denoiser, Params
-
-DEFECT_STEPS = 4  # Eq. 16 is measured on T(4) with the midpoints of T(8)
 
 
 class Task(NamedTuple):
@@ -36,14 +34,6 @@ class Task(NamedTuple):
     sampler: Sampler  # whose numbers of steps and solver are varied
     seed: int
     batch_size: int
-
-
-class DefectNumbers(TypedDict):
-    """As `evaluate.defect.Defect`."""
-
-    per_interval: list[float]
-    mean: float
-    curvature: list[float]
 
 
 class StudentNumbers(TypedDict):
@@ -64,44 +54,9 @@ class DriftNumbers(TypedDict):
     chunks: NotRequired[list[dict[str, float]]]
 
 
-def clips(
-    network: Denoiser, params: Params, task: Task, num_steps: int, solver: Solver
-) -> np.ndarray:
-    """float32 latents [N, F, H, W, C]; clip i has the same noise for every network, solver and
-    number of steps.
-    """
-    keys, size = clip_keys(task.seed, len(task.text)), task.batch_size
-    sampler = task.sampler._replace(num_steps=num_steps, solver=solver)
-    made = []
-    for start in range(0, len(keys), size):
-        part = slice(start, start + size)
-        cues = {0: Cue(Conditioning(task.text[part]))}
-        chunks = generate(sampler, network, params, cues, keys[part], task.shape)
-        made.append(np.concatenate(list(chunks), axis=1))
-    return np.concatenate(made)
-
-
 def shapes_score(latents: np.ndarray, task: Task) -> dict[str, float]:
     """The scorer's report card."""
     return score(to_pixels(latents, task.world), task.scene, task.world)
-
-
-def defect(network: WanDenoiser, params: Params, task: Task, solver: Solver) -> DefectNumbers:
-    """Salt Eq. 16 over all of the task's captions (as many as fill whole batches)."""
-    sigmas, midpoints = defect_grid(DEFECT_STEPS, task.sampler.shift)
-    keys, b, policy = clip_keys(task.seed, len(task.text)), task.batch_size, task.sampler.memory
-    parts = []
-    for i in range(0, max(len(task.text) - b + 1, 1), b):
-        cond = Conditioning(jnp.asarray(task.text[i : i + b]))
-        path = Path(sigmas, midpoints, keys[i : i + b])
-        args = (network, params, cond, path, solver, task.shape)
-        parts.append(causal_defect(*args, policy) if policy else semigroup_defect(*args))
-    mean = jax.tree.map(lambda *a: np.mean(np.stack(a), axis=0), *parts)
-    return {
-        "per_interval": mean.per_interval.tolist(),
-        "mean": float(mean.mean),
-        "curvature": mean.curvature.tolist(),
-    }
 
 
 def measure(

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from salt_jax.evaluate.report import Plot, Report, Table, VideoRow, bars, curves
-from salt_jax.evaluate.shapes_suite import DEFECT_STEPS, DriftNumbers, StudentNumbers, Task
+from salt_jax.evaluate.shapes_suite import DriftNumbers, StudentNumbers, Task
+from salt_jax.evaluate.suite import DEFECT_STEPS, DefectNumbers
 from salt_jax.moving_shapes import shapes
 from salt_jax.moving_shapes.latents import to_pixels
 
@@ -49,12 +50,20 @@ def score_table(numbers: Evaluation) -> Table:
 
 def student_tables(student: Mapping[str, StudentNumbers]) -> list[Table]:
     """Defect, curvature and cross-step distance by solver."""
-    defects = [
-        [s, *_four([r["defect"]["mean"], *r["defect"]["per_interval"]])] for s, r in student.items()
-    ]
-    bends = [[s, *_four(r["defect"]["curvature"])] for s, r in student.items()]
-    cross = [[s, *_four(r["cross_step"].values())] for s, r in student.items()]
+    cross = [[s, *four(r["cross_step"].values())] for s, r in student.items()]
     pairs = list(next(iter(student.values()))["cross_step"])
+    return [
+        *defect_tables({s: r["defect"] for s, r in student.items()}),
+        Table(
+            "Cross-step distance", ["solver", *pairs], cross, "Mean squared difference, same noise."
+        ),
+    ]
+
+
+def defect_tables(found: Mapping[str, DefectNumbers]) -> list[Table]:
+    """Defect and curvature by solver."""
+    defects = [[s, *four([d["mean"], *d["per_interval"]])] for s, d in found.items()]
+    bends = [[s, *four(d["curvature"])] for s, d in found.items()]
     return [
         Table(
             "Semigroup defect",
@@ -68,13 +77,16 @@ def student_tables(student: Mapping[str, StudentNumbers]) -> list[Table]:
             bends,
             "The defect without the factor of the grid.",
         ),
-        Table(
-            "Cross-step distance", ["solver", *pairs], cross, "Mean squared difference, same noise."
-        ),
     ]
 
 
-def _four(values: Iterable[float]) -> list[str]:
+def defect_plot(found: Mapping[str, DefectNumbers]) -> Plot:
+    series = {solver: d["per_interval"] for solver, d in found.items()}
+    picture = bars(INTERVALS, series, "defect")
+    return Plot("Defect per interval", picture, "From noise (1) to clean (4).")
+
+
+def four(values: Iterable[float]) -> list[str]:
     return [f"{value:.4f}" for value in values]
 
 
@@ -145,14 +157,7 @@ def make_report(
     tables, plots, student = [score_table(numbers)], [], numbers["student"]
     if student:
         tables += student_tables(student)
-        series = {solver: result["defect"]["per_interval"] for solver, result in student.items()}
-        plots = [
-            Plot(
-                "Defect per interval",
-                bars(INTERVALS, series, "defect"),
-                "From noise (1) to clean (4).",
-            )
-        ]
+        plots = [defect_plot({solver: result["defect"] for solver, result in student.items()})]
     if numbers["long"]:
         tables += long_tables(numbers["long"])
         count = len(next(iter(numbers["long"].values()))["looks"])

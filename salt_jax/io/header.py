@@ -1,6 +1,7 @@
 """What a safetensors file says of itself. No jax in here, as in `choices`."""
 
 import json
+import re
 from typing import TypeVar
 
 from safetensors import SafetensorError, safe_open
@@ -75,3 +76,25 @@ def stored_sizes(path: AnyPath, kind: type[C]) -> C:
         raise UserError(
             f"{path} does not say its sizes; make it with launch.convert_wan"
         ) from error
+
+
+def stored_student(path: AnyPath) -> str:
+    """The key that the network in a file of launch.convert_wan stood under in a checkpoint of
+    several; "" where it stood alone, or nothing is recorded.
+    """
+    try:
+        return str(json.loads(read_metadata(path).get("source", ""))["student"])
+    except (ValueError, TypeError, LookupError):
+        return ""
+
+
+def refuse_other_student(path: AnyPath, key: str, recipe: str) -> None:
+    """Raises UserError where a converted network is another one of its checkpoint than the one that
+    a released recipe is sampled with: the one under `key`; "" is any.
+    """
+    found = stored_student(path) if key and path.is_file() else ""
+    if found and key not in re.split(r"[./]", found):
+        raise UserError(
+            f"{path} is {found} of its checkpoint, and {recipe} is sampled with {key}; convert the "
+            f"checkpoint with --key={key}, or give the values of the recipe one by one"
+        )

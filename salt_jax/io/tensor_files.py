@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -161,20 +161,29 @@ def write_tensors(
         with made_on_disk(as_path(path)) as temporary, temporary.open("wb") as file:
             file.write(len(head).to_bytes(8, "little") + head)
             for name in order:
-                left = tensors[name].nbytes
-                for part in tensors[name].parts():
-                    data = _in_order(part, tensors[name].dtype).reshape(-1).view(np.uint8)
+                for data in pieces(name, tensors[name]):
                     file.write(data.data)
                     report(data.size)
-                    left -= data.size
-                if left:
-                    raise ValueError(f"the parts of {name} and its shape differ by {left} bytes")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise UserError(
             f"cannot write {path} ({error}); make room or choose another place"
         ) from error
+
+
+def pieces(name: str, tensor: TensorWriter) -> Iterator[np.ndarray]:
+    """The bytes of an array in the order of its axes, uint8, part by part.
+
+    Raises ValueError where they are more or fewer than its shape says.
+    """
+    left = tensor.nbytes
+    for part in tensor.parts():
+        data = _in_order(part, tensor.dtype).reshape(-1).view(np.uint8)
+        yield data
+        left -= data.size
+    if left:
+        raise ValueError(f"the parts of {name} and its shape differ by {left} bytes")
 
 
 def _in_order(array: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -3,13 +3,14 @@
 from salt_jax.config.method import Teacher
 from salt_jax.errors import UserError
 from salt_jax.io.files import AnyPath
+from salt_jax.io.header import refuse_other_student
 from salt_jax.io.model_folder import WAN, Source, part_file, stored_config
 from salt_jax.io.shipped import located
 from salt_jax.models.latent_size import latent_frames
 from salt_jax.pipeline.model import Model
 from salt_jax.pipeline.shapes import sampler_of, shapes_model
 from salt_jax.pipeline.wan import WanOptions, WanSource, wan_parts
-from salt_jax.rollout.settings import RELEASED, TEACHER_STEPS, Sampler
+from salt_jax.rollout.settings import RELEASED, RELEASED_KEYS, TEACHER_STEPS, Sampler
 from salt_jax.stages.record import is_workdir, read_record
 from salt_jax.workdir import Trained, open_exported, open_workdir
 
@@ -80,6 +81,7 @@ def _converted(where: str, folder: str, released: str, guidance: float | None) -
     if released and released not in RELEASED:
         raise UserError(f"released={released!r} is not one of {', '.join(RELEASED)}")
     if released:
+        refuse_other_student(part_file(WAN, where), RELEASED_KEYS.get(released, ""), released)
         sampler = RELEASED[released]
     elif student:
         sampler = Sampler(4, 5.0)

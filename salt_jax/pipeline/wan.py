@@ -44,6 +44,7 @@ class WanOptions(NamedTuple):
     tile: int = 0  # decode in tiles of so many latent rows, to save memory; 0: whole
     image_fit: Literal["squash", "crop"] = "squash"  # how CLIP sees a picture: as Wan, or diffusers
     negative: str | None = None  # what guidance leads away from; None: Wan's own
+    decodes: bool = True  # whether the folder has to have a VAE
 
 
 class WanSource(NamedTuple):
@@ -66,7 +67,7 @@ def wan_parts(source: WanSource, clip: tuple[int, int], options: WanOptions) -> 
       UserError: something that will be read is absent, damaged, or of another network.
     """
     config, folder, dtype = source.config, source.folder, jnp.dtype(options.dtype)
-    weights = _checked(source)
+    weights = _checked(source, options.decodes)
     made_with, read_params = _network(source)
 
     def read_texts(prompts: Sequence[str]) -> dict[str, np.ndarray]:
@@ -97,13 +98,13 @@ def wan_parts(source: WanSource, clip: tuple[int, int], options: WanOptions) -> 
     )
 
 
-def _checked(source: WanSource) -> dict[str, str]:
+def _checked(source: WanSource, decodes: bool) -> dict[str, str]:
     """Digests of the files beside the network, whose headers have been looked at."""
     config, folder, run = source.config, source.folder, source.run
     if run and not folder.folder and config.text_dim != TEXT.tiny.dim:
         raise UserError("name the text encoder and the VAE: --weights=DIR of launch.convert_wan")
     where = Source(source.student or folder.folder)
-    used = [TEXT, VAE] + [IMAGE] * bool(config.image_dim)
+    used: list[model_folder.Part] = [TEXT] + [VAE] * decodes + [IMAGE] * bool(config.image_dim)
     for part in used if folder.folder else ():
         stored_config(part, folder.folder)
     if not run and where.folder and (found := stored_config(WAN, where.folder)) != config:

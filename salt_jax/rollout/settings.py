@@ -41,12 +41,17 @@ class Switch(NamedTuple):
 
 TEACHER_STEPS = {False: 50, True: 40}  # by whether the model reads pictures: Wan 2.1's own
 # Read off configs and code of each: Self-Forcing @33593df, Causal-Forcing @1fc7bbc, LongLive v1.0
-# @e52d9ef, CausVid @ca21150. Lists that those "warp" (1000, 750, 500, 250) are the grid of 4 steps
-# at their shift; CausVid's is not.
+# @e52d9ef, CausVid @ca21150, Salt @5fbb513 (salt_cf.pt on Causal Forcing, salt_ll.pt on LongLive).
+# Lists that those "warp" (1000, 750, 500, 250) are the grid of 4 steps at their shift; CausVid's is
+# not.
 RELEASED = {
     "self_forcing": Sampler(4, 5.0, memory=CachePolicy(chunk=3)),
     "causal_forcing": Sampler(4, 5.0, memory=CachePolicy(chunk=3)),
     "causal_forcing_framewise": Sampler(4, 5.0, memory=CachePolicy(chunk=1)),
     "longlive": Sampler(4, 5.0, memory=CachePolicy(chunk=3, window=12, sink=3)),
     "causvid": Sampler(3, 8.0, memory=CachePolicy(chunk=3), levels=(1000.0, 757.0, 522.0)),
+    "salt_cf": Sampler(4, 5.0, memory=CachePolicy(chunk=3)),
+    "salt_ll": Sampler(4, 5.0, memory=CachePolicy(chunk=3, window=12, sink=3)),
 }
+# Of checkpoints with several networks the one that its authors sample with.
+RELEASED_KEYS = {"salt_cf": "generator_ema", "salt_ll": "generator"}

@@ -45,13 +45,23 @@ class Record(NamedTuple):
             return self.converted or "not recorded"
         stage, schedule = self.config["stage"], _dict(self.config.get("schedule"))
         made = f"{stage} on {_dict(self.config.get('data')).get('kind', 'moving_shapes')}"
-        if levels := schedule.get("levels"):
-            made += f", levels {' '.join(f'{level:g}' for level in levels)}"
-        elif stage not in ANY_LEVEL:
-            made += f", {schedule.get('train_levels')} levels of shift {schedule.get('shift')}"
+        if noise := trained_at(self.config):
+            count = "" if schedule.get("levels") else f"{schedule.get('train_levels')} levels of "
+            made += f", {count}{noise}"
         if rank := _dict(self.config.get("lora")).get("rank"):
             made += f", LoRA of rank {rank}"
         return made + (f", from {self.config['init_from']}" if self.config.get("init_from") else "")
+
+
+def trained_at(config: Json) -> str:
+    """The noise levels of a few-step student, in words; "" of a network that denoises from any, and
+    where nothing is recorded.
+    """
+    schedule = _dict(config.get("schedule"))
+    if config.get("stage", ANY_LEVEL[0]) in ANY_LEVEL:
+        return ""
+    levels = [f"{level:g}" for level in schedule.get("levels", ()) if level]
+    return f"levels {' '.join(levels)}" if levels else f"shift {schedule.get('shift')}"
 
 
 def is_workdir(where: str) -> bool:

@@ -5,6 +5,7 @@ what made it.
 import functools
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import NamedTuple
 
 from salt_jax.checkpoint_files import checkpoint_digest
@@ -13,7 +14,7 @@ from salt_jax.errors import UserError
 from salt_jax.io.files import AnyPath, as_path, write_whole
 from salt_jax.io.model_folder import TEXT, WAN, part_file
 from salt_jax.io.tensor_files import Report, digest, no_report
-from salt_jax.stages.record import is_workdir, read_record, starts
+from salt_jax.stages.record import is_workdir, read_record, starts, trained_at
 from salt_jax.stages.stage import CLOSED_FORM, NO_TEACHER, Stage
 
 
@@ -35,6 +36,7 @@ def refuse_roles(stage: Stage) -> None:
     """Raises UserError where a network cannot have the part that a recipe gives it."""
     recipe = stage.recipe
     list(starts(recipe.init_from))
+    refuse_other_levels(recipe)
     t = recipe.teacher
     named = {"weights": recipe.weights, "teacher.weights": t.weights}
     for key, where in named.items():
@@ -55,6 +57,21 @@ def refuse_roles(stage: Stage) -> None:
             f"config.{key}={named[key]} would be the teacher and says that it is a student "
             f"({record.made}); "
             f"name a teacher{start}, or set config.teacher.accept_student=True"
+        )
+
+
+def refuse_other_levels(recipe: Recipe) -> None:
+    """Raises UserError where a few-step student starts from one of another shift or other listed
+    levels, and the recipe does not accept that.
+    """
+    if not recipe.init_from or recipe.accept_shift:
+        return
+    was, has = trained_at(read_record(recipe.init_from).config), trained_at(asdict(recipe))
+    if was and has and was != has:
+        raise UserError(
+            f"config.init_from={recipe.init_from} was trained at {was}, and config.schedule of "
+            f"this run has {has}; make them equal, start from another stage, or set "
+            "config.accept_shift=True"
         )
 
 

@@ -181,6 +181,7 @@ def test_other_values_are_refused_by_their_own_name(recipe, key, value):
         ("mesh.fsdp", 4),
         ("data.dir", "elsewhere"),
         ("teacher.accept_student", True),
+        ("accept_shift", True),
     ],
 )
 def test_values_that_may_change(recipe, key, value):

@@ -82,9 +82,9 @@ def write(found, path, dtype=None):
     return path
 
 
-def come_in(files, path, dtype=None):
+def come_in(files, path, dtype=None, key=""):
     """Converts and loads as stored: (found, tree)."""
-    found = find_network(files)
+    found = find_network(files, key)
     like = shapes_of(found.config, reading.PARTS[found.network].init)
     return found, load_weights(write(found, path / "ours.safetensors", dtype), like, None)
 

@@ -5,11 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from salt_jax.evaluate.defect import Path, defect_grid, semigroup_defect
+from salt_jax.evaluate.defect import Path, causal_defect, defect_grid, semigroup_defect
 from salt_jax.flow.prediction import expand, from_velocity
+from salt_jax.models.cache_policy import CachePolicy
+from salt_jax.models.denoiser import wan_denoiser
+from salt_jax.models.kv_cache import plan_next_chunk
+from salt_jax.models.position_channels import POSITION_CHANNELS
+from salt_jax.models.presets import Compute, WanConfig
+from salt_jax.rollout.causal import Steps, commit, generate_chunk
 from salt_jax.rollout.parallel import noise_at, sample
+from salt_jax.rollout.sampler import Cue, Sampler, clip_keys, generate
 from salt_jax.types import Conditioning
-from tests.helpers import Formula
+from tests.helpers import Formula, randomised, shapes_of
 
 SIGMAS, MIDPOINTS = defect_grid(4, 5.0)
 COND = Conditioning(jnp.linspace(-1.0, 1.0, 3 * 2 * 4).reshape(3, 2, 4))
@@ -135,6 +142,55 @@ def test_agrees_with_a_slow_loop_on_the_path_that_the_solver_takes(solver):
     jax.effects_barrier()
     for (expected, _), x in zip(sampled, path, strict=True):
         np.testing.assert_allclose(x, expected, atol=1e-5)
+
+
+CAUSAL = WanConfig(24, 2, 1, 48, 3 + POSITION_CHANNELS, 3, (1, 2, 2), 8, 6, 16, 0, 1e-6)
+NETWORK = wan_denoiser(CAUSAL, Compute(), 7, 3)
+
+
+@pytest.mark.parametrize("solver", [pytest.param("euler", marks=pytest.mark.slow), "cm"])
+def test_chunk_by_chunk_the_chunks_before_are_finished(solver):
+    """Eq. 14-16 as printed, on the path of `generate`: the cache is of the chunks it made, and the
+    states are those that its chunk passes through.
+    """
+    policy, picture = CachePolicy(3, 1, 6, 1, "relative"), (4, 4, 3)
+    params = randomised(shapes_of(CAUSAL), 1, 0.2)
+    keys, cond = clip_keys(0, 2), Conditioning(COND.text[:2].repeat(2, axis=-1))
+    sampler = Sampler(4, 5.0, solver, policy)
+    video = list(generate(sampler, NETWORK, params, {0: Cue(cond)}, keys, (7, *picture)))
+    cache, sums = NETWORK.empty_cache(2, policy.capacity(7), picture), np.zeros((4, 3, 2))
+    square = lambda a: np.sum(np.square(np.asarray(a, float)), axis=(1, 2, 3, 4))
+    for chunk in video:
+        plan = plan_next_chunk(cache, policy, chunk.shape[1])
+        for i, (s, m, e) in enumerate(zip(SIGMAS[:-1], MIDPOINTS, SIGMAS[1:], strict=True)):
+            steps = Steps(jnp.asarray(SIGMAS), jnp.int32(i), solver)
+            x_s, x0 = generate_chunk(NETWORK, params, plan, cond, steps, keys, picture)
+            v_s = NETWORK.denoise(params, x_s, jnp.full(2, s), cond, plan).velocity
+            x_m = x_s - (s - m) * v_s
+            v_m = NETWORK.denoise(params, x_m, jnp.full(2, m), cond, plan).velocity
+            direct, composed = x_s - (s - e) * v_s, x_m - (m - e) * v_m
+            sums[i] += square(direct - composed), square(direct - x_s), square(v_s)
+        np.testing.assert_allclose(x0, chunk, atol=1e-5)
+        cache = commit(NETWORK, params, cache, jnp.asarray(chunk), cond, policy)
+    path = Path(SIGMAS, MIDPOINTS, keys)
+    got = causal_defect(NETWORK, params, cond, path, solver, (7, *picture), policy)
+    want = (sums[:, 0] / sums[:, 1]).mean(1)
+    np.testing.assert_allclose(got.per_interval, want, rtol=2e-3)
+    np.testing.assert_allclose(got.mean, want.mean(), rtol=2e-3)
+    part = (MIDPOINTS - SIGMAS[1:]) / (SIGMAS[:-1] - SIGMAS[1:])
+    np.testing.assert_allclose(got.curvature, want / part**2, rtol=2e-3)
+
+
+def test_one_chunk_is_a_whole_clip():
+    """Nothing is before it, so both forms walk the same path."""
+    params = randomised(shapes_of(CAUSAL), 1, 0.2)
+    cond = Conditioning(COND.text[:2].repeat(2, axis=-1))
+    path = Path(SIGMAS, MIDPOINTS, clip_keys(0, 2))
+    shape, policy = (3, 4, 4, 3), CachePolicy(3)
+    whole = semigroup_defect(NETWORK, params, cond, path, "cm", shape)
+    chunk = causal_defect(NETWORK, params, cond, path, "cm", shape, policy)
+    for one, other in zip(whole, chunk, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3)
 
 
 def test_all_noise_is_a_function_of_the_clips_key():

@@ -21,15 +21,18 @@ from safetensors.numpy import load_file, save_file
 from configs import base
 from salt_jax.checkpoint import open_checkpoints, save
 from salt_jax.config.reading import read_recipe, to_json
+from salt_jax.convert.torch_files import read_torch
 from salt_jax.convert.writing import Transformer, writers
 from salt_jax.io import model_folder
 from salt_jax.io.header import read_metadata
 from salt_jax.io.model_folder import open_part
-from salt_jax.io.tensor_files import TensorWriter, write_tensors
+from salt_jax.io.shipped import located
+from salt_jax.io.tensor_files import TensorWriter, view, write_tensors
 from salt_jax.models import image_encoder, text_encoder, vae
 from salt_jax.models.lora import init_lora
 from salt_jax.models.presets import PRESETS
 from salt_jax.state import init_learner, init_state
+from salt_jax.workdir import open_networks
 from tests.convert.networks import I2V, T2V, from_table, lora_file, official, save_torch
 from tests.convert.pickles import Shell
 from tests.helpers import ROOT, randomised, same_bits, shapes_of
@@ -197,11 +200,12 @@ def test_a_lora_is_merged_or_kept(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_averaged_student_of_a_workdir_goes_out(tmp_path):
+def test_the_averaged_student_of_a_workdir_goes_out_alone_or_with_the_others(tmp_path):
     config = base.get_config()
     recipe = read_recipe(config)
-    start, average = (randomised(shapes_of(recipe.wan), seed) for seed in (1, 2))
-    state = init_state({"student": init_learner(jax.tree.map(jnp.asarray, start), optax.sgd(0.1))})
+    start, average, critic = (randomised(shapes_of(recipe.wan), seed) for seed in (1, 2, 3))
+    learner = lambda tree: init_learner(jax.tree.map(jnp.asarray, tree), optax.sgd(0.1))
+    state = init_state({"student": learner(start), "critic": learner(critic)})
     state = replace(state, iteration=jnp.int32(1), ema=jax.tree.map(jnp.asarray, average))
     with open_checkpoints(tmp_path / "run", 1) as manager:
         save(manager, state, {"config": to_json(recipe)})
@@ -213,6 +217,16 @@ def test_the_averaged_student_of_a_workdir_goes_out(tmp_path):
     )
     told = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (told["dim"], told["num_heads"], told["text_len"]) == (192, 4, 32)
+    succeed("--to=pt", f"--src={tmp_path / 'run'}", f"--dst={tmp_path / 'pt'}")
+    found = read_torch(tmp_path / "pt" / "model.pt")
+    for key, tree in (("generator", start), ("generator_ema", average), ("critic", critic)):
+        tensors = {name: view(stored) for name, stored in found.pop(key).items()}
+        same_bits(tensors, {f"model.{k}": w for k, w in official(tree, recipe.wan).items()})
+    assert not found
+    for flag in ("--average=none", "--keep_lora"):
+        refused(
+            tmp_path / "none", "--to=pt", f"--src={tmp_path / 'run'}", flag, told="leave out --"
+        )
 
 
 def other_lora(path, **header):
@@ -309,7 +323,9 @@ def test_the_adapter_of_a_workdir_goes_out(tmp_path):
     recipe = read_recipe(config)
     start = {"blocks": randomised(shapes_of(recipe.wan), 1)["blocks"]}
     lora = randomised(init_lora(jax.random.key(0), start, 2), 3)
-    state = init_state({"student": init_learner(jax.tree.map(jnp.asarray, lora), optax.sgd(0.1))})
+    other = randomised(lora, 4)
+    learner = lambda tree: init_learner(jax.tree.map(jnp.asarray, tree), optax.sgd(0.1))
+    state = init_state({"student": learner(lora), "critic": learner(other)})
     with open_checkpoints(tmp_path / "run", 1) as manager:
         save(manager, replace(state, iteration=jnp.int32(1)), {"config": to_json(recipe)})
     (tmp_path / "run" / "config.json").write_text(to_json(recipe))
@@ -320,6 +336,18 @@ def test_the_adapter_of_a_workdir_goes_out(tmp_path):
     np.testing.assert_array_equal(tensors[f"{front}.lora_down.weight"], kernel["lora_a"][3].T)
     np.testing.assert_array_equal(tensors[f"{front}.lora_up.weight"], kernel["lora_b"][3].T)
     assert tensors[f"{front}.alpha"] == 6
+    # a .pt has whole networks: the adapters are merged, with alpha / rank
+    base_kernel = load_file(located(recipe.weights))["wan/blocks/cross_attn/k/kernel"]
+    found = dict(open_networks(tmp_path / "run"))
+    assert found.keys() == {"generator", "generator_ema", "critic"}
+    for key, tree in (("generator", lora), ("generator_ema", lora), ("critic", other)):
+        pair = tree["blocks"]["cross_attn"]["k"]["kernel"]
+        np.testing.assert_allclose(
+            found[key]["blocks"]["cross_attn"]["k"]["kernel"],
+            base_kernel + 3 * pair["lora_a"] @ pair["lora_b"],
+            rtol=1e-4,
+            atol=1e-5,
+        )
 
 
 @pytest.mark.slow
@@ -341,6 +369,8 @@ def test_a_key_chooses_and_what_was_chosen_is_told_and_kept(tmp_path):
             json.loads(read_metadata(tmp_path / key / "wan.safetensors")["source"])["student"]
             == key
         )
+        succeed("--to=pt", f"--src={tmp_path / key}", f"--dst={tmp_path / 'pt' / key}")
+        assert read_torch(tmp_path / "pt" / key / "model.pt").keys() == {key}
     same_bits(
         open_part(model_folder.WAN, model_folder.Source(str(tmp_path / "generator")))[1], params
     )

@@ -65,10 +65,14 @@ def folder(tmp_path_factory):
     for name, config in configs.items():
         (folder / name / "checkpoints" / "20").mkdir(parents=True)
         (folder / name / "config.json").write_text(to_json(read_recipe(config)))
-    for kind in ("t2v", "i2v"):
+    for kind in ("i2v", "t2v"):
         (folder / kind).mkdir()
         told = {"config": json.dumps(asdict(PRESETS[f"wan2.1-{kind}-tiny"]))}
         save_file({"x": np.zeros(1, np.float32)}, folder / kind / "wan.safetensors", told)
+    for name, key in (("average", "generator_ema"), ("regular", "generator"), ("alone", "")):
+        (folder / name).mkdir()
+        source = {"source": json.dumps({"told": "official names", "student": key})}
+        save_file({"x": np.zeros(1, np.float32)}, folder / name / "wan.safetensors", told | source)
     Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(folder / "picture.png")
     write_video(folder / "clip.mp4", np.zeros((30, 32, 48, 3), np.uint8))
     write_video(folder / "2_000.mp4", np.zeros((30, 32, 48, 3), np.uint8))
@@ -166,6 +170,10 @@ CASES = {
         ([*CHUNKS, "--prefix=@clip.mp4", "--frames=30"], "--frames=30", "at least 33"),
         ([*CHUNKS, "--prefix=@2_000.mp4", "--out=@"], "--prefix", "written over"),
     ],
+    "another network than the recipe's": [
+        ([*T2V, "--student=@regular", "--recipe=salt_cf"], "generator", "--key=generator_ema"),
+        ([*T2V, "--student=@average", "--recipe=salt_ll"], "generator_ema", "--key=generator"),
+    ],
     "what a model cannot": [
         (I2V, "--image=FILE", "needs"),
         ([*I2V, "--image=@picture.png", "--chunk=3"], "--chunk", "whole clips"),
@@ -206,6 +214,8 @@ CASES = {
     ],
 }  # fmt: skip
 
+# 1000, 750, 500, 250 at shift 5: t -> 5 t / (1 + 4 t)
+WARPED = {"4": [5 * t / (1 + 4 * t) for t in (1.0, 0.75, 0.5, 0.25, 0.0)]}
 TAKEN = [
     ([*TINY, "--chunk=3", "--image=@picture.png"],
      {"shape": [19, 64, 96], "memory": [3, 1, 0, 0, "absolute", 0, "clean"]}),
@@ -220,6 +230,14 @@ TAKEN = [
      {"memory": [3, 3, 12, 3, "absolute", 0, "clean"], "mode": "student chunks"}),
     ([*TINY, "--recipe=longlive", "--memory=9:3:absolute"],
      {"memory": [3, 3, 9, 3, "absolute", 0, "clean"]}),
+    ([*T2V, "--student=@average", "--recipe=salt_cf"],
+     {"memory": [3, 3, 0, 0, "absolute", 0, "clean"], "solver": "cm", "guidance": 1.0,
+      "levels": WARPED}),
+    ([*T2V, "--student=@regular/wan.safetensors", "--recipe=salt_ll"],
+     {"memory": [3, 3, 12, 3, "absolute", 0, "clean"], "solver": "cm", "guidance": 1.0,
+      "levels": WARPED}),
+    *(([*T2V, "--student=@alone", f"--recipe={name}"], {"mode": "student chunks"})
+      for name in ("salt_cf", "salt_ll")),
     ([*TINY, "--chunk=3", "--levels=1000,500,0"], {"levels": {"2": [1.0, 0.5, 0.0]}}),
     ([*TINY, "--chunk=3", "--prefix=@clip.mp4"], {"shape": [27, 60, 104], "prefix": 21}),
     ([*CHUNKS, "--prefix=@clip.mp4"], {"shape": [39, 12, 12], "prefix": 30}),

@@ -131,6 +131,25 @@ def test_from_prompts_alone_to_a_causal_student(tmp_path, prompts):
         "sample", f"--workdir={run}", "--num_steps=2", "--prompt=A cat", "--count=1", "--frames=9"
     )
     assert frames(run / "samples" / "2_000.mp4")[0].shape == (9, 32, 32, 3)
+    # What is measured of it
+    long = ["--long=2", "--memory=2:1:relative", "--solvers=euler,cm", "--dtype=float32"]
+    table = succeed("evaluate", f"--workdir={run}", f"--prompts_file={prompts}", *long)
+    assert "motion, pixels" in table and "semigroup defect, cm" in table
+    assert (run / "report.html").stat().st_size > 10_000
+    numbers = json.loads((run / "evaluation.json").read_text())
+    assert set(numbers["student"]) == {"euler", "cm"} and numbers["clips"] == "2"
+    for result in numbers["student"].values():
+        assert len(result["defect"]["per_interval"]) == 4
+        for kind in ("latents", "pixels"):
+            assert set(result["cross_step"][kind]) == {"2-4", "2-8", "4-8"}
+        assert set(result["videos"]) == {"2", "4", "8"}
+        for found in result["videos"].values():
+            assert len(found["drift"]) == len(found["looks"]) == 3 and found["drift"][0] == 0
+            assert set(found["motion"]) == {"latents", "pixels"}
+    assert len(numbers["long"]["2:1:relative"]["drift"]) == 6
+    for flag, told in (("--count=3", "--count is for"), ("--long=2", "give --prompts_file")):
+        done = program("evaluate", f"--workdir={run}", flag)
+        assert done.returncode == 2 and told in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -1,13 +1,18 @@
 """The library: what makes videos, opened by name, by workdir and by file."""
 
+import json
+from dataclasses import asdict
+
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import salt_jax
 from configs import base, salt
 from salt_jax.config.reading import read_recipe
 from salt_jax.errors import UserError
 from salt_jax.io.shipped import located
+from salt_jax.models.presets import PRESETS
 from salt_jax.pipeline.model import Video
 from salt_jax.pipeline.shapes import sampler_of
 from salt_jax.rollout.settings import RELEASED, Sampler, Switch
@@ -100,6 +105,14 @@ def test_what_is_not_there_is_told_in_one_sentence(bucket):
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="s3:// cannot be read or written here"):
         salt_jax.load("s3://bucket/run")
+
+
+def test_a_released_recipe_refuses_another_network_of_its_checkpoint(tmp_path):
+    told = {"config": json.dumps(asdict(PRESETS["wan2.1-t2v-tiny"]))}
+    told["source"] = json.dumps({"student": "generator_ema"})
+    save_file({"x": np.zeros(1, np.float32)}, tmp_path / "wan.safetensors", told)
+    with pytest.raises(UserError, match=r"salt_ll is sampled with generator; convert .*--key=gen"):
+        salt_jax.load(tmp_path, released="salt_ll")
 
 
 def test_a_network_in_a_bucket_is_the_same(model, bucket):

@@ -359,7 +359,7 @@ def test_a_video_with_cyclic_positions_begins_at_any_chunk_of_a_period():
     for (terms, plain), (same_terms, draw) in zip(*pairs, strict=True):
         assert terms == same_terms and plain.start == 0
         assert same(plain, draw._replace(start=plain.start))
-        assert as_reference(draw, 0).start == draw.start
+        assert as_reference(draw, recipe).start == draw.start
     starts, counts = np.unique([draw.start for _, draw in pairs[1]], return_counts=True)
     assert starts.tolist() == [0, 3, 6] and counts.min() > 160
     assert same(draw_rollout(turned, 0, 7)[1], pairs[1][7][1])

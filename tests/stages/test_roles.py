@@ -234,6 +234,63 @@ def test_records_tell_the_step_and_how_a_file_was_taken_in(tmp_path):
     assert read_record(where).made == "distil on moving_shapes, levels 1000 757 522"
 
 
+LISTED = {
+    "schedule.levels": (1000, 757, 522),
+    "schedule.train_levels": 3,
+    "schedule.anchor_levels": 3,
+    "rollout.num_steps": (3,),
+    "rollout.probabilities": (1.0,),
+    "sample.num_steps": (3,),
+    "loss.self_consistency": 0.0,
+}
+OTHER_LEVELS = {
+    "another shift": ({"schedule.shift": 5.0}, {"schedule.shift": 8.0}, "shift 5.0", "shift 8.0"),
+    "listed before": (LISTED, {"schedule.shift": 12.0}, "levels 1000 757 522", "shift 12.0"),
+    "listed now": ({"schedule.shift": 8.0}, LISTED, "shift 8.0", "levels 1000 757 522"),
+    "others listed": (
+        LISTED,
+        LISTED | {"schedule.levels": (1000, 750, 500)},
+        "levels 1000 757 522",
+        "levels 1000 750 500",
+    ),
+}
+
+
+@pytest.mark.parametrize("made_by", ["ode_regression", "consistency", "distil"])
+@pytest.mark.parametrize(
+    ("before", "now", "was", "has"), OTHER_LEVELS.values(), ids=OTHER_LEVELS.keys()
+)
+def test_a_few_step_start_of_other_levels_is_refused_unless_accepted(
+    tmp_path, made_by, before, now, was, has
+):
+    where = exported(tmp_path / "start.safetensors", stage=made_by, video="rollout", **before)
+    start = {"video": "rollout", "init_from": where}
+    with pytest.raises(
+        UserError, match=rf"config\.init_from=\S+start\.safetensors was trained at {was}, .*{has}"
+    ) as error:
+        refuse_roles(stage(**start, **now))
+    assert "\n" not in str(error.value) and "config.accept_shift=True" in str(error.value)
+    refuse_roles(stage(**start, **now, accept_shift=True))
+    refuse_roles(stage(**start, **before))  # its own levels
+
+
+def test_a_start_that_denoises_from_any_level_or_says_none_has_no_levels_to_compare(tmp_path):
+    now = {"video": "rollout", "schedule.shift": 8.0}
+    where = exported(tmp_path / "a.safetensors", stage="teacher_forcing")
+    refuse_roles(stage(**now, init_from=where))
+    where = file(tmp_path / "b.safetensors", **STUDENTS["converted"])
+    refuse_roles(stage(**now, init_from=where))
+    few = exported(tmp_path / "c.safetensors", stage="consistency")
+    refuse_roles(stage(stage="teacher_forcing", init_from=few, **{"schedule.shift": 8.0}))
+    # a workdir says the same as a file, and a list may have the 0 at the end
+    run = workdir(tmp_path / "run", stage="consistency", **{"schedule.shift": 5.0})
+    with pytest.raises(UserError, match=r"run was trained at shift 5\.0"):
+        refuse_roles(stage(**now, init_from=run))
+    zero = {"stage": "consistency", "schedule.levels": (1000, 757, 522, 0)}
+    where = exported(tmp_path / "d.safetensors", **LISTED | zero)
+    refuse_roles(stage(video="rollout", init_from=where, **LISTED))
+
+
 @pytest.mark.parametrize("key", ["weights", "teacher.weights"])
 def test_a_workdir_is_no_file_of_weights(tmp_path, key):
     where = workdir(tmp_path / "run")
