@@ -196,6 +196,7 @@ class Block(nn.Module):
         to_self = Attention(c, compute, name="self_attn")
         q, (k, v) = to_self.queries(h), to_self.keys_values(h)
         if self.live_from is not None:
+            assert memory is not None
             old_k, old_v = memory
             memory = (
                 straight_through(old_k, k, self.live_from),
