@@ -149,16 +149,17 @@ class Model:
         sampler = self.sampler._replace(memory=memory)
         if num_steps is None:
             return sampler
-        steps = num_steps if isinstance(num_steps, tuple) else (num_steps,)
-        if len(steps) > 2 or (len(steps) == 2 and not memory):
+        *first, rest = num_steps if isinstance(num_steps, tuple) else (num_steps,)
+        if len(first) > bool(memory):
             raise ValueError(
                 f"num_steps={num_steps} must be one number, or of a model that works chunk by "
                 "chunk two: of the first chunk, and of each other one"
             )
-        if sampler.levels and any(k != len(sampler.levels) for k in steps):
+        if sampler.levels and {*first, rest} != {len(sampler.levels)}:
             raise ValueError(f"this student was trained at the levels {sampler.levels} alone")
-        first = steps[0] if len(steps) == 2 else sampler.first_steps
-        return sampler._replace(num_steps=steps[-1], first_steps=first)
+        return sampler._replace(
+            num_steps=rest, first_steps=first[0] if first else sampler.first_steps
+        )
 
     def _video(
         self, switches: Mapping[int, Switch], sampler: Sampler, seed: int, frames: int | None

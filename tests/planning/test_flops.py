@@ -246,9 +246,14 @@ def test_without_rollouts_an_update_costs_what_was_derived_by_hand():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("config", "variant"), [(self_forcing, "wan,salt"), (longlive, "wan,salt"), (sc_dmd, "wan")]
+    ("config", "variant", "context"),
+    [
+        (self_forcing, "wan,salt", "clean"),
+        (longlive, "wan,salt", "last_step"),
+        (longlive, "wan,salt", "clean"),
+        (sc_dmd, "wan", "clean"),
+    ],
 )
-@pytest.mark.parametrize("context", ["clean", "last_step"])
 def test_the_mean_is_that_of_many_draws(config, variant, context):
     """Every call counts as the student's: all of them draw alike."""
     r = recipe(config, variant)
