@@ -7,11 +7,13 @@ import json
 import logging
 import re
 import tempfile
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from salt_jax import hosts
 from salt_jax.errors import UserError
 from salt_jax.io.files import AnyPath, as_path, below, in_bucket, write_whole
 from salt_jax.io.tensor_files import Report, digest, no_report
@@ -71,6 +73,25 @@ def refuse_uncommitted(step: AnyPath) -> None:
     for item in ("", *JSONS, *trees(step)):
         if not (step / item / "commit_success.txt").is_file():
             raise OSError(f"{step / item}/commit_success.txt is missing")
+
+
+def damage(error: Exception) -> str:
+    """A few words for what Orbax and TensorStore raise on missing or cut-off files, some of it as a
+    bare Exception.
+
+    Raises:
+        anything else again.
+    """
+    known = (ValueError, KeyError, OSError, hosts.Elsewhere)
+    if type(error) is not Exception and not isinstance(error, known):
+        raise error
+    return str(error).split("\n")[0].split(". See")[0][:200]
+
+
+def set_aside(directory: AnyPath, damaged: Sequence[int]) -> None:
+    """Renames steps to STEP.damaged.TIME; nothing is deleted."""
+    for step in damaged:
+        (directory / str(step)).rename(directory / f"{step}.damaged.{time.time_ns()}")
 
 
 @contextmanager

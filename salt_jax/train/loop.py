@@ -83,6 +83,8 @@ def train(
     stop = stop or Stop()
     mesh = sharding.make_mesh(dataclasses.asdict(recipe.mesh))
     refuse_uneven(recipe, mesh.shape["data"] * mesh.shape["fsdp"])
+    with hosts.agreed(f"the workdir {workdir}"):
+        make_writable(workdir)
     stage = make_stage(recipe, mesh)
     parts = setup(stage)
     where = sharding.state_shardings(mesh, parts.frozen)
@@ -91,7 +93,6 @@ def train(
     del parts  # what a state is made of is given up once there is one
     now: list[Role] = []
     hosts.only_first(lambda: now.extend(read_files(stage)), "checksums of the weights")
-    make_writable(workdir)
     with (
         owned(workdir, stop) as lock,
         checkpoint.writing(workdir, recipe.keep, recipe.keep_every) as manager,
