@@ -127,22 +127,22 @@ def restore(
     """
     expected = to_items(abstract_state)
 
-    def read(step: int) -> tuple[TrainState, Json]:
+    def read(step: int) -> Json:
         _refuse_mismatch(reader, step, expected)
         items = {name: _restore_args(tree) for name, tree in expected.items()}
         items |= {name: ocp.args.JsonRestore() for name in JSONS}
         found = dict(reader.restore(step, args=ocp.args.Composite(**items)).items())
         if found["data"] != {"step": step}:
             raise ValueError(f"its data position is {found['data']}")
-        return from_items(found, abstract_state, step), found["meta"]
+        return found
 
     root = as_path(manager.directory)
     with _reading(root) as reader:
-        found, damaged = _newest_readable(reader, read, together=True)
-    if found and damaged:
+        got, damaged = _newest_readable(reader, read, together=True)
+    if got and damaged:
         hosts.only_first(lambda: set_aside(root, damaged), "damaged checkpoints")
         manager.reload()
-    return found
+    return (from_items(got, abstract_state, got["data"]["step"]), got["meta"]) if got else None
 
 
 def restore_params(

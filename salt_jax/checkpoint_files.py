@@ -37,8 +37,8 @@ def make_writable(workdir: str | AnyPath) -> None:
     """
     directory = directory_of(workdir)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         if isinstance(directory, Path):
+            directory.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=directory).close()
         else:
             probe = directory.parent / f"probe.{uuid.uuid4().hex}"

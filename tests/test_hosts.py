@@ -96,9 +96,8 @@ def test_what_one_refuses_all_refuse_and_then_go_on_in_step(monkeypatch, who):
         except UserError as error:
             return [str(error), hosts.only_first(lambda: 7, "more")]
 
-    assert Play(3, monkeypatch).run(work) == dict.fromkeys(
-        range(3), ["no such file; name another", 7]
-    )
+    wanted = ["no such file; name another", 7]
+    assert Play(3, monkeypatch).run(work) == dict.fromkeys(range(3), wanted)
 
 
 def test_where_one_fails_the_others_say_which_and_how(monkeypatch):
