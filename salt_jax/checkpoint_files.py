@@ -30,16 +30,24 @@ def directory_of(workdir: str | AnyPath) -> AnyPath:
 
 
 def make_writable(workdir: str | AnyPath) -> None:
-    """Makes the folder of checkpoints.
+    """Makes the folder of checkpoints. Raises as `refuse_unwritable`."""
+    refuse_unwritable(workdir)
+    directory = directory_of(workdir)
+    if isinstance(directory, Path):
+        directory.mkdir(parents=True, exist_ok=True)
+
+
+def refuse_unwritable(workdir: str | AnyPath) -> None:
+    """Leaves nothing behind.
 
     Raises:
-        UserError: the workdir cannot be written to.
+        UserError: the workdir cannot be written to, or not be made.
     """
     directory = directory_of(workdir)
     try:
         if isinstance(directory, Path):
-            directory.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=directory).close()
+            there = next(path for path in (directory, *directory.parents) if path.exists())
+            tempfile.TemporaryFile(dir=there).close()
         else:
             probe = directory.parent / f"probe.{uuid.uuid4().hex}"
             write_whole(probe, b"")
