@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import multihost
 
-from salt_jax.errors import UserError
+from salt_jax.errors import Stopped, UserError
 from salt_jax.keys import Json
 
 T = TypeVar("T")
@@ -33,6 +33,9 @@ class Elsewhere(UserError):
     """Another process has failed, by what is not the user's to mend."""
 
 
+KINDS = (Elsewhere, Stopped, UserError)  # of what all raise; where processes differ the last counts
+
+
 @contextmanager
 def agreed(what: str, limit: float = WAIT) -> Iterator[None]:
     """A block that every process runs, and that all leave together or fail in together.
@@ -44,7 +47,8 @@ def agreed(what: str, limit: float = WAIT) -> Iterator[None]:
     Raises:
       UserError: that of this process, or else of the first one that has one; or this process has
         waited for `limit`.
-      Elsewhere: no process refused, and another one has failed.
+      Stopped: one was asked to.
+      Elsewhere: neither, and another process has failed.
     """
     if jax.process_count() == 1:
         yield
@@ -62,19 +66,19 @@ def agreed(what: str, limit: float = WAIT) -> Iterator[None]:
             f"process {jax.process_index()} waited {limit:.0f} s for the others ({what}); see "
             "their output, and start all processes again"
         ) from mine or error
-    failed = np.array([0 if mine is None else 2 if isinstance(mine, UserError) else 1], np.int32)
-    every = np.asarray(multihost_utils.process_allgather(failed)).ravel()
+    kind = (
+        0 if mine is None else 3 if isinstance(mine, UserError) else 1 + isinstance(mine, Stopped)
+    )
+    every = np.asarray(multihost_utils.process_allgather(np.array([kind], np.int32))).ravel()
     if not every.any():
         return
-    source = int(every.argmax())  # who refuses comes before who fails
+    source = int(every.argmax())
     told = _tell(_told(mine), source)
-    if mine is not None:
-        raise mine
-    raise (UserError if every[source] == 2 else Elsewhere)(told)
+    raise mine or KINDS[every[source] - 1](told)
 
 
 def _told(error: Exception | None) -> str:
-    if isinstance(error, UserError):
+    if isinstance(error, UserError | Stopped):
         return str(error)
     reason = str(error).partition("\n")[0]
     return (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from salt_jax import hosts
-from salt_jax.errors import UserError
+from salt_jax.errors import Stopped, UserError
 from salt_jax.sharding import batch_sharding, local_rows, put, put_rows, replicated
 from tests.helpers import mesh_of, without_type_checks
 
@@ -87,13 +87,14 @@ def test_what_the_first_refuses_all_refuse(monkeypatch):
 
 
 @pytest.mark.parametrize("who", [0, 2])
-def test_what_one_refuses_all_refuse_and_then_go_on_in_step(monkeypatch, who):
+@pytest.mark.parametrize("kind", [UserError, Stopped])
+def test_what_one_refuses_all_refuse_and_then_go_on_in_step(monkeypatch, who, kind):
     def work(index):
         try:
             with hosts.agreed("it"):
                 if index == who:
-                    raise UserError("no such file; name another")
-        except UserError as error:
+                    raise kind("no such file; name another")
+        except kind as error:
             return [str(error), hosts.only_first(lambda: 7, "more")]
 
     wanted = ["no such file; name another", 7]
