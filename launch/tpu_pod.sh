@@ -3,7 +3,7 @@
 #
 #   bash launch/tpu_pod.sh [--dry-run] create     makes the slice; it is billed from now on
 #   bash launch/tpu_pod.sh [--dry-run] install    this checkout's HEAD, and what it needs, on every host
-#   bash launch/tpu_pod.sh [--dry-run] run [--config.key=value ...]      starts or resumes CONFIG in WORKDIR
+#   bash launch/tpu_pod.sh [--dry-run] run [--flag=value ...]      starts or resumes CONFIG in WORKDIR, or PROGRAM
 #   bash launch/tpu_pod.sh [--dry-run] logs       follows the output of one host
 #   bash launch/tpu_pod.sh [--dry-run] stop       lets the run save and end with exit code 75
 #   bash launch/tpu_pod.sh [--dry-run] delete     ends the slice and its cost; what is on its disks is lost
@@ -17,6 +17,7 @@ ZONE=${ZONE:-}                     # where you have quota for it, such as us-eas
 TYPE=${TYPE:-v5p-32}               # v5p counts cores, two a chip: 16 chips on 4 hosts; v6e counts chips
 IMAGE=${IMAGE:-}                   # of the VMs; empty: the one that goes with TYPE
 SPOT=${SPOT:-}                     # 1: cheaper, and may be taken away at any time
+PROGRAM=${PROGRAM:-train}          # or sample, evaluate, export, encode, bench: what `run` runs on every host
 CONFIG=${CONFIG:-}                 # such as configs/self_forcing.py:wan,salt
 WORKDIR=${WORKDIR:-}               # gs://BUCKET/..., which every host sees; in the region of ZONE
 CACHE=${JAX_COMPILATION_CACHE_DIR:-} # of compiled programs, such as gs://BUCKET/jax_cache; empty: on each host's disk
@@ -79,13 +80,13 @@ python3 -m pip install -q --user uv; export PATH=\$HOME/.local/bin:\$PATH; \
 .venv/bin/python -c 'import jax, libtpu; print(\"installed: jax\", jax.__version__)'"
     ;;
 run)
-    needs CONFIG "name the recipe, such as CONFIG=configs/sc_dmd.py:wan"
-    needs WORKDIR "name a folder of a bucket, such as WORKDIR=gs://BUCKET/run"
-    case $WORKDIR in gs://?*) ;; *)
+    [ "$PROGRAM" != train ] || needs CONFIG "name the recipe, such as CONFIG=configs/sc_dmd.py:wan"
+    [ "$PROGRAM" != train ] || needs WORKDIR "name a folder of a bucket, such as WORKDIR=gs://BUCKET/run"
+    case $WORKDIR in gs://?* | "") ;; *)
         fail "WORKDIR=$WORKDIR is on the disk of each host, and they have to share it; use gs://BUCKET/run" ;;
     esac
-    run=(env 'JAX_PLATFORMS=tpu,cpu' ${CACHE:+JAX_COMPILATION_CACHE_DIR="$CACHE"} .venv/bin/python -m launch.train
-        --config="$CONFIG" --workdir="$WORKDIR" "$@")
+    run=(env 'JAX_PLATFORMS=tpu,cpu' ${CACHE:+JAX_COMPILATION_CACHE_DIR="$CACHE"} .venv/bin/python -m "launch.$PROGRAM"
+        ${CONFIG:+--config="$CONFIG"} ${WORKDIR:+--workdir="$WORKDIR"} "$@")
     # Beyond the connection: a shell that outlives it notes the process for `stop`, and at the end its exit code.
     on all "cd salt_jax; if [ -f train.pid ] && kill -0 \$(cat train.pid) 2>/dev/null; then \
 echo 'error: a run is under way on this host; stop it first' >&2; exit 2; fi; \

@@ -16,9 +16,8 @@ not: Orbax keeps no checksum of it.
 """
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 import jax
@@ -26,7 +25,16 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers as managers
 
-from salt_jax.checkpoint_files import JSONS, directory_of, full_disk, refuse_uncommitted, trees
+from salt_jax import hosts
+from salt_jax.checkpoint_files import (
+    JSONS,
+    damage,
+    directory_of,
+    full_disk,
+    refuse_uncommitted,
+    set_aside,
+    trees,
+)
 from salt_jax.errors import UserError
 from salt_jax.io.files import AnyPath, as_path
 from salt_jax.keys import Json
@@ -119,16 +127,22 @@ def restore(
     """
     expected = to_items(abstract_state)
 
-    def read(step: int) -> tuple[TrainState, Json]:
-        _refuse_mismatch(manager, step, expected)
+    def read(step: int) -> Json:
+        _refuse_mismatch(reader, step, expected)
         items = {name: _restore_args(tree) for name, tree in expected.items()}
         items |= {name: ocp.args.JsonRestore() for name in JSONS}
-        found = dict(manager.restore(step, args=ocp.args.Composite(**items)).items())
+        found = dict(reader.restore(step, args=ocp.args.Composite(**items)).items())
         if found["data"] != {"step": step}:
             raise ValueError(f"its data position is {found['data']}")
-        return from_items(found, abstract_state, step), found["meta"]
+        return found
 
-    return _newest_readable(manager, read, set_aside=True)
+    root = as_path(manager.directory)
+    with _reading(root) as reader:
+        got, damaged = _newest_readable(reader, read, together=True)
+    if got and damaged:
+        hosts.only_first(lambda: set_aside(root, damaged), "damaged checkpoints")
+        manager.reload()
+    return (from_items(got, abstract_state, got["data"]["step"]), got["meta"]) if got else None
 
 
 def restore_params(
@@ -144,8 +158,7 @@ def restore_step(
     """Only the parameters of "ema", "student" or "critic": no optimizer is known or read, nothing
     is written.
 
-    `step` None is the newest that can be read; a step that is named is read or refused. Returns it
-    too.
+    `step` None is the newest that can be read; one that is named is read or refused. Returned too.
 
     Raises:
         UserError: the workdir has no checkpoint, not the one that is named, or none that is
@@ -162,11 +175,10 @@ def restore_step(
 
     found, directory = None, directory_of(workdir)
     if directory.is_dir():
-        options = ocp.CheckpointManagerOptions(create=False, save_root_metadata=False)
-        with _manager(directory, options) as manager:
+        with _reading(directory) as manager:
             there = manager.all_steps()
             if step is None or not there:
-                found = _newest_readable(manager, read, set_aside=False)
+                found, _ = _newest_readable(manager, read, together=mesh.is_multi_process)
             else:
                 found = _named(step, there, directory, read)
     if found is None:
@@ -191,55 +203,39 @@ def _named(step: int, there: Sequence[int], directory: AnyPath, read: Callable[[
         return read(step)
     except Exception as error:
         raise UserError(
-            f"checkpoint step {step} in {directory} is damaged ({_damage(error)}); put a copy of "
-            "it back, or choose "
-            f"another step ({those})"
+            f"checkpoint step {step} in {directory} is damaged ({damage(error)}); put a copy of "
+            f"it back, or choose another step ({those})"
         ) from error
 
 
-def _damage(error: Exception) -> str:
-    """A few words for what Orbax and TensorStore raise on missing or cut-off files, some of it as a
-    bare Exception.
-
-    Raises:
-        anything else again.
-    """
-    if type(error) is not Exception and not isinstance(error, (ValueError, KeyError, OSError)):
-        raise error
-    return str(error).split("\n")[0].split(". See")[0][:200]
-
-
 def _newest_readable(
-    manager: ocp.CheckpointManager, read: Callable[[int], T], set_aside: bool
-) -> T | None:
-    """`read(step)` of the newest step that can be read, None where there is no step."""
+    manager: ocp.CheckpointManager, read: Callable[[int], T], together: bool
+) -> tuple[T | None, Sequence[int]]:
+    """`read(step)` of the newest step that can be read, None where there is no step; and the newer
+    ones, which are damaged.
+
+    `together`: all processes read, and a step that one of them cannot read none takes.
+    """
     root, damaged = as_path(manager.directory), {}
     for step in sorted(manager.all_steps(), reverse=True):
         try:
-            refuse_uncommitted(root / str(step))
-            value = read(step)
+            with hosts.agreed(f"checkpoint step {step}") if together else nullcontext():
+                refuse_uncommitted(root / str(step))
+                value = read(step)
         except Exception as error:
-            damaged[step] = why = _damage(error)
+            damaged[step] = why = damage(error)
             log.warning(
                 "checkpoint step %d in %s is damaged (%s): back to the one before", step, root, why
             )
-            if jax.process_count() > 1:
-                # other processes may have read their part; they must not go on without this one
-                break
             continue
-        if damaged and set_aside:
-            for bad in damaged:
-                (root / str(bad)).rename(root / f"{bad}.damaged.{time.time_ns()}")
-            manager.reload()
-        return value
+        return value, [*damaged]
     if damaged:
         reasons = "; ".join(f"step {step}: {why}" for step, why in damaged.items())
         raise UserError(
             f"no checkpoint in {root} could be read ({reasons}); put back a copy of one, move the "
-            "directories of damaged "
-            "steps away, or pass a new --workdir"
+            "directories of damaged steps away, or pass a new --workdir"
         )
-    return None
+    return None, []
 
 
 def _stored(manager: ocp.CheckpointManager, step: int) -> dict[str, Params]:
@@ -268,18 +264,25 @@ def _refuse_mismatch(
         {path: f"{x.dtype}{list(x.shape)}" for path, x in by_path(tree).items()}
         for tree in (expected, _stored(manager, step))
     )
-    left = {
-        path for path in there if "/mu/" in path and path.replace("/mu/", "/nu/") in here
-    } - set(here)
+    left = {p for p in there if "/mu/" in p and p.replace("/mu/", "/nu/") in here} - set(here)
     for path in [path for path in here | there if path not in left]:
         if here.get(path) != there.get(path):
             raise UserError(
                 f"checkpoint step {step} in {manager.directory} was written for another model "
-                "preset or optimizer: "
-                f"{path} is {there.get(path, 'absent')} there and {here.get(path, 'absent')} in "
-                "this config; "
-                "pass the config that made it, or a new --workdir"
+                f"preset or optimizer: {path} is {there.get(path, 'absent')} there and "
+                f"{here.get(path, 'absent')} in this config; pass the config that made it, or a "
+                "new --workdir"
             )
+
+
+def _reading(directory: AnyPath) -> ocp.CheckpointManager:
+    """For this process, which waits for no other one, whatever these do."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(me, {me}, f"reader {me}")
+    how = ocp.CheckpointManagerOptions(
+        create=False, save_root_metadata=False, multiprocessing_options=alone
+    )
+    return _manager(directory, how)
 
 
 def _manager(directory: AnyPath, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:

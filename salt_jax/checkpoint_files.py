@@ -7,11 +7,13 @@ import json
 import logging
 import re
 import tempfile
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from salt_jax import hosts
 from salt_jax.errors import UserError
 from salt_jax.io.files import AnyPath, as_path, below, in_bucket, write_whole
 from salt_jax.io.tensor_files import Report, digest, no_report
@@ -28,16 +30,24 @@ def directory_of(workdir: str | AnyPath) -> AnyPath:
 
 
 def make_writable(workdir: str | AnyPath) -> None:
-    """Makes the folder of checkpoints.
+    """Makes the folder of checkpoints. Raises as `refuse_unwritable`."""
+    refuse_unwritable(workdir)
+    directory = directory_of(workdir)
+    if isinstance(directory, Path):
+        directory.mkdir(parents=True, exist_ok=True)
+
+
+def refuse_unwritable(workdir: str | AnyPath) -> None:
+    """Leaves nothing behind.
 
     Raises:
-        UserError: the workdir cannot be written to.
+        UserError: the workdir cannot be written to, or not be made.
     """
     directory = directory_of(workdir)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         if isinstance(directory, Path):
-            tempfile.TemporaryFile(dir=directory).close()
+            there = next(path for path in (directory, *directory.parents) if path.exists())
+            tempfile.TemporaryFile(dir=there).close()
         else:
             probe = directory.parent / f"probe.{uuid.uuid4().hex}"
             write_whole(probe, b"")
@@ -71,6 +81,25 @@ def refuse_uncommitted(step: AnyPath) -> None:
     for item in ("", *JSONS, *trees(step)):
         if not (step / item / "commit_success.txt").is_file():
             raise OSError(f"{step / item}/commit_success.txt is missing")
+
+
+def damage(error: Exception) -> str:
+    """A few words for what Orbax and TensorStore raise on missing or cut-off files, some of it as a
+    bare Exception.
+
+    Raises:
+        anything else again.
+    """
+    known = (ValueError, KeyError, OSError, hosts.Elsewhere)
+    if type(error) is not Exception and not isinstance(error, known):
+        raise error
+    return str(error).split("\n")[0].split(". See")[0][:200]
+
+
+def set_aside(directory: AnyPath, damaged: Sequence[int]) -> None:
+    """Renames steps to STEP.damaged.TIME; nothing is deleted."""
+    for step in damaged:
+        (directory / str(step)).rename(directory / f"{step}.damaged.{time.time_ns()}")
 
 
 @contextmanager

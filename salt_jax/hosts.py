@@ -2,8 +2,9 @@
 
 import itertools
 import json
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -12,12 +13,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import multihost
 
-from salt_jax.errors import UserError
+from salt_jax.errors import Stopped, UserError
 from salt_jax.keys import Json
 
 T = TypeVar("T")
 
-WAIT = 1800.0  # seconds until a process gives up on the first one
+WAIT = 1800.0  # seconds until a process gives up on the others
+LONG = 86400.0  # of work that takes as long as it takes; a process that is gone is known at once
 # A barrier's name may be used once; every process counts the same calls.
 _calls = itertools.count()
 
@@ -25,6 +27,74 @@ _calls = itertools.count()
 def is_first() -> bool:
     """Whether this is the process that writes what there is one of."""
     return jax.process_index() == 0
+
+
+class Elsewhere(UserError):
+    """Another process has failed, by what is not the user's to mend."""
+
+
+KINDS = (Elsewhere, Stopped, UserError)  # of what all raise; where processes differ the last counts
+
+
+@contextmanager
+def agreed(what: str, limit: float = WAIT) -> Iterator[None]:
+    """A block that every process runs, and that all leave together or fail in together.
+
+    Args:
+      what: is being done, for the message.
+      limit: seconds that one waits for the others.
+
+    Raises:
+      UserError: that of this process, or else of the first one that has one; or this process has
+        waited for `limit`.
+      Stopped: one was asked to.
+      Elsewhere: neither, and another process has failed.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    mine: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        mine = error
+    try:
+        barrier = multihost.get_barrier_sync_fn()
+        barrier(key=f"salt_jax {next(_calls)}", timeout_ms=int(1000 * limit))
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(
+            f"process {jax.process_index()} waited {limit:.0f} s for the others ({what}); see "
+            "their output, and start all processes again"
+        ) from mine or error
+    kind = (
+        0 if mine is None else 3 if isinstance(mine, UserError) else 1 + isinstance(mine, Stopped)
+    )
+    every = np.asarray(multihost_utils.process_allgather(np.array([kind], np.int32))).ravel()
+    if not every.any():
+        return
+    source = int(every.argmax())
+    told = _tell(_told(mine), source)
+    raise mine or KINDS[every[source] - 1](told)
+
+
+def _told(error: Exception | None) -> str:
+    if isinstance(error, UserError | Stopped):
+        return str(error)
+    reason = str(error).partition("\n")[0]
+    return (
+        f"process {jax.process_index()} has failed ({type(error).__name__}: {reason}); see its "
+        "output"
+    )
+
+
+def _tell(value: Json | str | list, source: int = 0) -> Any:
+    """A value of JSON that process `source` has, in every process."""
+    mine = jax.process_index() == source
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    (length,) = multihost_utils.broadcast_one_to_all(np.array([text.size], np.int32), mine)
+    room = np.zeros(int(length), np.uint8)
+    told = multihost_utils.broadcast_one_to_all(text if mine else room, mine)
+    return json.loads(bytes(np.asarray(told)))
 
 
 def only_first(make: Callable[[], T], what: str, limit: float = WAIT) -> T:
@@ -35,32 +105,20 @@ def only_first(make: Callable[[], T], what: str, limit: float = WAIT) -> T:
       limit: seconds.
 
     Raises:
-      UserError: that of process 0, in every process; or the others have waited for `limit`.
+      UserError, Elsewhere: as `agreed`.
     """
     if jax.process_count() == 1:
         return make()
-    answer: Json = {}
-    if is_first():
-        try:
-            answer = {"value": make()}
-        except UserError as error:
-            answer = {"error": str(error)}
-    try:
-        barrier = multihost.get_barrier_sync_fn()
-        barrier(key=f"salt_jax {next(_calls)}", timeout_ms=int(1000 * limit))
-    except jax.errors.JaxRuntimeError as error:
-        raise UserError(
-            f"process {jax.process_index()} waited {limit:.0f} s for process 0 ({what}); see the "
-            "output of process 0, and start all processes again"
-        ) from error
-    text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
-    (length,) = multihost_utils.broadcast_one_to_all(np.array([text.size], np.int32))
-    room = np.zeros(int(length), np.uint8)
-    told = multihost_utils.broadcast_one_to_all(text if is_first() else room)
-    answer = json.loads(bytes(np.asarray(told)))
-    if "error" in answer:
-        raise UserError(answer["error"])
-    return answer["value"]
+    made: list[T] = []
+    with agreed(what, limit):
+        if is_first():
+            made.append(make())
+    return _tell(made)[0]
+
+
+def share(work: Sequence[T]) -> Sequence[T]:
+    """What of some work this process does: every so-manieth, from its own number on."""
+    return work[jax.process_index() :: jax.process_count()]
 
 
 def first_then_others(make: Callable[[], T], what: str, limit: float = WAIT) -> T:
@@ -72,7 +130,8 @@ def first_then_others(make: Callable[[], T], what: str, limit: float = WAIT) -> 
     """
     made: list[T] = []
     only_first(lambda: made.append(make()), what, limit)
-    return made[0] if made else make()
+    with agreed(what, limit):
+        return made[0] if made else make()
 
 
 def fetch(x: jax.Array) -> np.ndarray:

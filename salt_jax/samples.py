@@ -5,11 +5,13 @@ A line holds the name of a file, the SHA-256 of its bytes, `source`, which says 
 was read, and `made_with`: everything its pixels depend on. So a file is left alone only where it is
 what would be made again, and nothing is ever put in the place of somebody else's work. Lines are
 added and never changed; the one that counts is the last about the bytes that are there. A line is
-written before its file, so work that was stopped leaves no file without.
+written before its file, so work that was stopped leaves no file without. Of several processes each
+adds to an index of its own, and one of them gathers these.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -76,6 +78,20 @@ def put(index: AnyPath, sample: Sample, content: bytes) -> None:
     }
     append(index, json.dumps(record, ensure_ascii=False).encode(errors="surrogatepass") + b"\n")
     write_whole(sample.file, content)
+
+
+def index_of(index: AnyPath, process: int) -> AnyPath:
+    """Where a process of several adds its lines: the first one to the index itself."""
+    return index.with_name(f"{index.stem}.{process}.jsonl") if process else index
+
+
+def gather(index: AnyPath) -> None:
+    """Moves the lines of other processes' indices, also of those that were stopped, to the one."""
+    own = re.compile(re.escape(index.stem) + r"\.\d+\.jsonl")
+    there = index.parent.iterdir() if index.parent.is_dir() else ()
+    for file in sorted(path for path in there if own.fullmatch(path.name)):
+        append(index, file.read_bytes())
+        file.unlink()
 
 
 def _read(index: AnyPath) -> list[Json]:

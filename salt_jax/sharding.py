@@ -40,6 +40,7 @@ VIDEOS = r"(^|/)stream/(cache/x0|text)$"  # spread as the batch is
 LARGE = r"(^|/)(kernel|embedding)$"  # any other matrix: its largest axis that divides, over fsdp
 WAITING = r"(^|/)(opt_state|ema)/"  # what only its own update reads
 HOST = "pinned_host"
+SPREAD = {"data": 1, "fsdp": -1, "context": 1, "tensor": 1}
 STACKED = r"(^|/)blocks/"  # axis 0 counts layers; a scan slices it, so it is never cut
 
 
@@ -199,4 +200,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def all_devices() -> Mesh:
     """For work without a batch to cut: parameters are spread over all devices."""
-    return make_mesh({"data": 1, "fsdp": -1, "context": 1, "tensor": 1})
+    return make_mesh(SPREAD)
+
+
+def own_devices() -> Mesh:
+    """As `all_devices`, of this process alone: its programs wait for no other one."""
+    return make_mesh(SPREAD, jax.local_devices())

@@ -18,7 +18,7 @@ from salt_jax.io.shipped import located
 from salt_jax.io.tensor_files import digest, save_weights
 from salt_jax.keys import Json
 from salt_jax.models.lora import merge
-from salt_jax.sharding import all_devices
+from salt_jax.sharding import own_devices
 from salt_jax.stages import make_stage
 from salt_jax.stages.roles import read_roles, refuse_another_base
 from salt_jax.stages.stage import Stage
@@ -54,7 +54,7 @@ def open_workdir(workdir: str | AnyPath, step: int | None = None, average: str =
     Raises:
       UserError: there is nothing to read, or it does not fit.
     """
-    stage, mesh = make_stage(read_workdir(workdir)), all_devices()
+    stage, mesh = make_stage(read_workdir(workdir)), own_devices()
     recipe = stage.recipe
     step, params = restore_step(workdir, ITEMS[average], mesh, step)
     sha256 = checkpoint_digest(workdir, step, ITEMS[average])
@@ -99,7 +99,7 @@ def open_exported(file: str | AnyPath) -> Trained:
     if not config:
         raise UserError(f"{file} has no config in it; name a workdir, or a file of launch.export")
     stage = make_stage(from_json(config, path))
-    tree = initial_weights(replace(stage.recipe, weights=str(path)), all_devices())
+    tree = initial_weights(replace(stage.recipe, weights=str(path)), own_devices())
     return Trained(stage, {"sha256": digest(path)}, tree["wan"], tree, str(path))
 
 

@@ -6,7 +6,6 @@ moving a file. Run as `python -m tests.buckets` it says its port and serves unti
 """
 
 import itertools
-import logging
 import os
 import subprocess
 import sys
@@ -34,13 +33,14 @@ def emulator() -> Iterator[str]:
     with subprocess.Popen(command, cwd=ROOT, **quiet) as server:
         assert server.stdout
         address = f"http://localhost:{int(server.stdout.readline())}"
-        with _service_at(address):
+        with service_at(address):
             yield address
         server.kill()
 
 
 @contextmanager
-def _service_at(address: str) -> Iterator[None]:
+def service_at(address: str) -> Iterator[None]:
+    """Libraries take this address for the service meanwhile."""
     names = {
         "STORAGE_EMULATOR_HOST": address,  # gcsfs, and Google's own library
         "TENSORSTORE_GCS_HTTP_URL": address,
@@ -48,8 +48,6 @@ def _service_at(address: str) -> Iterator[None]:
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x",
         "GOOGLE_CLOUD_PROJECT": "tests",
     }
-    # it asks Google what kind of bucket it is, and says each time that it got no answer
-    logging.getLogger("gcsfs").setLevel(logging.ERROR)
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(names)
     files._buckets.cache_clear()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from salt_jax import hosts
-from salt_jax.errors import UserError
+from salt_jax.errors import Stopped, UserError
 from salt_jax.sharding import batch_sharding, local_rows, put, put_rows, replicated
 from tests.helpers import mesh_of, without_type_checks
 
@@ -24,6 +24,8 @@ class Play:
         monkeypatch.setattr(jax, "process_index", lambda: self.me.index)
         monkeypatch.setattr(hosts.multihost, "get_barrier_sync_fn", lambda: self.barrier)
         monkeypatch.setattr(hosts.multihost_utils, "broadcast_one_to_all", self.broadcast)
+        monkeypatch.setattr(hosts.multihost_utils, "process_allgather", self.gather)
+        self.every = [None] * count
 
     def barrier(self, key, timeout_ms):
         if self.late and self.me.index:
@@ -31,8 +33,15 @@ class Play:
         if not self.late:
             self.meet.wait(10)
 
-    def broadcast(self, x):
-        if not self.me.index:
+    def gather(self, x):
+        self.every[self.me.index] = x
+        self.meet.wait(10)
+        every = np.stack(self.every)
+        self.meet.wait(10)
+        return every
+
+    def broadcast(self, x, is_source):
+        if is_source:
             self.value = x
         self.meet.wait(10)
         value = self.value
@@ -48,7 +57,7 @@ class Play:
             self.me.index = index
             try:
                 found[index] = work(index)
-            except UserError as error:
+            except Exception as error:
                 found[index] = str(error)
 
         threads = [threading.Thread(target=process, args=(i,)) for i in range(self.count)]
@@ -77,11 +86,42 @@ def test_what_the_first_refuses_all_refuse(monkeypatch):
     assert found == dict.fromkeys(range(2), "no such file; name another")
 
 
+@pytest.mark.parametrize("who", [0, 2])
+@pytest.mark.parametrize("kind", [UserError, Stopped])
+def test_what_one_refuses_all_refuse_and_then_go_on_in_step(monkeypatch, who, kind):
+    def work(index):
+        try:
+            with hosts.agreed("it"):
+                if index == who:
+                    raise kind("no such file; name another")
+        except kind as error:
+            return [str(error), hosts.only_first(lambda: 7, "more")]
+
+    wanted = ["no such file; name another", 7]
+    assert Play(3, monkeypatch).run(work) == dict.fromkeys(range(3), wanted)
+
+
+def test_where_one_fails_the_others_say_which_and_how(monkeypatch):
+    def work(index):
+        with hosts.agreed("it"):
+            if index == 1:
+                raise OSError("cut off\nhere")
+
+    found = Play(3, monkeypatch).run(work)
+    assert found[1] == "cut off\nhere"
+    assert found[0] == found[2] == "process 1 has failed (OSError: cut off); see its output"
+
+
+def test_work_is_shared_and_each_piece_done_once(monkeypatch):
+    found = Play(3, monkeypatch).run(lambda _: hosts.share([0, 1, 2, 3, 4, 5, 6]))
+    assert found == {0: [0, 3, 6], 1: [1, 4], 2: [2, 5]}
+
+
 def test_who_waits_too_long_says_for_whom(monkeypatch):
     play = Play(2, monkeypatch, late=True)
     play.meet = threading.Barrier(1)
     found = play.run(lambda _: hosts.only_first(lambda: 1, "the data set in D", limit=7.0))
-    assert found[1].startswith("process 1 waited 7 s for process 0 (the data set in D)")
+    assert found[1].startswith("process 1 waited 7 s for the others (the data set in D)")
 
 
 def test_the_others_come_after_the_first(monkeypatch):

@@ -121,7 +121,7 @@ def test_documented_flags_are_those_of_their_program(document):
     """
     flags = {name: flags_of(name, set()) for name in main.COMMANDS.values()}
     every = set().union(*flags.values())
-    flags |= dict.fromkeys(("tpu_pod.sh", "slurm.sbatch"), flags["train"] | {"dry"})  # --dry-run
+    flags |= {"tpu_pod.sh": every | {"dry"}, "slurm.sbatch": flags["train"] | {"dry"}}  # --dry-run
     others = {"all", "logdir", "help"}  # of launch/test.sh, of TensorBoard, of all programs
     section, checked = None, 0
     for line in (ROOT / document).read_text().replace("\\\n", " ").splitlines():

@@ -11,14 +11,15 @@ minute:
 
 from salt_jax.cli.app import run_main
 from salt_jax.cli.bench_flags import read_wanted
+from salt_jax.cli.processes import joined
 
 
 def main(_):
-    config, what = read_wanted()
-    # jax comes here, after all that can be refused without it
-    from salt_jax.cli.benching import time_parts
+    with joined(read_wanted) as (config, what):
+        # jax comes here, after all that can be refused without it
+        from salt_jax.cli.benching import time_parts
 
-    time_parts(config, what)
+        time_parts(config, what)
 
 
 def run() -> None:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
+from salt_jax import hosts
 from salt_jax.cli import bench_flags as f
 from salt_jax.cli.app import made_with
 from salt_jax.config.reading import read_recipe
@@ -21,7 +22,8 @@ from salt_jax.stages import make_stage
 
 
 def time_parts(config: Config, what: list[str]) -> None:
-    """Times the parts that are named, prints the table, and writes the numbers.
+    """Times the parts that are named, prints the table, and writes the numbers. Several processes
+    time together, updates over all devices, and the first one tells.
 
     Raises:
       UserError: what the flags change does not make a run.
@@ -30,10 +32,16 @@ def time_parts(config: Config, what: list[str]) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     config.batch_size = f.CLIPS.value or jax.device_count()
     results = []
-    for name, part in (bar := tqdm(parts_of(read_recipe(config), what).items(), unit="part")):
+    first, parts = hosts.is_first(), parts_of(read_recipe(config), what)
+    for name, part in (bar := tqdm(parts.items(), unit="part", disable=not first)):
         bar.set_description(name)
         results += part()
-    rows, found = with_rates(results), surroundings()
+    hosts.only_first(lambda: tell(with_rates(results)), "writing the numbers")
+
+
+def tell(rows: list[Json]) -> None:
+    """Prints the table, and writes the numbers."""
+    found = surroundings()
     print(show(rows))
     peak = found["peak_bytes"]
     print(f"GB: arguments, results and temporaries on one {found['device']}, by XLA's account")
@@ -69,7 +77,7 @@ def parts_of(recipe: Recipe, what: list[str]) -> dict[str, Callable[[], Iterable
 
 def surroundings() -> Json:
     """Hardware, versions and command."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
     return made_with("launch.bench", ("jax", "jaxlib", "flax", "optax")) | {
         "device": device.device_kind,

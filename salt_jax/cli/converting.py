@@ -25,7 +25,7 @@ from salt_jax.io.header import read_metadata, stored_student
 from salt_jax.io.model_folder import TOKENIZERS
 from salt_jax.io.tensor_files import TensorWriter, digest, view, write_tensors
 from salt_jax.keys import Json
-from salt_jax.sharding import all_devices
+from salt_jax.sharding import own_devices
 from salt_jax.workdir import ITEMS, open_networks, open_workdir, record
 
 Layout = Literal["official", "diffusers", "comfyui", "pt"]  # of --to
@@ -221,7 +221,7 @@ def adapter_of(src: AnyPath, workdir: bool) -> LowRank | None:
     recipe = read_workdir(src, f.STEP.value)
     if not recipe.lora.rank:
         raise UserError(f"{src} has trained no LoRA; leave out --keep_lora")
-    params = restore_params(src, ITEMS[f.AVERAGE.value], all_devices(), f.STEP.value)
+    params = restore_params(src, ITEMS[f.AVERAGE.value], own_devices(), f.STEP.value)
     return LowRank(params, recipe.lora.rank, recipe.lora.alpha)
 
 

@@ -82,6 +82,24 @@ BELONGS = {
 }
 
 
+def read_share(index: int, count: int) -> tuple[int, int]:
+    """This process's number and how many there are, by the flags or, of several that have joined,
+    as given.
+
+    Raises:
+      UserError: both say it.
+    """
+    told = PROCESS_INDEX.value, PROCESS_COUNT.value
+    if count == 1:
+        return told[0] or 0, told[1] or 1
+    if told != (None, None):
+        raise UserError(
+            "--process_index and --process_count are for processes that cannot reach each other, "
+            "and these do; leave both out"
+        )
+    return index, count
+
+
 class Wanted(NamedTuple):
     """What is to be encoded, found and not decoded yet."""
 

@@ -14,12 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from salt_jax import hosts
 from salt_jax.choices import TeacherSolver
 from salt_jax.cli import encode_flags as f
 from salt_jax.data.clips import READER, read_clip
 from salt_jax.data.latents import padded
 from salt_jax.data.video_folder import Video
-from salt_jax.data.writing_latents import Plan, Record, Report, in_groups, write_records
+from salt_jax.data.writing_latents import (
+    Make,
+    Plan,
+    Record,
+    Report,
+    begin,
+    complete,
+    in_groups,
+    write_parts,
+)
 from salt_jax.errors import UserError
 from salt_jax.io import model_folder
 from salt_jax.io.files import AnyPath, as_path, in_bucket, size
@@ -38,7 +48,7 @@ from salt_jax.models.text_encoder import encode_prompts
 from salt_jax.models.vae import encode_video
 from salt_jax.rollout.sampler import numbered_keys, whole_clips
 from salt_jax.rollout.settings import Sampler
-from salt_jax.sharding import all_devices, state_shardings
+from salt_jax.sharding import own_devices, state_shardings
 from salt_jax.types import Conditioning
 
 TINY = PRESETS["wan2.1-t2v-tiny"]  # with --preset_size=tiny
@@ -65,21 +75,30 @@ def encode_all(wanted: f.Wanted) -> None:
     Raises:
       UserError: weights are absent or do not fit, or the data set was begun with other settings.
     """
-    index = jax.process_index() if f.PROCESS_INDEX.value is None else f.PROCESS_INDEX.value
-    count = jax.process_count() if f.PROCESS_COUNT.value is None else f.PROCESS_COUNT.value
-    if not 0 <= index < count:
-        raise UserError(f"--process_index={index} must be below --process_count={count}")
+    index, count = f.read_share(jax.process_index(), jax.process_count())
+    with hosts.agreed("the weights"):
+        plan, make = prepare(wanted)
+    hosts.only_first(lambda: begin(f.DST.value, plan), f.DST.value)
+    with hosts.agreed("encoding", hosts.LONG):
+        begin(f.DST.value, plan)  # and all of them found the same sources
+        write_parts(f.DST.value, plan, make, index, count)
+    finish = lambda: print_report(complete(f.DST.value, plan), len(wanted.videos))
+    hosts.only_first(finish, "completing the data set")
+
+
+def prepare(wanted: f.Wanted) -> tuple[Plan, Make]:
+    """What the data set is to hold, and what makes its records.
+
+    Raises:
+      UserError: weights are absent or do not fit.
+    """
     source, videos = Source(f.WEIGHTS.value), wanted.videos
     negative = negative_prompt(f.NEGATIVE.value, f.PICTURE.value)
     tokenize, embed = text_reader(source)
     (null_text,) = embed([tokenize(negative, TINY.text_length)])
     batch = f.BATCH.value or (1 if f.VIDEOS.value or f.TEACHER.value else 16)
-    latent = (
-        1 + f.FRAMES.value // TIME,
-        wanted.height // SPACE,
-        wanted.width // SPACE,
-        TINY.out_channels,
-    )
+    rows, columns = wanted.height // SPACE, wanted.width // SPACE
+    latent = (1 + f.FRAMES.value // TIME, rows, columns, TINY.out_channels)
     shapes: dict[str, tuple[int | None, ...]] = {"text": (None, null_text.shape[1])}
     parts = [TEXT]
     encode = partial(encode_texts, embed)
@@ -98,9 +117,7 @@ def encode_all(wanted: f.Wanted) -> None:
         [video.name for video in videos],
         f.PER_PART.value,
     )
-    make = partial(in_groups, load=load, encode=encode, size=batch)
-    report = write_records(f.DST.value, plan, make, index, count)
-    print_report(report, len(videos))
+    return plan, partial(in_groups, load=load, encode=encode, size=batch)
 
 
 def settings(source: Source, parts: Sequence[Part], videos: Sequence[Video], negative: str) -> Json:
@@ -243,7 +260,7 @@ def teacher_encoder(
     compute = compute_here(config, jnp.dtype(f.DTYPE.value))
     network = wan_denoiser(config, compute, latent[0], latent[0])
     params = model_folder.open_part(
-        WAN, source, config, shardings=partial(state_shardings, all_devices())
+        WAN, source, config, shardings=partial(state_shardings, own_devices())
     )[1]
     null = jnp.asarray(padded(null_text, config.text_length))[None]
     teacher, params = guided(network, params, null, f.GUIDANCE.value)

@@ -13,6 +13,7 @@ computes Quality, Semantic and Total.
 
 from salt_jax.cli import evaluate_flags as f
 from salt_jax.cli.app import refuse_flags, run_main
+from salt_jax.cli.processes import joined
 from salt_jax.errors import UserError
 from salt_jax.evaluate import vbench
 from salt_jax.io.files import as_path
@@ -38,11 +39,13 @@ def main(_):
         refuse_flags("vbench", f.MODES, f.BELONGS)
         print_vbench(f.VBENCH.value)
         return
-    wanted = f.read_wanted()
-    # jax comes here, after all that can be refused without it
-    from salt_jax.cli import evaluating, evaluating_wan
+    with joined(f.read_wanted) as wanted:
+        # jax comes here, after all that can be refused without it
+        from salt_jax import hosts
+        from salt_jax.cli import evaluating, evaluating_wan
 
-    (evaluating_wan if wanted.prompts else evaluating).evaluate(wanted)
+        run = evaluating_wan.evaluate if wanted.prompts else evaluating.evaluate
+        hosts.only_first(lambda: run(wanted), "the evaluation", hosts.LONG)
 
 
 def run() -> None:

@@ -3,7 +3,6 @@
 import json
 import platform
 import shlex
-import subprocess
 import sys
 
 import jax
@@ -12,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from salt_jax.cli import evaluate_flags as f
+from salt_jax.cli.app import commit
 from salt_jax.evaluate import shapes_suite, shapes_summary
 from salt_jax.evaluate.report import Table, write_report
 from salt_jax.io.files import AnyPath, write_whole
@@ -78,13 +78,11 @@ def measure_long(
 
 def origin(run: Trained, count: int) -> dict[str, str]:
     """Where the numbers come from."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
+    here = jax.local_devices()
     return {
         "command": shlex.join(["python", "-m", "launch.evaluate", *sys.argv[1:]]),
-        "commit": commit or "unknown",
-        "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {platform.machine()}",
+        "commit": commit() or "unknown",
+        "hardware": f"{len(here)} x {here[0].device_kind}, {platform.machine()}",
         "versions": f"jax {jax.__version__}, Python {platform.python_version()}",
         "checkpoint": "step {step}, average {average}, sha256 {sha256}".format(**run.made_with),
         "seeds": f"training {run.recipe.seed}, evaluation {f.SEED.value}",

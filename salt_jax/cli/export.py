@@ -9,6 +9,7 @@ from absl import flags
 
 from salt_jax.cli.app import name_files, run_main
 from salt_jax.cli.parsing import read_workdir
+from salt_jax.cli.processes import joined
 from salt_jax.errors import UserError
 from salt_jax.io.files import as_path
 
@@ -21,18 +22,30 @@ DST = flags.DEFINE_string("dst", None, "the file to write", required=True)
 name_files(WORKDIR, DST)
 
 
-def main(_):
+def refuse() -> None:
+    """Raises UserError where the workdir has no network of Moving Shapes."""
     if read_workdir(as_path(WORKDIR.value), STEP.value).data.kind == "latents":
         raise UserError(
             f"{WORKDIR.value} is of Wan 2.1: launch.convert_wan --src={WORKDIR.value} --to=... "
             "writes it"
         )
-    from salt_jax.workdir import export, open_workdir  # jax comes here
+
+
+def write() -> None:
+    """Writes the file, and says of what."""
+    from salt_jax.workdir import export, open_workdir
 
     run = open_workdir(WORKDIR.value, STEP.value, AVERAGE.value)
     export(run, DST.value)
     which = "averaged" if AVERAGE.value == "ema" else "not averaged"
     print(f"wrote {DST.value}: step {run.made_with['step']}, {which}")
+
+
+def main(_):
+    with joined(refuse):
+        from salt_jax import hosts  # jax comes here
+
+        hosts.only_first(write, f"writing {DST.value}")
 
 
 def run() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 import salt_jax
-from salt_jax import samples
+from salt_jax import hosts, samples
 from salt_jax.cli import sample_flags as f
 from salt_jax.cli.request import Job, Request
 from salt_jax.io.files import write_whole
@@ -43,49 +43,70 @@ class Wanted(NamedTuple):
     files: dict[str, Sample]
 
 
-def make(request: Request) -> str:
-    """Makes what is not there yet; says how much that was.
+def make(request: Request) -> None:
+    """Makes what is not there yet, and prints how much that was. Processes share it.
 
     Raises:
       UserError: what is asked for cannot be made, or would replace another's work.
     """
-    model = open_model(request)
-    videos = [Wanted(job, files_of(request, model, job)) for job in request.jobs]
-    sheets = {} if request.world == "wan" else sheets_of(request, videos)
-    wanted = [sample for video in videos for sample in video.files.values()]
-    found = samples.look_up(request.index, wanted + list(sheets.values()))
+    with hosts.agreed("reading the weights"):
+        model = open_model(request)
+        videos = [Wanted(job, files_of(request, model, job)) for job in request.jobs]
+        sheets = {} if request.world == "wan" else sheets_of(request, videos)
+    there, older = (
+        set(names)
+        for names in hosts.only_first(lambda: look_up(request, videos, sheets), "looking for files")
+    )
 
-    def missing(video: Wanted) -> bool:
-        return any(sample.file not in found.there for sample in video.files.values())
+    def missing(sample: Sample) -> bool:
+        return str(sample.file) not in there
 
     # A contact sheet shows all clips of a number of steps, so these are made together.
-    pages = {k for k, sheet in sheets.items() if sheet.file not in found.there}
-    pages |= {video.job.num_steps for video in videos if sheets and missing(video)}
-    todo = [video for video in videos if video.job.num_steps in pages or missing(video)]
+    todo = [video for video in videos if any(map(missing, video.files.values()))]
+    made, mine, pages = len(todo), hosts.share(todo), []
+    if sheets:
+        pages = {k for k, sheet in sheets.items() if missing(sheet)}
+        pages = hosts.share(sorted(pages | {video.job.num_steps for video in todo}))
+        mine = [video for video in videos if video.job.num_steps in pages]
+    index, clips = samples.index_of(request.index, jax.process_index()), {k: [] for k in pages}
+    with hosts.agreed("the videos", hosts.LONG):
+        for video, clip in make_clips(request, model, mine):
+            for suffix, content in encoded(request, model, clip).items():
+                if missing(video.files[suffix]):
+                    samples.put(index, video.files[suffix], content)
+            if pages:
+                clips[video.job.num_steps].append(clip)
+        for k in pages:
+            prompts = [video.job.prompt for video in mine if video.job.num_steps == k]
+            page = contact_sheet(np.stack(clips[k]), prompts, visible_scale(request.shape[1], 64))
+            samples.put(index, sheets[k], encode_png(page))
+    replaced = sum(any(str(s.file) in older for s in video.files.values()) for video in videos)
+    hosts.only_first(lambda: finish(request, made, replaced), "the record of the videos")
+
+
+def look_up(
+    request: Request, videos: Sequence[Wanted], sheets: dict[int, Sample]
+) -> list[list[str]]:
+    """Files that are there as wanted, and those that would be replaced; notes the seeds that VBench
+    asks for. Raises UserError as `samples.look_up`.
+    """
+    samples.gather(request.index)
+    wanted = [sample for video in videos for sample in video.files.values()]
+    found = samples.look_up(request.index, wanted + list(sheets.values()))
     if f.VBENCH.value:
         seeds = {job.name: job.seed for job in request.jobs}
         file = request.out.with_name(f"{request.out.name}.seeds.json")
         write_whole(file, json.dumps(seeds, indent=1))
-    made, clips = 0, {k: [] for k in pages}
-    for video, clip in make_clips(request, model, todo):
-        made += missing(video)
-        for suffix, content in encoded(request, model, clip).items():
-            if video.files[suffix].file not in found.there:
-                samples.put(request.index, video.files[suffix], content)
-        if pages:
-            clips[video.job.num_steps].append(clip)
-    for k in pages:
-        prompts = [video.job.prompt for video in todo if video.job.num_steps == k]
-        page = contact_sheet(np.stack(clips[k]), prompts, visible_scale(request.shape[1], 64))
-        samples.put(request.index, sheets[k], encode_png(page))
-    replaced = sum(any(s.file in found.older for s in video.files.values()) for video in videos)
-    report = f"{made} videos made in {request.out}"
-    report += (
-        f", {replaced} of them in place of others that were made with other settings"
-        if replaced
-        else ""
-    )
-    return report + (f"; {len(videos) - made} were there already" if made < len(videos) else "")
+    return [[str(file) for file in files] for files in found]
+
+
+def finish(request: Request, made: int, replaced: int) -> None:
+    """Puts the records of all processes together, and prints what was made."""
+    samples.gather(request.index)
+    report, left = f"{made} videos made in {request.out}", len(request.jobs) - made
+    if replaced:
+        report += f", {replaced} of them in place of others that were made with other settings"
+    print(report + (f"; {left} were there already" if left else ""))
 
 
 def files_of(request: Request, model: Model, job: Job) -> dict[str, Sample]:

@@ -9,9 +9,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from absl import flags
 
@@ -24,6 +24,8 @@ COORDINATOR = flags.DEFINE_string(
 )
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "of the run; with --coordinator")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "of this process, from 0; with --coordinator")
+
+T = TypeVar("T")
 
 JOIN = 300  # seconds for all processes to arrive
 HEARTBEAT = 40  # seconds of silence after which JAX takes a process for dead, and ends the others
@@ -40,17 +42,23 @@ if not sys.stdin.read():
 
 
 @contextmanager
-def joined() -> Iterator[None]:
+def joined(read: Callable[[], T]) -> Iterator[T]:
     """Joins the other processes of the run, if there are any, and at the end waits for them.
 
+    Args:
+      read: of the command line; what it returns is given to the block. What one process refuses,
+        all refuse.
+
     Raises:
-      UserError: the flags contradict each other, or the others cannot be reached.
+      UserError: that of `read`, the flags contradict each other, or the others cannot be reached.
     """
     found = _cluster(os.environ)
     if found is None:
-        yield
+        yield read()
         return
     import jax
+
+    from salt_jax import hosts
 
     try:
         jax.distributed.initialize(
@@ -73,7 +81,9 @@ def joined() -> Iterator[None]:
         watch = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, text=True)
     quiet = False
     try:
-        yield
+        with hosts.agreed("the command line"):
+            value = read()
+        yield value
         jax.distributed.shutdown()
         quiet = True
     except (UserError, Stopped):  # which say themselves what happened

@@ -12,14 +12,16 @@ the same call would make again is left alone.
 """
 
 from salt_jax.cli.app import run_main
+from salt_jax.cli.processes import joined
 from salt_jax.cli.request import read_request
 
 
 def main(_):
-    request = read_request()
-    from salt_jax.cli.making import make  # jax comes here, after all that can be refused without it
+    with joined(read_request) as request:
+        # jax comes here, after all that can be refused without it
+        from salt_jax.cli.making import make
 
-    print(make(request))
+        make(request)
 
 
 def run() -> None:

@@ -22,8 +22,7 @@ name_files(WORKDIR)
 
 
 def main(_):
-    recipe = read_recipe(read_config(CONFIG))
-    with joined(), stoppable() as stop:
+    with joined(lambda: read_recipe(read_config(CONFIG))) as recipe, stoppable() as stop:
         # jax comes here, after all that can be refused without it
         from salt_jax.train.loop import train
 

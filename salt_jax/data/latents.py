@@ -53,7 +53,7 @@ class Records(Sequence):
 
 
 def open_records(directory: str | AnyPath, clip: Sequence[int], text_length: int) -> Encoded:
-    """Opens what `write_records` wrote; texts are padded with zero rows to `text_length`.
+    """Opens what `writing_latents` wrote; texts are padded with zero rows to `text_length`.
 
     `clip` is the (F, h, w, C) that latents must have; a data set of prompts has none and fits any.
 

@@ -33,6 +33,11 @@ Record = Mapping[str, str | np.ndarray]
 Shapes = Mapping[str, tuple[int | None, ...]]
 """Of the arrays of every record, `text` as (None, D)."""
 
+Make = Callable[[range], Iterable[Record | str]]
+"""Sources' numbers -> for each of them its record, or the reason why there is none. Values that
+float16 cannot hold are a reason too.
+"""
+
 T = TypeVar("T")
 
 
@@ -71,22 +76,11 @@ class Written(NamedTuple):
     rejected: list[list[str]]  # name and reason of each
 
 
-def write_records(
-    directory: str | AnyPath,
-    plan: Plan,
-    make: Callable[[range], Iterable[Record | str]],
-    process_index: int,
-    process_count: int,
-) -> Report:
-    """Writes this process's share of the parts that are missing, and completes the data set if none
-    is left.
-
-    Args:
-      make: sources' numbers -> for each of them its record, or the reason why there is none. Values
-        that float16 cannot hold are a reason too.
+def begin(directory: str | AnyPath, plan: Plan) -> None:
+    """Makes the directory, and writes the settings on the first call; compares afterwards.
 
     Raises:
-      UserError: the directory holds other settings, or no source became a record.
+      UserError: the directory cannot be made, or holds other settings.
     """
     directory = as_path(directory)
     try:
@@ -96,7 +90,13 @@ def write_records(
             f"cannot make the directory {directory} ({error.strerror or error}); choose another"
         ) from error
     _keep_settings(directory, plan)
-    features = _features(plan.shapes)
+
+
+def write_parts(
+    directory: str | AnyPath, plan: Plan, make: Make, process_index: int, process_count: int
+) -> None:
+    """Writes this process's share of the parts that are missing, after `begin`."""
+    directory, features = as_path(directory), _features(plan.shapes)
     mine = range(process_index, plan.count, process_count)
     missing = [part for part in mine if not _part_file(directory, part).exists()]
     total = sum(len(plan.numbers(part)) for part in mine)
@@ -106,7 +106,6 @@ def write_records(
         for part in missing:
             left_out += _write_part(directory, part, plan, features, make, bar)
             bar.set_postfix(rejected=left_out)
-    return _complete(directory, plan.count, features)
 
 
 def in_groups(
@@ -116,7 +115,7 @@ def in_groups(
     size: int,
 ) -> Iterator[Record | str]:
     """For each number its record or the reason why there is none, a str that `load` gives; for
-    `write_records`.
+    `write_parts`.
 
     `size` loaded ones are encoded together, while threads load the next. A group that is not full
     is filled with its last one, so every program is compiled for one size.
@@ -137,7 +136,6 @@ def _features(shapes: Shapes) -> tfds.features.FeaturesDict:
 
 
 def _keep_settings(directory: AnyPath, plan: Plan) -> None:
-    """Writes the settings on the first call, compares afterwards."""
     settings = {
         **plan.settings,
         "format": FORMAT,
@@ -168,7 +166,7 @@ def _write_part(
     part: int,
     plan: Plan,
     features: tfds.features.FeaturesDict,
-    make: Callable[[range], Iterable[Record | str]],
+    make: Make,
     bar: tqdm,
 ) -> int:
     """One file of records, then the note that makes it count.
@@ -210,16 +208,17 @@ def _halved(record: Record) -> dict[str, str | np.ndarray] | str:
     }
 
 
-def _complete(directory: AnyPath, count: int, features: tfds.features.FeaturesDict) -> Report:
+def complete(directory: str | AnyPath, plan: Plan) -> Report:
     """Sums up the parts and, when all are there, writes what TFDS needs to open them.
 
     Raises:
       UserError: all parts are there and no record is in them.
     """
-    parts = [_read_part(_part_file(directory, part)) for part in range(count)]
+    directory = as_path(directory)
+    parts = [_read_part(_part_file(directory, part)) for part in range(plan.count)]
     found = [part for part in parts if part is not None]
     rejected = [(name, reason) for part in found for name, reason in part.rejected]
-    report = Report(sum(part.length for part in found), rejected, count - len(found))
+    report = Report(sum(part.length for part in found), rejected, plan.count - len(found))
     if report.missing:
         return report
     lines = [json.dumps({"source": name, "reason": reason}) + "\n" for name, reason in rejected]
@@ -238,7 +237,7 @@ def _complete(directory: AnyPath, count: int, features: tfds.features.FeaturesDi
     )
     tfds.folder_dataset.write_metadata(
         data_dir=directory,
-        features=features,
+        features=_features(plan.shapes),
         split_infos=[split],
         filename_template=_template(directory),
         check_data=False,  # its check needs TensorFlow

@@ -10,6 +10,7 @@ as soon as it is seen.
 
 import functools
 import importlib.util
+import logging
 import os
 import posixpath
 import re
@@ -88,6 +89,8 @@ def _prepared() -> bool:
         return False
     import fsspec.config
 
+    # what it logs, with a traceback, it also raises
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
     os.environ.setdefault("EPATH_USE_TF", "false")
     return True

@@ -29,7 +29,7 @@ from salt_jax.models.prompts import negative_prompt
 from salt_jax.models.vae import VAEConfig, encode_video
 from salt_jax.pipeline.model import Given, Parts
 from salt_jax.rollout.pixels import stream_pixels
-from salt_jax.sharding import all_devices, state_shardings
+from salt_jax.sharding import own_devices, state_shardings
 from salt_jax.types import Params
 from salt_jax.workdir import Trained
 
@@ -122,7 +122,7 @@ def _network(source: WanSource) -> tuple[dict[str, object], Callable[[], Params]
     run, where = source.run, Source(source.student or source.folder.folder)
     if run:
         return run.made_with, lambda: run.params
-    place = functools.partial(state_shardings, all_devices())
+    place = functools.partial(state_shardings, own_devices())
     sha256 = digest(part_file(WAN, where.folder)) if where.folder else "fresh"
 
     def read() -> Params:

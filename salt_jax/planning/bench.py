@@ -106,10 +106,11 @@ def random_params(
     """
     noise = 0.02 * np.random.default_rng(seed).standard_normal(1 << 20, np.float32)
 
-    def fill(path, shape, sharding):
+    def fill(path, shape, place):
         zero = shape.dtype.kind == "i" or "opt_state" in jax.tree_util.keystr(path)
         values = np.zeros(shape.shape) if zero else np.resize(noise, shape.shape)
-        return jax.device_put(values.astype(dtype or shape.dtype), sharding)
+        values = values.astype(dtype or shape.dtype)
+        return sharding.put(values, place) if place else jax.device_put(values)
 
     flat, tree = jax.tree_util.tree_flatten_with_path(shapes)
     places = jax.tree.leaves(shardings) if shardings else [None] * len(flat)
@@ -169,14 +170,15 @@ def updates(stage: Stage, learner: str, runs: int) -> Iterator[Result]:
     shapes, shardings = forms(stage)
     over_batch, everywhere = shardings[2:]
     frozen = random_params(shapes[1], None, recipe.seed, shardings[1])
-    batch = jax.device_put(random_batch(stage), over_batch)
+    batch = sharding.put(random_batch(stage), over_batch)
+    key = jax.jit(jax.random.key, out_shardings=everywhere)(recipe.seed)
     flash = runs_flash(recipe, platform_of(mesh))
     for update, draw in programs(stage).items():
         if update.moves != learner:
             continue
         jitted = compile_step(stage, update, shardings)
-        call = Call(jax.random.key(recipe.seed), np.int32(0), draw)
-        call = jax.device_put(call, everywhere)
+        put = lambda x: sharding.put(x, everywhere)
+        call = Call(key, put(np.int32(0)), jax.tree.map(put, draw))
         # the one before is donated
         state = random_params(shapes[0], None, recipe.seed, shardings[0])
         flops = sum(update_flops(recipe, stage.passes(update, draw), flash).values())

@@ -18,7 +18,7 @@ from orbax.checkpoint import CheckpointManager
 from tqdm import tqdm
 
 from salt_jax import checkpoint, hosts, sharding
-from salt_jax.checkpoint_files import make_writable
+from salt_jax.checkpoint_files import make_writable, refuse_unwritable
 from salt_jax.config.migrate import refuse_another_run
 from salt_jax.config.reading import to_json
 from salt_jax.config.schema import Recipe
@@ -83,6 +83,8 @@ def train(
     stop = stop or Stop()
     mesh = sharding.make_mesh(dataclasses.asdict(recipe.mesh))
     refuse_uneven(recipe, mesh.shape["data"] * mesh.shape["fsdp"])
+    with hosts.agreed(f"the workdir {workdir}"):
+        refuse_unwritable(workdir)
     stage = make_stage(recipe, mesh)
     parts = setup(stage)
     where = sharding.state_shardings(mesh, parts.frozen)

@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 
 from salt_jax.data import pipeline
 from salt_jax.data.latents import FORMAT, open_records
-from salt_jax.data.writing_latents import Plan, in_groups, write_records
+from salt_jax.data.writing_latents import Plan, begin, complete, in_groups, write_parts
 from salt_jax.errors import UserError
 from salt_jax.moving_shapes.shapes import World
 
@@ -37,7 +37,9 @@ def make(numbers):
 
 def write(directory, make=make, process_index=0, process_count=1, **changes):
     plan = Plan(SETTINGS, SHAPES, NULL, NAMES, 4)._replace(**changes)
-    return write_records(directory, plan, make, process_index, process_count)
+    begin(directory, plan)
+    write_parts(directory, plan, make, process_index, process_count)
+    return complete(directory, plan)
 
 
 KEPT = [0, 1, 2, 3, 8, 10]  # part 1, of 4 to 7, has no record at all

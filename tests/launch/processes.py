@@ -23,6 +23,13 @@ def start(workdir, options, processes=1, devices=1, **environment):
 
     Their output goes to WORKDIR.0.log, ..; WORKDIR is not made.
     """
+    args = [f"--config={ROOT}/configs/base.py", f"--workdir={workdir}"]
+    args += [f"--config.{k}={v}" for k, v in options.items()]
+    return launch("train", [args] * processes, workdir, devices, **environment)
+
+
+def launch(name, args, logs, devices=1, **environment):
+    """`launch.NAME` as one process for each list of arguments; output goes to LOGS.0.log, .."""
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
@@ -30,17 +37,13 @@ def start(workdir, options, processes=1, devices=1, **environment):
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
     }
     env.pop("XLA_FLAGS", None)
-    command = [sys.executable, "-m", "launch.train", f"--config={ROOT}/configs/base.py"]
-    command += [f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in options.items())]
-    port, found = free_port(), []
-    for i in range(processes):
-        several = [f"--coordinator=localhost:{port}", f"--num_processes={processes}"]
-        more = [*several, f"--process_id={i}"] if processes > 1 else []
-        with open(f"{workdir}.{i}.log", "a") as log:
+    several, found = [f"--coordinator=localhost:{free_port()}", f"--num_processes={len(args)}"], []
+    for i, mine in enumerate(args):
+        more = [*several, f"--process_id={i}"] if len(args) > 1 else []
+        command = [sys.executable, "-m", f"launch.{name}", *mine, *more]
+        with open(f"{logs}.{i}.log", "a") as log:
             found.append(
-                subprocess.Popen(
-                    [*command, *more], cwd=ROOT, env=env | environment, stdout=log, stderr=log
-                )
+                subprocess.Popen(command, cwd=ROOT, env=env | environment, stdout=log, stderr=log)
             )
     return found
 

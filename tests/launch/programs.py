@@ -9,6 +9,19 @@ import numpy as np
 
 from tests.helpers import ROOT
 
+# launch.compile of a recipe with every kind of program, on two devices
+WAN_TINY = (
+    *("--config=configs/self_forcing.py:wan,salt", "--config.model.preset=wan2.1-t2v-tiny"),
+    *("--config.text_encoder=wan-tiny", "--config.data.clip=(3,4,4)", "--config.align.layers=1"),
+    *(
+        "--config.teacher.preset=",
+        "--config.teacher.weights=",
+        "--config.weights=",
+        "--config.init_from=",
+    ),
+    *("--config.mesh.fsdp=2", "--config.batch_size=2"),
+)
+
 
 def program(name, *args, tree=ROOT):
     """Runs `python -m launch.NAME` in the root of the repository, or of another checkout, on one

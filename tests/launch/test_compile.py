@@ -11,18 +11,7 @@ import pytest
 from salt_jax.cli import compiling
 from tests.compile.described import ROW
 from tests.helpers import ROOT
-
-TINY = (
-    *("--config=configs/self_forcing.py:wan,salt", "--config.model.preset=wan2.1-t2v-tiny"),
-    *("--config.text_encoder=wan-tiny", "--config.data.clip=(3,4,4)", "--config.align.layers=1"),
-    *(
-        "--config.teacher.preset=",
-        "--config.teacher.weights=",
-        "--config.weights=",
-        "--config.init_from=",
-    ),
-    *("--config.mesh.fsdp=2", "--config.batch_size=2"),
-)
+from tests.launch.programs import WAN_TINY as TINY
 
 
 def run(*args, **environment):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jsonschema
@@ -20,9 +21,9 @@ import pytest
 import yaml
 from jax._src.clusters import cloud_tpu_cluster
 
-from salt_jax.cli import app
+from salt_jax.cli import app, evaluating
 from salt_jax.errors import STOPPED
-from tests.helpers import ROOT
+from tests.helpers import ROOT, without_type_checks
 from tests.launch.pods_schema import JOBSET
 from tests.launch.programs import succeed
 
@@ -142,6 +143,17 @@ def test_the_run_on_a_slice_is_a_command_of_launch_train():
     assert config["mesh"]["fsdp"] == 16 and config["sample"]["num_steps"] == [2, 4]
 
 
+@pytest.mark.parametrize("program", ["sample", "encode"])
+def test_other_programs_run_on_every_host_too(program):
+    where = {"WORKDIR": RUN["WORKDIR"]} if program == "sample" else {}
+    args = ["--prompts=gs://bucket/prompts.txt"]
+    (words,) = commands(shell(POD, "--dry-run", "run", *args, PROGRAM=program, **SLICE, **where))
+    remote = shlex.split(next(word for word in words if word.startswith("--command=")))
+    start = remote.index(f"launch.{program}")
+    told = remote[start + 1 : remote.index("</dev/null")]
+    assert told == [f"--workdir={value}" for value in where.values()] + args
+
+
 # A host of a slice: a command runs there in a home of its own.
 HOST = (
     'for word; do case $word in --command=*) cd "$HOME" && exec bash -c "${word#*=}" ;; esac; done'
@@ -228,6 +240,12 @@ def test_a_run_needs_no_git(monkeypatch):
     """The image of launch/Dockerfile has none."""
     monkeypatch.setenv("PATH", "")
     assert app.commit() is None
+    run = SimpleNamespace(made_with=dict(step=1, average="ema", sha256="ab"))
+    run.recipe = SimpleNamespace(seed=3)
+    for name in ("SEED", "COUNT"):
+        monkeypatch.setattr(evaluating.f, name, SimpleNamespace(value=0))
+    with without_type_checks():
+        assert evaluating.origin(run)["commit"] == "unknown"
 
 
 def jobset() -> tuple[dict, dict, dict]:

@@ -22,7 +22,7 @@ from salt_jax.config.reading import read_recipe, to_json
 from salt_jax.errors import UserError
 from salt_jax.optimizer import make_optimizer
 from salt_jax.state import init_learner, init_state
-from salt_jax.train.loop import resume
+from salt_jax.train.loop import resume, train
 from tests.helpers import ROOT
 from tests.same_bits import arrays, scalars
 
@@ -218,3 +218,11 @@ def test_a_workdir_goes_on_with_the_same_config_only_but_may_be_longer_or_elsewh
                 match=r"config\.(batch_size|data\.seed|loss\.self_consistency) = .*--workdir",
             ):
                 resume(manager, fresh, changed)
+
+
+def test_a_workdir_that_cannot_be_written_is_refused_before_weights_are_read(tmp_path):
+    (tmp_path / "file").write_text("I am no directory")
+    config = base.get_config()
+    config.weights = str(tmp_path / "nowhere.safetensors")
+    with pytest.raises(UserError, match="cannot write to the workdir"):
+        train(read_recipe(config), tmp_path / "file" / "run")

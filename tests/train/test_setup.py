@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 from configs import base
 from salt_jax.checkpoint import open_checkpoints, save
 from salt_jax.config.reading import read_recipe, to_json
-from salt_jax.data.writing_latents import Plan, write_records
+from salt_jax.data.writing_latents import Plan, begin, complete, write_parts
 from salt_jax.errors import UserError
 from salt_jax.io.shipped import located
 from salt_jax.io.tensor_files import save_weights
@@ -313,7 +313,10 @@ def encoded(path, *names, channels=16):
     make = lambda numbers: [
         {"caption": f"clip {i}", **{k: draw(s) for k, s in shapes.items()}} for i in numbers
     ]
-    write_records(path, Plan({}, shapes, draw((None, 32)), ["a", "b"], 1), make, 0, 1)
+    plan = Plan({}, shapes, draw((None, 32)), ["a", "b"], 1)
+    begin(path, plan)
+    write_parts(path, plan, make, 0, 1)
+    complete(path, plan)
     return str(path)
 
 
