@@ -67,11 +67,11 @@ def parts_of(recipe: Recipe, what: list[str]) -> dict[str, Callable[[], Iterable
     return {name: part for name, part in parts.items() if name in ("matmul", *what)}
 
 
-def surroundings() -> Json:
-    """Hardware, versions and command."""
+def surroundings(*packages: str) -> Json:
+    """Hardware, command, and versions, also of these packages."""
     device = jax.devices()[0]
     stats = device.memory_stats() or {}
-    return made_with("launch.bench", ("jax", "jaxlib", "flax", "optax")) | {
+    return made_with("launch.bench", ("jax", "jaxlib", "flax", "optax", *packages)) | {
         "device": device.device_kind,
         "devices": jax.device_count(),
         # of the whole process, on one device; None: the backend does not say, see xla_bytes
