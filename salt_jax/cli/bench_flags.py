@@ -1,15 +1,19 @@
 """The flags of launch.bench. No jax in here: an invalid value is refused at once."""
 
+from typing import Literal
+
 from absl import flags
 from ml_collections import config_flags
 
 from salt_jax.cli.app import find_config, name_files, read_config, refuse_flags
 from salt_jax.errors import UserError
 from salt_jax.keys import Config
-from salt_jax.models.presets import PRESETS, TEXT_PRESETS
+from salt_jax.models.presets import PRESETS, TEXT_PRESETS, Kernel
 
 VAES = ("wan2.1", "tiny")  # the presets of models.vae, which needs jax
 PARTS = ("teacher_forward", "student_step", "critic_step", "streaming", "vae")
+# not timed unless they are named: one kernel of attention each, in the shapes of the student
+KERNELS: tuple[Kernel | Literal["tokamax"], ...] = ("plain", "blocks", "cudnn", "splash", "tokamax")
 PEER_PARTS = ("forward", "gradient", "rollout", "decode")
 CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -46,8 +50,8 @@ MATMUL = flags.DEFINE_integer(
 WHAT = flags.DEFINE_list(
     "what",
     None,
-    f"parts to time, default {','.join(PARTS)}, with --peer {','.join(PEER_PARTS)}; one alone "
-    "gives its own peak of accelerator memory",
+    f"parts to time, default {','.join(PARTS)}, with --peer {','.join(PEER_PARTS)}; also "
+    f"attention_KERNEL of {', '.join(KERNELS)}. One alone gives its own peak of accelerator memory",
 )
 RUNS = flags.DEFINE_integer("runs", 5, "runs of each part, after one to warm up", lower_bound=1)
 PEER = flags.DEFINE_enum(
@@ -68,8 +72,9 @@ def read_wanted() -> tuple[Config, list[str]]:
     Raises:
       UserError: there is no part of that name, or the config has no latents that have a size.
     """
-    parts = PEER_PARTS if PEER.value else PARTS
-    what = WHAT.value or list(parts)
+    parts = list(PEER_PARTS if PEER.value else PARTS)
+    what = WHAT.value or [*parts]
+    parts += [] if PEER.value else [f"attention_{kernel}" for kernel in KERNELS]
     if set(what) - set(parts):
         raise UserError(f"--what={','.join(what)} has parts other than {', '.join(parts)}")
     alone = dict.fromkeys(("clips", "weights_dtype", "matmul"), ("alone",))
