@@ -35,7 +35,7 @@ def time_beside(config: Config, what: list[str]) -> None:
     vae = vae if recipe.wan.out_channels == vae.z_dim else None
     work = p.Work(recipe, vae, f.NUM_STEPS.value, f.COMPILE.value, p.theirs.device_here())
     made = {name: part for name, part in p.parts(work).items() if name in what}
-    rows, before = [], os.getloadavg()[0]
+    rows, found, before = [], surroundings("torch", "diffusers"), os.getloadavg()[0]
     for name, make in (bar := tqdm(made.items(), unit="part")):
         bar.set_description(name)
         rows.append(row_of(name, make(), p.PEER, work.dtype))
@@ -49,7 +49,7 @@ def time_beside(config: Config, what: list[str]) -> None:
             "OMP_NUM_THREADS=1 taskset -c 0"
         )
     if f.JSON.value:
-        found = surroundings("torch", "diffusers") | {
+        found |= {
             "peer": f.PEER.value,
             "preset": config.model.preset,
             "clip": recipe.clip_shape,
