@@ -93,13 +93,14 @@ def tasks(platform: str, choice: Choice | None) -> list[Task]:
     config, small = [f"--config=configs/{CONFIG}", *options], ["--vae=tiny", "--runs=2"]
     bench = ["launch.bench", *config, *(small if platform == "cpu" else ())]
     one = lambda name, share, *more: Task(name, share, (*bench, f"--what={name}", *more))
-    updates = [one("critic_step", 4), one("student_step", 8)] if choice else []
-    peer = Task("peer", 3, (*bench, "--peer=diffusers", "--what=forward,decode"))
-    compiled = Task("compile", 6, ("launch.compile", *config, "--what=critic,student"))
+    # an update takes seconds to minutes, so two tell enough
+    updates = [one("critic_step", 5, "--runs=2"), one("student_step", 14, "--runs=2")]
+    peer = Task("peer", 4, (*bench, "--peer=diffusers", "--what=forward,decode"))
+    compiled = Task("compile", 3, ("launch.compile", *config, "--what=critic"))
     return [
-        *(one(f"attention_{name}", 1) for name in KERNELS[platform]),
-        one("streaming", 3),
-        *updates,
+        *(one(f"attention_{name}", 2) for name in KERNELS[platform]),
+        one("streaming", 4),
+        *(updates if choice else []),
         peer,
         *([compiled] if choice else []),
     ]
@@ -180,6 +181,7 @@ def main(_):
     folder.mkdir(parents=True, exist_ok=True)
     # or the driver's default share of a GPU would be all that is measured
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", ".95")
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU, as the plan counts
     device = probe()
     jax.config.update("jax_platforms", "cpu")  # here nothing runs; children have the device
     choice = choose(device["platform"], device["memory_bytes"])

@@ -116,7 +116,7 @@ def random_weights(shapes: Params, dtype: np.dtype | type, seed: int) -> Params:
     def fill(i: int, path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         stacked, name = int(path[0].key == "blocks"), path[-1].key
         std = float(np.prod(leaf.shape[stacked:-1])) ** -0.5 if name == "kernel" else 0.1
-        values = std * np.resize(np.roll(noise, 7919 * i), leaf.shape) + float(name == "scale")
-        return jax.device_put(values.astype(dtype))
+        values = std * np.roll(noise, 7919 * i) + float(name == "scale")
+        return jax.device_put(np.resize(values.astype(dtype), leaf.shape))
 
     return tree.unflatten([fill(i, path, leaf) for i, (path, leaf) in enumerate(flat)])

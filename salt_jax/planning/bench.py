@@ -108,8 +108,9 @@ def random_params(
 
     def fill(path, shape, sharding):
         zero = shape.dtype.kind == "i" or "opt_state" in jax.tree_util.keystr(path)
-        values = np.zeros(shape.shape) if zero else np.resize(noise, shape.shape)
-        return jax.device_put(values.astype(dtype or shape.dtype), sharding)
+        kind = dtype or shape.dtype  # cast before it grows: a teacher has 14e9 numbers
+        values = np.zeros(shape.shape, kind) if zero else np.resize(noise.astype(kind), shape.shape)
+        return jax.device_put(values, sharding)
 
     flat, tree = jax.tree_util.tree_flatten_with_path(shapes)
     places = jax.tree.leaves(shardings) if shardings else [None] * len(flat)
