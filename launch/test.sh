@@ -4,7 +4,7 @@
 #   bash launch/test.sh [PYTEST ARGUMENTS]         the fast suite
 #   bash launch/test.sh --all [PYTEST ARGUMENTS]   also the slow tests and the parity tests
 #
-# The parity tests need torch, which salt_jax itself never imports. Its CPU build is installed where pip finds
+# The parity tests need torch, which of salt_jax only launch.bench --peer loads. Its CPU build is installed where pip finds
 # one. Where pip finds only the build with several GB of CUDA, PARITY=1 asks for that; without it the parity
 # tests skip and say so. PYTHON=python3.12 chooses the interpreter that .venv is made with. COMPILE=1 fetches the
 # compilers for TPU (0.7 GB) and GPU (2.8 GB) where pip finds them; tests marked `compile` skip without.

@@ -84,7 +84,7 @@ def open_networks(workdir: str | AnyPath, step: int | None = None) -> Iterator[t
     run = open_workdir(workdir, run.made_with["step"], "ema")
     yield "generator_ema", run.params
     if "critic" in run.stage.learners:
-        critic = restore_step(workdir, "critic", all_devices(), run.made_with["step"])[1]
+        critic = restore_step(workdir, "critic", own_devices(), run.made_with["step"])[1]
         yield "critic", merge(run.weights.get("wan"), critic, run.recipe.lora)
 
 

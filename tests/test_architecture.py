@@ -39,6 +39,7 @@ ORDER = (  # none imports a later one
     "evaluate",
     "planning",
     "compile",
+    "peers",
     "cli",
 )
 MAY_IMPORT = {
@@ -83,6 +84,7 @@ MAY_IMPORT = {
         *("models", "sharding", "moving_shapes", "config", "rollout", "state", "stages", "train"),
         *("planning", "io"),
     ),
+    "peers": (*("models", "io", "convert", "config", "rollout", "stages", "planning"),),
     "cli": ORDER[:-1],
 }
 READS_CONFIG = {"configs", "launch", "cli"}  # rooms; in salt_jax only config/reading.py

@@ -7,16 +7,31 @@ minute:
 
     python -m launch.bench --preset=wan2.1-t2v-tiny --frames=6 --height=4 --width=4 --vae=tiny \\
         --runs=2
+
+    python -m launch.bench --peer=diffusers [--compile] [--what=forward,gradient,rollout,decode]
+
+times the same work in ours and in diffusers' network in PyTorch, in turns, with the same random
+weights and inputs, after a check that both say the same: medians, and the ratios of turns of the
+same round with their quartiles. salt_jax/peers/parts.py says what is timed.
 """
 
+import os
+
+from salt_jax.cli import bench_flags as f
 from salt_jax.cli.app import run_main
-from salt_jax.cli.bench_flags import read_wanted
 from salt_jax.cli.processes import joined
 
 
 def main(_):
-    with joined(read_wanted) as (config, what):
+    with joined(f.read_wanted) as (config, what):
         # jax comes here, after all that can be refused without it
+        if f.PEER.value:
+            # or jax takes most of a GPU's memory, which PyTorch needs too
+            os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+            from salt_jax.cli.peering import time_beside
+
+            time_beside(config, what)
+            return
         from salt_jax.cli.benching import time_parts
 
         time_parts(config, what)

@@ -1,15 +1,20 @@
 """The flags of launch.bench. No jax in here: an invalid value is refused at once."""
 
+from typing import Literal
+
 from absl import flags
 from ml_collections import config_flags
 
-from salt_jax.cli.app import find_config, name_files, read_config
+from salt_jax.cli.app import find_config, name_files, read_config, refuse_flags
 from salt_jax.errors import UserError
 from salt_jax.keys import Config
-from salt_jax.models.presets import PRESETS, TEXT_PRESETS
+from salt_jax.models.presets import PRESETS, TEXT_PRESETS, Kernel
 
 VAES = ("wan2.1", "tiny")  # the presets of models.vae, which needs jax
 PARTS = ("teacher_forward", "student_step", "critic_step", "streaming", "vae")
+# not timed unless they are named: one kernel of attention each, in the shapes of the student
+KERNELS: tuple[Kernel | Literal["tokamax"], ...] = ("plain", "blocks", "cudnn", "splash", "tokamax")
+PEER_PARTS = ("forward", "gradient", "rollout", "decode")
 CONFIG = config_flags.DEFINE_config_file(
     "config",
     find_config("--config=configs/self_forcing.py:wan").partition("=")[2],
@@ -43,9 +48,20 @@ MATMUL = flags.DEFINE_integer(
     lower_bound=1,
 )
 WHAT = flags.DEFINE_list(
-    "what", list(PARTS), "parts to time; one alone gives its own peak of accelerator memory"
+    "what",
+    None,
+    f"parts to time, default {','.join(PARTS)}, with --peer {','.join(PEER_PARTS)}; also "
+    f"attention_KERNEL of {', '.join(KERNELS)}. One alone gives its own peak of accelerator memory",
 )
 RUNS = flags.DEFINE_integer("runs", 5, "runs of each part, after one to warm up", lower_bound=1)
+PEER = flags.DEFINE_enum(
+    "peer",
+    None,
+    ["diffusers"],
+    "time ours and this one's network in turns, after a check that their results agree, and print "
+    "the ratios; needs torch and diffusers. On a CPU without a size: wan2.1-t2v-small in float32",
+)
+COMPILE = flags.DEFINE_bool("compile", False, "time the peer under torch.compile too")
 JSON = flags.DEFINE_string("json", None, "a file to write the numbers to")
 name_files(JSON)
 
@@ -56,15 +72,18 @@ def read_wanted() -> tuple[Config, list[str]]:
     Raises:
       UserError: there is no part of that name, or the config has no latents that have a size.
     """
-    what = WHAT.value
-    if set(what) - set(PARTS):
-        raise UserError(f"--what={','.join(what)} has parts other than {', '.join(PARTS)}")
+    parts = list(PEER_PARTS if PEER.value else PARTS)
+    what = WHAT.value or [*parts]
+    parts += [] if PEER.value else [f"attention_{kernel}" for kernel in KERNELS]
+    if set(what) - set(parts):
+        raise UserError(f"--what={','.join(what)} has parts other than {', '.join(parts)}")
+    alone = dict.fromkeys(("clips", "weights_dtype", "matmul"), ("alone",))
+    modes = {"alone": "parts of ours alone", "peer": "ours beside a peer (--peer)"}
+    refuse_flags("peer" if PEER.value else "alone", modes, {"compile": ("peer",)} | alone)
     config = read_config(CONFIG).copy_and_resolve_references()
     config.weights = config.init_from = ""
     if PRESET.value:
-        config.model.preset, config.teacher.preset, config.teacher.weights = PRESET.value, "", ""
-        fits = [name for name, t in TEXT_PRESETS.items() if t.dim == PRESETS[PRESET.value].text_dim]
-        config.text_encoder = fits[0]
+        use_preset(config, PRESET.value)
     sizes = (FRAMES.value, HEIGHT.value, WIDTH.value)
     if any(sizes):
         if config.data.kind != "latents":
@@ -75,3 +94,10 @@ def read_wanted() -> tuple[Config, list[str]]:
             new or old for new, old in zip(sizes, config.data.clip, strict=True)
         )
     return config, what
+
+
+def use_preset(config: Config, preset: str) -> None:
+    """All networks of this size, with a text encoder that fits."""
+    config.model.preset, config.teacher.preset, config.teacher.weights = preset, "", ""
+    fits = [name for name, t in TEXT_PRESETS.items() if t.dim == PRESETS[preset].text_dim]
+    config.text_encoder = fits[0]

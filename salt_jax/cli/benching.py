@@ -17,6 +17,7 @@ from salt_jax.io.files import as_path, write_whole
 from salt_jax.keys import Config, Json
 from salt_jax.models.vae import PRESETS as VAE_PRESETS
 from salt_jax.planning import bench
+from salt_jax.planning.bench_attention import attention_kernel
 from salt_jax.sharding import all_devices
 from salt_jax.stages import make_stage
 
@@ -31,27 +32,33 @@ def time_parts(config: Config, what: list[str]) -> None:
     # Disable the cache, or we time cache reads.
     jax.config.update("jax_enable_compilation_cache", False)
     config.batch_size = f.CLIPS.value or jax.device_count()
-    results = []
+    found, results = surroundings(), []
     first, parts = hosts.is_first(), parts_of(read_recipe(config), what)
     for name, part in (bar := tqdm(parts.items(), unit="part", disable=not first)):
         bar.set_description(name)
-        results += part()
-    hosts.only_first(lambda: tell(with_rates(results)), "writing the numbers")
+        for result in part():
+            results.append(result)
+            if first and f.JSON.value:  # after each, so that one who is stopped has the others
+                told = {"peak_bytes": peak_bytes(), "results": with_rates(results)}
+                write_whole(as_path(f.JSON.value), json.dumps(found | told, indent=2))
+    hosts.only_first(lambda: tell(with_rates(results), found), "printing the numbers")
 
 
-def tell(rows: list[Json]) -> None:
-    """Prints the table, and writes the numbers."""
-    found = surroundings()
+def tell(rows: list[Json], found: Json) -> None:
+    """Prints the table."""
     print(show(rows))
-    peak = found["peak_bytes"]
     print(f"GB: arguments, results and temporaries on one {found['device']}, by XLA's account")
+    peak = peak_bytes()
     print(
         f"peak of the process: {peak / 1e9:.3f} GB"
         if peak
         else "peak of the process: this backend does not say"
     )
-    if f.JSON.value:
-        write_whole(as_path(f.JSON.value), json.dumps(found | {"results": rows}, indent=2))
+
+
+def peak_bytes() -> int | None:
+    """Of the whole process, on one device; None: the backend does not say, see xla_bytes."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def parts_of(recipe: Recipe, what: list[str]) -> dict[str, Callable[[], Iterable[bench.Result]]]:
@@ -72,18 +79,16 @@ def parts_of(recipe: Recipe, what: list[str]) -> dict[str, Callable[[], Iterable
         parts["streaming"] = partial(bench.streaming, recipe, vae, steps, frozen, runs)
     if vae:
         parts["vae"] = partial(bench.vae_parts, recipe, vae, runs)
+    for kernel in f.KERNELS:
+        parts[f"attention_{kernel}"] = partial(attention_kernel, recipe, kernel, runs)
     return {name: part for name, part in parts.items() if name in ("matmul", *what)}
 
 
-def surroundings() -> Json:
-    """Hardware, versions and command."""
-    device = jax.local_devices()[0]
-    stats = device.memory_stats() or {}
-    return made_with("launch.bench", ("jax", "jaxlib", "flax", "optax")) | {
-        "device": device.device_kind,
+def surroundings(*packages: str) -> Json:
+    """Hardware, command, and versions, also of these packages."""
+    return made_with("launch.bench", ("jax", "jaxlib", "flax", "optax", *packages)) | {
+        "device": jax.local_devices()[0].device_kind,
         "devices": jax.device_count(),
-        # of the whole process, on one device; None: the backend does not say, see xla_bytes
-        "peak_bytes": stats.get("peak_bytes_in_use"),
     }
 
 

@@ -78,7 +78,7 @@ def write_official(
             write_tensors(folder / file, shard, metadata(record), report)
         if len(shards) > 1:
             _write_json(folder / f"{NAME}.safetensors.index.json", _index(shards))
-        _write_json(folder / "config.json", _config(network.config, layout))
+        _write_json(folder / "config.json", stated_sizes(network.config, layout))
 
 
 def metadata(record: str) -> dict[str, str]:
@@ -187,7 +187,7 @@ def layer_of(leaf: Stacked, i: int | None) -> np.ndarray:
     return np.asarray(jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False))
 
 
-def _config(config: WanConfig, layout: Layout) -> dict[str, object]:
+def stated_sizes(config: WanConfig, layout: Layout) -> dict[str, object]:
     """What the config.json of the release says, or that of Diffusers."""
     c = config
     if layout == "official":

@@ -65,6 +65,9 @@ PRESETS = {
     "wan2.1-t2v-1.3b": _wan(1536, 12, 30, 8960),
     "wan2.1-t2v-14b": _wan(5120, 40, 40, 13824),
     "wan2.1-i2v-14b": _wan(5120, 40, 40, 13824, 1280),
+    # Wide enough that products take most of the time, and a CPU runs it in a second: see
+    # `launch.bench --peer`.
+    "wan2.1-t2v-small": _wan(768, 6, 6, 3072, text_dim=32),
     # Wan's channels, patches and text length, and little else: every program runs on a CPU in
     # seconds.
     "wan2.1-t2v-tiny": _wan(48, 2, 2, 96, text_dim=32, freq_dim=64),

@@ -108,8 +108,8 @@ def random_params(
 
     def fill(path, shape, place):
         zero = shape.dtype.kind == "i" or "opt_state" in jax.tree_util.keystr(path)
-        values = np.zeros(shape.shape) if zero else np.resize(noise, shape.shape)
-        values = values.astype(dtype or shape.dtype)
+        kind = dtype or shape.dtype  # cast before it grows: a teacher has 14e9 numbers
+        values = np.zeros(shape.shape, kind) if zero else np.resize(noise.astype(kind), shape.shape)
         return sharding.put(values, place) if place else jax.device_put(values)
 
     flat, tree = jax.tree_util.tree_flatten_with_path(shapes)

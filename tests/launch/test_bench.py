@@ -14,7 +14,7 @@ import pytest
 from configs import longlive, self_forcing
 from salt_jax.config.reading import read_recipe
 from salt_jax.models import vae
-from salt_jax.planning import bench, flops
+from salt_jax.planning import bench, bench_attention, flops
 from salt_jax.planning.updates import programs, update_name
 from salt_jax.rollout.draws import Terms
 from salt_jax.stages import make_stage
@@ -161,3 +161,54 @@ def test_so_are_those_that_few_calls_ask_for(seed):
     assert found == {f"student step{term}{way}" for term in terms for way in ways} | {
         f"critic step{way}" for way in ways
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_beside_diffusers_the_numbers_agree_and_ratios_are_told(tmp_path):
+    pytest.importorskip("torch")
+    pytest.importorskip("diffusers")
+    size = (*SIZE[:1], "--frames=6", *SIZE[2:], "--config.model.dtype=float32")
+    options = ("--peer=diffusers", "--runs=3", "--config.model.remat=none", "--vae=tiny")
+    done = run(*size, *options, f"--json={tmp_path / 'bench.json'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads((tmp_path / "bench.json").read_text())
+    rows = {row["part"]: row for row in told["results"]}
+    assert list(rows) == ["forward", "gradient", "rollout", "decode"]
+    for name, row in rows.items():
+        assert name in done.stdout
+        mine = [who for who in row["seconds"] if who.startswith("ours")]
+        assert len(mine) == (2 if name == "gradient" else 1)
+        for who in mine:
+            assert row["distance"][who] < 1e-4  # float32 sums in another order
+            low, middle, high = row["ratios"][who]["diffusers"]
+            assert 0 < low <= middle <= high
+        assert all(len(taken) == 3 for taken in row["seconds"].values())
+    assert told["dtype"] == "float32" and "torch" in told["versions"]
+
+
+def test_flags_of_a_peer_are_for_it_alone():
+    done = run("--compile")
+    assert done.returncode == 2 and "--compile is for ours beside a peer" in done.stderr
+    done = run("--peer=diffusers", "--what=streaming")
+    assert done.returncode == 2 and "parts other than forward, gradient" in done.stderr
+    done = run("--peer=diffusers", "--matmul=64")
+    assert done.returncode == 2 and "--matmul is for parts of ours alone" in done.stderr
+
+
+def test_a_kernel_is_timed_in_the_shapes_of_the_student():
+    config = tiny()
+    rows = list(bench_attention.attention_kernel(config, "blocks", 1))
+    assert [row.part for row in rows] == [
+        f"blocks {size}{what}" for size in ["12 x 12"] * 3 for what in ("", ", gradient")
+    ]
+    dim, tokens = config.wan.dim, 12
+    assert [row.flops for row in rows[:2]] == [4 * dim * tokens**2, 14 * dim * tokens**2]
+
+
+def test_a_plain_kernel_stays_within_the_device(monkeypatch):
+    config = tiny()
+    scores = 4 * config.wan.num_heads * 12**2
+    for memory, count in ((2 * scores, 6), (2 * scores - 1, 0)):
+        monkeypatch.setattr(bench_attention, "_memory", lambda memory=memory: memory)
+        assert len(list(bench_attention.attention_kernel(config, "plain", 1))) == count
