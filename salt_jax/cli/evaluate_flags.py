@@ -62,11 +62,11 @@ MODES = {
     "teacher": "the workdir of a teacher",
     "clips": "the workdir of a student of whole clips",
     "chunks": "the workdir of a student that works chunk by chunk",
-    "wan": "the workdir of a student of Wan 2.1",
+    "wan clips": "the workdir of a student of whole clips of Wan 2.1",
     "wan chunks": "the workdir of a student of Wan 2.1 that works chunk by chunk",
 }
 SHAPES = ("teacher", "clips", "chunks")
-WANS = ("wan", "wan chunks")
+WANS = ("wan clips", "wan chunks")
 BELONGS = {
     "vbench_results": ["vbench"],
     **dict.fromkeys(("workdir", "step", "average", "seed"), (*SHAPES, *WANS)),
@@ -98,12 +98,8 @@ def read_wanted() -> Wanted:
     out = as_path(WORKDIR.value or "")
     recipe = read_workdir(out, STEP.value)
     wan = recipe.data.kind == "latents"
-    mode = "teacher" if recipe.makes_teacher else "chunks" if recipe.causal else "clips"
-    refuse_flags(
-        mode.replace("clips", "wan").replace("chunks", "wan chunks") if wan else mode,
-        MODES,
-        BELONGS,
-    )
+    student = "wan " * wan + ("chunks" if recipe.causal else "clips")
+    refuse_flags("teacher" if recipe.makes_teacher else student, MODES, BELONGS)
     refuse_not_finite("guidance", GUIDANCE.value)
     solvers = read_solvers(recipe) if not recipe.makes_teacher else []
     long = LONG.value if LONG.value is not None else 4 * (not wan)

@@ -253,6 +253,8 @@ def test_a_release_goes_in_makes_a_video_and_a_student_that_goes_out_again(
     if kind == "i2v":
         done = program("sample", f"--workdir={run}", "--num_steps=2", "--prompt=A cat")
         assert done.returncode == 2 and "--image" in done.stderr and done.stderr.count("\n") == 1
+        done = program("evaluate", f"--workdir={run}", f"--prompts_file={prompts}")
+        assert done.returncode == 2 and "makes videos of pictures" in done.stderr
 
 
 @pytest.mark.slow
