@@ -1,10 +1,10 @@
-"""python -m launch.measure [--minutes=10] [--dir=runs/measure] [--only=TEXT]
+"""python -m launch.measure [--minutes=10] [--into=runs/measure] [--only=TEXT]
 
 Everything that only an accelerator can tell, in one call: the kernels of attention beside each
 other, the updates of Self Forcing with Salt, streaming, memory beside what compiler and plan say,
 and diffusers beside ours. Random weights; Wan 2.1's own size on an accelerator, a small one on a
 CPU. Each part is a process of its own with a share of the minutes; one that fails is told with its
-sentence, and the others go on. Writes DIR/measure.json, and of it DIR/measure.md, a section for
+sentence, and the others go on. Writes INTO/measure.json, and of it INTO/measure.md, a section for
 docs/results.md. See launch/measure.sh.
 """
 
@@ -35,9 +35,9 @@ from salt_jax.stages import make_stage
 from salt_jax.stages.networks import attention_kernel
 
 MINUTES = flags.DEFINE_float("minutes", 10.0, "for everything", lower_bound=0.1)
-DIR = flags.DEFINE_string("dir", "runs/measure", "where the two files are written")
+INTO = flags.DEFINE_string("into", "runs/measure", "where the two files are written")
 ONLY = flags.DEFINE_string("only", "", "parts with this in their name alone")
-name_files(DIR)
+name_files(INTO)
 
 CONFIG = "self_forcing.py:wan,salt"
 ONE_DEVICE = {"batch_size": 1, "mesh.data": 1, "mesh.fsdp": -1}
@@ -177,7 +177,7 @@ def probe() -> Json:
 
 def main(_):
     end = time.monotonic() + 60 * MINUTES.value
-    folder = as_path(DIR.value)
+    folder = as_path(INTO.value)
     folder.mkdir(parents=True, exist_ok=True)
     # or the driver's default share of a GPU would be all that is measured
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", ".95")

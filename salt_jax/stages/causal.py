@@ -24,7 +24,7 @@ from salt_jax.flow.prediction import guide
 from salt_jax.flow.schedule import grid
 from salt_jax.models.denoiser import WanDenoiser
 from salt_jax.models.visibility import chunk_pairs
-from salt_jax.rollout.causal import plan_teacher_forcing
+from salt_jax.rollout.replay import plan_teacher_forcing
 from salt_jax.stages.contradictions import causal_teacher, no_lora, no_rollouts
 from salt_jax.stages.stage import Frozen, Memory, Parts, Pass, Stage, Update, Weights
 from salt_jax.stages.weights import in_dtype

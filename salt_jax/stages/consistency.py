@@ -15,7 +15,7 @@ from salt_jax.flow.prediction import add_noise
 from salt_jax.flow.transition import euler
 from salt_jax.losses.regression import endpoint_loss
 from salt_jax.models.denoiser import WanDenoiser
-from salt_jax.rollout.causal import plan_teacher_forcing
+from salt_jax.rollout.replay import plan_teacher_forcing
 from salt_jax.stages import causal, single
 from salt_jax.stages.networks import denoiser_of
 from salt_jax.stages.stage import (

@@ -17,7 +17,7 @@ from salt_jax.data.trajectories import open_trajectories
 from salt_jax.flow.transition import euler
 from salt_jax.losses.regression import endpoint_loss
 from salt_jax.models.denoiser import WanDenoiser
-from salt_jax.rollout.causal import plan_teacher_forcing
+from salt_jax.rollout.replay import plan_teacher_forcing
 from salt_jax.sharding import batch_sharding, put_rows, replicated
 from salt_jax.stages import causal, single
 from salt_jax.stages.accumulate import in_turn

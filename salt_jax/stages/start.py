@@ -14,15 +14,9 @@ from salt_jax.config.schema import Recipe
 from salt_jax.flow.prediction import add_noise
 from salt_jax.models.denoiser import WanDenoiser
 from salt_jax.models.visibility import AttentionPlan
-from salt_jax.rollout.causal import (
-    Origin,
-    Steps,
-    Trajectory,
-    plan_diffusion_forcing,
-    plan_replay,
-    rollout,
-)
+from salt_jax.rollout.causal import Origin, Steps, Trajectory, rollout
 from salt_jax.rollout.draws import Draw, LevelTriple, draw_chunk_triples, draw_triples
+from salt_jax.rollout.replay import plan_diffusion_forcing, plan_replay
 from salt_jax.stages.judging import Renoised, draw_renoised
 from salt_jax.stages.stage import ABSENT, Batch
 from salt_jax.types import Latent, Params, PRNGKey, Sigma

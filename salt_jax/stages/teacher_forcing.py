@@ -14,7 +14,7 @@ from salt_jax.flow.draws import draw_renoise_sigma
 from salt_jax.flow.prediction import add_noise
 from salt_jax.losses.flow_matching import flow_matching_loss, midlevel_weight
 from salt_jax.models.denoiser import WanDenoiser
-from salt_jax.rollout.causal import plan_teacher_forcing
+from salt_jax.rollout.replay import plan_teacher_forcing
 from salt_jax.stages import causal, single
 from salt_jax.stages.networks import denoiser_of
 from salt_jax.stages.stage import (

@@ -164,7 +164,7 @@ def test_chunk_by_chunk_the_chunks_before_are_finished(solver):
         plan = plan_next_chunk(cache, policy, chunk.shape[1])
         for i, (s, m, e) in enumerate(zip(SIGMAS[:-1], MIDPOINTS, SIGMAS[1:], strict=True)):
             steps = Steps(jnp.asarray(SIGMAS), jnp.int32(i), solver)
-            x_s, x0 = generate_chunk(NETWORK, params, plan, cond, steps, keys, picture)
+            x_s, x0, _ = generate_chunk(NETWORK, params, plan, cond, steps, keys, picture)
             v_s = NETWORK.denoise(params, x_s, jnp.full(2, s), cond, plan).velocity
             x_m = x_s - (s - m) * v_s
             v_m = NETWORK.denoise(params, x_m, jnp.full(2, m), cond, plan).velocity

@@ -85,7 +85,7 @@ def test_who_finds_nobody_says_so(monkeypatch):
     monkeypatch.setattr(processes, "JOIN", 2)
     with flagsaver.as_parsed(coordinator="localhost:1", num_processes="2", process_id="1"):
         with pytest.raises(UserError, match="did not find each other within 2 s"):
-            with processes.joined():
+            with processes.joined(lambda: None):
                 pass
 
 

@@ -128,7 +128,7 @@ def test_where_no_teacher_fits_that_is_told():
 
 @pytest.mark.slow
 def test_the_whole_of_it_on_a_cpu(tmp_path):
-    done = program("measure", f"--dir={tmp_path}", "--minutes=10")
+    done = program("measure", f"--into={tmp_path}", "--minutes=10")
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "measure.json").read_text())
     parts = {each["name"]: each for each in found["parts"]}

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jsonschema
@@ -21,9 +20,9 @@ import pytest
 import yaml
 from jax._src.clusters import cloud_tpu_cluster
 
-from salt_jax.cli import app, evaluating
+from salt_jax.cli import app
 from salt_jax.errors import STOPPED
-from tests.helpers import ROOT, without_type_checks
+from tests.helpers import ROOT
 from tests.launch.pods_schema import JOBSET
 from tests.launch.programs import succeed
 
@@ -240,12 +239,6 @@ def test_a_run_needs_no_git(monkeypatch):
     """The image of launch/Dockerfile has none."""
     monkeypatch.setenv("PATH", "")
     assert app.commit() is None
-    run = SimpleNamespace(made_with=dict(step=1, average="ema", sha256="ab"))
-    run.recipe = SimpleNamespace(seed=3)
-    for name in ("SEED", "COUNT"):
-        monkeypatch.setattr(evaluating.f, name, SimpleNamespace(value=0))
-    with without_type_checks():
-        assert evaluating.origin(run)["commit"] == "unknown"
 
 
 def jobset() -> tuple[dict, dict, dict]:

@@ -19,13 +19,8 @@ from salt_jax.models.kv_cache import KVCache, append, flush, grow, plan_next_chu
 from salt_jax.models.presets import Compute, WanConfig
 from salt_jax.models.rope import rope_angles
 from salt_jax.models.visibility import AttentionPlan, KeysValues, QueryGroup, chunk_groups
-from salt_jax.rollout.causal import (
-    Trajectory,
-    commit,
-    plan_diffusion_forcing,
-    plan_teacher_forcing,
-    replay,
-)
+from salt_jax.rollout.causal import Trajectory, commit
+from salt_jax.rollout.replay import plan_diffusion_forcing, plan_teacher_forcing, replay
 from salt_jax.types import Conditioning
 from tests.helpers import close, diffusers_sizes, randomised, shapes_of, to_diffusers
 

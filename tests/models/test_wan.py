@@ -17,7 +17,7 @@ from salt_jax.models.denoiser import guided, wan_denoiser
 from salt_jax.models.position_channels import POSITION_CHANNELS, position_channels
 from salt_jax.models.presets import PRESETS, Compute, Remat, WanConfig
 from salt_jax.models.wan import Inputs, apply_wan
-from salt_jax.rollout.causal import plan_teacher_forcing
+from salt_jax.rollout.replay import plan_teacher_forcing
 from salt_jax.sharding import make_mesh
 from salt_jax.types import Conditioning
 from tests.helpers import close, randomised, shapes_of, to_diffusers, wan_inputs, wan_of_diffusers

@@ -215,7 +215,7 @@ def test_self_forcing_costs_what_was_derived_by_hand():
 
 
 def test_salt_costs_what_was_derived_by_hand():
-    plain, r = (recipe(self_forcing, v, align__probability=1.0) for v in ("wan", "wan,salt"))
+    plain, r = (recipe(self_forcing, v, align__probability=1.0) for v in ("wan", "wan,salt,paper"))
     mix = mean_mix(r)
     parts, less = (tera(mean_flops(x, "student")) for x in (r, plain))
     assert parts["student: rollout"] - less["student: rollout"] == pytest.approx(119, rel=0.01)

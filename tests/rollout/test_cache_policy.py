@@ -12,7 +12,8 @@ from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.denoiser import wan_denoiser
 from salt_jax.models.kv_cache import plan_next_chunk
 from salt_jax.models.presets import Compute, WanConfig
-from salt_jax.rollout.causal import Origin, Steps, commit, generate_chunk, replay, rollout
+from salt_jax.rollout.causal import Origin, Steps, commit, generate_chunk, rollout
+from salt_jax.rollout.replay import replay
 from salt_jax.types import Conditioning
 from tests.helpers import shapes_of
 

@@ -18,17 +18,9 @@ from salt_jax.models.kv_cache import append, plan_next_chunk, trim
 from salt_jax.models.position_channels import POSITION_CHANNELS
 from salt_jax.models.presets import Compute, WanConfig
 from salt_jax.models.visibility import AttentionPlan, QueryGroup
-from salt_jax.rollout.causal import (
-    Origin,
-    Steps,
-    commit,
-    generate_chunk,
-    read_clip,
-    recache,
-    replay,
-    rollout,
-)
+from salt_jax.rollout.causal import Origin, Steps, commit, generate_chunk, recache, rollout
 from salt_jax.rollout.parallel import noise_at
+from salt_jax.rollout.replay import read_clip, replay
 from salt_jax.types import Conditioning
 from tests.helpers import randomised, shapes_of
 

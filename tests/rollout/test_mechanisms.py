@@ -21,8 +21,9 @@ from salt_jax.models.denoiser import Guided, GuidedParams, wan_denoiser
 from salt_jax.models.kv_cache import KVCache, plan_next_chunk, trim
 from salt_jax.models.presets import Compute, WanConfig
 from salt_jax.models.visibility import AttentionPlan, KeysValues, QueryGroup, chunk_groups
-from salt_jax.rollout.causal import Origin, Steps, recache, replay, rollout
+from salt_jax.rollout.causal import Origin, Steps, recache, rollout
 from salt_jax.rollout.parallel import noise_at
+from salt_jax.rollout.replay import replay
 from salt_jax.rollout.sampler import Cue, Sampler, clip_keys, generate, make_chunk
 from salt_jax.types import Conditioning
 from tests.helpers import randomised, shapes_of

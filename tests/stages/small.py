@@ -16,8 +16,8 @@ from salt_jax.flow.prediction import from_velocity
 from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.denoiser import WanDenoiser
 from salt_jax.models.presets import Compute, WanConfig
-from salt_jax.rollout.causal import plan_teacher_forcing
 from salt_jax.rollout.draws import Terms, draw_rollout
+from salt_jax.rollout.replay import plan_teacher_forcing
 from salt_jax.stages import make_stage
 from salt_jax.stages.stage import Batch, Inputs, Update, Weights
 from salt_jax.state import first_state

@@ -18,18 +18,11 @@ from salt_jax.losses.dmd import dmd_loss
 from salt_jax.losses.self_consistency import self_consistency_loss
 from salt_jax.models.kv_cache import trim
 from salt_jax.models.lora import init_lora, merge
-from salt_jax.rollout.causal import (
-    Origin,
-    Steps,
-    plan_diffusion_forcing,
-    plan_replay,
-    recache,
-    replay,
-    rollout,
-)
+from salt_jax.rollout.causal import Origin, Steps, recache, rollout
 from salt_jax.rollout.draws import Terms, draw_chunk_triples, draw_rollout
+from salt_jax.rollout.replay import plan_diffusion_forcing, plan_replay, replay
 from salt_jax.stages.stage import Update
-from salt_jax.stages.start import StartNoise, self_rollout
+from salt_jax.stages.start import self_rollout
 from salt_jax.state import first_state
 from salt_jax.train.step import Call, train_step
 from salt_jax.types import Conditioning
@@ -196,12 +189,12 @@ def test_a_new_video_begins_where_it_was_drawn():
 
     @jax.jit
     def numbers(params, draw):
-        noise = StartNoise(None, jax.random.split(KEY, BATCH))
-        begins = Origin(batch_of(0).cond)
-        made = self_rollout(NETWORK, params, begins, noise, draw, recipe)
-        goes_on = begins._replace(cache=trim(made.trajectory.cache, memory))
-        more = self_rollout(NETWORK, params, goes_on, noise, draw._replace(start=0), recipe)
-        return made.trajectory.cache.frames, more.trajectory.cache.frames, more.plan.frames
+        keys, steps = jax.random.split(KEY, BATCH), as_steps(draw, recipe)
+        begins = Origin(batch_of(0).cond, start=draw.start)
+        made = self_rollout(NETWORK, params, begins, steps, keys, recipe)
+        goes_on = Origin(begins.cond, trim(made.cache, memory))
+        more = self_rollout(NETWORK, params, goes_on, steps, keys, recipe)
+        return made.cache.frames, more.cache.frames, plan_replay(more, memory).frames
 
     first, then, new = numbers(STUDENT, draw)
     np.testing.assert_array_equal(first, 4 + np.arange(6))

@@ -14,10 +14,11 @@ from configs import self_forcing
 from salt_jax.config.reading import read_recipe
 from salt_jax.flow.prediction import guide
 from salt_jax.models.kv_cache import plan_next_chunk
-from salt_jax.rollout.causal import Origin, commit, plan_replay, replay
+from salt_jax.rollout.causal import Origin, commit
 from salt_jax.rollout.causal import rollout as roll
 from salt_jax.rollout.draws import Terms
 from salt_jax.rollout.parallel import noise_at
+from salt_jax.rollout.replay import plan_replay, replay
 from salt_jax.stages import make_stage
 from salt_jax.stages.stage import Update, Weights
 from salt_jax.stages.start import as_steps
