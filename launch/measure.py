@@ -1,4 +1,4 @@
-"""python -m launch.measure [--minutes=10] [--into=runs/measure] [--only=TEXT]
+"""python -m launch.measure [--minutes=10] [--into=runs/measure] [--parts=TEXT]
 
 Everything that only an accelerator can tell, in one call: the kernels of attention beside each
 other, the updates of Self Forcing with Salt, streaming, memory beside what compiler and plan say,
@@ -36,7 +36,7 @@ from salt_jax.stages.networks import attention_kernel
 
 MINUTES = flags.DEFINE_float("minutes", 10.0, "for everything", lower_bound=0.1)
 INTO = flags.DEFINE_string("into", "runs/measure", "where the two files are written")
-ONLY = flags.DEFINE_string("only", "", "parts with this in their name alone")
+PARTS = flags.DEFINE_string("parts", "", "parts with this in their name alone")
 name_files(INTO)
 
 CONFIG = "self_forcing.py:wan,salt"
@@ -188,7 +188,7 @@ def main(_):
     chosen = choice._asdict() if choice else None
     found = made_with("launch.measure", ("jax", "jaxlib", "torch", "diffusers", "tokamax")) | device
     found |= {"minutes": MINUTES.value, "config": CONFIG, "chosen": chosen, "parts": []}
-    left = [t for t in tasks(device["platform"], choice) if ONLY.value in t.name]
+    left = [t for t in tasks(device["platform"], choice) if PARTS.value in t.name]
     with tqdm(total=len(left), unit="part") as bar:
         while left:
             task, share = left[0], left[0].share / sum(t.share for t in left)

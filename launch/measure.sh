@@ -2,7 +2,7 @@
 # Everything that only an accelerator can tell, in ten minutes: kernels of attention, updates, streaming, memory, and
 # diffusers beside ours. Writes runs/measure/measure.json and of it measure.md, a section for docs/results.md.
 #
-#   bash launch/measure.sh [--minutes=10] [--into=runs/measure] [--only=TEXT]
+#   bash launch/measure.sh [--minutes=10] [--into=runs/measure] [--parts=TEXT]
 #
 # What is installed is used as it is: jax for the accelerator at hand, and where they are there torch, diffusers and
 # tokamax. What is absent or fails is told in one sentence, and the rest goes on.

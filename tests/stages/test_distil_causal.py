@@ -22,7 +22,7 @@ from salt_jax.rollout.causal import Origin, Steps, recache, rollout
 from salt_jax.rollout.draws import Terms, draw_chunk_triples, draw_rollout
 from salt_jax.rollout.replay import plan_diffusion_forcing, plan_replay, replay
 from salt_jax.stages.stage import Update
-from salt_jax.stages.start import self_rollout
+from salt_jax.stages.start import as_steps, self_rollout
 from salt_jax.state import first_state
 from salt_jax.train.step import Call, train_step
 from salt_jax.types import Conditioning
