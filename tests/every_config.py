@@ -5,16 +5,8 @@ import importlib
 
 def each_reading(*variants):
     """Salt with these, by the paper and by the authors' code: by size one of the two by default."""
-    return [
-        size + variant + ",salt" + reading
-        for size, reading in (
-            ("shapes", ""),
-            ("shapes", ",release"),
-            ("wan", ""),
-            ("wan", ",paper"),
-        )
-        for variant in variants
-    ]
+    shapes = ["shapes" + v + ",salt" + r for v in variants for r in ("", ",release")]
+    return [*shapes, *(f"wan{v},salt" for v in variants), "wan,salt,paper"]
 
 
 # Every config with what may stand after the colon, alone and together.
@@ -32,7 +24,7 @@ OPTIONS = {
     "consistency": ["", "frame", "long", "wan", "wan,frame"],
     "shortcut": ["", "wan"],
     "self_forcing": ["", "naive", "naive,release", "mixed", "mixed_sc", "long", "wan", "wan,naive"]
-    + each_reading("", ",mixed_sc"),
+    + ["mixed_sc,release", "wan,mixed,paper", *each_reading("")],
     "causal_forcing": [
         size + variant for size in ("shapes", "wan") for variant in ("", ",frame", ",two", ",one")
     ]

@@ -32,7 +32,7 @@ def draw_triple(
 def nearest(sigma: Float[Array, "b"], shift_amount: float) -> Float[Array, "b"]:
     """The nearest level of the peers' table, which has 1,000 and ends at 4.98e-3 for shift 5."""
     table = jnp.asarray(grid(1000, shift_amount)[:-1])
-    return table[jnp.argmin(jnp.abs(table - sigma[:, None]), axis=1)]
+    return table[jnp.argmin(jnp.abs(table[None] - sigma[:, None]), axis=1)]
 
 
 def draw_renoise_sigma(

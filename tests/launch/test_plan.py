@@ -7,7 +7,7 @@ import pytest
 from tests.launch.programs import program
 
 pytestmark = pytest.mark.slow  # each run starts a Python of its own
-SALT = "--config=configs/self_forcing.py:wan,salt"
+SALT = "--config=configs/self_forcing.py:wan,salt,paper"
 
 
 def plan(*args):

@@ -3,8 +3,10 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
+from salt_jax.data.latents import open_records
 from tests.launch import processes
 
 OPTIONS = {"weights": "", "teacher.kind": "closed_form", "iterations": 1, "batch_size": 4}
@@ -19,9 +21,12 @@ def run(name, args, logs, count, codes=(0,)):
 
 
 def files(folder):
-    """The content of each file but MP4, whose encoder gives one clip now and then other bytes."""
+    """The content of each file but MP4 and records: one clip now and then has other bytes there,
+    and the same features another order.
+    """
+    skipped = lambda path: path.suffix == ".mp4" or "array_record" in path.name
     return {
-        path.relative_to(folder).as_posix(): path.suffix == ".mp4" or path.read_bytes()
+        path.relative_to(folder).as_posix(): skipped(path) or path.read_bytes()
         for path in folder.rglob("*")
         if path.is_file()
     }
@@ -84,6 +89,10 @@ def test_two_processes_share_the_parts_of_a_data_set(tmp_path):
         assert sums == [True, False][:count]
         made.append(files(data))
     assert made[0] == made[1] and len([name for name in made[1] if "array_record" in name]) == 3
+    one, two = (open_records(tmp_path / f"data{i}", (1, 2, 2, 16), 512).records for i in (1, 2))
+    for first, second in zip(one, two, strict=True):
+        assert first["caption"] == second["caption"]
+        np.testing.assert_array_equal(first["text"], second["text"])
     both = [*args, "--process_index=0", "--process_count=2"]
     for text in run("encode", both, tmp_path / "both", 2, codes=(2,)):
         assert "--process_index and --process_count are for processes that cannot reach" in text
@@ -124,4 +133,5 @@ def test_a_checkpoint_that_only_one_cannot_read_ends_both(workdir, tmp_path):
     for mine, folder in zip(args, (workdir, other), strict=True):
         mine[:0] = [f"--workdir={folder}", "--config=configs/base.py"]
     for text in run("train", args, tmp_path / "train", 2, codes=(2,)):
-        assert "error: no checkpoint in" in text and "Traceback" not in text
+        # Orbax's threads may say before it that their loop is closed
+        assert text.splitlines()[-1].startswith("error: no checkpoint in")

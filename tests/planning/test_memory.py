@@ -121,7 +121,7 @@ def test_a_run_of_1_3b_under_14b_keeps_what_was_derived():
 
 @pytest.mark.slow
 def test_bytes_on_a_device_fall_with_the_mesh_and_add_up():
-    r = recipe(self_forcing, "wan,salt")
+    r = recipe(self_forcing, "wan,salt,paper")
     one, many = rows(r, ONE), rows(r, ONE | {"data": 8, "fsdp": 8})
     assert many["caches"].device * 64 == one["caches"].device
     assert one["student"].device == one["student"].whole == many["student"].whole

@@ -125,9 +125,9 @@ def compiled(update, recipe=RECIPE):
     return compile_step(distil(recipe), update, layout(causal_state(recipe), FROZEN))
 
 
-def run(step, state, batch, draw, frozen=FROZEN, index=0):
+def run(step, state, batch, draw, frozen=FROZEN, sizes=(), index=0):
     """One call of a compiled update as the loop makes it; `state` is copied."""
-    return step(*arguments(layout(state, frozen), state, frozen, batch, draw, index))
+    return step(*arguments(layout(state, frozen, sizes), state, frozen, batch, draw, index))
 
 
 @functools.cache
