@@ -185,6 +185,8 @@ def run_main(main: Callable[[list[str]], None], doc: str | None = None) -> None:
         # TFDS talks through absl; our own warnings go through the standard logger of their module.
         logging.set_verbosity(logging.ERROR)
         std_logging.getLogger("salt_jax").setLevel(std_logging.WARNING)
+        # It tells, with a traceback, of errors of Orbax's tasks that Orbax has raised already.
+        std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
         try:
             as_path(os.environ["JAX_COMPILATION_CACHE_DIR"], "JAX_COMPILATION_CACHE_DIR")
             if flags.FLAGS["print_config"].value:
