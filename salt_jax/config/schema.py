@@ -164,6 +164,11 @@ class Recipe:
         return PRESETS[self.teacher.preset or self.model.preset]
 
     @property
+    def features_wan(self) -> WanConfig:
+        """The network of cache alignment's features."""
+        return self.teacher_wan if self.align.network == "teacher" else self.wan
+
+    @property
     def clip_shape(self) -> tuple[int, int, int, int]:
         """(F, H, W, C) of a clip."""
         if self.data.kind == "moving_shapes":

@@ -139,10 +139,14 @@ def draw_rollout(r: Recipe, iteration: int, call: int) -> tuple[Terms, Draw]:
     return Terms(self_consistency, bool(u[3] < coin), sequence), draw
 
 
+def shorter_steps(r: Recipe) -> tuple[int, ...]:
+    """K of a rollout below the largest, so that T(2K) exists."""
+    return tuple(k for k in r.rollout.num_steps if k < max(r.rollout.num_steps))
+
+
 def aligned_steps(r: Recipe) -> tuple[int, ...]:
-    """K of the updates that can have cache alignment: below the largest, so that T(2K) exists."""
-    below = (k for k in r.rollout.num_steps if k < max(r.rollout.num_steps))
-    return r.align.num_steps or tuple(below)
+    """K of the updates that can have cache alignment."""
+    return r.align.num_steps or shorter_steps(r)
 
 
 def as_reference(draw: Draw, r: Recipe) -> Draw:

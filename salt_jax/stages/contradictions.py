@@ -5,6 +5,7 @@ key and the remedy.
 from collections.abc import Iterator
 
 from salt_jax.config.schema import Recipe
+from salt_jax.rollout.draws import aligned_steps, shorter_steps
 
 NO_ALIGNMENT = (
     "config.align.weight={} aligns rollouts of different numbers of steps; set it to 0, or "
@@ -98,22 +99,21 @@ def alignment(r: Recipe) -> Iterator[str]:
             f"config.align.network=teacher has no features where config.teacher.kind="
             f"{r.teacher.kind}; set config.align.network=base"
         )
-    network = r.teacher_wan if a.network == "teacher" else r.wan
-    if not 1 <= a.layers <= network.num_layers:
+    if not 1 <= a.layers <= r.features_wan.num_layers:
         yield (
-            f"config.align.layers={a.layers} must be between 1 and the {network.num_layers} layers "
-            "of the network"
+            f"config.align.layers={a.layers} must be between 1 and the "
+            f"{r.features_wan.num_layers} layers of the network"
         )
-    can = [k for k in r.rollout.num_steps if k < max(r.rollout.num_steps)]
+    can, aligned = shorter_steps(r), aligned_steps(r)
     if not set(a.num_steps) <= set(can):
         yield (
-            f"config.align.num_steps={a.num_steps} must be among {tuple(can)}, the "
+            f"config.align.num_steps={a.num_steps} must be among {can}, the "
             "config.rollout.num_steps with a denser schedule"
         )
-    elif a.lowest_exit >= max(a.num_steps or can, default=1):
+    elif a.lowest_exit >= max(aligned, default=1):
         yield (
             f"config.align.lowest_exit={a.lowest_exit} leaves no update with the term: "
-            f"config.align.num_steps are {a.num_steps or tuple(can)}; lower it"
+            f"config.align.num_steps are {aligned}; lower it"
         )
     if not 0 < a.probability <= 1:
         yield f"config.align.probability={a.probability} must be in (0, 1]"

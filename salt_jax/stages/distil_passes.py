@@ -83,7 +83,7 @@ def mean_mix(recipe: Recipe) -> Mix:
 def passes(recipe: Recipe, moves: str, mix: Mix) -> list[Pass]:
     """Those of an update of the student or the critic."""
     wan, frames, layers = recipe.wan, recipe.clip_shape[0], recipe.align.layers
-    judge = recipe.teacher_wan if recipe.align.network == "teacher" else wan
+    judge = recipe.features_wan
     whole = ((frames, frames),)
     made = list(rollout_passes(recipe, "student: rollout", mix.first, mix.rest, mix))
     if moves == "critic":
@@ -114,7 +114,7 @@ def memory(recipe: Recipe, update: Update) -> Memory:
     rolls = recipe.video == "rollout"
     going = recipe.memory.capacity(0) - recipe.stream.overlap if recipe.stream.max_frames else 0
     terms = update.terms
-    judge = recipe.teacher_wan if recipe.align.network == "teacher" else recipe.wan
+    judge = recipe.features_wan
     share = recipe.align.layers * judge.dim / (recipe.wan.num_layers * recipe.wan.dim)
     second = terms.self_consistency and recipe.loss.stop_gradient != "composed"
     return Memory(

@@ -32,13 +32,14 @@ class Judged(NamedTuple):
     x: Latent
     told: Sigma  # [B], the level that the networks are told
     sigma: Sigma  # its noise level
-    taken: Sigma  # what is taken for it where a velocity becomes a clean estimate
+    # what is taken for it where a velocity becomes a clean estimate; None: the level itself
+    taken: Sigma | None
     cond: Conditioning
 
     def by(self, network: Denoiser, params: Params) -> Prediction:
         """What teacher or critic says of it."""
         said = network.denoise(params, self.x, self.told, self.cond)
-        if self.taken is self.sigma:
+        if self.taken is None:
             return said
         velocity = said.velocity * expand(self.taken / self.sigma, self.x)
         return from_velocity(self.x, velocity, self.sigma)
@@ -46,7 +47,7 @@ class Judged(NamedTuple):
 
 def judged(x0: Latent, renoised: Renoised, cond: Conditioning, r: Renoise) -> Judged:
     """The three levels are one but for the peers' two tables (`renoise.score_shift`)."""
-    sigma = taken = renoised.sigma
+    sigma, taken = renoised.sigma, None
     if r.score_shift:
         sigma, taken = nearest(sigma, r.shift), nearest(sigma, r.score_shift)
     x = add_noise(jax.lax.stop_gradient(x0), renoised.noise, sigma)

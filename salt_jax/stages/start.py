@@ -4,6 +4,7 @@ Everything random is drawn for the whole batch at once and then cut, so an examp
 noise however many micro-batches there are (`stages.accumulate`).
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -116,13 +117,9 @@ def rolled_out(made: Trajectory, origin: Origin, draw: Draw, recipe: Recipe) -> 
 
 
 def as_steps(draw: Draw, recipe: Recipe) -> Steps:
-    solver = recipe.rollout.solver
-    first = (
-        Steps(
-            draw.first_levels, draw.first_exit, solver, context_noise=recipe.rollout.context_noise
-        )
-        if recipe.rollout.first_steps
-        else None
-    )
-    noise = recipe.rollout.context_noise
-    return Steps(draw.levels, draw.exit_step, solver, first, context_noise=noise)
+    r = recipe.rollout
+    steps = Steps(draw.levels, draw.exit_step, r.solver, context_noise=r.context_noise)
+    if not r.first_steps:
+        return steps
+    own = replace(steps, levels=draw.first_levels, exit_step=draw.first_exit)
+    return replace(steps, first=own)
