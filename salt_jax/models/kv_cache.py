@@ -28,7 +28,9 @@ SLOT_AXES = {"k": 2, "v": 2, "x0": 1, "frames": 0}
 
 @flax.struct.dataclass
 class KVCache:
-    """Finished frames, oldest first. Slots that hold none yet are behind them."""
+    """Finished frames. Slots that hold none yet are behind them. Oldest first, until a full one
+    that forgets writes over its oldest; their numbers tell (`by_age`).
+    """
 
     k: Leaf  # [layers, B, slots, S, A, d], raw: not yet turned by rotary positions
     v: Leaf  # the same
@@ -53,30 +55,48 @@ def map_slots(f: Callable[..., Array], cache: KVCache, *others: KVCache) -> KVCa
 
 
 def append(cache: KVCache, new: KeysValues, x0: Latent, policy: CachePolicy) -> KVCache:
-    """The cache with finished frames added. A full rolling cache drops the oldest frames behind the
-    sink.
+    """The cache with finished frames added, each in the place of the oldest behind the sink once
+    all slots are filled: nothing else is moved or copied where the cache is donated.
 
     A cache of a policy that drops nothing must have room: callers know how many frames they ask
     for, see `refuse_overflow`.
     """
-    count, total = x0.shape[1], cache.filled + x0.shape[1]
-    slots = jnp.arange(cache.slots)
-    kept = jnp.where(slots < policy.sink, slots, slots + jnp.maximum(total - cache.slots, 0))
-    source = jnp.where(kept < cache.filled, kept, cache.slots + kept - cache.filled)
+    count, ring = x0.shape[1], cache.slots - policy.sink if policy.window else 0
+    oldest = policy.sink + jnp.argmin(cache.frames[policy.sink :]) if ring > 0 else 0
+    start = jnp.where(cache.filled < cache.slots, cache.filled, oldest)
 
     def put(axis, old, new):
         new = new.astype(old.dtype)
         if not policy.window:
-            return jax.lax.dynamic_update_slice_in_dim(old, new, cache.filled, axis)
-        return jnp.take(jnp.concatenate([old, new], axis), source, axis, mode="clip")
+            return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis)
+        for i in range(count if cache.slots else 0):
+            slot, frame = start + i, jax.lax.slice_in_dim(new, i, i + 1, axis=axis)
+            if ring > 0:
+                slot = jnp.where(slot < cache.slots, slot, policy.sink + (slot - cache.slots) % ring)
+            else:  # a full sink and nothing else is kept
+                there = jax.lax.dynamic_slice_in_dim(old, slot, 1, axis)
+                frame = jnp.where((cache.filled + i < cache.slots), frame, there)
+            old = jax.lax.dynamic_update_slice_in_dim(old, frame, slot, axis)
+        return old
 
     numbers = cache.end + jnp.arange(count, dtype=jnp.int32)
     added = replace(cache, k=new.k, v=new.v, x0=x0, frames=numbers)
     return replace(
         map_slots(put, cache, added),
-        filled=jnp.minimum(total, cache.slots),
+        filled=jnp.minimum(cache.filled + count, cache.slots),
         end=cache.end + count,
     )
+
+
+def by_age(cache: KVCache) -> Int[Array, "_"]:
+    """Slots from the oldest frame to the newest, those without one behind."""
+    empty = jnp.arange(cache.slots) >= cache.filled
+    return jnp.argsort(jnp.where(empty, jnp.iinfo(jnp.int32).max, cache.frames))
+
+
+def take_slots(cache: KVCache, slots: Int[Array | np.ndarray, "_"]) -> KVCache:
+    """The frames of these slots, in this order."""
+    return map_slots(lambda axis, x: jnp.take(x, slots, axis, mode="clip"), cache)
 
 
 def grow(cache: KVCache, empty: KVCache) -> KVCache:
@@ -113,7 +133,7 @@ def flush(cache: KVCache, policy: CachePolicy, keep: int) -> KVCache:
     source = jnp.where(
         slots < policy.sink, slots, slots + jnp.maximum(cache.filled - keep - policy.sink, 0)
     )
-    moved = map_slots(lambda axis, x: jnp.take(x, source, axis, mode="clip"), cache)
+    moved = take_slots(cache, jnp.take(by_age(cache), source, mode="clip"))
     return replace(moved, filled=jnp.minimum(cache.filled, policy.sink + keep))
 
 
@@ -127,14 +147,16 @@ def plan_next_chunk(
     """
     k, v, numbers, filled = cache.k, cache.v, cache.frames, cache.filled
     reach = policy.window - size if policy.window else cache.slots
+    ranks = jnp.argsort(by_age(cache)).astype(jnp.int32)
     if reach < cache.slots:  # the cache holds more than is seen: take the sink and the end
-        slots = jnp.arange(reach)
-        slots = jnp.where(slots < policy.sink, slots, slots + jnp.maximum(filled - reach, 0))
-        k, v, numbers = jnp.take(k, slots, 2), jnp.take(v, slots, 2), numbers[slots]
+        ranks = jnp.arange(reach, dtype=jnp.int32)
+        seen = jnp.where(ranks < policy.sink, ranks, ranks + jnp.maximum(filled - reach, 0))
+        seen = by_age(cache)[seen]
+        k, v, numbers = jnp.take(k, seen, 2), jnp.take(v, seen, 2), numbers[seen]
         filled = jnp.minimum(filled, reach)
     frames = cache.end + jnp.arange(size, dtype=jnp.int32)
     here = in_time(policy, frames, filled + jnp.arange(size, dtype=jnp.int32)) + jump
-    there = in_time(policy, numbers, jnp.arange(len(numbers), dtype=jnp.int32))
+    there = in_time(policy, numbers, ranks)
     everything = slice(0, len(numbers))
     # The chunk itself stands first, so that what counts is in front and empty slots are behind.
     group = QueryGroup(

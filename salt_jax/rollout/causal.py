@@ -26,7 +26,14 @@ from salt_jax.choices import ReferenceNoise, Solver
 from salt_jax.flow.transition import euler, renoise
 from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.denoiser import CausalDenoiser, Cond
-from salt_jax.models.kv_cache import KVCache, append, grow, plan_next_chunk
+from salt_jax.models.kv_cache import (
+    KVCache,
+    append,
+    by_age,
+    grow,
+    plan_next_chunk,
+    take_slots,
+)
 from salt_jax.models.visibility import AttentionPlan, KeysValues, QueryGroup, in_time
 from salt_jax.rollout.parallel import noise_at
 from salt_jax.types import Conditioning, Latent, Leaf, Params, Prediction, Sigma
@@ -191,6 +198,7 @@ def recache(
     """
     if not cache.slots:
         return cache
+    cache = take_slots(cache, by_age(cache))  # so that what a frame may see stands in front of it
     slots = jnp.arange(cache.slots, dtype=jnp.int32)
     chunk = jnp.where(
         cache.frames < policy.first, 0, 1 + (cache.frames - policy.first) // policy.chunk

@@ -15,7 +15,16 @@ import pytest
 from salt_jax.models.attention import attention
 from salt_jax.models.cache_policy import MAX_FRAMES, CachePolicy, refuse_overflow
 from salt_jax.models.denoiser import wan_denoiser
-from salt_jax.models.kv_cache import KVCache, append, flush, grow, plan_next_chunk, trim
+from salt_jax.models.kv_cache import (
+    KVCache,
+    append,
+    by_age,
+    flush,
+    grow,
+    plan_next_chunk,
+    take_slots,
+    trim,
+)
 from salt_jax.models.presets import Compute, WanConfig
 from salt_jax.models.rope import rope_angles
 from salt_jax.models.visibility import AttentionPlan, KeysValues, QueryGroup, chunk_groups
@@ -137,8 +146,8 @@ remember = jax.jit(append, static_argnames="policy")
 
 
 def assert_holds(cache, frames, end):
-    """The filled slots hold these frames, with what belongs to them."""
-    filled = len(frames)
+    """The filled slots hold these frames, with what belongs to them; oldest first by `by_age`."""
+    filled, cache = len(frames), take_slots(cache, by_age(cache))
     (k, v), x0 = content(frames)
     assert cache.filled == filled and cache.end == end
     np.testing.assert_array_equal(cache.frames[:filled], frames)
@@ -180,6 +189,16 @@ def test_appending_is_that_of_a_list(policy, slots, chunks):
         assert_holds(cache, memory, start)
 
 
+def test_a_full_cache_writes_over_its_oldest_frames_and_moves_nothing():
+    policy = CachePolicy(3, 3, 12, 3, "absolute")
+    cache = blank(9)
+    for start in range(0, 24, 3):
+        cache = remember(cache, *content(range(start, start + 3)), policy=policy)
+    np.testing.assert_array_equal(cache.frames, [0, 1, 2, 21, 22, 23, 18, 19, 20])
+    compiled = remember.lower(cache, *content(range(24, 27)), policy=policy).compile().as_text()
+    assert "dynamic-update-slice" in compiled and " gather(" not in compiled
+
+
 @pytest.mark.parametrize("more_slots", [0, 4])
 def test_looking_back_gives_the_frames_of_the_rule(more_slots):
     """On caches that just suffice and on larger ones.
@@ -195,17 +214,15 @@ def test_looking_back_gives_the_frames_of_the_rule(more_slots):
             seen = [f for f in range(start) if sees(policy, f, start + size)]
             counted = int(group.length) - size
             assert counted == len(seen)
-            np.testing.assert_array_equal(
-                plan.memory.k.ravel()[:counted], content(seen)[0].k.ravel()
-            )
-            np.testing.assert_array_equal(
-                plan.memory.v.ravel()[:counted], content(seen)[0].v.ravel()
-            )
+            age = np.argsort(plan.memory.k.ravel()[:counted])  # slots stand in any order
+            for read, kept in zip(plan.memory, content(seen)[0], strict=True):
+                np.testing.assert_array_equal(read.ravel()[:counted][age], kept.ravel())
             np.testing.assert_array_equal(plan.frames, np.arange(start, start + size))
             here = np.arange(size) + (start if positions == "absolute" else counted)
             there = seen if positions == "absolute" else np.arange(counted)
             np.testing.assert_array_equal(group.query_positions, here)
-            np.testing.assert_array_equal(group.key_positions[: int(group.length)], [*here, *there])
+            found = group.key_positions[: int(group.length)]
+            np.testing.assert_array_equal([*found[:size], *found[size:][age]], [*here, *there])
             cache = remember(cache, *content(range(start, start + size)), policy=policy)
             start += size
 
