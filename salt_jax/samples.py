@@ -69,15 +69,20 @@ def look_up(index: AnyPath, wanted: Sequence[Sample]) -> Found:
 
 def put(index: AnyPath, sample: Sample, content: bytes) -> None:
     """Writes a file, at once or not at all, and its line in the index."""
+    note(index, sample, hashlib.sha256(content).hexdigest())
+    write_whole(sample.file, content)
+
+
+def note(index: AnyPath, sample: Sample, sha256: str) -> None:
+    """Adds the line of a file of that digest, which is to be there next."""
     record = {
         "file": sample.file.name,
-        "sha256": hashlib.sha256(content).hexdigest(),
+        "sha256": sha256,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "source": sample.source,
         "made_with": sample.made_with,
     }
     append(index, json.dumps(record, ensure_ascii=False).encode(errors="surrogatepass") + b"\n")
-    write_whole(sample.file, content)
 
 
 def index_of(index: AnyPath, process: int) -> AnyPath:

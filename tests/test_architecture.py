@@ -36,6 +36,7 @@ ORDER = (  # none imports a later one
     "train",
     "workdir",
     "pipeline",
+    "serve",
     "evaluate",
     "planning",
     "compile",
@@ -75,6 +76,7 @@ MAY_IMPORT = {
     "pipeline": (
         *("models", "sharding", "moving_shapes", "io", "config", "rollout", "stages", "workdir"),
     ),
+    "serve": ("models", "io", "pipeline"),
     "evaluate": ("flow", "models", "moving_shapes", "io", "data", "rollout"),
     "planning": (
         *("flow", "models", "sharding", "moving_shapes", "config", "rollout", "state", "stages"),

@@ -1,6 +1,7 @@
 """What launch.evaluate measures of a workdir of Wan 2.1, and the files it writes."""
 
 import json
+from functools import partial
 
 import numpy as np
 from tqdm import tqdm
@@ -12,7 +13,7 @@ from salt_jax.evaluate.report import write_report
 from salt_jax.evaluate.suite import clips
 from salt_jax.io.files import write_whole
 from salt_jax.io.model_folder import VAE, Source, part_file
-from salt_jax.pipeline.model import Parts
+from salt_jax.pipeline.parts import Parts, decoded
 from salt_jax.pipeline.shapes import sampler_of
 from salt_jax.pipeline.wan import WanOptions, WanSource, wan_parts
 from salt_jax.workdir import Trained, open_workdir
@@ -29,7 +30,7 @@ def open_parts(run: Trained, name: str) -> tuple[Parts, wan_suite.Decode | None]
     clip = (frames, recipe.memory.chunk if recipe.causal else frames)
     source = WanSource(name, Source(folder), recipe.wan, run=run)
     parts = wan_parts(source, clip, WanOptions(f.DTYPE.value, decodes=decodes))
-    return parts, parts.decode if decodes else None
+    return parts, partial(decoded, parts) if decodes else None
 
 
 def measure_long(

@@ -62,15 +62,14 @@ def read_jobs(recipe: Recipe | None, num_steps: Sequence[int]) -> Iterator[Job]:
         ):
             yield Job(job.name, job.generate, job.seed, 0, num_steps[0])
         return
+    count = 1 if f.STREAM.value else f.COUNT.value
     if f.PROMPT.value is not None:
-        prompts = (f.PROMPT.value,) * f.COUNT.value
+        prompts = (f.PROMPT.value,) * count
     elif f.PROMPTS_FILE.value:
         prompts = tuple(read_prompt_list(f.PROMPTS_FILE.value))
     elif recipe and recipe.data.kind == "moving_shapes":
         scenes = shapes.scenes(recipe.world)
-        prompts = tuple(
-            shapes.caption(scenes[i]) for i in shapes.spread(recipe.world, f.COUNT.value)
-        )
+        prompts = tuple(shapes.caption(scenes[i]) for i in shapes.spread(recipe.world, count))
     else:
         raise UserError("give --prompt=... or --prompts_file=FILE")
     for k in num_steps:

@@ -3,6 +3,7 @@
 No jax in here.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -13,7 +14,8 @@ from salt_jax.data.clips import read_ending
 from salt_jax.errors import UserError
 from salt_jax.io.files import as_path
 from salt_jax.models.cache_policy import MAX_FRAMES, CachePolicy
-from salt_jax.models.latent_size import FPS, SPACE, latent_frames, pixel_frames
+from salt_jax.models.latent_size import FPS, SPACE, TIME, latent_frames, pixel_frames
+from salt_jax.moving_shapes import shapes
 from salt_jax.rollout.settings import Switch
 
 FRAMES = 81  # usual ones of Wan
@@ -37,6 +39,8 @@ def read_lengths(
         positions.
     """
     wanted, shown = f.FRAMES.value, shown_by(wan)
+    if f.SECONDS.value and policy:
+        wanted = shown(frames_of_seconds(wan, policy, f.SECONDS.value))
     if wanted and wan:
         refuse_frames(wanted)
     frames = wanted and (latent_frames(wanted) if wan else wanted)
@@ -56,6 +60,12 @@ def read_lengths(
             frames = max(policy.nearest(frames)[0], given + policy.chunk * bool(given))
         refuse_length(frames, policy, shown)
     return frames, prefix
+
+
+def frames_of_seconds(wan: bool, policy: CachePolicy, seconds: float) -> int:
+    """Latent frames of the shortest video of whole chunks that shows so many seconds."""
+    frames = math.ceil(seconds * (FPS if wan else shapes.FPS))
+    return policy.nearest(latent_frames(frames + -(frames - 1) % TIME) if wan else frames)[1]
 
 
 def shown_by(wan: bool) -> Callable[[int], int]:

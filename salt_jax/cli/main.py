@@ -2,6 +2,7 @@
 
 train      trains, or resumes a workdir
 sample     makes videos
+serve      shows videos in a browser while they are made
 evaluate   measures a student of Moving Shapes, or sums up VBench's scores
 export     writes a network of a workdir as one file
 convert    converts weights from and to the layouts of other projects
@@ -19,6 +20,7 @@ import salt_jax
 COMMANDS = {
     "train": "train",
     "sample": "sample",
+    "serve": "serve",
     "evaluate": "evaluate",
     "export": "export",
     "convert": "convert_wan",

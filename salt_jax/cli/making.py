@@ -26,7 +26,8 @@ from salt_jax.io.video import (
     visible_scale,
 )
 from salt_jax.models.latent_size import SPACE, pixel_frames
-from salt_jax.pipeline.model import Given, Model, Video
+from salt_jax.pipeline.model import Model
+from salt_jax.pipeline.parts import Given, Video, decoded
 from salt_jax.pipeline.shapes import shapes_model
 from salt_jax.pipeline.wan import WanOptions, WanSource, wan_parts
 from salt_jax.rollout.settings import Switch
@@ -183,7 +184,7 @@ def make_clips(
             job, sampler = video.job, request.sampler._replace(num_steps=video.job.num_steps)
             switches = {0: Switch(job.prompt)} | later
             spec = Video(switches, sampler, request.shape, job.seed, job.number, given)
-            frames = model.parts.decode(model.latents(spec, texts, bar.update))
+            frames = decoded(model.parts, model.latents(spec, texts, bar.update))
             yield video, np.concatenate(list(frames))
             bar.update(not stepwise)
 

@@ -51,6 +51,9 @@ FRAMES = flags.DEFINE_integer(
     "length of the video; default as in training, for Wan 81 (4k + 1)",
     lower_bound=1,
 )
+SECONDS = flags.DEFINE_float(
+    "seconds", None, "length of the video instead of --frames, up to whole chunks", lower_bound=0.0
+)
 SIZE = flags.DEFINE_string(
     "size", "832x480", "WIDTHxHEIGHT of Wan's videos; with --image their area"
 )
@@ -125,6 +128,9 @@ FLUSH = flags.DEFINE_bool(
     "flush", False, "at a switch drop all but the sink and two frames, compute nothing again"
 )
 CUT = flags.DEFINE_bool("cut", False, "a switch is a scene cut; needs relative positions")
+STREAM = flags.DEFINE_bool(
+    "stream", False, "write one video while it is made, and print how fast that was"
+)
 name_files(WORKDIR, WEIGHTS, STUDENT, OUT, PROMPTS_FILE, PICTURE, PREFIX, VBENCH, EXTENDED)
 
 SHAPES, SHAPES_CHUNKS = "shapes", "shapes chunks"
@@ -152,6 +158,7 @@ BELONGS = {
     **dict.fromkeys(("student", "recipe", "chunk"), CONVERTED - {TEACHER}),
     **dict.fromkeys(("weights", "image", "image_fit", "dtype", "tile", "vbench", "extended"), WANS),
     **dict.fromkeys(("memory", "first_steps", "switch", "flush", "cut", "prefix"), CHUNKS),
+    **dict.fromkeys(("stream", "seconds"), CHUNKS),
     "frames": ALL - {SHAPES},
     "levels": ALL - {TEACHER},
 }
@@ -166,6 +173,8 @@ EXCLUDES = {
     "prompts_file": ["vbench", "count"],
     "vbench": ["count", "switch", "prefix"],
     "image": ["prefix"],
+    "frames": ["seconds"],
+    "stream": ["prompts_file", "vbench", "count", "prefix", "image", "tile"],
     "levels": ["num_steps", "first_steps", "shift"],
 }
 

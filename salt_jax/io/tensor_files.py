@@ -28,7 +28,7 @@ CODES: dict[str, np.dtype] = {
     for code, dtype in {
         "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16,
         "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
-        "U8": np.uint8, "BOOL": np.bool_,
+        "U8": np.uint8, "U32": np.uint32, "BOOL": np.bool_,
         "F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2,
     }.items()
 }  # fmt: skip

@@ -7,7 +7,8 @@ pixel to scale x scale, so that clips of 12 x 12 pixels can be seen; `visible_sc
 import io
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import av
@@ -59,21 +60,43 @@ def encode_mp4(frames: np.ndarray, fps: int, scale: int) -> bytes:
 
     Raises RuntimeError when PyAV was built without an H.264 encoder.
     """
-    frames = enlarge(_clip(frames), scale)
-    height, width = frames.shape[1:3]
-    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     with (
         tempfile.TemporaryDirectory() as folder
     ):  # to move the index to the front FFmpeg opens the file again
         file = Path(folder) / "clip.mp4"
-        with av.open(str(file), "w", options={"movflags": "+faststart"}) as container:
-            # CRF 12: a picture of a few flat shapes shows every artefact, and costs few bytes all
-            # the same.
-            stream = container.add_stream(_h264_encoder(), rate=fps, options={"crf": "12"})
-            assert isinstance(stream, av.VideoStream)
-            stream.height, stream.width = frames.shape[1:3]
-            stream.pix_fmt = "yuv420p"
-            _tag_bt709(stream.codec_context)
+        with written_mp4(file, fps, scale) as write:
+            write(_clip(frames))
+        return file.read_bytes()
+
+
+@contextmanager
+def written_mp4(
+    file: Path, fps: int, scale: int, growing: bool = False
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """What takes the frames of a video, uint8 [F, H, W, 3], part by part, and writes them as
+    `encode_mp4` does.
+
+    `growing`: in fragments of a second each, so that what is there can be played while the video
+    goes on, and also where it is never finished; no index stands in front.
+    """
+    options = {"movflags": "+faststart"}
+    if growing:
+        options = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
+    with av.open(str(file), "w", format="mp4", options=options) as container:
+        # CRF 12: a picture of a few flat shapes shows every artefact, and costs few bytes all the
+        # same.
+        options = {"crf": "12"} | ({"g": str(fps), "tune": "zerolatency"} if growing else {})
+        stream = container.add_stream(_h264_encoder(), rate=fps, options=options)
+        assert isinstance(stream, av.VideoStream)
+        stream.pix_fmt = "yuv420p"
+        _tag_bt709(stream.codec_context)
+
+        def write(frames: np.ndarray) -> None:
+            frames = enlarge(_clip(frames), scale)
+            odd = [size % 2 for size in frames.shape[1:3]]
+            frames = np.pad(frames, ((0, 0), (0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
+            if not stream.codec_context.is_open:
+                stream.height, stream.width = frames.shape[1:3]
             for frame in frames:
                 picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
                 picture = picture.reformat(
@@ -81,8 +104,9 @@ def encode_mp4(frames: np.ndarray, fps: int, scale: int) -> bytes:
                 )
                 _tag_bt709(picture)
                 container.mux(stream.encode(picture))
-            container.mux(stream.encode())
-        return file.read_bytes()
+
+        yield write
+        container.mux(stream.encode())
 
 
 def encode_gif(frames: np.ndarray, fps: int, scale: int) -> bytes:

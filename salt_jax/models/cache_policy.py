@@ -1,5 +1,6 @@
 """Which earlier frames a chunk of a video sees, as a plain value; `kv_cache` applies it."""
 
+import itertools
 from dataclasses import dataclass
 
 from salt_jax.choices import Context, Positions
@@ -88,6 +89,10 @@ class CachePolicy:
                 f"chunks of {self.chunk}"
             )
         return (first,) * (first > 0) + (self.chunk,) * ((frames - first) // self.chunk)
+
+    def starts(self, frames: int) -> tuple[int, ...]:
+        """The frames at which the chunks of a video begin. Raises ValueError as `sizes` does."""
+        return tuple(itertools.accumulate(self.sizes(frames)[:-1], initial=0))
 
     def visible(self, start: int, stop: int) -> tuple[slice, ...]:
         """The earlier frames that the chunk [start, stop) sees: all, or the sink and the end of the

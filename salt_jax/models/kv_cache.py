@@ -72,10 +72,11 @@ def append(cache: KVCache, new: KeysValues, x0: Latent, policy: CachePolicy) -> 
         for i in range(count if cache.slots else 0):
             slot, frame = start + i, jax.lax.slice_in_dim(new, i, i + 1, axis=axis)
             if ring > 0:
-                slot = jnp.where(slot < cache.slots, slot, policy.sink + (slot - cache.slots) % ring)
+                again = policy.sink + (slot - cache.slots) % ring
+                slot = jnp.where(slot < cache.slots, slot, again)
             else:  # a full sink and nothing else is kept
                 there = jax.lax.dynamic_slice_in_dim(old, slot, 1, axis)
-                frame = jnp.where((cache.filled + i < cache.slots), frame, there)
+                frame = jnp.where(cache.filled + i < cache.slots, frame, there)
             old = jax.lax.dynamic_update_slice_in_dim(old, frame, slot, axis)
         return old
 

@@ -4,57 +4,33 @@ Parts are read when they are first needed: the text encoder, which is the larges
 model, is gone before the transformer comes.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, lru_cache
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from salt_jax.errors import UserError
-from salt_jax.models.cache_policy import CachePolicy
-from salt_jax.models.denoiser import WanDenoiser, guided
-from salt_jax.rollout.sampler import Cue, generate, numbered_keys, whole_clips
+from salt_jax.io.files import AnyPath, as_path
+from salt_jax.models.cache_policy import CachePolicy, refuse_overflow
+from salt_jax.models.denoiser import CausalDenoiser, Cond, guided
+from salt_jax.pipeline.live import Live, Made, Prompt, Prompts, as_switch, read_script, resume, save
+from salt_jax.pipeline.parts import Parts, Video, decoded
+from salt_jax.rollout.sampler import (
+    Cue,
+    generate,
+    next_chunk,
+    numbered_keys,
+    on_device,
+    read_prompt,
+    start_session,
+    whole_clips,
+)
 from salt_jax.rollout.settings import Sampler, Switch
-from salt_jax.types import Conditioning, Params
+from salt_jax.types import Conditioning, Denoiser, Params
 
-
-class Given(NamedTuple):
-    """What a video begins with: the conditioning on a picture, or frames to continue."""
-
-    # `Conditioning.image`, `Conditioning.channels`
-    image: tuple[Array | np.ndarray, Array | np.ndarray] | None = None
-    latents: np.ndarray | None = None  # [1, f, H, W, C]
-
-
-class Video(NamedTuple):
-    """One video to make."""
-
-    switches: Mapping[int, Switch]  # prompts, by the latent frame from which they hold
-    sampler: Sampler
-    shape: tuple[int, ...]  # (F, H, W, C) of its latents
-    seed: int = 0
-    number: int = 0  # among the clips of a seed
-    given: Given = Given()
-
-
-class Parts(NamedTuple):
-    """A network with its text encoder and decoder. Weights are read on first use."""
-
-    source: str  # of the network, as the user names it
-    made_with: dict[str, object]  # digests of all that is read, and what else decides the pixels
-    network: WanDenoiser
-    read_params: Callable[[], Params]
-    # float32 [1, T, D] each; the text encoder is in memory only meanwhile
-    read_texts: Callable[[Sequence[str]], dict[str, np.ndarray]]
-    # (a picture or clip, uint8 [H, W, 3] or [T, H, W, 3], latent shape, whether chunk by chunk)
-    read_given: Callable[[np.ndarray, tuple[int, ...], bool], Given]
-    # latent chunks [1, f, H, W, C] -> uint8 [t, H, W, 3], as they come
-    decode: Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]
-    frames_of: Callable[[int], int]  # latent frames of a video of so many frames
-    negative: str  # what guidance leads away from
-    fps: int
+READ_PROMPTS = 8  # of which keys and values are kept, and
+EMBEDDED = 64  # embeddings
 
 
 class Model:
@@ -70,6 +46,7 @@ class Model:
         self, parts: Parts, sampler: Sampler, shape: tuple[int, ...], guidance: float = 1.0
     ):
         self.parts, self.sampler, self.shape, self.guidance = parts, sampler, shape, guidance
+        self._texts: dict[str, np.ndarray] = {}
 
     @cached_property
     def params(self) -> Params:
@@ -79,6 +56,11 @@ class Model:
     @property
     def fps(self) -> int:
         return self.parts.fps
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Rows and columns of a frame."""
+        return self.shape[1] * self.parts.zoom, self.shape[2] * self.parts.zoom
 
     def generate(
         self,
@@ -110,7 +92,7 @@ class Model:
 
     def stream(
         self,
-        prompts: str | Mapping[int, str],
+        prompts: Prompts,
         *,
         memory: CachePolicy | None = None,
         num_steps: int | tuple[int, ...] | None = None,
@@ -119,29 +101,146 @@ class Model:
     ) -> Iterator[np.ndarray]:
         """The frames of a video as they come, uint8 [t, H, W, 3] each, chunk by chunk.
 
+        The next chunk is on its way before the frames of one are waited for.
+
         Args:
-          prompts: one, or the prompts by the latent frame from which they hold; 0 must be there,
-            and the others begin a chunk.
+          prompts: one; or those by the latent frame from which they hold, where 0 must be there and
+            the others begin a chunk; or what is asked for the prompt of each chunk, with its first
+            latent frame.
           memory: what a chunk sees, in place of what the model was trained with.
           num_steps: as in `generate`.
-          frames: of the video; None: as far as the last prompt, and at least a usual clip.
+          frames: of the video; None: a video without end, in constant memory, if the memory
+            forgets, and otherwise a usual clip behind the last prompt.
 
         Raises:
-          ValueError: a prompt is not at the start of a chunk, or the video does not fit the memory.
+          ValueError: a prompt is not at the start of a chunk, or the video does not fit the memory;
+            also under way, at the end of absolute positions.
           UserError: the model makes whole clips.
         """
+        policy = self._causal(memory)
+        length = None if frames is None else self.parts.frames_of(frames)
+        script = read_script(prompts, policy, length, self.shape[0])
+        self.embed(script.known)
+        asked, length = script.asked, script.frames
+        first = as_switch(asked(0) or "").prompt
+        shape = (length or self.shape[0], *self.shape[1:])
+        live = self.begin(first, memory=policy, num_steps=num_steps, seed=seed, shape=shape)
+        refuse_overflow(policy, live.session.cache.slots, length or 0)
+        return (self.parts.to_bytes(made.decoded) for made in self.chunks(live, asked, length))
+
+    def chunks(
+        self, live: Live, asked: Callable[[int], Prompt | None], frames: int | None
+    ) -> Iterator[Made]:
+        """What comes next in a video, which is given up; each chunk when the one after it is under
+        way.
+
+        Args:
+          asked: for what changes at each chunk, with its first latent frame.
+          frames: latent frames of the whole video; None: it has no end.
+        """
+        before = None
+        while frames is None or live.frames < frames:
+            made, live = self.advance(live, asked(live.frames))
+            if before:
+                yield before
+            before = made
+        if before:
+            yield before
+
+    def begin(
+        self,
+        prompt: str,
+        *,
+        memory: CachePolicy | None = None,
+        num_steps: int | tuple[int, ...] | None = None,
+        seed: int = 0,
+        shape: tuple[int, ...] | None = None,
+    ) -> Live:
+        """A video without frames yet, for `advance`.
+
+        Args:
+          shape: (F, H, W, C) of latents; F has an effect where the memory forgets nothing, and
+            holds so many. None: that of a usual clip.
+
+        Raises:
+          ValueError: the model does not make that many steps.
+          UserError: it makes whole clips.
+        """
+        sampler = self._sampler(num_steps, self._causal(memory))
+        self.embed([prompt])  # before the network's parameters come
+        shape = shape or self.shape
+        keys = numbered_keys(seed, np.array([0]))
+        network = self._guided[0]
+        assert isinstance(network, CausalDenoiser), "a formula has no cache"
+        session = start_session(sampler, network, keys, shape)
+        return Live(sampler, session, None, prompt, seed)
+
+    def save(self, live: Live, file: str | AnyPath) -> None:
+        """Writes a video under way, to go on with it another day. It stays as it is."""
+        save(live, self.parts, as_path(file))
+
+    def resume(self, file: str | AnyPath) -> Live:
+        """What `save` wrote: it goes on bit for bit as it would have.
+
+        Raises:
+          UserError: the file is absent or damaged, or of another network.
+        """
+        return resume(self.parts, self.shape[1:], as_path(file))
+
+    def advance(self, live: Live, prompt: Prompt | None = None) -> tuple[Made, Live]:
+        """The next chunk of a video, and the video with it; nothing is waited for.
+
+        Args:
+          live: is given up; `live.fork` keeps a copy.
+          prompt: from this chunk on; None: the one before.
+
+        Raises:
+          ValueError: the memory or its positions have no room for another chunk.
+        """
+        sampler, session, network = live.sampler, live.session, self._guided[0]
+        policy, at = sampler.memory, live.frames
+        assert policy and isinstance(network, CausalDenoiser)
+        size = policy.chunk if at else policy.first
+        refuse_overflow(policy, session.cache.slots, at + size)
+        switch = as_switch(live.prompt if prompt is None else prompt)
+        now, cue = switch.prompt, None
+        if at and (now != live.prompt or switch.flush or switch.cut):
+            cue = Cue(self.read(now), switch.flush, switch.cut)
+        if not cue:  # what a video begins with, or a resumed one goes on with
+            session = session._replace(cond=self.read(now))
+        x0, session = next_chunk(sampler, network, self._guided[1], session, cue)
+        frames, decoder = self.parts.decode(live.decoder, x0)
+        made = Made(x0, frames, at, now)
+        return made, live._replace(session=session, decoder=decoder, prompt=now)
+
+    @cached_property
+    def read(self) -> Callable[[str], Cond]:
+        """A prompt's keys and values in every layer; those of the last ones are kept."""
+
+        def read(prompt: str) -> Cond:
+            cond = Conditioning(self.embed([prompt])[prompt])
+            return read_prompt(*self._guided, on_device(cond))
+
+        return lru_cache(READ_PROMPTS)(read)
+
+    @cached_property
+    def _guided(self) -> tuple[Denoiser, Params]:
+        null = jnp.asarray(self.embed([])[self.parts.negative])
+        return guided(self.parts.network, self.params, null, self.guidance)
+
+    def embed(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """As `read_texts`; the text encoder is read for new prompts alone."""
+        wanted = dict.fromkeys([*prompts, self.parts.negative])
+        found = {prompt: self._texts[prompt] for prompt in wanted if prompt in self._texts}
+        if new := [prompt for prompt in wanted if prompt not in found]:
+            found |= self.parts.read_texts(new)
+        self._texts = dict(list((self._texts | found).items())[-EMBEDDED:])
+        return found
+
+    def _causal(self, memory: CachePolicy | None) -> CachePolicy:
         if self.sampler.memory is None:
             raise UserError(f"{self.parts.source} makes whole clips; call generate")
-        cues = {0: prompts} if isinstance(prompts, str) else prompts
-        switches = {frame: Switch(prompt) for frame, prompt in cues.items()}
-        sampler = self._sampler(num_steps, memory or self.sampler.memory)
-        video = self._video(switches, sampler, seed, frames)
-        last = max(switches)
-        if frames is None and last >= video.shape[0] and sampler.memory:
-            # a usual clip behind the last prompt
-            length = sampler.memory.nearest(last + video.shape[0])[0]
-            video = video._replace(shape=(length, *video.shape[1:]))
-        return self._pixels(video)
+        return memory or self.sampler.memory
 
     def _sampler(
         self, num_steps: int | tuple[int, ...] | None, memory: CachePolicy | None
@@ -169,7 +268,7 @@ class Model:
 
     def _pixels(self, video: Video) -> Iterator[np.ndarray]:
         prompts = [switch.prompt for switch in video.switches.values()]
-        return self.parts.decode(self.latents(video, self.read_texts(prompts)))
+        return decoded(self.parts, self.latents(video, self.read_texts(prompts)))
 
     def read_texts(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """Embeddings of prompts, and of what guidance leads away from, float32 [1, T, D] each."""

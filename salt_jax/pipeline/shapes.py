@@ -1,6 +1,6 @@
 """Text encoder and decoder of a network of Moving Shapes."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -8,9 +8,12 @@ from salt_jax.config.schema import Recipe
 from salt_jax.io.shipped import located
 from salt_jax.io.tensor_files import digest
 from salt_jax.moving_shapes import latents, shapes
-from salt_jax.pipeline.model import Given, Model, Parts
+from salt_jax.pipeline.model import Model
+from salt_jax.pipeline.parts import Decoded, Given, Parts
 from salt_jax.rollout.settings import Sampler
 from salt_jax.workdir import Trained
+
+EXAMPLES = 8
 
 
 def shapes_model(
@@ -20,11 +23,14 @@ def shapes_model(
     recipe = run.recipe
     text_encoder = digest(located(run.text_file)) if run.text_file else "fresh"
 
+    captions = [shapes.caption(scene) for scene in shapes.scenes(recipe.world)]
+
     def read_given(pixels: np.ndarray, shape: tuple[int, ...], chunks: bool) -> Given:
         return Given(latents=latents.to_latent(pixels, recipe.world)[None])
 
-    def decode(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        return (latents.to_pixels(chunk[0], recipe.world) for chunk in chunks)
+    def to_bytes(decoded: Decoded) -> np.ndarray:
+        (latent,) = decoded
+        return latents.to_pixels(np.asarray(latent[0]), recipe.world)
 
     def read_texts(prompts: Sequence[str]) -> dict[str, np.ndarray]:
         return {prompt: run.embed([prompt]) for prompt in prompts}
@@ -36,10 +42,16 @@ def shapes_model(
         read_params=lambda: run.params,
         read_texts=read_texts,
         read_given=read_given,
-        decode=decode,
+        decode=lambda memory, latent: ((latent,), memory),
+        to_bytes=to_bytes,
+        whole=False,
         frames_of=int,
+        shown=int,
+        learnt=captions.__contains__,
+        examples=tuple(captions[i] for i in shapes.spread(recipe.world, EXAMPLES)),
         negative=negative or "",
         fps=shapes.FPS,
+        zoom=max(recipe.world.patch, 1),
     )
     return Model(parts, sampler_of(recipe), recipe.clip_shape, guidance)
 

@@ -1,7 +1,7 @@
 """Text encoder, VAE, and CLIP for image to video, of a network of Wan 2.1."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -27,14 +27,21 @@ from salt_jax.models.latent_size import FPS, SPACE, latent_frames, pixel_frames
 from salt_jax.models.presets import WanConfig
 from salt_jax.models.prompts import negative_prompt
 from salt_jax.models.vae import VAEConfig, encode_video
-from salt_jax.pipeline.model import Given, Parts
-from salt_jax.rollout.pixels import stream_pixels
+from salt_jax.pipeline.parts import Decoded, Given, Parts
+from salt_jax.rollout.pixels import decode_chunk, decode_whole, to_bytes
 from salt_jax.sharding import own_devices, state_shardings
 from salt_jax.types import Params
 from salt_jax.workdir import Trained
 
 _encode_video = jax.jit(encode_video, static_argnums=(2, 3))
 _encode_image = jax.jit(encode_image, static_argnums=(2, 3))
+
+
+EXAMPLES = (
+    "A cat walks through tall grass in the morning sun, close up.",
+    "A red vintage car drives along a coast road, seen from above.",
+    "Waves break on black rocks under a stormy sky, slow motion.",
+)
 
 
 class WanOptions(NamedTuple):
@@ -78,10 +85,14 @@ def wan_parts(source: WanSource, clip: tuple[int, int], options: WanOptions) -> 
     def vae() -> tuple[VAEConfig, Params]:
         return model_folder.open_part(VAE, folder)
 
-    def decode(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    def decode(memory: Params | None, latents: jax.Array) -> tuple[Decoded, Params | None]:
         sizes, params = vae()
-        pixels = stream_pixels(params, sizes, chunks, jnp.float32, options.tile)
-        return (frames[0] for frames in pixels)
+        if options.tile:
+            return (decode_whole(params, sizes, jnp.float32, options.tile, latents),), None
+        return decode_chunk(params, sizes, jnp.float32, memory, latents)
+
+    def as_bytes(decoded: Decoded) -> np.ndarray:
+        return to_bytes(np.concatenate(decoded, axis=1))[0]
 
     how = {"dtype": dtype.name, "tile": options.tile}
     return Parts(
@@ -92,9 +103,15 @@ def wan_parts(source: WanSource, clip: tuple[int, int], options: WanOptions) -> 
         read_texts=read_texts,
         read_given=functools.partial(read_given, folder, config, options),
         decode=decode,
+        to_bytes=as_bytes,
+        whole=bool(options.tile),
         frames_of=latent_frames,
+        shown=pixel_frames,
+        learnt=lambda prompt: True,
+        examples=EXAMPLES,
         negative=negative_prompt(options.negative, bool(config.image_dim)),
         fps=FPS,
+        zoom=SPACE,
     )
 
 

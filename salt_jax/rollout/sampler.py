@@ -16,7 +16,7 @@ from jaxtyping import Array, Key
 from salt_jax.flow.multistep import solver_steps
 from salt_jax.models.blocks import CrossKV
 from salt_jax.models.cache_policy import CachePolicy, refuse_overflow
-from salt_jax.models.denoiser import Branches, CausalDenoiser
+from salt_jax.models.denoiser import Branches, CausalDenoiser, Cond
 from salt_jax.models.kv_cache import KVCache, flush
 from salt_jax.rollout.causal import ChunkSpec, Steps, commit, extend, recache
 from salt_jax.rollout.parallel import multistep_start, multistep_step, noise_at, sample
@@ -38,7 +38,7 @@ CUT_AHEAD = 42  # positions: as Infinity-RoPE has them (45 where 3 would follow)
 class Cue(NamedTuple):
     """What changes at a frame of a video under way."""
 
-    cond: Conditioning  # the prompts from here on
+    cond: Cond  # the prompts from here on
     # drop all but the sink and the last frames, instead of reading them again under the prompt
     flush: bool = False
     cut: bool = False  # a scene cut: the first chunk stands far ahead in time (relative positions)
@@ -59,7 +59,7 @@ def read_prompt(network, params, cond):
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _empty_cache(network, clips, slots, picture):
+def empty_cache(network, clips, slots, picture):
     return network.empty_cache(clips, slots, picture)
 
 
@@ -125,7 +125,7 @@ def start_session(
     """A video without frames; `shape` (F, H, W, C): F of the longest that its cache has to hold."""
     policy = sampler.memory
     assert policy, "the sampler makes whole clips"
-    cache = _empty_cache(network, len(keys), policy.capacity(shape[0]), tuple(shape[1:]))
+    cache = empty_cache(network, len(keys), policy.capacity(shape[0]), tuple(shape[1:]))
     return Session(cache, None, keys, 0)
 
 
@@ -145,11 +145,13 @@ def next_chunk(
     assert policy and (cue or cond is not None), "a video begins with a prompt"
     size = policy.chunk if at else policy.first
     if cue:
+        cond = cue.cond
+        if isinstance(cond, Conditioning):
+            cond = read_prompt(network, params, on_device(cond))
         if at and cue.flush:
             cache = _flush(cache, policy, min(FLUSH_KEEPS, cache.slots - policy.sink))
         elif at:
-            cache = read_again(network, params, cache, _on_device(cue.cond), policy)
-        cond = read_prompt(network, params, _on_device(cue.cond))
+            cache = read_again(network, params, cache, cond, policy)
     if given is not None:
         x0 = jnp.asarray(given)
         cache = _commit(network, params, cache, x0, cond, policy)
@@ -169,7 +171,7 @@ def whole_clips(
     sampler: Sampler,
     network: Denoiser,
     params: Params,
-    cond: Conditioning,
+    cond: Cond,
     keys: Key[Array, "b"],
     shape: tuple[int, ...],
     report: Callable[[], object] = lambda: None,
@@ -179,7 +181,7 @@ def whole_clips(
     With one key every clip runs through the same program, so its bits depend on nothing but its key
     and prompt. `report` is called after each step of a stepwise sampler.
     """
-    cond, solver = _on_device(cond), sampler.solver
+    cond, solver = on_device(cond), sampler.solver
     if not sampler.stepwise:
         return np.asarray(_sample(network, params, cond, sampler.grid(), solver, keys, shape))
     assert solver in ("unipc", "dpmpp", "euler"), f"teachers have no {solver}"
@@ -200,7 +202,7 @@ def whole_clips(
     return np.asarray(history.x)
 
 
-def _on_device(cond: Conditioning) -> Conditioning:
+def on_device(cond: Cond) -> Cond:
     return jax.tree.map(jnp.asarray, cond)
 
 
@@ -210,7 +212,7 @@ def _refuse(
     """The frames at which chunks begin. Raises ValueError for what `generate` cannot do, before
     anything runs.
     """
-    starts = (0, *np.cumsum(policy.sizes(shape[1]))[:-1].tolist())
+    starts = policy.starts(shape[1])
     if given is not None:
         b, f, *place = given.shape
         if (b, *place) != (shape[0], *shape[2:]) or f not in starts[1:]:

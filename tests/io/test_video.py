@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from salt_jax.io import video
+from salt_jax.serve.recording import whole_fragments
 
 COLOURS = np.array(
     [[230, 20, 20], [20, 200, 20], [40, 60, 240], [240, 220, 20], [250, 250, 250]], np.uint8
@@ -201,3 +202,26 @@ def test_png_is_lossless():
     image = video.contact_sheet(np.zeros((1, 2, 4, 4, 3), np.uint8), ["a"], scale=2)
     with Image.open(io.BytesIO(video.encode_png(image))) as read:
         np.testing.assert_array_equal(np.asarray(read), np.asarray(image))
+
+
+def test_a_growing_file_can_be_played_before_its_end(tmp_path):
+    """What is complete of it, however it was cut off."""
+    clip, file = frames_of_a_ramp(48), tmp_path / "growing.mp4"
+    with video.written_mp4(file, 16, 16, growing=True) as write:
+        for part in np.split(clip, 16):
+            write(part)
+        early = file.read_bytes()
+    for data, least in ((early, 32), (early[:-7], 16), (file.read_bytes(), 48)):
+        whole = whole_fragments(data)
+        with av.open(io.BytesIO(whole)) as container:
+            decoded = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+        assert least <= len(decoded) <= 48
+        small = np.stack(decoded).reshape(-1, 12, 16, 12, 16, 3).mean((2, 4))
+        assert np.abs(small - clip[: len(small)]).mean() < 2
+    assert whole_fragments(b"") == whole_fragments(b"\0\0\0\x08mdat"[:6]) == b""
+
+
+def frames_of_a_ramp(count):
+    """uint8 [count, 12, 12, 3], each frame of one grey."""
+    grey = np.linspace(20, 230, count).astype(np.uint8)
+    return np.broadcast_to(grey[:, None, None, None], (count, 12, 12, 3)).copy()

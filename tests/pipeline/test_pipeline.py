@@ -13,7 +13,7 @@ from salt_jax.config.reading import read_recipe
 from salt_jax.errors import UserError
 from salt_jax.io.shipped import located
 from salt_jax.models.presets import PRESETS
-from salt_jax.pipeline.model import Video
+from salt_jax.pipeline.parts import Video, decoded
 from salt_jax.pipeline.shapes import sampler_of
 from salt_jax.rollout.settings import RELEASED, Sampler, Switch
 from salt_jax.workdir import export, open_exported
@@ -53,7 +53,7 @@ def test_a_prompt_holds_from_its_frame_on_and_the_video_goes_on_behind_it(model)
     both = list(model.stream({0: RED, 3: BLUE}, num_steps=2, memory=memory, frames=6))
     np.testing.assert_array_equal(one[0], both[0])
     assert np.any(one[1] != both[1])
-    assert sum(map(len, model.stream({0: RED, 9: BLUE}, num_steps=1, memory=memory))) == 18
+    assert sum(map(len, model.stream({0: RED, 9: BLUE}, num_steps=1))) == 18
     with pytest.raises(ValueError, match="starts of chunks"):
         list(model.stream({0: RED, 4: BLUE}, num_steps=2, memory=memory))
 
@@ -74,8 +74,9 @@ def test_a_teacher_makes_whole_clips_of_many_guided_steps():
         teacher.stream(RED)
 
 
-def test_nothing_is_read_before_it_is_needed(model, monkeypatch):
+def test_nothing_is_read_before_it_is_needed(monkeypatch):
     """The text encoder comes and goes before the network's parameters are read."""
+    model = salt_jax.load("shapes_causal")
     order, parts = [], model.parts
     monkeypatch.setattr(
         model,
@@ -85,7 +86,6 @@ def test_nothing_is_read_before_it_is_needed(model, monkeypatch):
             read_params=lambda: order.append("params") or parts.read_params(),
         ),
     )
-    model.__dict__.pop("params", None)
     frames = model.stream(RED, num_steps=1)
     next(frames)
     assert order == ["texts", "params"]
@@ -137,9 +137,9 @@ def test_a_video_is_a_value(model):
     video = Video({0: Switch(RED)}, sampler, model.shape, seed=1, number=2)
     latents = list(model.latents(video, texts))
     assert [x.shape for x in latents] == [(1, 3, 12, 12, 3)] * 3
-    again = np.concatenate(list(model.parts.decode(iter(latents))))
+    again = np.concatenate(list(decoded(model.parts, iter(latents))))
     other = video._replace(number=0)
-    assert np.any(again != np.concatenate(list(model.parts.decode(model.latents(other, texts)))))
+    assert np.any(again != np.concatenate(list(decoded(model.parts, model.latents(other, texts)))))
 
 
 def test_a_guidance_of_nothing_is_not_no_guidance():

@@ -1,0 +1,1 @@
+"""Videos in a browser while they are made: `app.make_app`."""

@@ -1,0 +1,42 @@
+"""Models as viewers may choose them."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from salt_jax.errors import UserError
+from salt_jax.models.cache_policy import CachePolicy
+from salt_jax.pipeline.model import Model
+from salt_jax.serve.engine import Offer
+
+STEPS = (2, 4, 8)
+
+
+def make_offer(model: Model) -> Offer:
+    """What a model can do. Raises UserError where it makes whole clips."""
+    policy, sampler = model.sampler.memory, model.sampler
+    if policy is None:
+        raise UserError(
+            f"{model.parts.source} makes whole clips; serve a student that works chunk by chunk"
+        )
+    if sampler.levels:
+        steps = (len(sampler.levels),)
+    else:
+        steps = tuple(sorted({*STEPS, sampler.num_steps}))
+    return Offer(model, steps, memories(policy, policy.nearest(model.shape[0])[0]))
+
+
+def memories(policy: CachePolicy, clip: int) -> Mapping[str, CachePolicy]:
+    """Ways to remember a video without end, by name, the best first. None sees more than a clip of
+    `clip` latent frames.
+    """
+    relative = replace(policy, window=clip, sink=0, positions="relative", period=0)
+    found = {
+        "window and sink": replace(relative, sink=policy.chunk),
+        "window": relative,
+        "last chunks": replace(relative, window=2 * policy.chunk),
+    }
+    if policy.first == policy.chunk and clip % policy.chunk == 0:
+        found["cyclic"] = replace(found["window and sink"], positions="cyclic", period=clip)
+    if policy.window:
+        found = {"as trained": policy} | found
+    return {name: way for name, way in found.items() if way.window >= way.sink + way.chunk}

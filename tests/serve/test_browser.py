@@ -1,0 +1,191 @@
+"""The page in a real browser, served by the program."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.select import Select
+
+from tests.helpers import ROOT
+
+pytestmark = pytest.mark.slow
+DRIVER, CHROMIUM = shutil.which("chromedriver"), shutil.which("chromium")
+RED, BLUE = "A red circle moves left.", "A blue square moves up."
+
+
+@pytest.fixture(scope="module")
+def address():
+    command = [sys.executable, "-m", "launch.serve", "--port=0", "--slots=1", "--turn=2"]
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    yield server.stdout.readline().strip()
+    server.terminate()
+    assert server.wait(30) in (0, -15)
+
+
+@pytest.fixture
+def browser(tmp_path):
+    if not (DRIVER and CHROMIUM):
+        pytest.skip("needs chromium and chromedriver (Debian: chromium, chromium-driver)")
+    options = webdriver.ChromeOptions()
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1100,1400"):
+        options.add_argument(argument)
+    options.binary_location = CHROMIUM
+    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    yield driver
+    told = [line for line in driver.get_log("browser") if line["level"] == "SEVERE"]
+    driver.quit()
+    assert not told
+
+
+def wait(check, limit=60):
+    """What `check` returns, once it is something."""
+    until = time.monotonic() + limit
+    while not (found := check()):
+        assert time.monotonic() < until, "in vain"
+        time.sleep(0.05)
+    return found
+
+
+def text(browser, name):
+    return browser.find_element(By.ID, name).text
+
+
+def canvas(browser, side=0):
+    return browser.find_element(By.ID, f"canvas{side}")
+
+
+def shown(browser, side=0):
+    return int(canvas(browser, side).get_attribute("data-shown") or 0)
+
+
+def pixels(browser, side=0):
+    """What the canvas shows, uint8 [12, 12, 3]."""
+    rgba = browser.execute_script(
+        "const c = arguments[0], d = c.getContext('2d').getImageData(0, 0, c.width, c.height);"
+        "return Array.from(d.data);",
+        canvas(browser, side),
+    )
+    return np.uint8(rgba).reshape(12, 12, 4)[..., :3]
+
+
+def ask(browser, prompt, button="change"):
+    field = browser.find_element(By.ID, "prompt")
+    field.clear()
+    field.send_keys(prompt)
+    browser.find_element(By.ID, button).click()
+
+
+def open_page(browser, address):
+    browser.get(address)
+    wait(lambda: text(browser, "status") == "Ready.")
+
+
+def test_a_video_comes_and_follows_its_prompt(browser, address):
+    open_page(browser, address)
+    ask(browser, RED, "start")
+    wait(lambda: shown(browser) > 24)
+    seen = {}
+    for prompt in (RED, BLUE):
+        if prompt == BLUE:
+            ask(browser, BLUE)
+            wait(lambda: canvas(browser).get_attribute("data-prompt") == BLUE)
+            at = shown(browser)
+            wait(lambda at=at: shown(browser) > at + 24)
+        seen[prompt] = pixels(browser).astype(int).reshape(-1, 3).max(0)
+    assert seen[RED][0] > seen[RED][2] + 60 and seen[BLUE][2] > seen[BLUE][0] + 60
+    marks = browser.find_elements(By.CSS_SELECTOR, "#script li")
+    assert [re.sub("^from .* s ", "", mark.text) for mark in marks] == [RED, BLUE]
+    ask(browser, "An elephant.")
+    wait(lambda: "never learnt" in text(browser, "strange"))
+    browser.find_element(By.CSS_SELECTOR, "#examples button").click()
+    wait(lambda: text(browser, "strange") == "")
+
+
+def test_keys_pause_fork_and_two_side_by_side(browser, address):
+    open_page(browser, address)
+    browser.find_element(By.ID, "compare").click()
+    Select(browser.find_element(By.CSS_SELECTOR, "#side1 [data-name=steps]")).select_by_value("2")
+    browser.find_element(By.ID, "prompt").send_keys(Keys.ENTER)
+    wait(lambda: shown(browser, 0) > 20 and shown(browser, 1) > 20)
+    assert "2 steps" in browser.find_element(By.CSS_SELECTOR, "#figure1 figcaption").text
+    browser.find_element(By.ID, "prompt").send_keys(Keys.ESCAPE)
+    wait(lambda: text(browser, "status") == "Paused.")
+    wait(lambda: (before := shown(browser)) and not time.sleep(1) and shown(browser) == before)
+    moment = browser.find_element(By.ID, "moment")
+    moment.send_keys(Keys.HOME)
+    browser.find_element(By.ID, "fork").click()
+    before = shown(browser)
+    wait(lambda: shown(browser) > before)
+    assert not browser.find_element(By.ID, "figure1").is_displayed()
+
+
+def test_downloads_play(browser, address, tmp_path):
+    open_page(browser, address)
+    ask(browser, RED, "start")
+    wait(lambda: shown(browser) > 40)
+    for link in browser.find_elements(By.CSS_SELECTOR, "#downloads a"):
+        link.click()
+    movie, record = tmp_path / "salt.mp4", tmp_path / "salt.json"
+    there = lambda: all(file.exists() and file.stat().st_size for file in (movie, record))
+    wait(lambda: there() and not list(tmp_path.glob("*.crdownload")))
+    with av.open(str(movie)) as container:
+        assert sum(1 for _ in container.decode(video=0)) >= 16
+    assert json.loads(record.read_text())["prompts"] == {"0": RED}
+
+
+def test_a_killed_tab_and_a_second_viewer(browser, address):
+    """Who waits gets the slot of one who is gone; a page that is loaded again finds its video."""
+    open_page(browser, address)
+    ask(browser, RED, "start")
+    wait(lambda: shown(browser) > 10)
+    first = browser.current_window_handle
+    browser.switch_to.new_window("tab")
+    open_page(browser, address)
+    ask(browser, BLUE, "start")
+    wait(lambda: "You wait: place 1" in text(browser, "status") or shown(browser) > 0)
+    wait(lambda: shown(browser) > 10)
+    second = browser.current_window_handle
+    browser.switch_to.window(first)
+    browser.close()
+    browser.switch_to.window(second)
+    before = shown(browser)
+    wait(lambda: shown(browser) > before + 40)
+    browser.refresh()
+    wait(lambda: browser.find_element(By.ID, "timeline").is_displayed())
+    health = urllib.request.urlopen(f"{address}healthz").read()
+    assert json.loads(health) == {"status": "ok"}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_is_hard_to_reach(browser, address, scheme, tmp_path):
+    """axe-core finds nothing serious, before and while a video runs; a picture of the page."""
+    from axe_core_python.selenium import Axe
+
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia",
+        {"features": [{"name": "prefers-color-scheme", "value": scheme}]},
+    )
+    open_page(browser, address)
+    for running in (False, True):
+        if running:
+            ask(browser, RED, "start")
+            wait(lambda: shown(browser) > 24)
+        found = Axe().run(browser)["violations"]
+        grave = [(v["id"], v["help"]) for v in found if v["impact"] in ("serious", "critical")]
+        assert not grave
+    picture = tmp_path / "page.png"
+    browser.save_screenshot(str(picture))
+    assert np.asarray(Image.open(picture)).std() > 10
