@@ -95,6 +95,15 @@ def joined(read: Callable[[], T]) -> Iterator[T]:
             watch.stdin.close()
 
 
+def tells() -> bool:
+    """Whether this process prints what all know; without jax where it is the only one."""
+    if _cluster(os.environ) is None:
+        return True
+    from salt_jax import hosts
+
+    return hosts.is_first()
+
+
 class Cluster(NamedTuple):
     """What is known of a run of several processes; JAX asks the scheduler for the rest."""
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from salt_jax.data.latents import open_records
+from salt_jax.evaluate import vbench
 from tests.launch import processes
 
 OPTIONS = {"weights": "", "teacher.kind": "closed_form", "iterations": 1, "batch_size": 4}
@@ -75,6 +76,18 @@ def test_one_of_two_processes_evaluates_and_exports(workdir, tmp_path):
         assert ["wrote " in text for text in told] == [True, False][:count]
         exported.append(file.read_bytes())
     assert numbers[0] == numbers[1] and exported[0] == exported[1]
+
+
+@pytest.mark.slow
+def test_results_of_vbench_are_told_once_and_refused_by_both(tmp_path):
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    good.write_text(json.dumps(dict.fromkeys(vbench.DIMENSIONS, 0.5)))
+    bad.write_text('{"color": 85.0}')
+    args = [[f"--vbench_results={path}"] for path in (good, bad)]
+    told = run("evaluate", args[0], tmp_path / "told", 2)
+    assert ["Quality" in text for text in told] == [True, False]
+    for text in run("evaluate", args, tmp_path / "refused", 2, codes=(2,)):
+        assert "'color' is 85.0" in text and "Quality" not in text
 
 
 @pytest.mark.slow
