@@ -13,7 +13,7 @@ computes Quality, Semantic and Total.
 
 from salt_jax.cli import evaluate_flags as f
 from salt_jax.cli.app import refuse_flags, run_main
-from salt_jax.cli.processes import joined, tells
+from salt_jax.cli.processes import joined, refuse_in_all, tells
 from salt_jax.errors import UserError
 from salt_jax.evaluate import vbench
 from salt_jax.io.files import as_path
@@ -56,4 +56,4 @@ def main(_):
 
 def run() -> None:
     """The program."""
-    run_main(main, __doc__)
+    run_main(main, __doc__, refuse_in_all)

@@ -12,7 +12,7 @@ the same call would make again is left alone.
 """
 
 from salt_jax.cli.app import run_main
-from salt_jax.cli.processes import joined
+from salt_jax.cli.processes import joined, refuse_in_all
 from salt_jax.cli.request import read_request
 
 
@@ -26,4 +26,4 @@ def main(_):
 
 def run() -> None:
     """The program."""
-    run_main(main, __doc__)
+    run_main(main, __doc__, refuse_in_all)
