@@ -23,10 +23,7 @@ def get_config(options: str = "") -> Config:
     if "salt" in variants:
         if size == "wan":
             c.init_from += "_salt"
-        c = parts.salt(c, size, variants, parts.Released(start=140, noise="euler_between"))
-        if c.align.network == "teacher" and size == "wan":
-            c.align.layers = 16  # of 30: the middle, as SR's 21 of 40
-        return c
+        return parts.salt(c, size, variants, parts.Released(start=140, noise="euler_between"))
     c = parts.four_steps(c)
     if size == "wan":
         c = parts.listed_levels(c, (1000, 757, 522))  # CV

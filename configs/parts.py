@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from configs import base
 from salt_jax.keys import Config
+from salt_jax.models.presets import PRESETS
 
 SIZES = ("shapes", "long", "wan")
 READINGS = ("paper", "release")
@@ -147,13 +148,13 @@ def reading(c: Config, size: str, variants: set[str], released: Released) -> Con
     c.loss.self_consistency *= 0.2  # row 1
     c.loss.update(stop_gradient="composed", level_weight="one_minus_sigma")  # rows 2, 5
     c.align.weight *= 0.1  # row 21
-    c.align.update(network="teacher", layers=21, highest=0.2)  # rows 17, 18, 19
+    depth = PRESETS[c.teacher.preset or c.model.preset].num_layers
+    # rows 17, 18, 19; SR: 21 of 40
+    c.align.update(network="teacher", layers=round(21 / 40 * depth), highest=0.2)
     c.align.update(num_steps=(2,), lowest_exit=1, probability=1.0)  # row 22
     c.align.update(reference_exit="student", reference_noise=released.noise)  # row 23
     if size == "wan":
         c.align.start = released.start
-    else:
-        c.align.layers = 2  # of 4: the middle, as there
     return c
 
 

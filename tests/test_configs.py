@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import parts
 from salt_jax.config.build import all_keys
 from salt_jax.config.reading import read_recipe
 from salt_jax.config.schema import CAUSAL, Recipe
@@ -69,6 +70,18 @@ def test_a_delta_is_short_has_only_known_keys_and_tells_its_command(name):
         name: keys(v) if hasattr(v, "items") else None for name, v in config.items()
     }
     assert keys(get_config(name, OPTIONS[name][0])) == keys(get_config("base", None))
+
+
+@pytest.mark.parametrize(
+    ("size", "teacher", "layers"),
+    [("wan", "wan2.1-t2v-14b", 21), ("wan", "", 16), ("shapes", "", 2), ("long", "", 2)],
+)
+def test_the_release_takes_features_at_the_same_depth_of_any_teacher(size, teacher, layers):
+    """The authors' 21 blocks of 40; 1.3B has 30, the networks of Moving Shapes 4."""
+    config = parts.causal(size)
+    config.teacher.preset = teacher
+    released = parts.Released(start=1, noise="own")
+    assert parts.salt(config, size, {"release"}, released).align.layers == layers
 
 
 def test_two_calls_of_a_config_share_nothing():

@@ -151,9 +151,18 @@ def refuse_pairs(
                 raise UserError(f"--{name} and --{other} exclude each other; give one of them")
 
 
-def run_main(main: Callable[[list[str]], None], doc: str | None = None) -> None:
+def run_main(
+    main: Callable[[list[str]], None],
+    doc: str | None = None,
+    tell_others: Callable[[list[str], UserError], None] = lambda argv, error: None,
+) -> None:
     """absl's app.run, with every error that is the user's to mend printed as one line and exit code
-    2. `doc`: what --help says before the flags.
+    2.
+
+    Args:
+      doc: what --help says before the flags.
+      tell_others: called when flags cannot be read, after the sentence is printed: other processes
+        of the run may wait for this one.
     """
 
     def parse(argv):
@@ -162,21 +171,11 @@ def run_main(main: Callable[[list[str]], None], doc: str | None = None) -> None:
             sys.exit(0)
         argv = [find_config(argument) for argument in argv]
         try:
-            rest = flags.FLAGS(argv)
-        except UserError as error:  # of `name_files`
-            fail(str(error))
-        # from ml_collections, which names the key alone
-        except (AttributeError, KeyError) as error:
-            key, hint = re.search(r"\w+", str(error)), re.search(r"Did you mean.*\?", str(error))
-            remedy = hint[0] if hint else "configs/base.py lists every key."
-            fail(f"unknown config key {key and key[0]!r} in {' '.join(argv[1:])}. {remedy}")
-        except OSError as error:  # a config file that is not there, with keys of it changed
-            fail(f"cannot load the config: {str(error).splitlines()[-1].strip()}; check --config")
-        except (flags.Error, TypeError, ValueError) as error:
-            fail(f"{error}; see --help and configs/base.py")
-        if len(rest) > 1:
-            fail(f"unknown argument {rest[1]!r}; options start with --")
-        return rest
+            return read_flags(argv)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            tell_others(argv, error)
+            sys.exit(2)
 
     def guarded(argv):
         # Programs that were compiled once are kept, so the next start and the next run of the same
@@ -204,6 +203,32 @@ def run_main(main: Callable[[list[str]], None], doc: str | None = None) -> None:
             fail(told)
 
     app.run(guarded, flags_parser=parse)
+
+
+def read_flags(argv: list[str]) -> list[str]:
+    """Reads the flags of a command line, and returns what is none: the program's name.
+
+    Raises:
+      UserError: a flag or a key of a config is unknown, or its value is not what it must be.
+    """
+    try:
+        rest = flags.FLAGS(argv)
+    # from ml_collections, which names the key alone
+    except (AttributeError, KeyError) as error:
+        key, hint = re.search(r"\w+", str(error)), re.search(r"Did you mean.*\?", str(error))
+        remedy = hint[0] if hint else "configs/base.py lists every key."
+        raise UserError(
+            f"unknown config key {key and key[0]!r} in {' '.join(argv[1:])}. {remedy}"
+        ) from error
+    except OSError as error:  # a config file that is not there, with keys of it changed
+        raise UserError(
+            f"cannot load the config: {str(error).splitlines()[-1].strip()}; check --config"
+        ) from error
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(f"{error}; see --help and configs/base.py") from error
+    if len(rest) > 1:
+        raise UserError(f"unknown argument {rest[1]!r}; options start with --")
+    return rest
 
 
 def help_text(doc: str) -> str:

@@ -19,7 +19,7 @@ import os
 
 from salt_jax.cli import bench_flags as f
 from salt_jax.cli.app import run_main
-from salt_jax.cli.processes import joined
+from salt_jax.cli.processes import joined, refuse_in_all
 
 
 def main(_):
@@ -39,4 +39,4 @@ def main(_):
 
 def run() -> None:
     """The program."""
-    run_main(main, __doc__)
+    run_main(main, __doc__, refuse_in_all)

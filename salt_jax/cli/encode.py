@@ -10,7 +10,7 @@ processes, which share the work (docs/pods.md); those that cannot reach each oth
 
 from salt_jax.cli.app import run_main
 from salt_jax.cli.encode_flags import read_wanted
-from salt_jax.cli.processes import joined
+from salt_jax.cli.processes import joined, refuse_in_all
 
 
 def main(_):
@@ -23,4 +23,4 @@ def main(_):
 
 def run() -> None:
     """The program."""
-    run_main(main, __doc__)
+    run_main(main, __doc__, refuse_in_all)

@@ -13,33 +13,39 @@ computes Quality, Semantic and Total.
 
 from salt_jax.cli import evaluate_flags as f
 from salt_jax.cli.app import refuse_flags, run_main
-from salt_jax.cli.processes import joined
+from salt_jax.cli.processes import joined, refuse_in_all, tells
 from salt_jax.errors import UserError
 from salt_jax.evaluate import vbench
 from salt_jax.io.files import as_path
 
 
-def print_vbench(path: str) -> None:
+def vbench_table(path: str) -> str:
     """VBench's scores and what they come to, in percent."""
     scores = vbench.read_results(as_path(path))
     try:
         totals = vbench.totals(scores)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-    for name, value in scores.items():
-        print(f"{name:28}{100 * value:8.2f}")
-    for name, value in totals.items():
-        print(f"{name.capitalize():28}{value:8.2f}")
+    lines = [f"{name:28}{100 * value:8.2f}" for name, value in scores.items()]
+    return "\n".join([*lines, *(f"{k.capitalize():28}{v:8.2f}" for k, v in totals.items())])
+
+
+def read() -> f.Wanted | str:
+    """What is measured, or the table of VBench's results, which needs no jax."""
+    if bool(f.VBENCH.value) == bool(f.WORKDIR.value):
+        raise UserError("give either --workdir=DIR or --vbench_results=FILE")
+    if not f.VBENCH.value:
+        return f.read_wanted()
+    refuse_flags("vbench", f.MODES, f.BELONGS)
+    return vbench_table(f.VBENCH.value)
 
 
 def main(_):
-    if bool(f.VBENCH.value) == bool(f.WORKDIR.value):
-        raise UserError("give either --workdir=DIR or --vbench_results=FILE")
-    if f.VBENCH.value:
-        refuse_flags("vbench", f.MODES, f.BELONGS)
-        print_vbench(f.VBENCH.value)
-        return
-    with joined(f.read_wanted) as wanted:
+    with joined(read) as wanted:
+        if isinstance(wanted, str):
+            if tells():
+                print(wanted)
+            return
         # jax comes here, after all that can be refused without it
         from salt_jax import hosts
         from salt_jax.cli import evaluating, evaluating_wan
@@ -50,4 +56,4 @@ def main(_):
 
 def run() -> None:
     """The program."""
-    run_main(main, __doc__)
+    run_main(main, __doc__, refuse_in_all)

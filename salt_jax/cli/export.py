@@ -9,7 +9,7 @@ from absl import flags
 
 from salt_jax.cli.app import name_files, run_main
 from salt_jax.cli.parsing import read_workdir
-from salt_jax.cli.processes import joined
+from salt_jax.cli.processes import joined, refuse_in_all
 from salt_jax.errors import UserError
 from salt_jax.io.files import as_path
 
@@ -50,4 +50,4 @@ def main(_):
 
 def run() -> None:
     """The program."""
-    run_main(main, __doc__)
+    run_main(main, __doc__, refuse_in_all)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, NoReturn, TypeVar
 
 from absl import flags
 
@@ -30,15 +30,35 @@ T = TypeVar("T")
 JOIN = 300  # seconds for all processes to arrive
 HEARTBEAT = 40  # seconds of silence after which JAX takes a process for dead, and ends the others
 
-# Ends with its parent, and says what that could not: JAX ends a process whose peers are gone from
-# C++, with a stack trace.
+# Ends with its parent, and says what that could not: JAX ends a process whose peers do not come, or
+# are gone, from C++, with a stack trace.
 WATCH = """
 import sys
-if not sys.stdin.read():
+said = sys.stdin.read()
+if not said:
+    sys.exit("error: not all processes of this run came within JOIN s, or this one was ended "
+             "before; all of them have to be started, and reach the port of process 0")
+if said.endswith("joined"):
     sys.exit("error: this process of the run was ended, or JAX ended it because another one is "
              "gone (the messages above, and those of the others, say which); start all of them "
              "again with the same command: the run goes on from its last checkpoint")
 """
+
+
+def _watch() -> subprocess.Popen:
+    """It is told that the others are found, that they are several, and of a good end."""
+    command = [sys.executable, "-S", "-E", "-c", WATCH.replace("JOIN", str(JOIN))]
+    # in a session of its own: signals of the terminal are not for it
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, text=True)
+
+
+class Cluster(NamedTuple):
+    """What is known of a run of several processes; JAX asks the scheduler for the rest."""
+
+    coordinator: str | None = None
+    count: int | None = None
+    index: int | None = None
+    devices: list[int] | None = None  # of the machine, which this process takes
 
 
 @contextmanager
@@ -60,27 +80,13 @@ def joined(read: Callable[[], T]) -> Iterator[T]:
 
     from salt_jax import hosts
 
+    watch, quiet = _watch().stdin, False
+    assert watch
     try:
-        jax.distributed.initialize(
-            *(found.coordinator, found.count, found.index),
-            local_device_ids=found.devices,
-            cluster_detection_method="deactivate" if found.coordinator else None,
-            initialization_timeout=JOIN,
-            heartbeat_timeout_seconds=HEARTBEAT,
-        )
-    except (RuntimeError, ValueError) as error:  # of the client: JaxRuntimeError
-        raise UserError(
-            f"the processes of this run did not find each other within {JOIN} s "
-            f"({str(error).splitlines()[0]}); all of them have to be started, and reach the port "
-            "of process 0"
-        ) from error
-    watch = None
-    if jax.process_count() > 1:
-        command = [sys.executable, "-S", "-E", "-c", WATCH]
-        # in a session of its own: signals of the terminal are not for it
-        watch = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, text=True)
-    quiet = False
-    try:
+        _find_others(found)
+        watch.write("found")
+        watch.write(" and joined" * (jax.process_count() > 1))
+        watch.flush()
         with hosts.agreed("the command line"):
             value = read()
         yield value
@@ -90,18 +96,60 @@ def joined(read: Callable[[], T]) -> Iterator[T]:
         quiet = True
         raise
     finally:
-        if quiet and watch and watch.stdin:
-            watch.stdin.write("done")
-            watch.stdin.close()
+        if quiet:
+            watch.write("done")
+            watch.close()
 
 
-class Cluster(NamedTuple):
-    """What is known of a run of several processes; JAX asks the scheduler for the rest."""
+def _find_others(cluster: Cluster) -> None:
+    import jax
 
-    coordinator: str | None = None
-    count: int | None = None
-    index: int | None = None
-    devices: list[int] | None = None  # of the machine, which this process takes
+    try:
+        jax.distributed.initialize(
+            *(cluster.coordinator, cluster.count, cluster.index),
+            local_device_ids=cluster.devices,
+            cluster_detection_method="deactivate" if cluster.coordinator else None,
+            initialization_timeout=JOIN,
+            heartbeat_timeout_seconds=HEARTBEAT,
+        )
+    except (RuntimeError, ValueError) as error:  # of the client: JaxRuntimeError
+        raise UserError(
+            f"the processes of this run did not find each other within {JOIN} s "
+            f"({str(error).splitlines()[0]}); all of them have to be started, and reach the port "
+            "of process 0"
+        ) from error
+
+
+def refuse_in_all(argv: list[str], error: UserError) -> None:
+    """Ends the other processes of the run, if there are any and they come, with this one's error of
+    reading its flags.
+    """
+    names = flags.FlagValues()  # the flags by which one finds the others, of a line with mistakes
+    for holder in (COORDINATOR, NUM_PROCESSES, PROCESS_ID):
+        names[holder.name] = flags.FLAGS[holder.name]
+    names.set_gnu_getopt()
+
+    def read() -> NoReturn:
+        raise error
+
+    try:
+        names(argv, known_only=True)
+        flags.FLAGS.mark_as_parsed()
+        if _cluster(os.environ) is not None:
+            print("telling the other processes of the run", file=sys.stderr, flush=True)
+        with joined(read):
+            pass
+    except (flags.Error, UserError, RuntimeError):
+        return  # what is wrong here is told; the others cannot be reached, or know it now
+
+
+def tells() -> bool:
+    """Whether this process prints what all know; without jax where it is the only one."""
+    if _cluster(os.environ) is None:
+        return True
+    from salt_jax import hosts
+
+    return hosts.is_first()
 
 
 def _cluster(env: Mapping[str, str]) -> Cluster | None:

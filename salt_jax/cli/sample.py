@@ -14,7 +14,7 @@ call would make again is left alone.
 
 from salt_jax.cli import sample_flags as f
 from salt_jax.cli.app import run_main
-from salt_jax.cli.processes import joined
+from salt_jax.cli.processes import joined, refuse_in_all
 from salt_jax.cli.request import read_request
 
 
@@ -29,4 +29,4 @@ def main(_):
 
 def run() -> None:
     """The program."""
-    run_main(main, __doc__)
+    run_main(main, __doc__, refuse_in_all)

@@ -8,7 +8,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from salt_jax.cli.app import config_made_by, name_files, read_config, run_main
-from salt_jax.cli.processes import joined
+from salt_jax.cli.processes import joined, refuse_in_all
 from salt_jax.config.reading import read_recipe
 from salt_jax.train.stop import stoppable
 
@@ -32,4 +32,4 @@ def main(_):
 def run() -> None:
     """The program."""
     flags.mark_flag_as_required("config")
-    run_main(main, __doc__)
+    run_main(main, __doc__, refuse_in_all)

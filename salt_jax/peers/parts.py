@@ -26,8 +26,9 @@ from salt_jax.models.denoiser import WanDenoiser
 from salt_jax.models.vae import VAEConfig, decode_video, init_vae
 from salt_jax.models.wan import Inputs, apply_wan, init_wan
 from salt_jax.peers import torch_wan as theirs
-from salt_jax.peers.turns import Part, Side, random_weights
+from salt_jax.peers.turns import Part, Side
 from salt_jax.planning.bench import random_cond, shapes_of
+from salt_jax.planning.random_params import random_params
 from salt_jax.rollout.parallel import noise_at
 from salt_jax.rollout.sampler import Cue, Sampler, clip_keys, generate
 from salt_jax.stages.networks import denoiser_of
@@ -54,7 +55,7 @@ class Work(NamedTuple):
     def params(self) -> Params:
         """The transformer's."""
         r = self.recipe
-        return random_weights(shapes_of(init_wan, r.wan), r.compute.dtype, r.seed)
+        return random_params(shapes_of(init_wan, r.wan), r.compute.dtype, r.seed)
 
     def clip(self) -> jax.Array:
         """Noise, [1, F, H, W, C]."""
@@ -195,7 +196,7 @@ def decode(work: Work) -> Part:
     recipe, config = work.recipe, work.vae
     assert config, "a recipe with Wan's latents"
     dtype = recipe.compute.dtype
-    params = random_weights(shapes_of(init_vae, config), dtype, recipe.seed)
+    params = random_params(shapes_of(init_vae, config), dtype, recipe.seed)
     latents = work.clip()[:, : recipe.memory.chunk]
     ours = jax.jit(partial(decode_video, config=config, dtype=dtype))
     given = theirs.channels_first(latents, work.device)

@@ -8,12 +8,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from salt_jax.errors import UserError
 from salt_jax.keys import Json
-from salt_jax.types import Params
 
 # Relative distance of two results, by the type of the products: float32 sums in another order, and
 # bfloat16 has eight bits.
@@ -102,21 +100,3 @@ def show(rows: list[Json]) -> str:
             )
             lines.append(f"{row['part']:20}{who:34}{np.median(taken):10.4g}  {told}".rstrip())
     return "\n".join(lines)
-
-
-def random_weights(shapes: Params, dtype: np.dtype | type, seed: int) -> Params:
-    """Weights under which every array matters, or a wrong one could hide: kernels of variance
-    1 / fan-in, gains around one, everything else of .1.
-
-    Made of one draw, over and over, each array from another place of it.
-    """
-    noise = np.random.default_rng(seed).standard_normal(1 << 20, np.float32)
-    flat, tree = jax.tree_util.tree_flatten_with_path(shapes)
-
-    def fill(i: int, path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        stacked, name = int(path[0].key == "blocks"), path[-1].key
-        std = float(np.prod(leaf.shape[stacked:-1])) ** -0.5 if name == "kernel" else 0.1
-        values = std * np.roll(noise, 7919 * i) + float(name == "scale")
-        return jax.device_put(np.resize(values.astype(dtype), leaf.shape))
-
-    return tree.unflatten([fill(i, path, leaf) for i, (path, leaf) in enumerate(flat)])

@@ -27,6 +27,7 @@ from salt_jax.models.visibility import chunk_pairs
 from salt_jax.models.wan import init_wan
 from salt_jax.planning.flops import image_tokens, sweep, traced_flops, update_flops
 from salt_jax.planning.memory import fresh_state
+from salt_jax.planning.random_params import random_params
 from salt_jax.planning.updates import programs, update_name
 from salt_jax.rollout.pixels import stream_pixels
 from salt_jax.rollout.sampler import Cue, Sampler, clip_keys, generate
@@ -94,29 +95,6 @@ def matmul(size: int, dtype: DTypeLike, runs: int) -> Iterator[Result]:
     """The reference rate: one square matrix product."""
     a = jnp.ones((size, size), dtype)
     yield measure("matmul", jax.jit(jnp.matmul), (a, a), 2.0 * size**3, runs, size=size)
-
-
-def random_params(
-    shapes: Params, dtype: DTypeLike | None, seed: int, shardings: Params = None
-) -> Params:
-    """Weights of these shapes, of `dtype` if it is given, made without compiling anything: noise,
-    over and over.
-
-    Moments and counters are zero.
-    """
-    noise = 0.02 * np.random.default_rng(seed).standard_normal(1 << 20, np.float32)
-
-    def fill(path, shape, place):
-        zero = shape.dtype.kind == "i" or "opt_state" in jax.tree_util.keystr(path)
-        kind = dtype or shape.dtype  # cast before it grows: a teacher has 14e9 numbers
-        values = np.zeros(shape.shape, kind) if zero else np.resize(noise.astype(kind), shape.shape)
-        return sharding.put(values, place) if place else jax.device_put(values)
-
-    flat, tree = jax.tree_util.tree_flatten_with_path(shapes)
-    places = jax.tree.leaves(shardings) if shardings else [None] * len(flat)
-    return tree.unflatten(
-        [fill(path, leaf, at) for (path, leaf), at in zip(flat, places, strict=True)]
-    )
 
 
 def shapes_of(init: Callable[[PRNGKey, T], Params], config: T) -> Params:

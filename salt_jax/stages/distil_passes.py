@@ -1,6 +1,6 @@
 """The forward passes of a distillation, for the planners: of one update, or the mean of a run."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -89,7 +89,7 @@ def passes(recipe: Recipe, moves: str, mix: Mix) -> list[Pass]:
     if moves == "critic":
         if recipe.video != "rollout":
             made += video_passes(recipe, "student: one step", 1.0, mix)
-        return [*made, Pass("critic", wan, whole, 1.0, "weights")]
+        return [*_there(made), Pass("critic", wan, whole, 1.0, "weights")]
     seen = mix.alignment
     made += video_passes(recipe, "student: replay", 1.0, mix, "weights")
     composed = recipe.loss.stop_gradient == "composed"
@@ -104,7 +104,12 @@ def passes(recipe: Recipe, moves: str, mix: Mix) -> list[Pass]:
         Pass("features", judge, whole, seen, "activations", layers),
         Pass("features: forward", judge, whole, seen, "none", layers),
     ]
-    return [p for p in made if p.times or p.reads]
+    return _there(made)
+
+
+def _there(made: Iterable[Pass]) -> list[Pass]:
+    """Those that the update has: a clip of one chunk has none after the first."""
+    return [p for p in made if p.pairs and (p.times or p.reads)]
 
 
 def memory(recipe: Recipe, update: Update) -> Memory:

@@ -9,12 +9,15 @@ import math
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from configs import longlive, self_forcing
 from salt_jax.config.reading import read_recipe
 from salt_jax.models import vae
 from salt_jax.planning import bench, bench_attention, flops
+from salt_jax.planning.memory import fresh_state
+from salt_jax.planning.random_params import random_params
 from salt_jax.planning.updates import programs, update_name
 from salt_jax.rollout.draws import Terms
 from salt_jax.stages import make_stage
@@ -136,10 +139,21 @@ def test_chunks_are_timed_without_the_time_of_those_who_take_them(monkeypatch):
 def test_random_weights_have_the_form_that_is_asked():
     r = tiny()
     shapes = bench.shapes_of(bench.init_wan, r.wan)
-    params = bench.random_params(shapes, jnp.bfloat16, 0)
+    params = random_params(shapes, jnp.bfloat16, 0)
     chex.assert_trees_all_equal_shapes(params, shapes)
     leaves = jax.tree.leaves(params)
     assert {x.dtype for x in leaves} == {jnp.dtype(jnp.bfloat16)} and all(x.any() for x in leaves)
+
+
+def test_no_two_arrays_of_random_weights_are_alike():
+    shapes, _ = jax.eval_shape(lambda: fresh_state(make_stage(tiny())))
+    state = random_params(shapes, None, 0)
+    student = state.learners["student"]
+    to = student.params["blocks"]["self_attn"]
+    assert not np.array_equal(to["q"]["kernel"], to["k"]["kernel"])
+    assert np.std(to["q"]["kernel"]) == pytest.approx(48**-0.5, rel=0.1)
+    assert np.mean(student.params["blocks"]["norm_cross"]["scale"]) == pytest.approx(1, abs=0.1)
+    assert not any(x.any() for x in jax.tree.leaves(student.opt_state))
 
 
 def test_every_program_of_a_run_is_found():

@@ -1,6 +1,9 @@
 """How a program knows that it is one of several processes."""
 
 import importlib.util
+import subprocess
+import sys
+import time
 
 import pytest
 from absl import flags
@@ -9,6 +12,8 @@ from absl.testing import flagsaver
 from salt_jax.cli import processes
 from salt_jax.cli.processes import Cluster
 from salt_jax.errors import UserError
+from tests.helpers import ROOT
+from tests.launch.processes import free_port
 from tests.launch.programs import program
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"}
@@ -87,6 +92,21 @@ def test_who_finds_nobody_says_so(monkeypatch):
         with pytest.raises(UserError, match="did not find each other within 2 s"):
             with processes.joined(lambda: None):
                 pass
+
+
+@pytest.mark.slow
+def test_who_waits_in_vain_ends_with_a_sentence(tmp_path):
+    """JAX ends a process whose peers do not come: the sentence outlives it."""
+    code = "from salt_jax.cli import export, processes; processes.JOIN = 3; export.run()"
+    others = [f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
+    flags = [f"--workdir={tmp_path}", f"--dst={tmp_path}/x", *others, "--process_id=0"]
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode and time.monotonic() - begun < 60
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and " within 3 s" in last and "port of process 0" in last
 
 
 def test_a_wrong_flag_is_refused_before_anything_runs(tmp_path):

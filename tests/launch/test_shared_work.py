@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import time
 
 import numpy as np
 import pytest
 
 from salt_jax.data.latents import open_records
+from salt_jax.evaluate import vbench
 from tests.launch import processes
 
 OPTIONS = {"weights": "", "teacher.kind": "closed_form", "iterations": 1, "batch_size": 4}
@@ -78,6 +80,18 @@ def test_one_of_two_processes_evaluates_and_exports(workdir, tmp_path):
 
 
 @pytest.mark.slow
+def test_results_of_vbench_are_told_once_and_refused_by_both(tmp_path):
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    good.write_text(json.dumps(dict.fromkeys(vbench.DIMENSIONS, 0.5)))
+    bad.write_text('{"color": 85.0}')
+    args = [[f"--vbench_results={path}"] for path in (good, bad)]
+    told = run("evaluate", args[0], tmp_path / "told", 2)
+    assert ["Quality" in text for text in told] == [True, False]
+    for text in run("evaluate", args, tmp_path / "refused", 2, codes=(2,)):
+        assert "'color' is 85.0" in text and "Quality" not in text
+
+
+@pytest.mark.slow
 def test_two_processes_share_the_parts_of_a_data_set(tmp_path):
     prompts, made = tmp_path / "prompts.txt", []
     prompts.write_text("".join(f"A cat walks {i} times.\n" for i in range(5)))
@@ -121,6 +135,30 @@ def test_a_mistake_of_one_process_ends_both_with_its_sentence(wrong, workdir, tm
     ends = processes.launch("sample", args, tmp_path / "disk")
     assert all(process.wait(timeout=60) for process in ends)
     assert "NotADirectoryError" in processes.text(tmp_path / "disk", 1 - wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "wrong", "mistake", "told"),
+    [
+        ("sample", 0, "--cuont=2", "Unknown command line flag 'cuont'"),
+        ("sample", 1, "--count=two", "flag --count=two"),
+        ("export", 1, "no_flag", "unknown argument 'no_flag'"),
+        ("train", 0, "--config.no_such_key=1", "unknown config key 'no_such_key'"),
+    ],
+)
+def test_flags_one_process_cannot_read_end_both(name, wrong, mistake, told, workdir, tmp_path):
+    """Although the flags that say who the others are were not read either."""
+    line = {"export": [f"--dst={tmp_path}/x"], "train": ["--config=configs/base.py"]}
+    run_of = f"--workdir={tmp_path / 'run' if name == 'train' else workdir}"
+    args = [[run_of, *line.get(name, [])] for _ in range(2)]
+    args[wrong] = [*args[wrong], mistake]
+    begun = time.monotonic()
+    for text in run(name, args, tmp_path / "log", 2, codes=(2,)):
+        (error,) = [line for line in text.splitlines() if line.startswith("error: ")]
+        assert told in error and "Traceback" not in text
+    assert time.monotonic() - begun < 100
+    assert not (tmp_path / "run").exists() and not (tmp_path / "x").exists()
 
 
 @pytest.mark.slow

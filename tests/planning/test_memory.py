@@ -152,6 +152,31 @@ def test_what_a_recipe_has_shows():
     assert 0 < one["blocks"] - one["cudnn"] <= 3 * 2**26 * 4  # a block of them, three times
 
 
+ONE_CHUNK = {
+    "chunks of one frame": {"memory.chunk": 1, "memory.first": 1, "world.frames": 1},
+    "a picture": {"memory.first": 1, "world.frames": 1},
+    "the first of its own steps": {"rollout.first_steps": 2, "loss.self_consistency": 0.0},
+    "no clean pass": {"memory.context": "last_step"},
+    "cyclic": {"memory.positions": "cyclic", "memory.period": 3},
+    "rolling": {"memory.window": 3},
+}
+
+
+@pytest.mark.parametrize("variant", ["", "salt"])
+@pytest.mark.parametrize("policy", ONE_CHUNK)
+def test_a_clip_of_one_chunk_needs_less_than_one_of_two(policy, variant):
+    changes = {"world.frames": 3} | ONE_CHUNK[policy]
+    one = recipe(self_forcing, variant, **changes)
+    two = recipe(
+        self_forcing, variant, **changes | {"world.frames": one.clip_shape[0] + one.memory.chunk}
+    )
+    less, more = rows(one, ONE, "blocks"), rows(two, ONE, "blocks")
+    for name in ("batch", "caches", "inputs of blocks", "heads of networks", "one block at work"):
+        assert (0 < less[name].whole < more[name].whole) or less[name] == more[name], name
+    for learner in ("student", "critic"):
+        assert all(p.pairs for p in make_stage(one).mean_passes(learner))
+
+
 @pytest.mark.parametrize(
     ("config", "variant"),
     [
