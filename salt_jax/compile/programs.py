@@ -24,7 +24,7 @@ from salt_jax.models.vae import decode_first, init_vae
 from salt_jax.models.wan import init_wan
 from salt_jax.planning import bench, updates
 from salt_jax.rollout import pixels, sampler
-from salt_jax.rollout.causal import Steps
+from salt_jax.rollout.causal import ChunkSpec, Steps
 from salt_jax.rollout.draws import Draw
 from salt_jax.stages.networks import denoiser_of
 from salt_jax.stages.ode_regression import OdeRegression
@@ -177,7 +177,7 @@ def _streaming(stage: Stage) -> dict[str, Callable[[], Program]]:
             lambda: Steps(jnp.zeros(sampler.USUAL_STEPS + 1), jnp.int32(0), recipe.sample.solver)
         )
         call = put(lambda: (sampler.clip_keys(0, 1), jnp.int32(0)))
-        spec = sampler.ChunkSpec(size, policy)
+        spec = ChunkSpec(size, policy)
         return Program(sampler.make_chunk, (network, params, cache, cross, steps, call, spec))
 
     def again() -> Program:

@@ -185,10 +185,15 @@ class Distil:
         return rolled_out(made, origin, draw, self.recipe)
 
     def reference(self, params: Params, origin: Origin, inputs: Inputs) -> Latent:
-        """The video that cache alignment aligns to: of twice the steps, on its own cache."""
+        """The video that cache alignment aligns to: of twice the steps, on its own cache.
+
+        A first chunk with steps of its own has no level between the student's.
+        """
         assert inputs.draw is not None
         params, draw = jax.lax.stop_gradient(params), as_reference(inputs.draw, self.recipe)
         steps = replace(as_steps(draw, self.recipe), noise=self.recipe.align.reference_noise)
+        if steps.first and steps.noise == "own":
+            steps = replace(steps, first=replace(steps.first, noise="own"))
         keys = inputs.noise.keys
         return self_rollout(self.student, params, origin, steps, keys, self.recipe).x0
 
