@@ -14,6 +14,7 @@ def get_config(options: str = ""):
     size, variants = parts.read_options(options, "salt", "lora", *parts.READINGS)
     c = parts.causal(size)
     c.init_from = f"runs/{size}_longlive_init"
+    c.init_critic = True  # LL: `critic` of the first stage's checkpoint
     lora = 256 if size == "wan" else 16  # LL
     c.lora.update(rank=lora * ("lora" in variants), alpha=float(lora))
     # LL has 12 and 3 in clips of 21 frames; those of Moving Shapes have 9

@@ -69,6 +69,11 @@ class Recipe:
         resume="file",
         path=True,
     )
+    init_critic: bool = key(
+        False,
+        "whether the critic starts as that of `init_from` (LongLive's long stage), instead of as "
+        "`weights`",
+    )
     accept_shift: bool = key(
         False,
         "whether a few-step start in `init_from` may have been trained at another shift or other "

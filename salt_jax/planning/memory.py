@@ -65,7 +65,7 @@ def _axes(entry: str | Sequence[str] | None) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-FROZEN = {"student": "student's base", "null_text": "null text"}
+FROZEN = {"student": "student's base", "critic": "critic's base", "null_text": "null text"}
 
 
 def kinds(stage: Stage) -> tuple[dict[str, str], dict[str, str]]:
@@ -201,7 +201,7 @@ def transient(
         rows.append(MemoryRow("moments fetched", 0, max(0, fetched), max(0, fetched)))
     # student and critic with their adapters merged, and the gradient of one of them
     if recipe.lora.rank:
-        base = networks["base"]
+        base = networks["student's base"]
         rows.append(MemoryRow("merged networks", 3 * base.count, 3 * base.whole, 3 * base.device))
     # a block's weights, in the compute type, while it works, and those of the next one
     if mesh["fsdp"] > 1:

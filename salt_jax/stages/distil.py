@@ -90,7 +90,7 @@ class Distil:
 
     def parts(self) -> Parts:
         r = self.recipe
-        parts = [("critic", r.weights), teachers.part(r)]
+        parts = [("critic", r.init_from if r.init_critic else r.weights), teachers.part(r)]
         return parts + [("alignment", r.weights)] * self._looks_at_base
 
     @property
@@ -98,13 +98,16 @@ class Distil:
         return bool(self.recipe.align.weight) and self.recipe.align.network == "base"
 
     def frozen(self, weights: Weights) -> Frozen:
-        frozen = teachers.frozen(weights)
-        if self._looks_at_base or self.recipe.lora.rank:
+        frozen, r = teachers.frozen(weights), self.recipe
+        if self._looks_at_base or (r.lora.rank and not r.init_critic):
             frozen["base"] = weights.base
-        return frozen | ({"student": weights.start} if self.recipe.lora.rank else {})
+        if r.lora.rank and r.init_critic:
+            frozen["critic"] = weights.critic
+        return frozen | ({"student": weights.start} if r.lora.rank else {})
 
     def first_state(self, weights: Weights) -> TrainState:
-        r, starts = self.recipe, (weights.start, weights.base)
+        r = self.recipe
+        starts = weights.start, weights.critic if r.init_critic else weights.base
         if r.lora.rank:
             keys = jax.random.split(jax.random.key(r.seed))
             starts = tuple(init_lora(k, p, r.lora.rank) for k, p in zip(keys, starts, strict=True))
@@ -147,7 +150,8 @@ class Distil:
 
     def whole(self, learner: str, params: Params, frozen: Frozen) -> Params:
         """The parameters of a network, its adapter merged into what that adapts."""
-        base = {"student": "student", "critic": "base"}[learner]
+        of_critic = "critic" if self.recipe.init_critic else "base"
+        base = {"student": "student", "critic": of_critic}[learner]
         return merge(frozen.get(base), params, self.recipe.lora)
 
     def origin(self, params: Params, inputs: Inputs, terms: Terms) -> Origin:

@@ -73,6 +73,7 @@ class Weights(NamedTuple):
     start: Params  # where the student starts
     teacher: Params  # of a network or of the closed form
     null_text: TextEmb  # [1, T, D]
+    critic: Params = ABSENT  # where the critic starts, if not at the base
 
 
 class Inputs(NamedTuple):

@@ -22,6 +22,7 @@ from salt_jax.errors import UserError
 from salt_jax.io.header import read_metadata
 from salt_jax.optimizer import make_optimizer
 from salt_jax.stages import contradictions, make_stage
+from tests.helpers import ROOT
 
 # Values that other values, or a list of choices, hold in place.
 TIED = {
@@ -55,7 +56,7 @@ TIED |= {
     "schedule.anchor_levels",
     "schedule.levels",
 }
-TIED |= {"memory.window", "align.weight", "stream.max_frames", "accumulate"}
+TIED |= {"memory.window", "align.weight", "stream.max_frames", "accumulate", "init_critic"}
 # Values that one key alone would contradict; these stand together.
 TOGETHER = {"video": "rollout", "schedule.train_levels": 12, "schedule.anchor_levels": 6}
 LISTED = {
@@ -80,6 +81,8 @@ TOGETHER |= {
 }
 TOGETHER |= {
     "accumulate": 3,
+    "init_from": str(ROOT / "runs/before"),
+    "init_critic": True,
     "teacher.dtype": "bfloat16",
     "model.remat": "none",
     "model.residual": "bfloat16",
@@ -476,6 +479,16 @@ CONTRADICTIONS = {
         (
             r"config\.stream\.max_frames=14 leaves no room .* at least 15",
             STREAM | {"stream.max_frames": 14},
+        ),
+    ],
+    "critic": [
+        (
+            r"config\.init_critic=True takes the critic of config\.init_from=''",
+            {"init_critic": True},
+        ),
+        (
+            r"config\.init_critic=True .* config\.stage=consistency; name",
+            {"init_critic": True, "init_from": "runs/x", "stage": "consistency"},
         ),
     ],
     "what a chunk sees": [

@@ -136,10 +136,12 @@ def test_bytes_on_a_device_fall_with_the_mesh_and_add_up():
 def test_what_a_recipe_has_shows():
     tuned = rows(recipe(longlive, "wan,lora"), ONE)
     assert (
-        tuned["merged networks"].whole == 3 * tuned["base"].whole
+        tuned["merged networks"].whole == 3 * tuned["student's base"].whole
+        and tuned["critic's base"].whole == tuned["student's base"].whole
+        and "base" not in tuned
         and tuned["videos under way"].whole
     )
-    assert tuned["gradients"].whole == tuned["student"].whole < tuned["base"].whole / 4
+    assert tuned["gradients"].whole == tuned["student"].whole < tuned["student's base"].whole / 4
     assert "caches" not in rows(recipe(sc_dmd, "wan,i2v"), ONE)
     one = {
         kernel: rows(recipe(causal_forcing, "wan", batch_size=1), ONE, kernel)[

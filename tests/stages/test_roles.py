@@ -139,6 +139,18 @@ def test_a_workdir_has_a_step_and_a_lora_what_is_below_it(tmp_path):
         refuse_roles(stage(video="rollout", init_from=two))
 
 
+def test_a_critic_that_is_carried_over_is_that_of_the_workdir(tmp_path):
+    where = workdir(tmp_path / "run", step=5, video="rollout")
+    carried = {"video": "rollout", "init_from": where, "init_critic": True}
+    critic = by_name(roles(stage(**carried)))["critic"]
+    assert critic[1:5] == (where, 5, checkpoint_digest(where, 5, "critic"), "bidirectional")
+    assert critic.trained.startswith("critic of: distil on moving_shapes")
+    found = by_name(roles(stage(**LORA | carried)))
+    assert found["critic's base"][1:] == critic[1:] and not found["critic"].digest
+    other = by_name(roles(stage(**carried | {"init_critic": False})))["critic"]
+    assert other.source == TEACHER
+
+
 STUDENT = {"video": "rollout", "schedule.shift": 5.0}
 OFFICIAL = json.dumps(asdict(PRESETS["wan2.1-t2v-tiny"]))
 RUN = json.loads(to_json(recipe(**STUDENT)))
@@ -350,8 +362,11 @@ def test_a_lora_whose_base_was_replaced_is_refused(tmp_path):
     refuse_another_base(where, adapted)  # of an earlier version, which did not keep it
     write_roles(where, roles(make_stage(adapted)))
     refuse_another_base(where, adapted)
+    refuse_another_base(where, adapted, "critic")
     save_weights(weights, {"w": np.zeros(3)}, "float32", {})
     with pytest.raises(
         UserError, match=r"the student's base of \S+run is .* put the old file back"
     ):
         refuse_another_base(where, adapted)
+    with pytest.raises(UserError, match=r"the critic's base of \S+run is"):
+        refuse_another_base(where, adapted, "critic")

@@ -25,10 +25,10 @@ from salt_jax.models.text_encoder import init_text_encoder
 from salt_jax.sharding import state_shardings
 from salt_jax.stages import make_stage
 from salt_jax.stages.stage import Weights
-from salt_jax.stages.weights import student_start
+from salt_jax.stages.weights import critic_start, student_start
 from salt_jax.state import init_learner, init_state
 from salt_jax.train.setup import first_state, setup
-from tests.helpers import mesh_of, shapes_of
+from tests.helpers import close, mesh_of, shapes_of
 from tests.placing import place
 
 MESH = mesh_of()
@@ -45,9 +45,10 @@ def recipe(**changes):
 CAUSAL = {"stage": "teacher_forcing"}
 
 
-def workdir(path, made, average=EMA):
-    """A workdir of a stage with this average."""
-    state = init_state({"student": init_learner(average, optax.sgd(0.1))})
+def workdir(path, made, average=EMA, critic=None):
+    """A workdir of a stage with this average, and a critic where it has one."""
+    learners = {"student": average} | ({} if critic is None else {"critic": critic})
+    state = init_state({name: init_learner(p, optax.sgd(0.1)) for name, p in learners.items()})
     state = replace(state, iteration=jnp.int32(1), ema=jax.tree.map(jnp.copy, average))
     with open_checkpoints(path, 1) as manager:
         save(manager, state, {"config": to_json(made)})
@@ -173,6 +174,42 @@ def test_a_workdir_of_a_lora_is_merged_into_what_it_adapts(tmp_path):
     )
 
 
+CARRIED = {"video": "rollout", "init_critic": True}
+CRITIC = {"head": {"kernel": -EMA["head"]["kernel"]}}
+
+
+def test_a_critic_starts_at_the_weights_or_at_that_of_the_stage_before(tmp_path):
+    made = workdir(tmp_path / "run", recipe(video="rollout"), critic=CRITIC)
+    same(critic_start(recipe(video="rollout", init_from=made), BASE, MESH), BASE)
+    same(critic_start(recipe(**CARRIED, init_from=made), BASE, MESH), CRITIC)
+
+
+def test_the_critic_of_a_lora_is_merged_into_what_it_adapts(tmp_path):
+    """Into the weights, and of a run that carried one over into that."""
+    student, _ = adapter(1)
+    first, added = adapter(2)
+    one = workdir(tmp_path / "one", recipe(**LORA), student, first)
+    found = critic_start(recipe(**CARRIED, init_from=one), WHOLE, MESH)
+    close(found["blocks"]["q"], {"kernel": MATRIX + added, "bias": jnp.ones((3, 5))})
+    second, more = adapter(3)
+    carried = recipe(**LORA, init_from=one, init_critic=True)
+    two = workdir(tmp_path / "two", carried, student, second)
+    found = critic_start(recipe(**CARRIED, init_from=two), WHOLE, MESH)
+    close(found["blocks"]["q"]["kernel"], MATRIX + added + more)
+
+
+def test_a_stage_before_without_a_critic_is_refused(tmp_path):
+    """In one sentence, with what to do."""
+    for where, why in (
+        (workdir(tmp_path / "run", recipe(**CAUSAL)), "is of stage teacher_forcing and has none"),
+        (exported(tmp_path / "file.safetensors", recipe(video="rollout")), "is a student alone"),
+    ):
+        told = rf"init_critic=True takes the critic of config\.init_from={where}, which {why}; name"
+        with pytest.raises(UserError, match=told) as error:
+            critic_start(recipe(**CARRIED, init_from=where), BASE, MESH)
+        assert "\n" not in str(error.value) and "init_critic=False" in str(error.value)
+
+
 def test_weights_that_were_moved_are_the_same_weights(tmp_path):
     file = located(base.get_config().weights)
     made = workdir(tmp_path / "run", recipe(**CAUSAL, weights=str(file)))
@@ -250,6 +287,25 @@ def test_adapters_stand_for_student_and_critic_on_frozen_networks():
     same(parts.frozen["student"], parts.frozen["base"])
     a, b = (jax.tree.leaves(learner.params)[0] for learner in learners)
     assert not np.array_equal(a, b), "they start with noise of their own"
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora.rank": 4, "lora.alpha": 4.0}])
+def test_a_critic_that_is_carried_over_is_where_the_run_begins(tmp_path, changes):
+    """Itself; of a LoRA what its new adapters stand on, as LongLive loads it before it adapts."""
+    before = started(video="rollout")
+    critic = jax.tree.map(lambda x: x + 1, before.frozen["teacher"])
+    where = workdir(tmp_path / "run", recipe(video="rollout"), before.state.ema, critic)
+    parts = started(**CARRIED, init_from=where, **changes)
+    learnt = parts.state.learners["critic"].params
+    assert not changes or not any(
+        np.any(b) for p, b in flatten_dict(learnt).items() if "b" in p[-1]
+    )
+    stage = make_stage(recipe(**CARRIED, init_from=where, **changes), MESH)
+    same(stage.whole("critic", learnt, parts.frozen), critic)
+    assert set(parts.frozen) == {"teacher", "null_text"} | (
+        {"student", "critic"} if changes else set()
+    )
+    same(parts.state.ema if not changes else parts.frozen["student"], before.state.ema)
 
 
 def test_a_stream_starts_empty_in_the_form_that_it_keeps():
@@ -342,6 +398,12 @@ def test_a_student_of_wan_starts_at_its_weights_and_has_the_teacher_that_is_name
     learnt = jax.tree.leaves(again.state.learners["student"].params)
     assert {w.dtype for w in learnt} == {np.dtype(np.float32)}
     causal = {"teacher.weights": "", "init_from": str(tmp_path), "stage": "teacher_forcing"}
+    critic = tmp_path / "critic.safetensors"
+    save_weights(critic, jax.tree.map(lambda w: w - 1, first.frozen["teacher"]), "float32", told)
+    goes_on = {"init_from": str(tmp_path), "video": "rollout", "init_critic": True}
+    begun = started(**ENCODED, **wan | goes_on | {"memory.chunk": 1, "memory.first": 1})
+    wanted = jax.tree.map(lambda w: w - 1, first.frozen["teacher"])
+    same(begun.state.learners["critic"].params, wanted)
     begun = started(**ENCODED, **wan | causal)
     same(begun.state.learners["student"].params, other.frozen["teacher"])
     with pytest.raises(
