@@ -36,7 +36,7 @@ RULES = (
     (r"(^|/)blocks/((self|cross)_attn/o|ffn_out)/kernel$", P(None, "tensor", "fsdp")),
 )
 CACHE = r"(^|/)stream/cache/[kv]$"
-VIDEOS = r"(^|/)stream/(cache/x0|text)$"  # spread as the batch is
+VIDEOS = r"(^|/)stream/(cache/x0|text|switch)$"  # spread as the batch is
 LARGE = r"(^|/)(kernel|embedding)$"  # any other matrix: its largest axis that divides, over fsdp
 WAITING = r"(^|/)(opt_state|ema)/"  # what only its own update reads
 HOST = "pinned_host"

@@ -36,6 +36,7 @@ class Stream:
 
     cache: KVCache  # of the student, every slot filled
     text: Leaf  # [B, T, D], the prompts
+    switch: Leaf = None  # [B, T, D], the prompts paired with these, where the data has them
 
 
 @flax.struct.dataclass

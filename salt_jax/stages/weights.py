@@ -223,7 +223,9 @@ def load(stage: Stage, mesh: Mesh) -> tuple[Weights, Texts]:
     else:
         teacher = None if source == NO_TEACHER else teacher_weights(recipe, base, mesh)
     critic = critic_start(recipe, base, mesh) if recipe.init_critic else ABSENT
-    return Weights(base, text_encoder, start, teacher, texts.null_text, critic), texts
+    paired = "switch" in stage.needs and texts.records and "switch" in texts.records[0]
+    switch = texts.null_text if paired else ABSENT
+    return Weights(base, text_encoder, start, teacher, texts.null_text, critic, switch), texts
 
 
 def fresh(stage: Stage) -> Weights:

@@ -16,15 +16,18 @@ from flax.traverse_util import flatten_dict
 from configs import base
 from salt_jax.checkpoint import open_checkpoints, save
 from salt_jax.config.reading import read_recipe, to_json
+from salt_jax.data.pipeline import collate
 from salt_jax.data.writing_latents import Plan, begin, complete, write_parts
 from salt_jax.errors import UserError
 from salt_jax.io.shipped import located
 from salt_jax.io.tensor_files import save_weights
 from salt_jax.models.presets import PRESETS
 from salt_jax.models.text_encoder import init_text_encoder
+from salt_jax.moving_shapes.shapes import World
 from salt_jax.sharding import state_shardings
 from salt_jax.stages import make_stage
 from salt_jax.stages.stage import Weights
+from salt_jax.stages.texts import to_batch
 from salt_jax.stages.weights import critic_start, student_start
 from salt_jax.state import init_learner, init_state
 from salt_jax.train.setup import first_state, setup
@@ -363,6 +366,7 @@ ENCODED = {
 def encoded(path, *names, channels=16):
     """A data set of two records with the arrays of these names."""
     shapes = {"latent": (3, 4, 6, channels), "image": (5, 40), "condition": (3, 4, 6, channels)}
+    shapes["switch"] = (None, 32)
     shapes = {"text": (None, 32)} | {name: shapes[name] for name in names}
     rng = np.random.default_rng(0)
     draw = lambda shape: rng.standard_normal([n or 7 for n in shape]).astype(np.float32)
@@ -429,6 +433,26 @@ def test_encoded_data_that_do_not_fit_are_refused(tmp_path, preset, names, chang
     changes = {"model.preset": preset, "data.dir": encoded(tmp_path, *names)} | changes
     with pytest.raises(UserError, match=told):
         parts_of(**ENCODED | changes)
+
+
+STREAMED = {"memory.chunk": 1, "memory.first": 1, "memory.window": 3, "memory.sink": 1}
+STREAMED |= {"video": "rollout", "stream.max_frames": 9, "stream.overlap": 1, "batch_size": 2}
+
+
+@pytest.mark.parametrize("switch", [0.0, 0.5])
+def test_a_stream_holds_switch_prompts_where_prompts_are_paired_and_switches_are_drawn(
+    tmp_path, switch
+):
+    changes = ENCODED | STREAMED | {"model.preset": "wan2.1-t2v-tiny", "stream.switch": switch}
+    one = started(**changes, **{"data.dir": encoded(tmp_path / "one")}).state.stream
+    assert one.switch is None
+    parts = started(**changes, **{"data.dir": encoded(tmp_path / "two", "switch")})
+    two = parts.state.stream
+    assert (two.switch is None) == (not switch)
+    if switch:
+        assert two.switch.shape == two.text.shape == (2, 512, 32)
+        batch = to_batch(make_stage(recipe(**changes), MESH), collate(parts.records, str, World()))
+        same(batch.switch, np.stack([record["switch"] for record in parts.records]))
 
 
 def test_prompts_are_enough_for_rollouts(tmp_path):
