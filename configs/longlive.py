@@ -24,6 +24,7 @@ def get_config(options: str = ""):
         c.stream.max_frames = 84
     if size == "wan":
         c.stream.update(max_frames=240, overlap=3, switch=1.0)  # LL: one switch in each sequence
+        c.stream.reencode = 19  # LL: of its last 21 latents and the 18 new ones all but 20
         c.iterations = 600  # LL: 3,000 iterations
         c.student_optimizer.learning_rate, c.critic_optimizer.learning_rate = 1e-5, 2e-6  # LL
         c.ema.start = c.iterations  # LL: no average with LoRA

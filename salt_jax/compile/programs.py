@@ -19,7 +19,6 @@ from salt_jax.config.schema import Recipe
 from salt_jax.models.kv_cache import KVCache
 from salt_jax.models.presets import WanConfig
 from salt_jax.models.text_encoder import encode_text, init_text_encoder
-from salt_jax.models.vae import PRESETS as VAE_PRESETS
 from salt_jax.models.vae import decode_first, init_vae
 from salt_jax.models.wan import init_wan
 from salt_jax.planning import bench, updates
@@ -29,7 +28,7 @@ from salt_jax.rollout.draws import Draw
 from salt_jax.stages.networks import denoiser_of
 from salt_jax.stages.ode_regression import OdeRegression
 from salt_jax.stages.stage import ABSENT, Batch, Stage, Update
-from salt_jax.stages.weights import in_dtype
+from salt_jax.stages.weights import in_dtype, vae_sizes
 from salt_jax.train.step import Call, compile_step
 from salt_jax.types import Conditioning, Latent, Params, PRNGKey, Sigma, TextEmb
 
@@ -194,7 +193,7 @@ def _vae(stage: Stage) -> dict[str, Callable[[], Program]]:
     together.
     """
     recipe = stage.recipe
-    config = VAE_PRESETS["tiny" if recipe.model.preset.endswith("tiny") else "wan2.1"]
+    config = vae_sizes(recipe)
     if recipe.wan.out_channels != config.z_dim:
         return {}
     frames, *picture = recipe.clip_shape

@@ -182,6 +182,11 @@ class Recipe:
         return frames, height, width, self.wan.out_channels
 
     @property
+    def reencodes(self) -> bool:
+        """Whether a VAE is part of its updates."""
+        return bool(self.stream.max_frames and self.stream.reencode)
+
+    @property
     def makes_teacher(self) -> bool:
         """Whether it trains a teacher and its text encoder, not a student."""
         return self.stage in MAKES_TEACHER

@@ -93,7 +93,8 @@ class Distil:
     def parts(self) -> Parts:
         r = self.recipe
         parts = [("critic", r.init_from if r.init_critic else r.weights), teachers.part(r)]
-        return parts + [("alignment", r.weights)] * self._looks_at_base
+        parts += [("alignment", r.weights)] * self._looks_at_base
+        return parts + [("VAE", r.weights)] * r.reencodes
 
     @property
     def _looks_at_base(self) -> bool:
@@ -105,6 +106,8 @@ class Distil:
             frozen["base"] = weights.base
         if r.lora.rank and r.init_critic:
             frozen["critic"] = weights.critic
+        if r.reencodes:
+            frozen["vae"] = weights.vae
         return frozen | ({"student": weights.start} if r.lora.rank else {})
 
     def first_state(self, weights: Weights) -> TrainState:
@@ -171,7 +174,10 @@ class Distil:
             return noised_clip(inputs.batch, inputs.noise, self.recipe)
         params, steps = jax.lax.stop_gradient(params), as_steps(draw, self.recipe)
         made = self_rollout(self.student, params, origin, steps, inputs.noise.keys, self.recipe)
-        return rolled_out(made, origin, draw, self.recipe)
+        start = rolled_out(made, origin, draw, self.recipe)
+        if origin.cache is None or not self.recipe.reencodes:
+            return start
+        return streams.as_window(start, inputs, self.recipe, self.mesh)
 
     def reference(self, params: Params, origin: Origin, inputs: Inputs) -> Latent:
         """The video that cache alignment aligns to: of twice the steps, on its own cache.

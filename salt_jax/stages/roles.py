@@ -12,7 +12,8 @@ from salt_jax.checkpoint_files import checkpoint_digest
 from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
 from salt_jax.io.files import AnyPath, as_path, write_whole
-from salt_jax.io.model_folder import CRITIC, TEXT, WAN, part_file
+from salt_jax.io.model_folder import CRITIC, TEXT, VAE, WAN, part_file
+from salt_jax.io.model_folder import Part as FilePart
 from salt_jax.io.tensor_files import Report, digest, no_report
 from salt_jax.stages.record import is_workdir, read_record, starts, trained_at
 from salt_jax.stages.stage import CLOSED_FORM, NO_TEACHER, Stage
@@ -113,7 +114,8 @@ def _reader(recipe: Recipe, report: Report) -> Part:
 
     def part(name: str, where: str) -> Role:
         carried = recipe.init_critic and name in ("critic", "critic's base")
-        return network(where, carried)._replace(name=name)
+        kind = CRITIC if carried else VAE if name == "VAE" else WAN
+        return network(where, kind)._replace(name=name)
 
     return part
 
@@ -134,23 +136,26 @@ def _learner(name: str, where: str, recipe: Recipe, part: Part) -> list[Role]:
     return [Role(name, adapter, None, "", "-", "-"), part(f"{name}'s base", where)]
 
 
-def _network(where: str, critic: bool, seed: int, report: Report) -> Role:
-    """`critic`: that of a workdir, or beside a converted student, and not the student."""
+def _network(where: str, kind: FilePart, seed: int, report: Report) -> Role:
+    """`CRITIC`: that of a workdir, or beside a converted student."""
     if not where:
         return Role("", f"fresh (seed {seed})", None, "", "-", "-")
-    record, file = read_record(where), part_file(CRITIC if critic else WAN, where)
+    record, file = read_record(where), part_file(kind, where)
     try:
         if is_workdir(where):
             assert record.step is not None
-            sha = checkpoint_digest(where, record.step, "critic" if critic else "ema", report)
+            item = "critic" if kind is CRITIC else "ema"
+            sha = checkpoint_digest(where, record.step, item, report)
         else:
             sha = digest(file, report) if file.is_file() else ""
     except OSError as error:
         raise UserError(
             f"cannot read {where} ({error.strerror or error}); mend it, or name another"
         ) from error
-    if critic:
+    if kind is CRITIC:
         return Role("", where, record.step, sha, "bidirectional", f"critic of: {record.made}")
+    if kind is VAE:
+        return Role("", where, None, sha, "-", "-")
     return Role("", where, record.step, sha, record.sees, record.made)
 
 

@@ -75,6 +75,7 @@ class Weights(NamedTuple):
     teacher: Params  # of a network or of the closed form
     null_text: TextEmb  # [1, T, D]
     critic: Params = ABSENT  # where the critic starts, if not at the base
+    vae: Params = ABSENT  # where updates decode and encode
     switch: TextEmb = ABSENT  # form of a switch prompt, [1, T, D], where the data has them
 
 

@@ -19,12 +19,14 @@ from salt_jax.config.migrate import flat
 from salt_jax.config.reading import from_json, read_workdir
 from salt_jax.config.schema import MAKES_TEACHER, Recipe
 from salt_jax.errors import UserError
-from salt_jax.io.model_folder import CRITIC, WAN, Part, Source, open_part, part_file
+from salt_jax.io.model_folder import CRITIC, VAE, WAN, Part, Source, open_part, part_file
 from salt_jax.io.shipped import located
 from salt_jax.io.tensor_files import load_weights
 from salt_jax.models.lora import merge
 from salt_jax.models.presets import WanConfig
 from salt_jax.models.text_encoder import init_text_encoder
+from salt_jax.models.vae import PRESETS as VAE_PRESETS
+from salt_jax.models.vae import VAEConfig, init_vae
 from salt_jax.models.wan import init_wan
 from salt_jax.moving_shapes import shapes
 from salt_jax.moving_shapes.every_clip import every_clip, sizes
@@ -86,6 +88,27 @@ def open_wan(
             "check the presets and weights of config.model and config.teacher, and config.init_from"
         )
     return wan
+
+
+def vae_sizes(recipe: Recipe) -> VAEConfig:
+    """Of the VAE that goes with a network, where its file is not read."""
+    return VAE_PRESETS["tiny" if recipe.model.preset.endswith("tiny") else "wan2.1"]
+
+
+def open_vae(recipe: Recipe, mesh: Mesh) -> Params:
+    """The VAE beside the weights, in the type of matrix products; a fresh one where they are.
+
+    Raises UserError where it is absent or damaged.
+    """
+    place = lambda like: state_shardings(mesh, {"vae": like})["vae"]
+    source, sizes = Source(recipe.weights, recipe.seed), vae_sizes(recipe)
+    if recipe.weights and not (file := part_file(VAE, recipe.weights)).is_file():
+        raise UserError(
+            f"config.stream.reencode={recipe.stream.reencode} decodes with the VAE, and there is "
+            f"no {file}; convert the whole model with launch.convert_wan, or set it to 0"
+        )
+    _, vae = open_part(VAE, source, sizes, recipe.compute.dtype, place)
+    return in_dtype(vae, recipe.model.dtype)
 
 
 def teacher_weights(recipe: Recipe, base: Params, mesh: Mesh) -> Params:
@@ -223,9 +246,11 @@ def load(stage: Stage, mesh: Mesh) -> tuple[Weights, Texts]:
     else:
         teacher = None if source == NO_TEACHER else teacher_weights(recipe, base, mesh)
     critic = critic_start(recipe, base, mesh) if recipe.init_critic else ABSENT
+    vae = open_vae(recipe, mesh) if recipe.reencodes else ABSENT
     paired = "switch" in stage.needs and texts.records and "switch" in texts.records[0]
     switch = texts.null_text if paired else ABSENT
-    return Weights(base, text_encoder, start, teacher, texts.null_text, critic, switch), texts
+    found = base, text_encoder, start, teacher, texts.null_text, critic, vae, switch
+    return Weights(*found), texts
 
 
 def fresh(stage: Stage) -> Weights:
@@ -252,7 +277,9 @@ def fresh(stage: Stage) -> Weights:
         teacher = in_dtype(base, t.dtype)
     critic = base if recipe.init_critic else ABSENT
     text_encoder = init_text_encoder(k_other, recipe.text)
-    return Weights(base, text_encoder, base, teacher, null_text, critic)
+    vae = init_vae(k_other, vae_sizes(recipe)) if recipe.reencodes else ABSENT
+    vae = in_dtype(vae, recipe.model.dtype)
+    return Weights(base, text_encoder, base, teacher, null_text, critic, vae)
 
 
 def closed_form(recipe: Recipe, encode: Callable[[str], np.ndarray]) -> Params:

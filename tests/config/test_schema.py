@@ -226,6 +226,7 @@ ALIGN = ROLLOUT | {"align.weight": 0.5}
 STREAM = ROLLOUT | {"stream.max_frames": 36, "memory.window": 9, "memory.sink": 3}
 LATENTS = {"data.kind": "latents", "data.clip": (21, 60, 104), "model.preset": "wan2.1-t2v-1.3b"}
 LATENTS |= {"text_encoder": "umt5-xxl"}
+WAN_STREAM = STREAM | LATENTS | {"stream.max_frames": 57}
 LISTED_ROLLOUT = ROLLOUT | LISTED | {"rollout.num_steps": (3,), "rollout.probabilities": (1.0,)}
 CONTRADICTIONS = {
     "counts": [
@@ -479,6 +480,14 @@ CONTRADICTIONS = {
         (
             r"config\.stream\.max_frames=14 leaves no room .* at least 15",
             STREAM | {"stream.max_frames": 14},
+        ),
+        (
+            r"config\.stream\.reencode=4 decodes latents of Wan's VAE, and .* are frames; set it",
+            STREAM | {"stream.reencode": 4},
+        ),
+        (
+            r"config\.stream\.reencode=20 is more than the 19 latent .* clip of 21 .* lower it",
+            WAN_STREAM | {"stream.reencode": 20},
         ),
     ],
     "critic": [

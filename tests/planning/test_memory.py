@@ -3,6 +3,7 @@ compiled updates.
 """
 
 import math
+from dataclasses import replace
 from typing import get_args
 
 import chex
@@ -17,6 +18,9 @@ from salt_jax.config.reading import read_recipe
 from salt_jax.errors import UserError
 from salt_jax.models.denoiser import wan_denoiser
 from salt_jax.models.presets import PRESETS, Compute, Remat, WanConfig
+from salt_jax.models.vae import PRESETS as VAES
+from salt_jax.models.vae import init_vae
+from salt_jax.models.vae_window import as_first
 from salt_jax.models.wan import Inputs, apply_wan
 from salt_jax.planning.bench import forms, random_batch
 from salt_jax.planning.memory import (
@@ -28,6 +32,7 @@ from salt_jax.planning.memory import (
     persistent,
     transient,
     tree_bytes,
+    vae_bytes,
 )
 from salt_jax.stages import make_stage
 from salt_jax.stages.stage import Update
@@ -152,6 +157,32 @@ def test_what_a_recipe_has_shows():
     # of the whole clip, in float32, twice
     assert one["plain"] - one["cudnn"] >= 2 * 12 * 32_760**2 * 4
     assert 0 < one["blocks"] - one["cudnn"] <= 3 * 2**26 * 4  # a block of them, three times
+
+
+def test_a_vae_in_training_is_whole_on_every_device_and_its_work_is_counted():
+    """126.9 M numbers of 2 bytes; of a clip of 480p what its convolutions remember, and a latent's
+    frames.
+    """
+    r = recipe(longlive, "wan")
+    one, many = rows(r, ONE), rows(r, ONE | {"data": 8, "fsdp": 8})
+    assert one["VAE"].whole == one["VAE"].device == many["VAE"].device == 2 * 126_892_531
+    assert 6e9 < vae_bytes(r) < 6.5e9
+    above = one["VAE at work, above it"].whole
+    assert above == 64 * vae_bytes(r) - one["one block at work"].whole > 0
+    assert "VAE" not in rows(recipe(longlive, "long", weights=""), ONE)
+
+
+@pytest.mark.slow
+@pytest.mark.optimized
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_compiled_vae_takes_the_bytes_that_were_counted(dtype):
+    r = recipe(longlive, "wan", batch_size=1, model__dtype=dtype, data__clip=(21, 16, 16))
+    r = replace(r, model=replace(r.model, preset="wan2.1-t2v-tiny"))
+    params = jax.tree.map(lambda x: S(x.shape, dtype), shapes_of(VAES["tiny"], init_vae))
+    encode = jax.jit(lambda p, z: as_first(p, z, dtype))
+    compiled = encode.lower(params, S((1, 5, 16, 16, 16), jnp.float32)).compile()
+    found = compiled.memory_analysis().temp_size_in_bytes
+    assert 0.7 < found / vae_bytes(r) < 1.4
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,20 @@ def test_a_critic_that_is_carried_over_is_that_of_the_workdir(tmp_path):
     assert other.source == TEACHER
 
 
+def test_a_vae_that_encodes_in_training_is_known_by_its_file(tmp_path):
+    """Beside the network, where that is a folder and where it is a file in it."""
+    streamed = {"memory.chunk": 1, "memory.first": 1, "memory.window": 3, "memory.sink": 1}
+    streamed |= {"video": "rollout", "stream.max_frames": 9, "stream.overlap": 1}
+    told = {"config": OFFICIAL}
+    wan, vae = (file(tmp_path / f"{name}.safetensors", **told) for name in ("wan", "vae"))
+    save_weights(vae, {"w": np.ones(3)}, "float32", told)
+    for where in (str(tmp_path), wan):
+        changes = WAN | streamed | {"weights": where, "data.dir": str(tmp_path)}
+        assert "VAE" not in by_name(roles(stage(**changes)))
+        found = by_name(roles(stage(**changes, **{"stream.reencode": 2})))["VAE"]
+        assert found[1:5] == (where, None, sha(vae), "-") and sha(vae) != sha(wan)
+
+
 STUDENT = {"video": "rollout", "schedule.shift": 5.0}
 OFFICIAL = json.dumps(asdict(PRESETS["wan2.1-t2v-tiny"]))
 RUN = json.loads(to_json(recipe(**STUDENT)))

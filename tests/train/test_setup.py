@@ -23,6 +23,7 @@ from salt_jax.io.shipped import located
 from salt_jax.io.tensor_files import save_weights
 from salt_jax.models.presets import PRESETS
 from salt_jax.models.text_encoder import init_text_encoder
+from salt_jax.models.vae import PRESETS as VAES
 from salt_jax.moving_shapes.shapes import World
 from salt_jax.sharding import state_shardings
 from salt_jax.stages import make_stage
@@ -453,6 +454,24 @@ def test_a_stream_holds_switch_prompts_where_prompts_are_paired_and_switches_are
         assert two.switch.shape == two.text.shape == (2, 512, 32)
         batch = to_batch(make_stage(recipe(**changes), MESH), collate(parts.records, str, World()))
         same(batch.switch, np.stack([record["switch"] for record in parts.records]))
+
+
+def test_a_stream_that_encodes_anew_has_the_vae_of_the_weights(tmp_path):
+    """In the type of matrix products; absent, it is asked for in one sentence."""
+    changes = ENCODED | STREAMED | {"model.preset": "wan2.1-t2v-tiny", "stream.reencode": 3}
+    changes |= {"data.dir": encoded(tmp_path / "data"), "model.dtype": "bfloat16"}
+    parts = started(**changes)
+    assert {x.dtype for x in jax.tree.leaves(parts.frozen["vae"])} == {np.dtype(jnp.bfloat16)}
+    assert parts.state.stream.past.shape == (2, 3, 4, 6, 16)
+    wan = {"config": json.dumps(dataclasses.asdict(PRESETS["wan2.1-t2v-tiny"]))}
+    save_weights(tmp_path / "wan.safetensors", parts.state.ema, "float32", wan)
+    with pytest.raises(UserError, match=r"reencode=3 decodes with the VAE.*no .*vae\.safetensors"):
+        parts_of(**changes | {"weights": str(tmp_path)})
+    sizes = {"config": json.dumps(dataclasses.asdict(VAES["tiny"]))}
+    ones = jax.tree.map(lambda x: jnp.ones_like(x, jnp.float32), parts.frozen["vae"])
+    save_weights(tmp_path / "vae.safetensors", ones, "float32", sizes)
+    found = started(**changes | {"weights": str(tmp_path)}).frozen["vae"]
+    same(found, jax.tree.map(lambda x: x.astype(jnp.bfloat16), ones))
 
 
 def test_prompts_are_enough_for_rollouts(tmp_path):
