@@ -14,6 +14,7 @@ def get_config(options: str = ""):
     size, variants = parts.read_options(options, "salt", "lora", *parts.READINGS)
     c = parts.causal(size)
     c.init_from = f"runs/{size}_longlive_init"
+    c.init_critic = True  # LL: `critic` of the first stage's checkpoint
     lora = 256 if size == "wan" else 16  # LL
     c.lora.update(rank=lora * ("lora" in variants), alpha=float(lora))
     # LL has 12 and 3 in clips of 21 frames; those of Moving Shapes have 9
@@ -23,6 +24,7 @@ def get_config(options: str = ""):
         c.stream.max_frames = 84
     if size == "wan":
         c.stream.update(max_frames=240, overlap=3, switch=1.0)  # LL: one switch in each sequence
+        c.stream.reencode = 19  # LL: of its last 21 latents and the 18 new ones all but 20
         c.iterations = 600  # LL: 3,000 iterations
         c.student_optimizer.learning_rate, c.critic_optimizer.learning_rate = 1e-5, 2e-6  # LL
         c.ema.start = c.iterations  # LL: no average with LoRA

@@ -36,7 +36,8 @@ RULES = (
     (r"(^|/)blocks/((self|cross)_attn/o|ffn_out)/kernel$", P(None, "tensor", "fsdp")),
 )
 CACHE = r"(^|/)stream/cache/[kv]$"
-VIDEOS = r"(^|/)stream/(cache/x0|text)$"  # spread as the batch is
+VIDEOS = r"(^|/)stream/(cache/x0|text|switch|past)$"  # spread as the batch is
+WHOLE = r"(^|/)vae/"  # small, and its convolutions are of whole pictures
 LARGE = r"(^|/)(kernel|embedding)$"  # any other matrix: its largest axis that divides, over fsdp
 WAITING = r"(^|/)(opt_state|ema)/"  # what only its own update reads
 HOST = "pinned_host"
@@ -105,6 +106,8 @@ def partition_spec(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) 
         return cache_spec(sizes, shape)
     if re.search(VIDEOS, path):
         return P(fitting(sizes, shape[0], BATCH))
+    if re.search(WHOLE, path):
+        return P()
     first = 1 if re.search(STACKED, path) else 0
     for pattern, spec in RULES:
         if re.search(pattern, path) and len(shape) == len(spec):

@@ -36,6 +36,8 @@ class Stream:
 
     cache: KVCache  # of the student, every slot filled
     text: Leaf  # [B, T, D], the prompts
+    switch: Leaf = None  # [B, T, D], the prompts paired with these, where the data has them
+    past: Leaf = None  # float32 [B, F, H, W, C], the last frames, where one is encoded anew
 
 
 @flax.struct.dataclass

@@ -75,6 +75,8 @@ def make(case: str, tree: Path, folder: Path, today: bool) -> Path:
     config = CONFIGS[config] if before else config
     old = lambda name: RENAMED.get(name, name) if before else name
     options = SHORT | changes | {"data.dir": data}
+    if case == "longlive" and "init_critic" in (tree / "salt_jax/config/schema.py").read_text():
+        options["init_critic"] = False
     flags = [f"--config.{old(name)}={value}" for name, value in options.items()]
     steps = [
         ("train", f"--config=configs/{config}", *flags),

@@ -38,6 +38,11 @@ def test_it_builds_a_recipe_of_a_stage(name, options):
     assert recipe.iterations >= 1 and make_stage(recipe).recipe == recipe
 
 
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_longlives_long_stage_alone_carries_its_critic_over(name, options):
+    assert get_config(name, options).init_critic == (name == "longlive")
+
+
 @pytest.mark.parametrize(("name", "options"), WAN)
 def test_no_causal_stage_of_wan_drops_captions(name, options):
     """The text without a prompt is Wan's negative prompt: it would be taught on good clips."""

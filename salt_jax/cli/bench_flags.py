@@ -82,6 +82,7 @@ def read_wanted() -> tuple[Config, list[str]]:
     refuse_flags("peer" if PEER.value else "alone", modes, {"compile": ("peer",)} | alone)
     config = read_config(CONFIG).copy_and_resolve_references()
     config.weights = config.init_from = ""
+    config.init_critic = False
     if PRESET.value:
         use_preset(config, PRESET.value)
     sizes = (FRAMES.value, HEIGHT.value, WIDTH.value)

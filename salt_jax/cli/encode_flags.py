@@ -12,7 +12,7 @@ from absl import flags
 from salt_jax.choices import TeacherSolver
 from salt_jax.cli.app import name_files, refuse_flags
 from salt_jax.cli.parsing import read_size, refuse_frames
-from salt_jax.data.text_lists import read_prompts
+from salt_jax.data.prompt_pairs import read_pairs
 from salt_jax.data.video_folder import Video, find_videos
 from salt_jax.errors import UserError
 
@@ -28,6 +28,12 @@ CAPTIONS = flags.DEFINE_string(
 )
 PROMPTS = flags.DEFINE_string(
     "prompts", None, "prompts, one a line, or a .csv, .tsv, .jsonl or .json with a column of them"
+)
+SWITCHES = flags.DEFINE_string(
+    "switch_prompts",
+    "",
+    "prompts to which the videos of --prompts change under way, in the same places; default: a "
+    "column switch_prompt of its table",
 )
 TEACHER = flags.DEFINE_bool("teacher", False, "make a clip of each prompt")
 PICTURE = flags.DEFINE_bool("image", False, "for image-to-video: encode the first frame too")
@@ -67,7 +73,7 @@ PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "index of this proce
 PROCESS_COUNT = flags.DEFINE_integer(
     "process_count", None, "processes that share the work; default JAX's"
 )
-name_files(WEIGHTS, VIDEOS, CAPTIONS, PROMPTS, DST)
+name_files(WEIGHTS, VIDEOS, CAPTIONS, PROMPTS, SWITCHES, DST)
 
 MODES = {
     "videos": "videos (--videos)",
@@ -76,7 +82,7 @@ MODES = {
 }
 BELONGS = {
     **dict.fromkeys(("videos", "captions", "image"), ("videos",)),
-    "prompts": ("prompts", "teacher"),
+    **dict.fromkeys(("prompts", "switch_prompts"), ("prompts", "teacher")),
     **dict.fromkeys(("size", "frames"), ("videos", "teacher")),
     **dict.fromkeys(("teacher", "num_steps", "guidance", "shift", "solver", "seed"), ("teacher",)),
 }
@@ -148,5 +154,6 @@ def read_wanted() -> Wanted:
     width, height = read_size(SIZE.value)
     if VIDEOS.value:
         return Wanted(find_videos(VIDEOS.value, CAPTIONS.value), height, width)
-    prompts = read_prompts(PROMPTS.value or "")
-    return Wanted([Video(p.name, Path(), p.text, p.problem) for p in prompts], height, width)
+    prompts = read_pairs(PROMPTS.value or "", SWITCHES.value)
+    sources = [Video(p.name, Path(), p.text, p.problem, p.switch) for p in prompts]
+    return Wanted(sources, height, width)

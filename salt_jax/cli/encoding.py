@@ -17,6 +17,7 @@ from tqdm import tqdm
 from salt_jax import hosts
 from salt_jax.choices import TeacherSolver
 from salt_jax.cli import encode_flags as f
+from salt_jax.cli.encode_report import print_report
 from salt_jax.data.clips import READER, read_clip
 from salt_jax.data.latents import padded
 from salt_jax.data.video_folder import Video
@@ -24,7 +25,6 @@ from salt_jax.data.writing_latents import (
     Make,
     Plan,
     Record,
-    Report,
     begin,
     complete,
     in_groups,
@@ -32,7 +32,7 @@ from salt_jax.data.writing_latents import (
 )
 from salt_jax.errors import UserError
 from salt_jax.io import model_folder
-from salt_jax.io.files import AnyPath, as_path, in_bucket, size
+from salt_jax.io.files import AnyPath, in_bucket, size
 from salt_jax.io.model_folder import IMAGE, TEXT, VAE, WAN, Part, Source
 from salt_jax.io.tensor_files import digest
 from salt_jax.io.tokenizer import PAD
@@ -52,7 +52,6 @@ from salt_jax.sharding import own_devices, state_shardings
 from salt_jax.types import Conditioning
 
 TINY = PRESETS["wan2.1-t2v-tiny"]  # with --preset_size=tiny
-LISTED = 20  # rejected files that are printed; all are in rejected.jsonl
 
 
 class Loaded(NamedTuple):
@@ -62,6 +61,7 @@ class Loaded(NamedTuple):
     caption: str
     tokens: np.ndarray  # int32 [L], padded
     clip: np.ndarray | None  # uint8 [T, H, W, 3]; None: a prompt alone
+    switch: np.ndarray | None = None  # tokens of the switch prompt, where prompts are paired
 
 
 Tokenize = Callable[[str, int], np.ndarray]  # (text, length) -> int32 [length], padded
@@ -100,6 +100,8 @@ def prepare(wanted: f.Wanted) -> tuple[Plan, Make]:
     rows, columns = wanted.height // SPACE, wanted.width // SPACE
     latent = (1 + f.FRAMES.value // TIME, rows, columns, TINY.out_channels)
     shapes: dict[str, tuple[int | None, ...]] = {"text": (None, null_text.shape[1])}
+    if any(video.switch for video in videos):
+        shapes["switch"] = shapes["text"]
     parts = [TEXT]
     encode = partial(encode_texts, embed)
     if f.TEACHER.value:
@@ -123,7 +125,10 @@ def prepare(wanted: f.Wanted) -> tuple[Plan, Make]:
 def settings(source: Source, parts: Sequence[Part], videos: Sequence[Video], negative: str) -> Json:
     """Everything the records depend on."""
     sizes = [size(v.file) if is_file(v.file) else 0 for v in videos]
-    listed = [(v.name, v.caption, n) for v, n in zip(videos, sizes, strict=True)]
+    listed = [
+        (v.name, v.caption, n, *[v.switch] * bool(v.switch))
+        for v, n in zip(videos, sizes, strict=True)
+    ]
     found: Json = {
         "kind": "teacher" if f.TEACHER.value else "videos" if f.VIDEOS.value else "prompts",
         "sources_sha256": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
@@ -162,7 +167,8 @@ def load_source(
     try:
         video.caption.encode()  # half a pair of surrogates cannot be stored
         tokens = tokenize(video.caption, TINY.text_length)
-        return Loaded(number, video.caption, tokens, read_file and read_file(video.file))
+        switch = tokenize(video.switch, TINY.text_length) if video.switch else None
+        return Loaded(number, video.caption, tokens, read_file and read_file(video.file), switch)
     except Exception as error:  # whatever a file does to a decoder must not stop the others
         return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
@@ -197,9 +203,12 @@ def text_reader(source: Source) -> tuple[Tokenize, Embed]:
 
 
 def encode_texts(embed: Embed, group: Sequence[Loaded]) -> list[Record]:
-    texts = embed([item.tokens for item in group])
+    found = {"text": embed([item.tokens for item in group])}
+    if switches := [item.switch for item in group if item.switch is not None]:
+        found["switch"] = embed(switches)
     return [
-        {"caption": item.caption, "text": text} for item, text in zip(group, texts, strict=True)
+        {"caption": item.caption} | {name: texts[i] for name, texts in found.items()}
+        for i, item in enumerate(group)
     ]
 
 
@@ -276,23 +285,3 @@ def teacher_encoder(
         return [{**record, "latent": clip} for record, clip in zip(records, clips, strict=True)]
 
     return encode
-
-
-def print_report(report: Report, sources: int) -> None:
-    """Every source is a record, a line of rejected.jsonl, or in a part that is not there yet."""
-    written, rejected = report.written, len(report.rejected)
-    left = (
-        f" + {sources - written - rejected} in parts that are missing; {report.missing} parts are "
-        "left to other "
-        "processes, or to a next start"
-    )
-    counts = f"{sources} sources = {written} records + {rejected} left out"
-    print(f"{f.DST.value}: {counts}{left if report.missing else ''}")
-    for name, reason in report.rejected[:LISTED]:
-        # file names may not be valid text
-        print(f"  {name}: {reason}".encode(errors="replace").decode())
-    if len(report.rejected) > LISTED:
-        print(
-            f"  ... and {len(report.rejected) - LISTED} more, in "
-            f"{as_path(f.DST.value) / 'rejected.jsonl'}"
-        )

@@ -19,17 +19,16 @@ from salt_jax.config.schema import Recipe
 from salt_jax.models.kv_cache import KVCache
 from salt_jax.models.presets import WanConfig
 from salt_jax.models.text_encoder import encode_text, init_text_encoder
-from salt_jax.models.vae import PRESETS as VAE_PRESETS
 from salt_jax.models.vae import decode_first, init_vae
 from salt_jax.models.wan import init_wan
 from salt_jax.planning import bench, updates
 from salt_jax.rollout import pixels, sampler
-from salt_jax.rollout.causal import Steps
+from salt_jax.rollout.causal import ChunkSpec, Steps
 from salt_jax.rollout.draws import Draw
 from salt_jax.stages.networks import denoiser_of
 from salt_jax.stages.ode_regression import OdeRegression
 from salt_jax.stages.stage import ABSENT, Batch, Stage, Update
-from salt_jax.stages.weights import in_dtype
+from salt_jax.stages.weights import in_dtype, vae_sizes
 from salt_jax.train.step import Call, compile_step
 from salt_jax.types import Conditioning, Latent, Params, PRNGKey, Sigma, TextEmb
 
@@ -177,7 +176,7 @@ def _streaming(stage: Stage) -> dict[str, Callable[[], Program]]:
             lambda: Steps(jnp.zeros(sampler.USUAL_STEPS + 1), jnp.int32(0), recipe.sample.solver)
         )
         call = put(lambda: (sampler.clip_keys(0, 1), jnp.int32(0)))
-        spec = sampler.ChunkSpec(size, policy)
+        spec = ChunkSpec(size, policy)
         return Program(sampler.make_chunk, (network, params, cache, cross, steps, call, spec))
 
     def again() -> Program:
@@ -194,7 +193,7 @@ def _vae(stage: Stage) -> dict[str, Callable[[], Program]]:
     together.
     """
     recipe = stage.recipe
-    config = VAE_PRESETS["tiny" if recipe.model.preset.endswith("tiny") else "wan2.1"]
+    config = vae_sizes(recipe)
     if recipe.wan.out_channels != config.z_dim:
         return {}
     frames, *picture = recipe.clip_shape

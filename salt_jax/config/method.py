@@ -149,6 +149,13 @@ class Stream:
     max_frames: int = key(0, "latent frames of a video; 0 turns it off", NOT_NEGATIVE)
     overlap: int = key(3, "latent frames of the teacher's window that earlier updates made")
     switch: float = key(0.5, "probability that a video changes its prompt, once", SHARE)
+    reencode: int = key(
+        0,
+        "latent frames of a continued video, the last of which is the first that teacher and "
+        "critic see: the VAE of `weights` decodes them, and encodes their last frame as a video's "
+        "first; 0: that latent as it is, as where latents are frames",
+        NOT_NEGATIVE,
+    )
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,11 @@ class Recipe:
         resume="file",
         path=True,
     )
+    init_critic: bool = key(
+        False,
+        "whether the critic starts as that of `init_from` (LongLive's long stage), instead of as "
+        "`weights`",
+    )
     accept_shift: bool = key(
         False,
         "whether a few-step start in `init_from` may have been trained at another shift or other "
@@ -175,6 +180,11 @@ class Recipe:
             return clip_shape(self.world)
         frames, height, width = self.data.clip
         return frames, height, width, self.wan.out_channels
+
+    @property
+    def reencodes(self) -> bool:
+        """Whether a VAE is part of its updates."""
+        return bool(self.stream.max_frames and self.stream.reencode)
 
     @property
     def makes_teacher(self) -> bool:

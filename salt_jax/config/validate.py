@@ -11,7 +11,7 @@ from salt_jax.flow.schedule import explicit
 
 def refuse_contradictions(r: Recipe) -> None:
     """Raises UserError for the first contradiction."""
-    for check in (_batch, _ranges, _lora, _clip, _schedule, _levels, _optimizers):
+    for check in (_batch, _ranges, _critic, _lora, _clip, _schedule, _levels, _optimizers):
         for contradiction in check(r):
             raise UserError(contradiction)
 
@@ -46,6 +46,15 @@ def _ranges(r: Recipe) -> Iterator[str]:
         yield (
             f"config.data.clip={r.data.clip} must be frames, height and width of a latent clip, "
             "such as (21, 60, 104)"
+        )
+
+
+def _critic(r: Recipe) -> Iterator[str]:
+    if r.init_critic and (r.stage != "distil" or not r.init_from):
+        yield (
+            f"config.init_critic=True takes the critic of config.init_from={r.init_from!r} for "
+            f"config.stage={r.stage}; name the workdir of a distillation there, for another one, "
+            "or set init_critic=False"
         )
 
 

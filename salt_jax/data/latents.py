@@ -2,8 +2,9 @@
 
 A record holds the latent of a clip, the embedding of its caption, and for image-to-video the
 features of its first frame and the latent of the clip that shows it alone; prompts without a clip
-have no latent. It is a TFDS data set in array_record, so `tfds.builder_from_directory` opens it
-too. Stored as float16, read as float32. `writing_latents` writes it.
+have no latent, and may have the embedding of a switch prompt, see `prompt_pairs`. It is a TFDS data
+set in array_record, so `tfds.builder_from_directory` opens it too. Stored as float16, read as
+float32. `writing_latents` writes it.
 """
 
 import json
@@ -24,7 +25,7 @@ NAMES = {"latent": "video", "image": "image", "condition": "condition"}
 class Encoded(NamedTuple):
     """A data set, opened for reading."""
 
-    # dicts of caption str, text [T, D] and perhaps video, image, condition; float32
+    # dicts of caption str, text [T, D] and perhaps switch [T, D], video, image, condition; float32
     records: Sequence
     null_text: np.ndarray  # float32 [T, D], of the prompt that guidance leads away from
     # what it was made from; "clip" is [F, h, w, C], or null without latents
@@ -46,10 +47,12 @@ class Records(Sequence):
         arrays = {
             new: stored[old].astype(np.float32) for old, new in NAMES.items() if old in stored
         }
-        return {
-            "caption": stored["caption"].decode(),
-            "text": padded(stored["text"], self._text_length),
-        } | arrays
+        texts = {
+            name: padded(stored[name], self._text_length)
+            for name in ("text", "switch")
+            if name in stored
+        }
+        return {"caption": stored["caption"].decode()} | texts | arrays
 
 
 def open_records(directory: str | AnyPath, clip: Sequence[int], text_length: int) -> Encoded:

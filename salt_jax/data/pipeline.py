@@ -35,8 +35,8 @@ def batches(
 
     Args:
       source: records with `caption` or its encoding `text`, and all with the same of: `video`,
-        uint8 [F, H, W, 3] or float32 latents; `image` and `condition` of image-to-video, and
-        `states`, float32; `scene`.
+        uint8 [F, H, W, 3] or float32 latents; `switch`, the encoding of a switch prompt; `image`
+        and `condition` of image-to-video, and `states`, float32; `scene`.
       batch_size: global, in examples.
       start: number of global batches consumed before.
       rows: of the global batch, int [b]: see `sharding.local_rows`.
@@ -46,7 +46,7 @@ def batches(
 
     Yields:
       text [b, ...], stacked encodings, and what else the records have: video float32
-      [b, F, H, W, C], latents; image, condition, states; scene int32 [b].
+      [b, F, H, W, C], latents; switch, image, condition, states; scene int32 [b].
 
     Raises:
       ValueError: the source is empty.
@@ -70,7 +70,7 @@ def collate(
     """Records as one batch, see `batches`."""
     texts = (r["text"] if "text" in r else encode_caption(r["caption"]) for r in records)
     batch = {"text": np.stack(list(texts))}
-    for name in ("video", "image", "condition", "states"):
+    for name in ("switch", "video", "image", "condition", "states"):
         if name in records[0]:
             batch[name] = np.stack([r[name] for r in records])
     if "video" in batch and batch["video"].dtype == np.uint8:

@@ -54,6 +54,15 @@ class Prompt(NamedTuple):
     name: str
     text: str
     problem: str
+    switch: str = ""  # to which its video changes: see `prompt_pairs`
+
+
+class Entry(NamedTuple):
+    """A line, or a cell of a row; a blank one has neither text nor problem."""
+
+    place: str
+    text: str
+    problem: str
 
 
 def clean(text: str) -> str:
@@ -121,13 +130,22 @@ def read_prompts(file: str | AnyPath) -> list[Prompt]:
       UserError: the file is unreadable, or has no prompt.
     """
     file = as_path(file)
+    return usable([entry for entry in read_entries(file) if entry.text or entry.problem], file)
+
+
+def read_entries(file: AnyPath) -> list[Entry]:
+    """Every line of a text, but for blank ones at its end, or of a table what is in its column of
+    prompts. Raises UserError where it is unreadable.
+    """
     if file.suffix.lower() in TABLES:
         rows = read_table(file)
         name = find_column(rows, CAPTION_COLUMNS, file)
-        entries = [(row.name, *cell(row, name)) for row in rows]
-    else:
-        entries = [("", line, "") for line in read_lines(file)]
-    entries = [(place, text, problem) for place, text, problem in entries if text or problem]
+        return [Entry(row.name, *cell(row, name)) for row in rows]
+    return [Entry(f"line {i}", line, "") for i, line in enumerate(read_lines(file), 1)]
+
+
+def usable(entries: Sequence[Entry], file: AnyPath) -> list[Prompt]:
+    """Entries of a file as prompts, numbered. Raises UserError where none can be used."""
     prompts = [
         Prompt(f"prompt {i}", text, f"{place} of {file.name}: {problem}" if problem else "")
         for i, (place, text, problem) in enumerate(entries, 1)

@@ -53,6 +53,7 @@ class Video(NamedTuple):
     file: AnyPath
     caption: str
     problem: str
+    switch: str = ""  # of a prompt, the one to which its video changes
 
 
 def find_videos(folder: str | AnyPath, captions: str | AnyPath | None) -> list[Video]:

@@ -26,12 +26,12 @@ from salt_jax.io.files import AnyPath, as_path, made_on_disk, write_whole
 READ_AHEAD = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
 
 Record = Mapping[str, str | np.ndarray]
-"""What is to be written: `caption` str, `text` [n, D] without padding, and of `latent`, `image`,
-`condition` those the data set has.
+"""What is to be written: `caption` str, `text` [n, D] without padding, and of `switch` [n, D],
+`latent`, `image`, `condition` those the data set has.
 """
 
 Shapes = Mapping[str, tuple[int | None, ...]]
-"""Of the arrays of every record, `text` as (None, D)."""
+"""Of the arrays of every record, `text` and `switch` as (None, D)."""
 
 Make = Callable[[range], Iterable[Record | str]]
 """Sources' numbers -> for each of them its record, or the reason why there is none. Values that

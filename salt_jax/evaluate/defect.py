@@ -30,9 +30,9 @@ from salt_jax.flow.transition import euler
 from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.denoiser import CausalDenoiser
 from salt_jax.models.kv_cache import plan_next_chunk
-from salt_jax.rollout.causal import commit
+from salt_jax.rollout.causal import ChunkSpec, Steps, extend
 from salt_jax.rollout.parallel import advance, noise_at
-from salt_jax.rollout.sampler import ChunkSpec, read_prompt, start_session
+from salt_jax.rollout.sampler import read_prompt, start_session
 from salt_jax.rollout.settings import Sampler
 from salt_jax.types import Conditioning, Denoiser, Latent, Params, Prediction, Sigma
 
@@ -106,7 +106,8 @@ def causal_defect(
     policy: CachePolicy,
 ) -> Defect:
     """The same for a student that works chunk by chunk, on the path of `rollout.sampler.generate`:
-    each chunk goes through all levels before it is committed, and the next one sees it finished.
+    each chunk goes through all levels, and the next one sees of it what `extend` leaves in the
+    cache.
 
     Squared norms go over all chunks of a clip. Arguments as in `semigroup_defect`.
     """
@@ -131,8 +132,10 @@ def _measured_chunk(network, params, cache, cond, path, solver, spec):
     def denoise(x, sigma):
         return network.denoise(params, x, sigma, cond, plan)
 
-    x0, norms = _walk(denoise, path, solver, plan.frames, cache.x0.shape[2:])
-    return commit(network, params, cache, x0, cond, spec.policy), norms
+    _, norms = _walk(denoise, path, solver, plan.frames, cache.x0.shape[2:])
+    steps = Steps(jnp.asarray(path.sigmas), len(path.midpoints) - 1, solver)
+    *_, cache = extend(network, params, cache, cond, steps, (path.keys, 0), spec)
+    return cache, norms
 
 
 def _walk(

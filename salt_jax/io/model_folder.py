@@ -47,6 +47,7 @@ class Part(Generic[C]):
 
 
 WAN = Part("wan.safetensors", init_wan, presets.PRESETS["wan2.1-t2v-tiny"])
+CRITIC = Part("critic.safetensors", init_wan, WAN.tiny)  # of a distillation, beside its student
 VAE = Part("vae.safetensors", init_vae, vae.PRESETS["tiny"])
 TEXT = Part("text_encoder.safetensors", init_text_encoder, text_encoder.PRESETS["wan-tiny"])
 IMAGE = Part("image_encoder.safetensors", init_image_encoder, image_encoder.PRESETS["tiny"])

@@ -16,16 +16,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from salt_jax.config.schema import Recipe
 from salt_jax.config.validate import refuse_uneven
 from salt_jax.models.attention import is_flash
 from salt_jax.models.attention_blocks import MOST_SCORES
+from salt_jax.models.latent_size import SPACE
 from salt_jax.models.layout import head_axes
 from salt_jax.models.presets import Compute, Kernel, WanConfig
+from salt_jax.models.vae import decode_first, init_vae
 from salt_jax.planning.flops import Pairs, image_tokens
 from salt_jax.planning.updates import programs
 from salt_jax.sharding import WAITING, partition_spec
 from salt_jax.stages import weights
 from salt_jax.stages.stage import Frozen, Pass, Stage
+from salt_jax.stages.weights import vae_sizes
 from salt_jax.state import TrainState
 
 F32 = 4  # bytes
@@ -65,7 +69,8 @@ def _axes(entry: str | Sequence[str] | None) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-FROZEN = {"student": "student's base", "null_text": "null text"}
+FROZEN = {"student": "student's base", "critic": "critic's base", "vae": "VAE"}
+FROZEN |= {"null_text": "null text"}
 
 
 def kinds(stage: Stage) -> tuple[dict[str, str], dict[str, str]]:
@@ -168,6 +173,20 @@ def kept_bytes(
     return start + more.get(how, 0) // tensor
 
 
+def vae_bytes(recipe: Recipe) -> int:
+    """The most that `vae_window.as_first` holds at a time, for one clip: what its convolutions
+    remember, before a latent and after it, and of the four frames of a latent at full resolution
+    four values a channel in float32, as XLA's buffers have it (tests/planning/test_memory.py).
+    """
+    c, (_, height, width, channels) = vae_sizes(recipe), recipe.clip_shape
+    params = jax.eval_shape(lambda: init_vae(jax.random.key(0), c))
+    latent = jax.ShapeDtypeStruct((1, 1, height, width, channels), jnp.float32)
+    decode = partial(decode_first, config=c, dtype=recipe.compute.dtype)
+    _, cache = jax.eval_shape(decode, params, latent)
+    remembered = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    return 2 * remembered + 16 * F32 * c.dim * height * width * SPACE**2
+
+
 def needed(stage: Stage, mesh: Mapping[str, int], kernel: Kernel) -> list[MemoryRow]:
     """All memory at the peak of a run. Arguments and errors as in `transient`."""
     rows = persistent(stage, mesh)
@@ -201,7 +220,7 @@ def transient(
         rows.append(MemoryRow("moments fetched", 0, max(0, fetched), max(0, fetched)))
     # student and critic with their adapters merged, and the gradient of one of them
     if recipe.lora.rank:
-        base = networks["base"]
+        base = networks["student's base"]
         rows.append(MemoryRow("merged networks", 3 * base.count, 3 * base.whole, 3 * base.device))
     # a block's weights, in the compute type, while it works, and those of the next one
     if mesh["fsdp"] > 1:
@@ -234,12 +253,15 @@ def _spread(stage: Stage, mesh: Mapping[str, int], kernel: Kernel) -> list[Memor
     ways, context = mesh["data"] * mesh["fsdp"], mesh["context"]
     heads = math.prod(mesh[axis] for axis in head_axes(mesh, wan.num_heads) or ())
     head = 4 * frames * per_frame * wan.dim * F32
+    vae = vae_bytes(recipe) if recipe.reencodes else 0
     rows = (
         ("batch", recipe.batch_size * _batch_bytes(stage), 1),
         ("caches", at_once * peak.caches * cache, heads),
         ("inputs of blocks", int(at_once * peak.forwards * inputs), context),
         ("heads of networks", int(at_once * peak.forwards * head), context),
         ("one block at work", at_once * work, context),
+        # in a block's place, and not cut by context
+        ("VAE at work, above it", at_once * max(0, vae - work // context), 1),
     )
     return [MemoryRow(name, 0, n, n // (ways * cut)) for name, n, cut in rows if n]
 

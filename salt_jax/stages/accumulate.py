@@ -1,6 +1,7 @@
 """The gradient of a large batch, a few clips at a time."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 import jax
@@ -21,7 +22,7 @@ More = tuple[Metrics, Stream | None]
 """What a loss returns beside its value."""
 
 SHARED = -1  # no batch axis
-AXES = Stream(KVCache(k=1, v=1, x0=0, frames=SHARED, filled=SHARED, end=SHARED), 0)
+CACHE_AXES = KVCache(k=1, v=1, x0=0, frames=SHARED, filled=SHARED, end=SHARED)
 
 
 def mean_gradient(
@@ -48,7 +49,7 @@ def mean_gradient(
     slope = jax.value_and_grad(loss, has_aux=True)
     if count == 1:
         return slope(params, batch, noise, stream)
-    axes = stream and AXES
+    axes = stream and replace(jax.tree.map(lambda _: 0, stream), cache=CACHE_AXES)
 
     def turn(carried, i):
         total, made = carried

@@ -143,6 +143,16 @@ def streams(r: Recipe) -> Iterator[str]:
             f"config.memory.window={m.window} must be filled by the first clip of {frames} "
             "frames; lower it"
         )
+    if s.reencode and r.data.kind != "latents":
+        yield (
+            f"config.stream.reencode={s.reencode} decodes latents of Wan's VAE, and those of "
+            "Moving Shapes are frames; set it to 0"
+        )
+    if s.reencode > frames - s.overlap + 1:
+        yield (
+            f"config.stream.reencode={s.reencode} is more than the {frames - s.overlap + 1} latent "
+            f"frames that a clip of {frames} has up to its overlap; lower it"
+        )
     if s.max_frames < 2 * frames - s.overlap:
         yield (
             f"config.stream.max_frames={s.max_frames} leaves no room to go on; set at least "

@@ -19,12 +19,11 @@ from salt_jax.losses.dmd import dmd_loss
 from salt_jax.losses.flow_matching import flow_matching_loss
 from salt_jax.losses.self_consistency import self_consistency_loss
 from salt_jax.models.denoiser import WanDenoiser, guided
-from salt_jax.models.kv_cache import KVCache, trim
 from salt_jax.models.lora import init_lora, merge
-from salt_jax.rollout.causal import Origin, recache
+from salt_jax.rollout.causal import Origin
 from salt_jax.rollout.draws import Draw, Terms, as_reference, draw_rollout
 from salt_jax.rollout.parallel import midpoint
-from salt_jax.stages import contradictions, distil_passes, teachers
+from salt_jax.stages import contradictions, distil_passes, streams, teachers
 from salt_jax.stages.judging import judged
 from salt_jax.stages.networks import denoiser_of
 from salt_jax.stages.stage import (
@@ -71,7 +70,10 @@ class Distil:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ("cond",) if self.recipe.video == "rollout" else ("cond", "video")
+        if self.recipe.video != "rollout":
+            return ("cond", "video")
+        stream = self.recipe.stream
+        return ("cond", "switch") if stream.max_frames and stream.switch else ("cond",)
 
     @property
     def teacher(self) -> Denoiser:
@@ -90,30 +92,31 @@ class Distil:
 
     def parts(self) -> Parts:
         r = self.recipe
-        parts = [("critic", r.weights), teachers.part(r)]
-        return parts + [("alignment", r.weights)] * self._looks_at_base
+        parts = [("critic", r.init_from if r.init_critic else r.weights), teachers.part(r)]
+        parts += [("alignment", r.weights)] * self._looks_at_base
+        return parts + [("VAE", r.weights)] * r.reencodes
 
     @property
     def _looks_at_base(self) -> bool:
         return bool(self.recipe.align.weight) and self.recipe.align.network == "base"
 
     def frozen(self, weights: Weights) -> Frozen:
-        frozen = teachers.frozen(weights)
-        if self._looks_at_base or self.recipe.lora.rank:
+        frozen, r = teachers.frozen(weights), self.recipe
+        if self._looks_at_base or (r.lora.rank and not r.init_critic):
             frozen["base"] = weights.base
-        return frozen | ({"student": weights.start} if self.recipe.lora.rank else {})
+        if r.lora.rank and r.init_critic:
+            frozen["critic"] = weights.critic
+        if r.reencodes:
+            frozen["vae"] = weights.vae
+        return frozen | ({"student": weights.start} if r.lora.rank else {})
 
     def first_state(self, weights: Weights) -> TrainState:
-        r, starts = self.recipe, (weights.start, weights.base)
+        r = self.recipe
+        starts = weights.start, weights.critic if r.init_critic else weights.base
         if r.lora.rank:
             keys = jax.random.split(jax.random.key(r.seed))
             starts = tuple(init_lora(k, p, r.lora.rank) for k, p in zip(keys, starts, strict=True))
-        stream = None
-        if r.stream.max_frames:
-            slots, picture = r.memory.capacity(0), r.clip_shape[1:]
-            cache = self.student.empty_cache(r.batch_size, slots, picture)
-            text = jnp.zeros((r.batch_size, *weights.null_text.shape[1:]))
-            stream = Stream(cache, text)
+        stream = streams.first_stream(self.student, weights, r) if r.stream.max_frames else None
         return first_state(r, dict(zip(self.learners, starts, strict=True)), stream)
 
     def records(self, source: RecordSource) -> Sequence:
@@ -147,30 +150,19 @@ class Distil:
 
     def whole(self, learner: str, params: Params, frozen: Frozen) -> Params:
         """The parameters of a network, its adapter merged into what that adapts."""
-        base = {"student": "student", "critic": "base"}[learner]
+        of_critic = "critic" if self.recipe.init_critic else "base"
+        base = {"student": "student", "critic": of_critic}[learner]
         return merge(frozen.get(base), params, self.recipe.lora)
 
     def origin(self, params: Params, inputs: Inputs, terms: Terms) -> Origin:
         """The prompts of an update and the cache it continues: those of the video under way,
         unless a new one starts.
-
-        A switch takes the batch's prompts and reads the cached frames again under them, before
-        anything is made.
         """
+        draw = inputs.draw
+        if inputs.state.stream is None or terms.sequence == "new":
+            return Origin(inputs.batch.cond, start=draw.start if draw else 0)
         params = jax.lax.stop_gradient(params)
-        cond, stream, draw = inputs.batch.cond, inputs.state.stream, inputs.draw
-        if stream is None or terms.sequence == "new":
-            return Origin(cond, start=draw.start if draw else 0)
-        assert draw is not None
-        if not self.recipe.stream.switch:
-            return Origin(cond._replace(text=stream.text), stream.cache)
-        # A branch, not a program of its own: that would be half as many programs again.
-        cond = cond._replace(text=jnp.where(draw.switch, cond.text, stream.text))
-
-        def again(cache: KVCache) -> KVCache:
-            return recache(self.student, params, cache, cond, self.recipe.memory)
-
-        return Origin(cond, jax.lax.cond(draw.switch, again, lambda c: c, stream.cache))
+        return streams.under_way(self.student, params, inputs, self.recipe)
 
     def start(
         self, params: Params, origin: Origin, inputs: Inputs, draw: Draw | None
@@ -182,21 +174,32 @@ class Distil:
             return noised_clip(inputs.batch, inputs.noise, self.recipe)
         params, steps = jax.lax.stop_gradient(params), as_steps(draw, self.recipe)
         made = self_rollout(self.student, params, origin, steps, inputs.noise.keys, self.recipe)
-        return rolled_out(made, origin, draw, self.recipe)
+        start = rolled_out(made, origin, draw, self.recipe)
+        if origin.cache is None or not self.recipe.reencodes:
+            return start
+        return streams.as_window(start, inputs, self.recipe, self.mesh)
 
     def reference(self, params: Params, origin: Origin, inputs: Inputs) -> Latent:
-        """The video that cache alignment aligns to: of twice the steps, on its own cache."""
+        """The video that cache alignment aligns to: of twice the steps, on its own cache.
+
+        A first chunk with steps of its own has no level between the student's.
+        """
         assert inputs.draw is not None
         params, draw = jax.lax.stop_gradient(params), as_reference(inputs.draw, self.recipe)
         steps = replace(as_steps(draw, self.recipe), noise=self.recipe.align.reference_noise)
+        if steps.first and steps.noise == "own":
+            steps = replace(steps, first=replace(steps.first, noise="own"))
         keys = inputs.noise.keys
         return self_rollout(self.student, params, origin, steps, keys, self.recipe).x0
 
-    def next_stream(self, start: StartState, origin: Origin) -> Stream | None:
+    def next_stream(
+        self, start: StartState, origin: Origin, inputs: Inputs, terms: Terms
+    ) -> Stream | None:
         """What the next update continues from."""
-        if start.trajectory is None or not self.recipe.stream.max_frames:
+        made = start.trajectory
+        if made is None or not self.recipe.stream.max_frames:
             return None
-        return Stream(trim(start.trajectory.cache, self.recipe.memory), origin.cond.text)
+        return streams.next_stream(made, origin, inputs, terms.sequence, self.recipe)
 
     def passes(self, update: Update, draw: Draw | None) -> list[Pass]:
         mix = distil_passes.mix_of(self.recipe, update, draw)
@@ -256,7 +259,7 @@ def student_losses(
         low, high = features(video.x0), features(reference)
         losses["alignment"], active = cache_alignment_loss(low, high, r.align.margin)
         metrics["alignment_active"] = active.mean()
-    return losses, metrics, stage.next_stream(start, origin)
+    return losses, metrics, stage.next_stream(start, origin, inputs, terms)
 
 
 def critic_losses(
@@ -275,4 +278,4 @@ def critic_losses(
     judge = judged(start.with_overlap(x0), renoised, origin.cond, stage.recipe.renoise)
     said = judge.by(stage.critic, critic)
     loss = flow_matching_loss(start.new(said.velocity), x0, start.new(renoised.noise))
-    return {"critic": loss}, {}, stage.next_stream(start, origin)
+    return {"critic": loss}, {}, stage.next_stream(start, origin, inputs, terms)

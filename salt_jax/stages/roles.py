@@ -12,7 +12,8 @@ from salt_jax.checkpoint_files import checkpoint_digest
 from salt_jax.config.schema import Recipe
 from salt_jax.errors import UserError
 from salt_jax.io.files import AnyPath, as_path, write_whole
-from salt_jax.io.model_folder import TEXT, WAN, part_file
+from salt_jax.io.model_folder import CRITIC, TEXT, VAE, WAN, part_file
+from salt_jax.io.model_folder import Part as FilePart
 from salt_jax.io.tensor_files import Report, digest, no_report
 from salt_jax.stages.record import is_workdir, read_record, starts, trained_at
 from salt_jax.stages.stage import CLOSED_FORM, NO_TEACHER, Stage
@@ -93,19 +94,28 @@ def roles(stage: Stage, report: Report = no_report) -> list[Role]:
     return [*found, _text_encoder(recipe, part)]
 
 
-def refuse_another_base(workdir: str | AnyPath, recipe: Recipe) -> None:
+def refuse_another_base(workdir: str | AnyPath, recipe: Recipe, learner: str = "student") -> None:
     """Raises UserError where the network that a workdir's LoRA adapts is not what it was when that
-    run began.
+    run began. `learner`: "student" or "critic".
     """
-    if recipe.lora.rank and (was := read_roles(workdir)):
-        refuse_changed(was, _student(recipe, _reader(recipe, no_report)), str(workdir))
+    if not (recipe.lora.rank and (was := read_roles(workdir))):
+        return
+    part = _reader(recipe, no_report)
+    if learner == "student":
+        now = _student(recipe, part)
+    else:
+        where = recipe.init_from if recipe.init_critic else recipe.weights
+        now = _learner(learner, where, recipe, part)
+    refuse_changed(was, now, str(workdir))
 
 
 def _reader(recipe: Recipe, report: Report) -> Part:
     network = functools.cache(functools.partial(_network, seed=recipe.seed, report=report))
 
     def part(name: str, where: str) -> Role:
-        return network(where)._replace(name=name)
+        carried = recipe.init_critic and name in ("critic", "critic's base")
+        kind = CRITIC if carried else VAE if name == "VAE" else WAN
+        return network(where, kind)._replace(name=name)
 
     return part
 
@@ -126,20 +136,26 @@ def _learner(name: str, where: str, recipe: Recipe, part: Part) -> list[Role]:
     return [Role(name, adapter, None, "", "-", "-"), part(f"{name}'s base", where)]
 
 
-def _network(where: str, seed: int, report: Report) -> Role:
+def _network(where: str, kind: FilePart, seed: int, report: Report) -> Role:
+    """`CRITIC`: that of a workdir, or beside a converted student."""
     if not where:
         return Role("", f"fresh (seed {seed})", None, "", "-", "-")
-    record, file = read_record(where), part_file(WAN, where)
+    record, file = read_record(where), part_file(kind, where)
     try:
         if is_workdir(where):
             assert record.step is not None
-            sha = checkpoint_digest(where, record.step, "ema", report)
+            item = "critic" if kind is CRITIC else "ema"
+            sha = checkpoint_digest(where, record.step, item, report)
         else:
             sha = digest(file, report) if file.is_file() else ""
     except OSError as error:
         raise UserError(
             f"cannot read {where} ({error.strerror or error}); mend it, or name another"
         ) from error
+    if kind is CRITIC:
+        return Role("", where, record.step, sha, "bidirectional", f"critic of: {record.made}")
+    if kind is VAE:
+        return Role("", where, None, sha, "-", "-")
     return Role("", where, record.step, sha, record.sees, record.made)
 
 

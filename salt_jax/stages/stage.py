@@ -50,6 +50,7 @@ class Batch(NamedTuple):
     cond: Conditioning = ABSENT
     tokens: TokenIds = ABSENT
     video: Latent = ABSENT
+    switch: TextEmb = ABSENT  # of streaming long tuning, where prompts are paired
     # of ODE regression: a trajectory's states at the student's levels, and its end
     states: Float[Array, "b n f h w c"] = ABSENT
 
@@ -73,6 +74,9 @@ class Weights(NamedTuple):
     start: Params  # where the student starts
     teacher: Params  # of a network or of the closed form
     null_text: TextEmb  # [1, T, D]
+    critic: Params = ABSENT  # where the critic starts, if not at the base
+    vae: Params = ABSENT  # where updates decode and encode
+    switch: TextEmb = ABSENT  # form of a switch prompt, [1, T, D], where the data has them
 
 
 class Inputs(NamedTuple):

@@ -93,6 +93,8 @@ def to_batch(stage: Stage, arrays: Mapping[str, Leaf]) -> Batch:
     given = {name: arrays[name] for name in ("video", "states") if name in stage.needs}
     if "tokens" in stage.needs:
         return Batch(tokens=text, **given)
+    if "switch" in stage.needs and "switch" in arrays:
+        given["switch"] = arrays["switch"]
     cond = Conditioning(text)
     if "image" in arrays:
         cond = Conditioning(text, arrays["image"], condition_latents(arrays["condition"]))

@@ -19,20 +19,23 @@ from salt_jax.config.migrate import flat
 from salt_jax.config.reading import from_json, read_workdir
 from salt_jax.config.schema import MAKES_TEACHER, Recipe
 from salt_jax.errors import UserError
-from salt_jax.io.model_folder import WAN, Source, open_part, part_file
+from salt_jax.io.model_folder import CRITIC, VAE, WAN, Part, Source, open_part, part_file
 from salt_jax.io.shipped import located
 from salt_jax.io.tensor_files import load_weights
 from salt_jax.models.lora import merge
+from salt_jax.models.presets import WanConfig
 from salt_jax.models.text_encoder import init_text_encoder
+from salt_jax.models.vae import PRESETS as VAE_PRESETS
+from salt_jax.models.vae import VAEConfig, init_vae
 from salt_jax.models.wan import init_wan
 from salt_jax.moving_shapes import shapes
 from salt_jax.moving_shapes.every_clip import every_clip, sizes
 from salt_jax.moving_shapes.exact import closed_form_params
 from salt_jax.moving_shapes.shapes import World
 from salt_jax.sharding import state_shardings
-from salt_jax.stages.record import read_record, same_file
+from salt_jax.stages.record import is_workdir, read_record, same_file
 from salt_jax.stages.roles import refuse_another_base
-from salt_jax.stages.stage import CLOSED_FORM, NO_TEACHER, Stage, Weights
+from salt_jax.stages.stage import ABSENT, CLOSED_FORM, NO_TEACHER, Stage, Weights
 from salt_jax.stages.texts import Texts, read_texts
 from salt_jax.types import Params
 
@@ -65,20 +68,47 @@ def initial_weights(recipe: Recipe, mesh: Mesh, dtype: DTypeLike | None = jnp.fl
     return load_weights(located(recipe.weights), like, dtype, shardings)
 
 
-def open_wan(recipe: Recipe, where: str, mesh: Mesh, dtype: DTypeLike | None) -> Params:
+def open_wan(
+    recipe: Recipe,
+    where: str,
+    mesh: Mesh,
+    dtype: DTypeLike | None,
+    part: Part[WanConfig] = WAN,
+) -> Params:
     """The transformer in a folder or file of launch.convert_wan; "" is a fresh one.
 
     Raises:
       UserError: it is absent, damaged, or of other sizes than the recipe's.
     """
     place = functools.partial(state_shardings, mesh)
-    config, wan = open_part(WAN, Source(where, recipe.seed), recipe.wan, dtype, place)
+    config, wan = open_part(part, Source(where, recipe.seed), recipe.wan, dtype, place)
     if config != recipe.wan:
         raise UserError(
             f"the weights in {where} are {config}, not {recipe.wan}; "
             "check the presets and weights of config.model and config.teacher, and config.init_from"
         )
     return wan
+
+
+def vae_sizes(recipe: Recipe) -> VAEConfig:
+    """Of the VAE that goes with a network, where its file is not read."""
+    return VAE_PRESETS["tiny" if recipe.model.preset.endswith("tiny") else "wan2.1"]
+
+
+def open_vae(recipe: Recipe, mesh: Mesh) -> Params:
+    """The VAE beside the weights, in the type of matrix products; a fresh one where they are.
+
+    Raises UserError where it is absent or damaged.
+    """
+    place = lambda like: state_shardings(mesh, {"vae": like})["vae"]
+    source, sizes = Source(recipe.weights, recipe.seed), vae_sizes(recipe)
+    if recipe.weights and not (file := part_file(VAE, recipe.weights)).is_file():
+        raise UserError(
+            f"config.stream.reencode={recipe.stream.reencode} decodes with the VAE, and there is "
+            f"no {file}; convert the whole model with launch.convert_wan, or set it to 0"
+        )
+    _, vae = open_part(VAE, source, sizes, recipe.compute.dtype, place)
+    return in_dtype(vae, recipe.model.dtype)
 
 
 def teacher_weights(recipe: Recipe, base: Params, mesh: Mesh) -> Params:
@@ -156,6 +186,36 @@ def student_start(recipe: Recipe, base: Params, mesh: Mesh) -> Params:
     return merge(student_start(before, base, mesh), average, before.lora)
 
 
+def critic_start(recipe: Recipe, base: Params, mesh: Mesh) -> Params:
+    """Where the critic starts: the weights, or with `config.init_critic` the critic of the stage
+    before, which `student_start` has found to fit.
+
+    That of a LoRA is merged into what it adapts. Beside a converted student it is
+    critic.safetensors.
+
+    Raises:
+      UserError: the stage before has no critic.
+    """
+    where = recipe.init_from
+    if not recipe.init_critic:
+        return base
+    if recipe.data.kind == "latents" and part_file(CRITIC, where).is_file():
+        return open_wan(recipe, where, mesh, jnp.float32, CRITIC)
+    before = read_workdir(where) if is_workdir(where) else None
+    if before is None or before.stage != "distil":
+        why = f"is of stage {before.stage} and has none" if before else "is a student alone"
+        raise UserError(
+            f"config.init_critic=True takes the critic of config.init_from={where}, which {why}; "
+            "name the workdir of a distillation, put a converted critic (launch.convert_wan "
+            f"--key=critic) beside the student as {CRITIC.file}, or set config.init_critic=False"
+        )
+    critic = restore_params(where, "critic", mesh, newest_step(where))
+    if not before.lora.rank:
+        return critic
+    refuse_another_base(where, before, "critic")
+    return merge(critic_start(before, base, mesh), critic, before.lora)
+
+
 def _refuse_difference(
     key: str, before: Mapping[str, object], recipe: Recipe, names: Sequence[str]
 ) -> None:
@@ -185,7 +245,12 @@ def load(stage: Stage, mesh: Mesh) -> tuple[Weights, Texts]:
         teacher = closed_form(recipe, texts.encode_caption)
     else:
         teacher = None if source == NO_TEACHER else teacher_weights(recipe, base, mesh)
-    return Weights(base, text_encoder, start, teacher, texts.null_text), texts
+    critic = critic_start(recipe, base, mesh) if recipe.init_critic else ABSENT
+    vae = open_vae(recipe, mesh) if recipe.reencodes else ABSENT
+    paired = "switch" in stage.needs and texts.records and "switch" in texts.records[0]
+    switch = texts.null_text if paired else ABSENT
+    found = base, text_encoder, start, teacher, texts.null_text, critic, vae, switch
+    return Weights(*found), texts
 
 
 def fresh(stage: Stage) -> Weights:
@@ -210,7 +275,11 @@ def fresh(stage: Stage) -> Weights:
         teacher = in_dtype(init_wan(k_other, recipe.teacher_wan), t.dtype)
     else:
         teacher = in_dtype(base, t.dtype)
-    return Weights(base, init_text_encoder(k_other, recipe.text), base, teacher, null_text)
+    critic = base if recipe.init_critic else ABSENT
+    text_encoder = init_text_encoder(k_other, recipe.text)
+    vae = init_vae(k_other, vae_sizes(recipe)) if recipe.reencodes else ABSENT
+    vae = in_dtype(vae, recipe.model.dtype)
+    return Weights(base, text_encoder, base, teacher, null_text, critic, vae)
 
 
 def closed_form(recipe: Recipe, encode: Callable[[str], np.ndarray]) -> Params:

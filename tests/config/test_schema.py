@@ -22,6 +22,7 @@ from salt_jax.errors import UserError
 from salt_jax.io.header import read_metadata
 from salt_jax.optimizer import make_optimizer
 from salt_jax.stages import contradictions, make_stage
+from tests.helpers import ROOT
 
 # Values that other values, or a list of choices, hold in place.
 TIED = {
@@ -55,7 +56,7 @@ TIED |= {
     "schedule.anchor_levels",
     "schedule.levels",
 }
-TIED |= {"memory.window", "align.weight", "stream.max_frames", "accumulate"}
+TIED |= {"memory.window", "align.weight", "stream.max_frames", "accumulate", "init_critic"}
 # Values that one key alone would contradict; these stand together.
 TOGETHER = {"video": "rollout", "schedule.train_levels": 12, "schedule.anchor_levels": 6}
 LISTED = {
@@ -80,6 +81,8 @@ TOGETHER |= {
 }
 TOGETHER |= {
     "accumulate": 3,
+    "init_from": str(ROOT / "runs/before"),
+    "init_critic": True,
     "teacher.dtype": "bfloat16",
     "model.remat": "none",
     "model.residual": "bfloat16",
@@ -223,6 +226,7 @@ ALIGN = ROLLOUT | {"align.weight": 0.5}
 STREAM = ROLLOUT | {"stream.max_frames": 36, "memory.window": 9, "memory.sink": 3}
 LATENTS = {"data.kind": "latents", "data.clip": (21, 60, 104), "model.preset": "wan2.1-t2v-1.3b"}
 LATENTS |= {"text_encoder": "umt5-xxl"}
+WAN_STREAM = STREAM | LATENTS | {"stream.max_frames": 57}
 LISTED_ROLLOUT = ROLLOUT | LISTED | {"rollout.num_steps": (3,), "rollout.probabilities": (1.0,)}
 CONTRADICTIONS = {
     "counts": [
@@ -476,6 +480,24 @@ CONTRADICTIONS = {
         (
             r"config\.stream\.max_frames=14 leaves no room .* at least 15",
             STREAM | {"stream.max_frames": 14},
+        ),
+        (
+            r"config\.stream\.reencode=4 decodes latents of Wan's VAE, and .* are frames; set it",
+            STREAM | {"stream.reencode": 4},
+        ),
+        (
+            r"config\.stream\.reencode=20 is more than the 19 latent .* clip of 21 .* lower it",
+            WAN_STREAM | {"stream.reencode": 20},
+        ),
+    ],
+    "critic": [
+        (
+            r"config\.init_critic=True takes the critic of config\.init_from=''",
+            {"init_critic": True},
+        ),
+        (
+            r"config\.init_critic=True .* config\.stage=consistency; name",
+            {"init_critic": True, "init_from": "runs/x", "stage": "consistency"},
         ),
     ],
     "what a chunk sees": [

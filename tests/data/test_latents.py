@@ -89,6 +89,34 @@ def test_it_is_a_tfds_data_set(tmp_path):
     assert "tensorflow" not in sys.modules
 
 
+def test_switch_prompts_come_with_their_prompts_whoever_reads_them(tmp_path):
+    """Two processes, each its rows of a batch: together the batch of one."""
+    shapes = {"text": (None, DIM), "switch": (None, DIM)}
+
+    def pair(i):
+        rng = np.random.default_rng(i)
+        rows = {name: rng.normal(size=(1 + (i + k) % 4, DIM)) for k, name in enumerate(shapes)}
+        return {"caption": f"{i}"} | {name: x.astype(np.float32) for name, x in rows.items()}
+
+    write(tmp_path, lambda numbers: map(pair, numbers), shapes=shapes)
+    records = open_records(tmp_path, CLIP, 6).records
+    padded = lambda x: np.pad(half(x), ((0, 6 - len(x)), (0, 0)))
+    of = {padded(pair(i)["text"]).tobytes(): padded(pair(i)["switch"]) for i in range(len(NAMES))}
+
+    def batch(rows):
+        settings = {"batch_size": 4, "seed": 0, "start": 0, "world": World()}
+        stream = pipeline.batches(records, encode_caption=str.split, rows=rows, **settings)
+        return next(stream)
+
+    whole = batch(np.arange(4))
+    assert whole.keys() == {"text", "switch"} and whole["switch"].shape == (4, 6, DIM)
+    for text, switch in zip(whole["text"], whole["switch"], strict=True):
+        np.testing.assert_array_equal(switch, of[text.tobytes()])
+    shares = [batch(rows) for rows in (np.arange(2), np.arange(2, 4))]
+    for name, wanted in whole.items():
+        np.testing.assert_array_equal(np.concatenate([s[name] for s in shares]), wanted)
+
+
 @pytest.mark.parametrize(
     "shapes", [{"text": (None, DIM)}, {"latent": CLIP, "text": (None, DIM)}], ids=len
 )

@@ -9,7 +9,7 @@ from salt_jax.evaluate.defect import Path, causal_defect, defect_grid, semigroup
 from salt_jax.flow.prediction import expand, from_velocity
 from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.denoiser import wan_denoiser
-from salt_jax.models.kv_cache import plan_next_chunk
+from salt_jax.models.kv_cache import append, plan_next_chunk
 from salt_jax.models.position_channels import POSITION_CHANNELS
 from salt_jax.models.presets import Compute, WanConfig
 from salt_jax.rollout.causal import Steps, commit, generate_chunk
@@ -148,12 +148,19 @@ CAUSAL = WanConfig(24, 2, 1, 48, 3 + POSITION_CHANNELS, 3, (1, 2, 2), 8, 6, 16, 
 NETWORK = wan_denoiser(CAUSAL, Compute(), 7, 3)
 
 
-@pytest.mark.parametrize("solver", [pytest.param("euler", marks=pytest.mark.slow), "cm"])
-def test_chunk_by_chunk_the_chunks_before_are_finished(solver):
-    """Eq. 14-16 as printed, on the path of `generate`: the cache is of the chunks it made, and the
-    states are those that its chunk passes through.
+@pytest.mark.parametrize(
+    ("solver", "context"),
+    [
+        pytest.param("euler", "clean", marks=pytest.mark.slow),
+        ("cm", "clean"),
+        ("cm", "last_step"),
+    ],
+)
+def test_chunk_by_chunk_the_chunks_before_are_finished(solver, context):
+    """Eq. 14-16 as printed, on the path of `generate`: the cache is of the chunks it made, as later
+    ones see them, and the states are those that its chunk passes through.
     """
-    policy, picture = CachePolicy(3, 1, 6, 1, "relative"), (4, 4, 3)
+    policy, picture = CachePolicy(3, 1, 6, 1, "relative", context=context), (4, 4, 3)
     params = randomised(shapes_of(CAUSAL), 1, 0.2)
     keys, cond = clip_keys(0, 2), Conditioning(COND.text[:2].repeat(2, axis=-1))
     sampler = Sampler(4, 5.0, solver, policy)
@@ -171,7 +178,13 @@ def test_chunk_by_chunk_the_chunks_before_are_finished(solver):
             direct, composed = x_s - (s - e) * v_s, x_m - (m - e) * v_m
             sums[i] += square(direct - composed), square(direct - x_s), square(v_s)
         np.testing.assert_allclose(x0, chunk, atol=1e-5)
-        cache = commit(NETWORK, params, cache, jnp.asarray(chunk), cond, policy)
+        made = jnp.asarray(chunk)
+        if context == "clean":
+            cache = commit(NETWORK, params, cache, made, cond, policy)
+        else:  # what the last evaluation read
+            last = jnp.full(2, SIGMAS[3])
+            _, kept = NETWORK.denoise_and_keep(params, x_s, last, cond, plan)
+            cache = append(cache, kept, made, policy)
     path = Path(SIGMAS, MIDPOINTS, keys)
     got = causal_defect(NETWORK, params, cond, path, solver, (7, *picture), policy)
     want = (sums[:, 0] / sums[:, 1]).mean(1)

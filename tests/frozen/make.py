@@ -19,7 +19,8 @@ RUNS = {
     "stream": (
         "longlive.py:lora,salt",
         SHORT
-        | {"lora.rank": 2, "data.num_train": 8, "data.num_test": 1, "data.dir": "data/shapes"},
+        | {"init_critic": False, "lora.rank": 2}
+        | {"data.num_train": 8, "data.num_test": 1, "data.dir": "data/shapes"},
     ),
     # Wan in form, small, with fresh weights and nothing but prompts: every parameter is trained
     "wan": (

@@ -175,6 +175,32 @@ def test_prompts_become_texts(weights, tmp_path):
 
 
 @pytest.mark.slow
+def test_switch_prompts_become_texts_beside_their_prompts(weights, tmp_path):
+    """A source whose prompts are not paired is left out, with the reason; an unpaired list is
+    refused.
+    """
+    folder, trees = weights
+    files = {"p.txt": "A cat walks.\nA dog.\nA dog.", "s.txt": "A dog.\n\nA cat walks."}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    args = [f"--weights={folder}", f"--prompts={tmp_path / 'p.txt'}", "--dtype=float32"]
+    args += [f"--switch_prompts={tmp_path / 's.txt'}"]
+    told = succeed(*args, f"--dst={tmp_path / 'data'}", "--negative_prompt=A dog.")
+    assert "prompt 2: line 2 of p.txt: it has no switch prompt" in told
+    encoded = open_records(tmp_path / "data", (21, 60, 104, 16), 512)
+    found = [record["caption"] for record in encoded.records]
+    assert found == ["A cat walks.", "A dog."]
+    for record, switch in zip(encoded.records, ("A dog.", "A cat walks."), strict=True):
+        wanted = text_of(trees, switch)
+        assert record.keys() == {"caption", "text", "switch"}
+        np.testing.assert_allclose(record["switch"][: len(wanted)], wanted, rtol=2e-3, atol=2e-3)
+        assert not record["switch"][len(wanted) :].any()
+    (tmp_path / "s.txt").write_text("A dog.")
+    done = program(*args, f"--dst={tmp_path / 'other'}")
+    assert done.returncode == 2 and "p.txt has 3 prompts and" in done.stderr
+
+
+@pytest.mark.slow
 def test_a_teacher_makes_a_clip_of_each_prompt(weights, tmp_path):
     """Its noise is of the prompt's number: however prompts are grouped and parted, the clips are
     the same.

@@ -3,6 +3,7 @@ compiled updates.
 """
 
 import math
+from dataclasses import replace
 from typing import get_args
 
 import chex
@@ -17,6 +18,9 @@ from salt_jax.config.reading import read_recipe
 from salt_jax.errors import UserError
 from salt_jax.models.denoiser import wan_denoiser
 from salt_jax.models.presets import PRESETS, Compute, Remat, WanConfig
+from salt_jax.models.vae import PRESETS as VAES
+from salt_jax.models.vae import init_vae
+from salt_jax.models.vae_window import as_first
 from salt_jax.models.wan import Inputs, apply_wan
 from salt_jax.planning.bench import forms, random_batch
 from salt_jax.planning.memory import (
@@ -28,6 +32,7 @@ from salt_jax.planning.memory import (
     persistent,
     transient,
     tree_bytes,
+    vae_bytes,
 )
 from salt_jax.stages import make_stage
 from salt_jax.stages.stage import Update
@@ -136,10 +141,12 @@ def test_bytes_on_a_device_fall_with_the_mesh_and_add_up():
 def test_what_a_recipe_has_shows():
     tuned = rows(recipe(longlive, "wan,lora"), ONE)
     assert (
-        tuned["merged networks"].whole == 3 * tuned["base"].whole
+        tuned["merged networks"].whole == 3 * tuned["student's base"].whole
+        and tuned["critic's base"].whole == tuned["student's base"].whole
+        and "base" not in tuned
         and tuned["videos under way"].whole
     )
-    assert tuned["gradients"].whole == tuned["student"].whole < tuned["base"].whole / 4
+    assert tuned["gradients"].whole == tuned["student"].whole < tuned["student's base"].whole / 4
     assert "caches" not in rows(recipe(sc_dmd, "wan,i2v"), ONE)
     one = {
         kernel: rows(recipe(causal_forcing, "wan", batch_size=1), ONE, kernel)[
@@ -175,6 +182,32 @@ def test_a_clip_of_one_chunk_needs_less_than_one_of_two(policy, variant):
         assert (0 < less[name].whole < more[name].whole) or less[name] == more[name], name
     for learner in ("student", "critic"):
         assert all(p.pairs for p in make_stage(one).mean_passes(learner))
+
+
+def test_a_vae_in_training_is_whole_on_every_device_and_its_work_is_counted():
+    """126.9 M numbers of 2 bytes; of a clip of 480p what its convolutions remember, and a latent's
+    frames.
+    """
+    r = recipe(longlive, "wan")
+    one, many = rows(r, ONE), rows(r, ONE | {"data": 8, "fsdp": 8})
+    assert one["VAE"].whole == one["VAE"].device == many["VAE"].device == 2 * 126_892_531
+    assert 6e9 < vae_bytes(r) < 6.5e9
+    above = one["VAE at work, above it"].whole
+    assert above == 64 * vae_bytes(r) - one["one block at work"].whole > 0
+    assert "VAE" not in rows(recipe(longlive, "long", weights=""), ONE)
+
+
+@pytest.mark.slow
+@pytest.mark.optimized
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_compiled_vae_takes_the_bytes_that_were_counted(dtype):
+    r = recipe(longlive, "wan", batch_size=1, model__dtype=dtype, data__clip=(21, 16, 16))
+    r = replace(r, model=replace(r.model, preset="wan2.1-t2v-tiny"))
+    params = jax.tree.map(lambda x: S(x.shape, dtype), shapes_of(VAES["tiny"], init_vae))
+    encode = jax.jit(lambda p, z: as_first(p, z, dtype))
+    compiled = encode.lower(params, S((1, 5, 16, 16, 16), jnp.float32)).compile()
+    found = compiled.memory_analysis().temp_size_in_bytes
+    assert 0.7 < found / vae_bytes(r) < 1.4
 
 
 @pytest.mark.parametrize(

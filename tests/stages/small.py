@@ -120,9 +120,10 @@ def exits(terms):
 
 
 @functools.cache
-def compiled(update, recipe=RECIPE):
+def compiled(update, recipe=RECIPE, paired=False):
     """An update on one device, compiled once for all tests."""
-    return compile_step(distil(recipe), update, layout(causal_state(recipe), FROZEN))
+    state = paired_state() if paired else causal_state(recipe)
+    return compile_step(distil(recipe), update, layout(state, FROZEN))
 
 
 def run(step, state, batch, draw, frozen=FROZEN, sizes=(), index=0):
@@ -151,15 +152,28 @@ def at_place(where, draw):
 
 
 @functools.cache
-def streamed(*places):
+def streamed(*places, paired=False):
     """The state after critic updates at these places of a sequence, each with a batch and a key of
     its own.
     """
-    state = causal_state(STREAM)
+    state = paired_state() if paired else causal_state(STREAM)
     for i, where in enumerate(places):
         update, draw = at_place(where, drawn(4, 3))
-        state, _ = run(compiled(update, STREAM), state, batch_of(i), draw, index=i)
+        batch = batch_of(i)._replace(switch=switch_of(i)) if paired else batch_of(i)
+        state, _ = run(compiled(update, STREAM, paired), state, batch, draw, index=i)
     return state
+
+
+def paired_state():
+    """Of videos whose prompts have switch prompts."""
+    state = causal_state(STREAM)
+    stream = replace(state.stream, switch=jnp.zeros_like(state.stream.text))
+    return replace(state, stream=stream)
+
+
+def switch_of(seed):
+    """The prompts that are paired with those of `batch_of`."""
+    return jnp.flip(batch_of(seed).cond.text, axis=1)
 
 
 def with_first_critic(state):

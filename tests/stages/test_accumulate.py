@@ -11,12 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from salt_jax.models.kv_cache import KVCache
 from salt_jax.rollout.draws import Terms
 from salt_jax.stages.accumulate import mean_gradient
 from salt_jax.stages.stage import Update
+from salt_jax.state import Stream
 from salt_jax.train.step import compile_step
 from tests.helpers import arguments, host, layout
 from tests.stages import small, toys
+
+NUMBERS = jnp.zeros(1, jnp.int32), jnp.int32(1), jnp.int32(1)  # of a cache's frames
 
 
 def run(stage, update, state, frozen, batch, draw=None, sizes=()):
@@ -58,6 +62,23 @@ def test_what_was_drawn_is_the_same():
     (_, (metrics, _)), slope = mean_gradient(seen, jnp.ones(()), batch, noise, None, 4)
     assert float(slope) == 28 / 4  # a mean over four portions, each a sum of two
     np.testing.assert_allclose(metrics["mean"], noise.mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_the_prompts_of_a_stream_are_written_where_their_videos_are(paired):
+    """And so are those that are paired with them."""
+    cache = KVCache(*(jnp.zeros((2, 8, 1, 1, 1, 1)),) * 2, jnp.zeros((8, 1, 1, 1, 1)), *NUMBERS)
+    text = jnp.zeros((8, 2, 1))
+    stream = Stream(cache, text, text if paired else None)
+    batch = jnp.arange(16.0).reshape(8, 2, 1)
+
+    def loss(p, batch, noise, stream):
+        switch = None if stream.switch is None else stream.switch - batch
+        return p * batch.sum(), ({}, replace(stream, text=stream.text + batch, switch=switch))
+
+    (_, (_, made)), _ = mean_gradient(loss, jnp.ones(()), batch, text, stream, 4)
+    np.testing.assert_array_equal(made.text, batch)
+    assert not paired or np.array_equal(made.switch, -batch)
 
 
 @pytest.mark.slow

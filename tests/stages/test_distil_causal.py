@@ -59,6 +59,7 @@ from tests.stages.small import (
     run,
     streamed,
     student_stepped,
+    switch_of,
     with_first_critic,
 )
 
@@ -325,6 +326,26 @@ def test_a_prompt_is_carried_on_and_replaced_by_a_switch():
         (("new", "on", "new"), 2),
     ):
         np.testing.assert_array_equal(streamed(*places).stream.text, batch_of(number).cond.text)
+
+
+@pytest.mark.slow
+def test_a_switch_takes_the_prompt_that_is_paired_with_the_videos_own():
+    """Of the batch with which the video began, whatever batches came since; frames follow it."""
+    for places, text in (
+        (("new", "on"), batch_of(0).cond.text),
+        (("new", "on", "switch"), switch_of(0)),
+        (("new", "switch", "new"), batch_of(2).cond.text),
+        (("new", "switch", "new", "switch"), switch_of(2)),
+    ):
+        stream = streamed(*places, paired=True).stream
+        np.testing.assert_array_equal(stream.text, text)
+        np.testing.assert_array_equal(stream.switch, switch_of(2 * places[2:].count("new")))
+    before, after = (streamed(*p, paired=True).stream for p in (("new",), ("new", "switch")))
+    cond = Conditioning(switch_of(0))
+    cache = jax.jit(lambda cache: recache(NETWORK, STUDENT, cache, cond, ROLLING))(before.cache)
+    key, draw = jax.random.fold_in(jax.random.key(7), 1), drawn(4, 3)
+    made = next_frames(cond.text, key, draw, cache)
+    np.testing.assert_allclose(after.cache.x0[:, 2:], made[:, 2:], atol=1e-4)
 
 
 @pytest.mark.slow

@@ -67,15 +67,17 @@ def state(stage):
     return stage.first_state(Weights(CRITIC, None, STUDENT, TEACHER, NULL))
 
 
-def sequential(params, cond, levels, steps, noises):
+def sequential(params, cond, levels, steps, noises, alone=None):
     """x0 of every chunk, made one after the other.
 
     Args:
       noises: [(B, F, H, W, C)], one for each level that is arrived at; None: by an Euler step.
+      alone: the same three of the first chunk, where it has its own.
     """
     cache = NETWORK.empty_cache(BATCH, FRAMES, tuple(PICTURE))
-    made = []
+    made, others = [], (levels, steps, noises)
     for first in range(0, FRAMES, 2):
+        levels, steps, noises = others if first or alone is None else alone
         plan, own = plan_next_chunk(cache, RECIPE.memory, 2), slice(first, first + 2)
         x = noises[0][:, own]
         for i in range(steps):
@@ -116,6 +118,38 @@ def test_the_reference_is_a_slow_loop_on_the_noises_it_is_told(kind):
     levels = jnp.array([1, 6 / 7, 2 / 3, 0.4, 0], jnp.float32)  # T(4) at shift 2
     noises = reference_noises(keys, levels[:4], kind)
     wanted = sequential(STUDENT, batch.cond, levels, 3, noises)
+    np.testing.assert_allclose(found, wanted, atol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["own", "euler_between"])
+def test_a_first_chunk_with_steps_of_its_own_has_the_references_noise_too(kind):
+    """It takes the student's steps: of its own noise they are other noise, and no level of them is
+    between the student's, so that none is arrived at by an Euler step.
+    """
+    changes = dict(
+        rollout=replace(RECIPE.rollout, first_steps=3),
+        loss=replace(RECIPE.loss, self_consistency=0.0),
+    )
+    s, batch = stage(kind, **changes), small.batch_of(0)
+    draw = small.drawn(2, 1, s.recipe)._replace(first_exit=np.int32(2))
+    keys = jax.random.split(jax.random.key(3), BATCH)
+    noise = s.noise(KEY, batch)._replace(keys=keys)
+    inputs = small.Inputs(state(s), FROZEN, batch, noise, jax.tree.map(jnp.asarray, draw))
+    found = s.reference(STUDENT, Origin(batch.cond), inputs)
+    levels = jnp.array([1, 6 / 7, 2 / 3, 0.4, 0], jnp.float32)  # T(4) at shift 2
+    first = jnp.array([1, 0.8, 0.5, 0], jnp.float32)  # T(3)
+    of_first = reference_noises(
+        keys, jnp.pad(first[:3], (0, 1)), "own" if kind == "own" else "shared"
+    )
+    wanted = sequential(
+        STUDENT,
+        batch.cond,
+        levels,
+        3,
+        reference_noises(keys, levels[:4], kind),
+        (first, 3, of_first[:3]),
+    )
     np.testing.assert_allclose(found, wanted, atol=2e-4)
 
 

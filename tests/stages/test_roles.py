@@ -139,6 +139,32 @@ def test_a_workdir_has_a_step_and_a_lora_what_is_below_it(tmp_path):
         refuse_roles(stage(video="rollout", init_from=two))
 
 
+def test_a_critic_that_is_carried_over_is_that_of_the_workdir(tmp_path):
+    where = workdir(tmp_path / "run", step=5, video="rollout")
+    carried = {"video": "rollout", "init_from": where, "init_critic": True}
+    critic = by_name(roles(stage(**carried)))["critic"]
+    assert critic[1:5] == (where, 5, checkpoint_digest(where, 5, "critic"), "bidirectional")
+    assert critic.trained.startswith("critic of: distil on moving_shapes")
+    found = by_name(roles(stage(**LORA | carried)))
+    assert found["critic's base"][1:] == critic[1:] and not found["critic"].digest
+    other = by_name(roles(stage(**carried | {"init_critic": False})))["critic"]
+    assert other.source == TEACHER
+
+
+def test_a_vae_that_encodes_in_training_is_known_by_its_file(tmp_path):
+    """Beside the network, where that is a folder and where it is a file in it."""
+    streamed = {"memory.chunk": 1, "memory.first": 1, "memory.window": 3, "memory.sink": 1}
+    streamed |= {"video": "rollout", "stream.max_frames": 9, "stream.overlap": 1}
+    told = {"config": OFFICIAL}
+    wan, vae = (file(tmp_path / f"{name}.safetensors", **told) for name in ("wan", "vae"))
+    save_weights(vae, {"w": np.ones(3)}, "float32", told)
+    for where in (str(tmp_path), wan):
+        changes = WAN | streamed | {"weights": where, "data.dir": str(tmp_path)}
+        assert "VAE" not in by_name(roles(stage(**changes)))
+        found = by_name(roles(stage(**changes, **{"stream.reencode": 2})))["VAE"]
+        assert found[1:5] == (where, None, sha(vae), "-") and sha(vae) != sha(wan)
+
+
 STUDENT = {"video": "rollout", "schedule.shift": 5.0}
 OFFICIAL = json.dumps(asdict(PRESETS["wan2.1-t2v-tiny"]))
 RUN = json.loads(to_json(recipe(**STUDENT)))
@@ -350,8 +376,11 @@ def test_a_lora_whose_base_was_replaced_is_refused(tmp_path):
     refuse_another_base(where, adapted)  # of an earlier version, which did not keep it
     write_roles(where, roles(make_stage(adapted)))
     refuse_another_base(where, adapted)
+    refuse_another_base(where, adapted, "critic")
     save_weights(weights, {"w": np.zeros(3)}, "float32", {})
     with pytest.raises(
         UserError, match=r"the student's base of \S+run is .* put the old file back"
     ):
         refuse_another_base(where, adapted)
+    with pytest.raises(UserError, match=r"the critic's base of \S+run is"):
+        refuse_another_base(where, adapted, "critic")

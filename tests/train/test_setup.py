@@ -16,19 +16,23 @@ from flax.traverse_util import flatten_dict
 from configs import base
 from salt_jax.checkpoint import open_checkpoints, save
 from salt_jax.config.reading import read_recipe, to_json
+from salt_jax.data.pipeline import collate
 from salt_jax.data.writing_latents import Plan, begin, complete, write_parts
 from salt_jax.errors import UserError
 from salt_jax.io.shipped import located
 from salt_jax.io.tensor_files import save_weights
 from salt_jax.models.presets import PRESETS
 from salt_jax.models.text_encoder import init_text_encoder
+from salt_jax.models.vae import PRESETS as VAES
+from salt_jax.moving_shapes.shapes import World
 from salt_jax.sharding import state_shardings
 from salt_jax.stages import make_stage
 from salt_jax.stages.stage import Weights
-from salt_jax.stages.weights import student_start
+from salt_jax.stages.texts import to_batch
+from salt_jax.stages.weights import critic_start, student_start
 from salt_jax.state import init_learner, init_state
 from salt_jax.train.setup import first_state, setup
-from tests.helpers import mesh_of, shapes_of
+from tests.helpers import close, mesh_of, shapes_of
 from tests.placing import place
 
 MESH = mesh_of()
@@ -45,9 +49,10 @@ def recipe(**changes):
 CAUSAL = {"stage": "teacher_forcing"}
 
 
-def workdir(path, made, average=EMA):
-    """A workdir of a stage with this average."""
-    state = init_state({"student": init_learner(average, optax.sgd(0.1))})
+def workdir(path, made, average=EMA, critic=None):
+    """A workdir of a stage with this average, and a critic where it has one."""
+    learners = {"student": average} | ({} if critic is None else {"critic": critic})
+    state = init_state({name: init_learner(p, optax.sgd(0.1)) for name, p in learners.items()})
     state = replace(state, iteration=jnp.int32(1), ema=jax.tree.map(jnp.copy, average))
     with open_checkpoints(path, 1) as manager:
         save(manager, state, {"config": to_json(made)})
@@ -173,6 +178,42 @@ def test_a_workdir_of_a_lora_is_merged_into_what_it_adapts(tmp_path):
     )
 
 
+CARRIED = {"video": "rollout", "init_critic": True}
+CRITIC = {"head": {"kernel": -EMA["head"]["kernel"]}}
+
+
+def test_a_critic_starts_at_the_weights_or_at_that_of_the_stage_before(tmp_path):
+    made = workdir(tmp_path / "run", recipe(video="rollout"), critic=CRITIC)
+    same(critic_start(recipe(video="rollout", init_from=made), BASE, MESH), BASE)
+    same(critic_start(recipe(**CARRIED, init_from=made), BASE, MESH), CRITIC)
+
+
+def test_the_critic_of_a_lora_is_merged_into_what_it_adapts(tmp_path):
+    """Into the weights, and of a run that carried one over into that."""
+    student, _ = adapter(1)
+    first, added = adapter(2)
+    one = workdir(tmp_path / "one", recipe(**LORA), student, first)
+    found = critic_start(recipe(**CARRIED, init_from=one), WHOLE, MESH)
+    close(found["blocks"]["q"], {"kernel": MATRIX + added, "bias": jnp.ones((3, 5))})
+    second, more = adapter(3)
+    carried = recipe(**LORA, init_from=one, init_critic=True)
+    two = workdir(tmp_path / "two", carried, student, second)
+    found = critic_start(recipe(**CARRIED, init_from=two), WHOLE, MESH)
+    close(found["blocks"]["q"]["kernel"], MATRIX + added + more)
+
+
+def test_a_stage_before_without_a_critic_is_refused(tmp_path):
+    """In one sentence, with what to do."""
+    for where, why in (
+        (workdir(tmp_path / "run", recipe(**CAUSAL)), "is of stage teacher_forcing and has none"),
+        (exported(tmp_path / "file.safetensors", recipe(video="rollout")), "is a student alone"),
+    ):
+        told = rf"init_critic=True takes the critic of config\.init_from={where}, which {why}; name"
+        with pytest.raises(UserError, match=told) as error:
+            critic_start(recipe(**CARRIED, init_from=where), BASE, MESH)
+        assert "\n" not in str(error.value) and "init_critic=False" in str(error.value)
+
+
 def test_weights_that_were_moved_are_the_same_weights(tmp_path):
     file = located(base.get_config().weights)
     made = workdir(tmp_path / "run", recipe(**CAUSAL, weights=str(file)))
@@ -252,6 +293,25 @@ def test_adapters_stand_for_student_and_critic_on_frozen_networks():
     assert not np.array_equal(a, b), "they start with noise of their own"
 
 
+@pytest.mark.parametrize("changes", [{}, {"lora.rank": 4, "lora.alpha": 4.0}])
+def test_a_critic_that_is_carried_over_is_where_the_run_begins(tmp_path, changes):
+    """Itself; of a LoRA what its new adapters stand on, as LongLive loads it before it adapts."""
+    before = started(video="rollout")
+    critic = jax.tree.map(lambda x: x + 1, before.frozen["teacher"])
+    where = workdir(tmp_path / "run", recipe(video="rollout"), before.state.ema, critic)
+    parts = started(**CARRIED, init_from=where, **changes)
+    learnt = parts.state.learners["critic"].params
+    assert not changes or not any(
+        np.any(b) for p, b in flatten_dict(learnt).items() if "b" in p[-1]
+    )
+    stage = make_stage(recipe(**CARRIED, init_from=where, **changes), MESH)
+    same(stage.whole("critic", learnt, parts.frozen), critic)
+    assert set(parts.frozen) == {"teacher", "null_text"} | (
+        {"student", "critic"} if changes else set()
+    )
+    same(parts.state.ema if not changes else parts.frozen["student"], before.state.ema)
+
+
 def test_a_stream_starts_empty_in_the_form_that_it_keeps():
     parts = started(
         **{"video": "rollout", "memory.window": 9, "memory.sink": 3, "stream.max_frames": 36}
@@ -307,6 +367,7 @@ ENCODED = {
 def encoded(path, *names, channels=16):
     """A data set of two records with the arrays of these names."""
     shapes = {"latent": (3, 4, 6, channels), "image": (5, 40), "condition": (3, 4, 6, channels)}
+    shapes["switch"] = (None, 32)
     shapes = {"text": (None, 32)} | {name: shapes[name] for name in names}
     rng = np.random.default_rng(0)
     draw = lambda shape: rng.standard_normal([n or 7 for n in shape]).astype(np.float32)
@@ -342,6 +403,12 @@ def test_a_student_of_wan_starts_at_its_weights_and_has_the_teacher_that_is_name
     learnt = jax.tree.leaves(again.state.learners["student"].params)
     assert {w.dtype for w in learnt} == {np.dtype(np.float32)}
     causal = {"teacher.weights": "", "init_from": str(tmp_path), "stage": "teacher_forcing"}
+    critic = tmp_path / "critic.safetensors"
+    save_weights(critic, jax.tree.map(lambda w: w - 1, first.frozen["teacher"]), "float32", told)
+    goes_on = {"init_from": str(tmp_path), "video": "rollout", "init_critic": True}
+    begun = started(**ENCODED, **wan | goes_on | {"memory.chunk": 1, "memory.first": 1})
+    wanted = jax.tree.map(lambda w: w - 1, first.frozen["teacher"])
+    same(begun.state.learners["critic"].params, wanted)
     begun = started(**ENCODED, **wan | causal)
     same(begun.state.learners["student"].params, other.frozen["teacher"])
     with pytest.raises(
@@ -367,6 +434,44 @@ def test_encoded_data_that_do_not_fit_are_refused(tmp_path, preset, names, chang
     changes = {"model.preset": preset, "data.dir": encoded(tmp_path, *names)} | changes
     with pytest.raises(UserError, match=told):
         parts_of(**ENCODED | changes)
+
+
+STREAMED = {"memory.chunk": 1, "memory.first": 1, "memory.window": 3, "memory.sink": 1}
+STREAMED |= {"video": "rollout", "stream.max_frames": 9, "stream.overlap": 1, "batch_size": 2}
+
+
+@pytest.mark.parametrize("switch", [0.0, 0.5])
+def test_a_stream_holds_switch_prompts_where_prompts_are_paired_and_switches_are_drawn(
+    tmp_path, switch
+):
+    changes = ENCODED | STREAMED | {"model.preset": "wan2.1-t2v-tiny", "stream.switch": switch}
+    one = started(**changes, **{"data.dir": encoded(tmp_path / "one")}).state.stream
+    assert one.switch is None
+    parts = started(**changes, **{"data.dir": encoded(tmp_path / "two", "switch")})
+    two = parts.state.stream
+    assert (two.switch is None) == (not switch)
+    if switch:
+        assert two.switch.shape == two.text.shape == (2, 512, 32)
+        batch = to_batch(make_stage(recipe(**changes), MESH), collate(parts.records, str, World()))
+        same(batch.switch, np.stack([record["switch"] for record in parts.records]))
+
+
+def test_a_stream_that_encodes_anew_has_the_vae_of_the_weights(tmp_path):
+    """In the type of matrix products; absent, it is asked for in one sentence."""
+    changes = ENCODED | STREAMED | {"model.preset": "wan2.1-t2v-tiny", "stream.reencode": 3}
+    changes |= {"data.dir": encoded(tmp_path / "data"), "model.dtype": "bfloat16"}
+    parts = started(**changes)
+    assert {x.dtype for x in jax.tree.leaves(parts.frozen["vae"])} == {np.dtype(jnp.bfloat16)}
+    assert parts.state.stream.past.shape == (2, 3, 4, 6, 16)
+    wan = {"config": json.dumps(dataclasses.asdict(PRESETS["wan2.1-t2v-tiny"]))}
+    save_weights(tmp_path / "wan.safetensors", parts.state.ema, "float32", wan)
+    with pytest.raises(UserError, match=r"reencode=3 decodes with the VAE.*no .*vae\.safetensors"):
+        parts_of(**changes | {"weights": str(tmp_path)})
+    sizes = {"config": json.dumps(dataclasses.asdict(VAES["tiny"]))}
+    ones = jax.tree.map(lambda x: jnp.ones_like(x, jnp.float32), parts.frozen["vae"])
+    save_weights(tmp_path / "vae.safetensors", ones, "float32", sizes)
+    found = started(**changes | {"weights": str(tmp_path)}).frozen["vae"]
+    same(found, jax.tree.map(lambda x: x.astype(jnp.bfloat16), ones))
 
 
 def test_prompts_are_enough_for_rollouts(tmp_path):
