@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from salt_jax.config.method import Stream
 from salt_jax.config.reading import from_json, read_recipe
 from tests.every_config import OPTIONS, get_config
 from tests.frozen.make import HERE, RUNS, train, unpack
@@ -30,6 +31,8 @@ NO_DROPOUT = {"caption_dropout": 0.0}
 CHANGED = dict.fromkeys(
     ("wan_causal_teacher_forcing", "wan_causal_ode", "wan_causal_consistency"), NO_DROPOUT
 )
+CHANGED |= {"shapes_longlive": {"init_critic": True}}
+CHANGED |= {"wan_causal_longlive": {"init_critic": True, "stream": Stream(240, 3, 1.0, 19)}}
 VARIANTS |= {"lora_salt": "lora,salt", "causvid_salt": "causvid,salt"}
 
 

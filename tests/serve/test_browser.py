@@ -1,12 +1,14 @@
 """The page in a real browser, served by the program."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import av
 import numpy as np
@@ -169,6 +171,13 @@ def test_a_killed_tab_and_a_second_viewer(browser, address):
     assert json.loads(health) == {"status": "ok"}
 
 
+def test_a_program_may_watch_too(address, tmp_path):
+    command = [sys.executable, "examples/client.py", address, BLUE, str(tmp_path), "1"]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=90)
+    pictures = [np.asarray(Image.open(file)) for file in sorted(tmp_path.glob("*.png"))]
+    assert len(pictures) >= 16 and all(picture.shape == (12, 12, 3) for picture in pictures)
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_is_hard_to_reach(browser, address, scheme, tmp_path):
     """axe-core finds nothing serious, before and while a video runs; a picture of the page."""
@@ -186,6 +195,6 @@ def test_nothing_is_hard_to_reach(browser, address, scheme, tmp_path):
         found = Axe().run(browser)["violations"]
         grave = [(v["id"], v["help"]) for v in found if v["impact"] in ("serious", "critical")]
         assert not grave
-    picture = tmp_path / "page.png"
+    picture = Path(os.environ.get("PAGE_PICTURE", tmp_path / "page.png"))  # that of README.md
     browser.save_screenshot(str(picture))
     assert np.asarray(Image.open(picture)).std() > 10
