@@ -47,5 +47,6 @@ ruff format --check
 echo "== Types"
 basedpyright
 echo "== Tests"
-# One file stays in one process, so that it compiles its programs once.
-python -m pytest -n 2 --dist loadfile "$@"
+# One file stays in one process, so that it compiles its programs once. The longest begin first (tests/conftest.py); xdist
+# by itself would begin with those of the most tests.
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -39,6 +39,29 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+# The files that take longest begin first: one that is alone at the end leaves a core idle. Those of
+# the compilers take much memory, and do not stand beside each other.
+LONGEST = (
+    "compile/test_for_tpu.py",
+    "test_configs.py",
+    "launch/test_processes.py",
+    "compile/test_for_gpu.py",
+    "launch/test_bucket.py",
+    "launch/test_bench.py",
+    "launch/test_shared_work.py",
+    "launch/test_measure.py",
+    "planning/test_memory.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first."""
+    rank = {Path(__file__).parent / name: i for i, name in enumerate(LONGEST)}
+    if gone := [str(path) for path in rank if not path.is_file()]:
+        raise pytest.UsageError(f"tests/conftest.py names {gone[0]}, which is not there")
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
+
 @pytest.fixture
 def elsewhere(monkeypatch, tmp_path):
     """Paths of a config that are there become absolute, and a checkout may have been trained in."""

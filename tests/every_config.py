@@ -1,6 +1,9 @@
 """Every config with its options."""
 
+import dataclasses
 import importlib
+
+from salt_jax.config.schema import Recipe
 
 
 def each_reading(*variants):
@@ -46,3 +49,26 @@ def load(name):
 def get_config(name, options):
     """The ConfigDict; `options` None: the config takes none."""
     return load(name).get_config(*[] if options is None else [options])
+
+
+def form(recipe: Recipe, program: str) -> str:
+    """What a program of this name depends on: not how much a term weighs, nor at which levels, from
+    which files or in how many blocks of a network features are taken.
+    """
+    told = dataclasses.asdict(recipe) | {"clip": recipe.clip_shape}
+    for name in (
+        *("init_from", "weights", "data", "seed", "iterations", "critic_ratio", "batch_size"),
+        *("student_optimizer", "critic_optimizer", "ema", "schedule", "renoise", "ode", "sample"),
+        *("log_every", "save_every", "keep"),
+    ):
+        del told[name]
+    del told["rollout"]["num_steps"], told["rollout"]["probabilities"], told["stream"]["switch"]
+    del told["teacher"]["weights"], told["teacher"]["guidance"]
+    align, loss = told.pop("align"), told.pop("loss")
+    if "alignment" in program:
+        told["align"] = [align[k] for k in ("network", "reference_exit", "reference_noise")]
+    if "self_consistency" in program:
+        told["stop_gradient"] = loss["stop_gradient"]
+    if program.startswith("critic"):
+        del told["teacher"]
+    return f"{program} {told}"

@@ -16,12 +16,12 @@ from salt_jax.config.build import all_keys
 from salt_jax.config.reading import read_recipe
 from salt_jax.config.schema import CAUSAL, Recipe
 from salt_jax.config.table import table
-from salt_jax.planning.updates import programs
+from salt_jax.planning.updates import programs, update_name
 from salt_jax.stages import make_stage, weights
 from salt_jax.stages.stage import Batch
 from salt_jax.train.step import Call, train_step
 from salt_jax.types import Conditioning
-from tests.every_config import CASES, OPTIONS, WAN, get_config
+from tests.every_config import CASES, OPTIONS, WAN, form, get_config
 from tests.helpers import ROOT
 
 CONFIGS = ROOT / "configs"
@@ -123,11 +123,17 @@ def abstract_run(stage):
     return state, frozen, batch
 
 
+@pytest.fixture(scope="module")
+def traced():
+    """The programs that were traced for one config or another."""
+    return set()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), WAN)
-def test_full_size_steps_trace(name, options):
+def test_full_size_steps_trace(name, options, traced):
     """480p for five seconds in bfloat16, every program of the run: the state keeps its shapes and
-    float32 masters.
+    float32 masters. What several configs share is traced once.
     """
     config = get_config(name, options)
     config.batch_size = 2
@@ -135,6 +141,9 @@ def test_full_size_steps_trace(name, options):
     state, frozen, batch = abstract_run(stage)
     call = jax.eval_shape(lambda: Call(jax.random.key(0), jnp.int32(0), None))
     for update, draw in programs(stage).items():
+        if (key := form(stage.recipe, update_name(update))) in traced:
+            continue
+        traced.add(key)
         run = lambda s, f, b, c, update=update: train_step(stage, update, s, f, b, c)
         after, metrics = jax.eval_shape(run, state, frozen, batch, call._replace(draw=draw))
         chex.assert_trees_all_equal_shapes_and_dtypes(after, state)

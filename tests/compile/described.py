@@ -39,7 +39,7 @@ from salt_jax.planning.memory import needed
 from salt_jax.sharding import make_mesh
 from salt_jax.stages import make_stage
 from salt_jax.stages.networks import attention_kernel
-from tests.every_config import WAN, get_config
+from tests.every_config import WAN, form, get_config
 from tests.helpers import ROOT
 
 # what is told of a program
@@ -75,28 +75,12 @@ def covering(names: Iterable[str]) -> list[str]:
     return kept
 
 
-def form(recipe: Recipe) -> dict[str, Any]:
-    """What programs of one name differ in: not how much a term weighs, nor at which levels or from
-    which weights.
-    """
-    told = dataclasses.asdict(recipe)
-    for name in ("init_from", "seed", "iterations", "critic_ratio", "schedule", "loss", "ema"):
-        del told[name]
-    del (
-        told["student_optimizer"],
-        told["critic_optimizer"],
-        told["rollout"]["num_steps"],
-        told["rollout"]["probabilities"],
-    )
-    return told | {"align": recipe.align.layers}
-
-
 def lowered(devices: list[Any]) -> Iterator[dict[str, Any]]:
     """At full size, on the mesh of each config, one clip a device.
 
     Programs of one form are lowered once.
     """
-    problems: dict[tuple[str, str], str | None] = {}
+    problems: dict[str, str | None] = {}
     for config_name, options in WAN:
         config = get_config(config_name, options)
         config.batch_size = len(devices)
@@ -105,7 +89,7 @@ def lowered(devices: list[Any]) -> Iterator[dict[str, Any]]:
         for part in ("student", "critic"):
             made = parts(stage, part)
             for name in covering(made):
-                if (key := (name, repr(form(recipe)))) not in problems:
+                if (key := form(recipe, name)) not in problems:
                     problems[key] = None
                     try:
                         program = made[name]()
