@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Every number of docs/results.md about students: the sweep of lambda_SC and stop-gradient over training length, then
 # methods, teachers and seeds, then the students that work chunk by chunk, then each other recipe once. Two and a half
-# hours on 2 CPU cores in two parts; run it again to go on where it stopped. ONLY=whole, ONLY=causal or ONLY=recipes does
-# one of the three; the last needs the second.
+# hours on 2 CPU cores in two parts; run it again to go on where it stopped. ONLY=whole, ONLY=causal, ONLY=recipes or
+# ONLY=readings does one of the four; the third needs the second.
 #
 #   bash launch/results.sh [DIR] [train options]     DIR defaults to runs/results
 #
@@ -107,6 +107,18 @@ causal() {
     done
 }
 
+# The same rows by both readings of the method, from the shipped causal start; `launch.claims` compares them.
+readings() {
+    local seed row
+    evaluate=(--solvers=cm)
+    for seed in 0 1 2; do
+        for row in plain mixed naive naive,release mixed_sc mixed_sc,release salt salt,release; do
+            mine || continue
+            run "$dir/readings/$row/$seed" "self_forcing:${row/plain/}" --config.init_from=shapes_causal --config.seed=$seed
+        done
+    done
+}
+
 # The recipes of the peers that the table above does not hold, one seed each, from their own starts.
 recipes() {
     local variant stages=$dir/causal/stages to=$dir/recipes
@@ -137,4 +149,5 @@ recipes() {
 [ "${ONLY:-whole}" != whole ] || whole
 [ "${ONLY:-causal}" != causal ] || causal
 [ "${ONLY:-recipes}" != recipes ] || recipes
+[ "${ONLY:-readings}" != readings ] || readings
 [ "$part" != 1/1 ] || python -m launch.tabulate --dir="$dir"

@@ -8,6 +8,8 @@ ends it.
 """
 
 import secrets
+import socket
+from contextlib import suppress
 
 from salt_jax.cli import serve_flags as f
 from salt_jax.cli.app import run_main
@@ -30,6 +32,18 @@ def limits() -> Limits:
     )
 
 
+def bind(host: str, port: int) -> socket.socket:
+    """Raises UserError where others listen there, or this machine has no such address."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise UserError(
+            f"cannot listen at --host={host} --port={port} ({error.strerror or error}); give "
+            "another, or --port=0 for any that is free"
+        ) from error
+
+
 def main(_):
     # jax comes here
     import uvicorn
@@ -49,21 +63,24 @@ def main(_):
     token = f.TOKEN.value or ("" if local else secrets.token_urlsafe(16))
     hosts = ("localhost", "127.0.0.1", "[::1]", f.HOST.value, *f.NAMES.value) if local else ("*",)
     app = make_app(offers, limits(), Access(hosts, token))
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            host=f.HOST.value,
-            port=f.PORT.value,
-            log_level="warning",
-            ws_max_size=1 << 16,
-            timeout_graceful_shutdown=5,
-        )
-    )
-    sockets = [server.config.bind_socket()]
-    port = sockets[0].getsockname()[1]
+
+    class Server(uvicorn.Server):
+        """Tells viewers of the end before their connections are closed."""
+
+        async def shutdown(self, sockets=None):
+            await app.state.server.stop()
+            await super().shutdown(sockets)
+
+    here = bind(f.HOST.value, f.PORT.value)
     shown = f.HOST.value if local else "THIS-MACHINE"
+    shown = f"[{shown}]" if ":" in shown else shown
+    port = here.getsockname()[1]
     print(f"http://{shown}:{port}/" + (f"?token={token}" if token else ""), flush=True)
-    server.run(sockets)
+    config = uvicorn.Config(
+        app, log_level="warning", ws_max_size=1 << 16, timeout_graceful_shutdown=5
+    )
+    with suppress(KeyboardInterrupt):
+        Server(config).run([here])
 
 
 def run() -> None:

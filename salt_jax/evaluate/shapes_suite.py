@@ -18,10 +18,12 @@ from salt_jax.models.denoiser import WanDenoiser
 from salt_jax.moving_shapes import shapes
 from salt_jax.moving_shapes.exact import expected_error
 from salt_jax.moving_shapes.latents import to_latent, to_pixels
-from salt_jax.moving_shapes.score import score
+from salt_jax.moving_shapes.score import each, score
 from salt_jax.moving_shapes.shapes import World, is_endless
 from salt_jax.rollout.settings import Sampler
 from salt_jax.types import Conditioning, Denoiser, Params
+
+EACH = ("all", "sharpness", "motion")
 
 
 class Task(NamedTuple):
@@ -40,6 +42,8 @@ class StudentNumbers(TypedDict):
     """What is measured of a student under one solver."""
 
     score: dict[int, dict[str, float]]  # by number of steps, see `moving_shapes.score.score`
+    # by number of steps: what EACH names, of each clip
+    each: dict[int, dict[str, list[float]]]
     cross_step: dict[str, float]  # by pair of numbers of steps, "2-4"
     defect: DefectNumbers
 
@@ -59,6 +63,12 @@ def shapes_score(latents: np.ndarray, task: Task) -> dict[str, float]:
     return score(to_pixels(latents, task.world), task.scene, task.world)
 
 
+def each_clip(latents: np.ndarray, task: Task) -> dict[str, list[float]]:
+    """What intervals are computed of (`evaluate.intervals`)."""
+    cards, _ = each(to_pixels(latents, task.world), task.scene, task.world)
+    return {name: np.float64(cards[name]).round(4).tolist() for name in EACH}
+
+
 def measure(
     network: WanDenoiser,
     params: Params,
@@ -76,6 +86,7 @@ def measure(
         tick()
     numbers: StudentNumbers = {
         "score": {k: shapes_score(made[k], task) for k in num_steps},
+        "each": {k: each_clip(made[k], task) for k in num_steps},
         "cross_step": cross_step_distance(made),
         "defect": defect(network, params, task, solver),
     }

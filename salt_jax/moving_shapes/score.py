@@ -112,16 +112,23 @@ def score(videos: np.ndarray, scene_index: np.ndarray, world: World) -> dict[str
             "clips, "
             f"got {len(scene_index)} indices: {scene_index}"
         )
+    cards, mode = each(videos, scene_index, world)
+    means = {name: float(np.mean(value)) for name, value in cards.items()}
+    hit = cards["all"] & (cards["off_grid"] == 0)
+    return means | _coverage(mode, hit, scene_index, len(shapes.modes(world)))
+
+
+def each(
+    videos: np.ndarray, scene_index: np.ndarray, world: World
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """What `score` means over, of each clip, [N] each; and the mode that is nearest, [N]."""
     reading = read(videos, world)
     right, clean = compare(reading, scene_index, world), is_clean(reading)
     mode, distance = nearest_mode(reading, scene_index, world)
-    near = distance <= MODE_TOLERANCE
     measured = ("identity", "sharpness", "residual", "flicker", "wobble", "speed", "motion")
-    means = {name: getattr(reading, name) for name in measured} | right
-    means |= {"clean": clean, "off_grid": ~(clean & near)}
-    return {name: float(np.mean(value)) for name, value in means.items()} | _coverage(
-        mode, right["all"] & near, scene_index, len(shapes.modes(world))
-    )
+    cards = {name: getattr(reading, name) for name in measured} | right
+    cards |= {"clean": clean, "off_grid": ~(clean & (distance <= MODE_TOLERANCE))}
+    return cards, mode
 
 
 def _coverage(mode, hit, scene_index, num_modes: int) -> dict[str, float]:

@@ -120,6 +120,12 @@ class Server:
         }
         self.connected = 0
 
+    async def stop(self) -> None:
+        """Tells every viewer that this is the end."""
+        if self.engine.thread.is_alive():
+            await asyncio.to_thread(self.engine.stop, "The server stops.")
+            await asyncio.sleep(0.2)  # until it is sent
+
     def allowed(self, connection: HTTPConnection) -> bool:
         """Whether it has the token, and comes from a page of this server."""
         given = connection.query_params.get("token", "")
@@ -149,7 +155,7 @@ class Server:
         finally:
             self.connected -= 1
             sending.cancel()
-            self.engine.leave(name)
+            self.engine.leave(name, outbox.send)
 
     async def _tell(self, socket: WebSocket, outbox: Outbox) -> None:
         while True:
@@ -224,7 +230,7 @@ def make_app(offers: Mapping[str, Offer], limits: Limits, access: Access) -> Sta
     async def running(app: Starlette) -> AsyncIterator[None]:
         server.engine.thread.start()
         yield
-        await asyncio.to_thread(server.engine.stop, "The server stops.")
+        await server.stop()
         await asyncio.to_thread(server.recorder.stop)
         folder.cleanup()
 

@@ -49,7 +49,6 @@ class Viewer:
     takes: list[Take] = field(default_factory=list)
     videos: list[str] = field(default_factory=list)  # names of all it ever had
     prompt: str = ""
-    paused: bool = True
     since: float = 0.0  # when its turn began
     started: float = 0.0  # when its video would have begun, had it never waited
     left: float | None = None  # when it went away
@@ -68,13 +67,12 @@ class Engine:
         self._line: list[Viewer] = []  # who wants frames, the first have a slot
         self._stop = False
         self.thread = threading.Thread(target=self._run, name="generator", daemon=True)
-        self.fault: BaseException | None = None
 
     def join(self, name: str, send: Send) -> None:
         self._calls.put(lambda: self._join(name, send))
 
-    def leave(self, name: str) -> None:
-        self._calls.put(lambda: self._leave(name))
+    def leave(self, name: str, send: Send) -> None:
+        self._calls.put(lambda: self._leave(name, send))
 
     def say(self, name: str, message: Message) -> None:
         self._calls.put(lambda: self._say(self._viewers[name], message))
@@ -93,8 +91,7 @@ class Engine:
                 for viewer in self._line[: self.limits.slots]:
                     if not self._stop and self._due(viewer) <= time.monotonic():
                         self._make(viewer)
-        except BaseException as error:
-            self.fault = error
+        except BaseException:
             self._end("The generator failed; the server's log says why.")
             raise
 
@@ -176,20 +173,21 @@ class Engine:
             self._finish(viewer, f"This server's videos end after {self.limits.seconds:g} s.")
 
     def _finish(self, viewer: Viewer, reason: str) -> None:
-        viewer.paused = True
         viewer.send({"type": "finished", "reason": reason})
         self._queue(v for v in self._line if v is not viewer)
 
     def _join(self, name: str, send: Send) -> None:
         viewer = self._viewers.setdefault(name, Viewer(name, send))
+        if viewer.send != send and viewer.left is None:  # a tab that was copied
+            viewer.send({"type": "end", "reason": "This video is watched in another tab."})
         viewer.send, viewer.left = send, None
         if viewer.takes:
             send(self._started(viewer))
         self.metrics.viewers.set(len(self._viewers))
 
-    def _leave(self, name: str) -> None:
+    def _leave(self, name: str, send: Send) -> None:
         viewer = self._viewers.get(name)
-        if viewer:
+        if viewer and viewer.send == send:
             viewer.left, viewer.send = time.monotonic(), lambda event: None
             self._pause(viewer, True)
 
@@ -234,7 +232,6 @@ class Engine:
         self._pause(viewer, False)
 
     def _pause(self, viewer: Viewer, on: bool) -> None:
-        viewer.paused = on
         others = [v for v in self._line if v is not viewer]
         if on:
             self._queue(others)

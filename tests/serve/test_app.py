@@ -184,6 +184,18 @@ def test_a_viewer_who_comes_back_finds_its_video(offers):
             assert again.of("frames")["frame"] == found["frame"]
 
 
+def test_a_copied_tab_takes_the_video_over(offers):
+    with served(offers) as client, page(client) as first:
+        name = first.of("hello")["viewer"]
+        first.say(**started())
+        first.until(3)
+        with page(client, f"?viewer={name}") as second:
+            assert first.of("end")["reason"] == "This video is watched in another tab."
+            video = second.of("started")["videos"][0]
+            first.socket.close()
+            assert second.of("frames")["frame"] >= video["frame"]
+
+
 def test_one_who_is_gone_is_forgotten(offers):
     with served(offers, away=0.1) as client:
         with page(client) as watcher:
