@@ -114,7 +114,7 @@ def random_cond(recipe: Recipe, clips: int) -> Conditioning:
 
 
 def random_batch(stage: Stage) -> Batch:
-    """Of what the stage reads."""
+    """Of what the stage reads of any data set; not all have switch prompts."""
     recipe, clips = stage.recipe, stage.recipe.batch_size
     video = (clips, *recipe.clip_shape)
     states = (clips, recipe.schedule.train_levels + 1, *recipe.clip_shape)
@@ -124,7 +124,7 @@ def random_batch(stage: Stage) -> Batch:
         "video": partial(jax.random.normal, jax.random.key(recipe.seed), video),
         "states": partial(jnp.zeros, states),
     }
-    return Batch(**{name: every[name]() for name in stage.needs})
+    return Batch(**{name: every[name]() for name in stage.needs if name in every})
 
 
 def teacher_forward(recipe: Recipe, dtype: DTypeLike, runs: int) -> Iterator[Result]:
