@@ -74,7 +74,8 @@ MAY_IMPORT = {
     ),
     "workdir": ("models", "sharding", "io", "config", "checkpoint_files", "checkpoint", "stages"),
     "pipeline": (
-        *("models", "sharding", "moving_shapes", "io", "config", "rollout", "stages", "workdir"),
+        *("models", "sharding", "moving_shapes", "io", "config", "convert", "rollout", "stages"),
+        "workdir",
     ),
     "serve": ("models", "io", "pipeline"),
     "evaluate": ("flow", "models", "moving_shapes", "io", "data", "rollout"),

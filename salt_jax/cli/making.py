@@ -205,7 +205,9 @@ def open_model(request: Request) -> Model:
     name = workdir or student or folder or f"{f.MODEL.value}, small and random"
     source = WanSource(name, Source(folder), request.config, student, run)
     fit = cast(Literal["squash", "crop"], f.PICTURE_FIT.value)
-    options = WanOptions(f.DTYPE.value, f.TILE.value, fit, request.negative)
+    tiny, given = f.TINY_DECODER.value or "", (request.picture, request.prefix)
+    decodes = not tiny or any(pixels is not None for pixels in given)  # these need the encoder
+    options = WanOptions(f.DTYPE.value, f.TILE.value, fit, request.negative, decodes, tiny)
     frames = request.shape[0]
     chunk = request.policy.chunk if request.policy else frames
     parts = wan_parts(source, (frames, chunk), options)

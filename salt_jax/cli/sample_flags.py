@@ -106,6 +106,9 @@ DTYPE = flags.DEFINE_enum(
 TILE = flags.DEFINE_integer(
     "tile", 0, "decode in tiles of so many latent rows, to save memory; 0: whole", lower_bound=0
 )
+TINY_DECODER = flags.DEFINE_string(
+    "tiny_decoder", None, "taew2_1.pth of TAEHV: decodes in place of the VAE, faster"
+)
 # Chunk by chunk
 CHUNK = flags.DEFINE_integer(
     "chunk", 0, "latent frames that a converted student makes together; 0: all", lower_bound=0
@@ -132,6 +135,7 @@ STREAM = flags.DEFINE_bool(
     "stream", False, "write one video while it is made, and print how fast that was"
 )
 name_files(WORKDIR, WEIGHTS, STUDENT, OUT, PROMPTS_FILE, PICTURE, PREFIX, VBENCH, EXTENDED)
+name_files(TINY_DECODER)
 
 SHAPES, SHAPES_CHUNKS = "shapes", "shapes chunks"
 WAN, WAN_CHUNKS = "wan", "wan chunks"
@@ -157,6 +161,7 @@ BELONGS = {
     **dict.fromkeys(("model", "preset_size", "size"), CONVERTED),
     **dict.fromkeys(("student", "recipe", "chunk"), CONVERTED - {TEACHER}),
     **dict.fromkeys(("weights", "image", "image_fit", "dtype", "tile", "vbench", "extended"), WANS),
+    "tiny_decoder": WANS,
     **dict.fromkeys(("memory", "first_steps", "switch", "flush", "cut", "prefix"), CHUNKS),
     **dict.fromkeys(("stream", "seconds"), CHUNKS),
     "frames": ALL - {SHAPES},
@@ -174,6 +179,7 @@ EXCLUDES = {
     "vbench": ["count", "switch", "prefix"],
     "image": ["prefix"],
     "frames": ["seconds"],
+    "tile": ["tiny_decoder"],
     "stream": ["prompts_file", "vbench", "count", "prefix", "image", "tile"],
     "levels": ["num_steps", "first_steps", "shift"],
 }

@@ -56,7 +56,12 @@ def main(_):
         raise UserError("--model names the same twice; each is offered on both sides anyway")
     offers = {}
     for name in f.MODEL.value:
-        model = salt_jax.load(name, folder=f.PARTS.value, released=f.RECIPE.value)
+        model = salt_jax.load(
+            name,
+            folder=f.PARTS.value,
+            released=f.RECIPE.value,
+            tiny_decoder=f.TINY_DECODER.value,
+        )
         offers[name] = make_offer(model)
         model.advance(model.begin("", memory=next(iter(offers[name].memories.values()))))
     local = is_loopback(f.HOST.value)

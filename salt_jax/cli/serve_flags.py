@@ -16,6 +16,9 @@ PARTS = flags.DEFINE_string(
 RECIPE = flags.DEFINE_string(
     "recipe", "", "of a converted student: what it was trained at, as in launch.sample"
 )
+TINY_DECODER = flags.DEFINE_string(
+    "tiny_decoder", "", "of Wan 2.1: as in launch.sample, in place of the VAE"
+)
 HOST = flags.DEFINE_string("host", "127.0.0.1", "address to listen at; 0.0.0.0 is every one")
 PORT = flags.DEFINE_integer("port", 8000, "0: any that is free", lower_bound=0, upper_bound=65535)
 TOKEN = flags.DEFINE_string(
@@ -38,4 +41,4 @@ KEPT = flags.DEFINE_integer(
     "memory of a video's earlier states, from which it can be forked",
     lower_bound=1,
 )
-name_files(PARTS)
+name_files(PARTS, TINY_DECODER)

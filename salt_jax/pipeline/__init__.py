@@ -7,6 +7,7 @@ from salt_jax.io.header import refuse_other_student
 from salt_jax.io.model_folder import WAN, Source, part_file, stored_config
 from salt_jax.io.shipped import located
 from salt_jax.models.latent_size import latent_frames
+from salt_jax.models.presets import WanConfig
 from salt_jax.pipeline.model import Model
 from salt_jax.pipeline.shapes import sampler_of, shapes_model
 from salt_jax.pipeline.wan import WanOptions, WanSource, wan_parts
@@ -24,6 +25,7 @@ def load(
     released: str = "",
     guidance: float | None = None,
     step: int | None = None,
+    tiny_decoder: str | AnyPath = "",
 ) -> Model:
     """Opens what makes videos.
 
@@ -36,14 +38,16 @@ def load(
       guidance: scale of classifier-free guidance; None: 5 for teachers of Wan 2.1, that of its
         config for a teacher of Moving Shapes, and none for students.
       step: of a workdir's checkpoint; None: the newest.
+      tiny_decoder: of Wan 2.1: taew2_1.pth of TAEHV, which decodes in place of the VAE, faster and
+        not as exactly; videos from text then need no VAE.
 
     Raises:
       UserError: there is nothing of that kind, or its parts do not fit.
     """
-    where = str(source)
+    where, tiny = str(source), str(tiny_decoder)
     path = located(where)
     if is_workdir(where):
-        return _of_run(open_workdir(where, step), str(source), folder, guidance)
+        return _of_run(open_workdir(where, step), where, folder, guidance, tiny)
     if not part_file(WAN, path).is_file():
         raise UserError(
             f"{source} is no workdir, no file of a network and no shipped network; train one with "
@@ -53,13 +57,18 @@ def load(
         path.is_file()
         and read_record(str(path)).config.get("data", {}).get("kind") == "moving_shapes"
     ):
-        return _of_run(open_exported(where), str(source), folder, guidance)
-    return _converted(where, folder, released, guidance)
+        return _of_run(open_exported(where), where, folder, guidance, tiny)
+    return _converted(where, folder, released, guidance, tiny)
 
 
-def _of_run(run: Trained, source: str, folder: str, guidance: float | None) -> Model:
+def _of_run(run: Trained, source: str, folder: str, guidance: float | None, tiny: str) -> Model:
     recipe = run.recipe
     if recipe.data.kind == "moving_shapes":
+        if tiny:
+            raise UserError(
+                f"{tiny} decodes latents of Wan 2.1, and {source} makes Moving Shapes; leave the "
+                "tiny decoder out"
+            )
         model = shapes_model(run, source)
         if recipe.makes_teacher:
             model.sampler = Sampler(32, recipe.schedule.shift, "euler")
@@ -68,13 +77,18 @@ def _of_run(run: Trained, source: str, folder: str, guidance: float | None) -> M
         return model
     clip = (recipe.clip_shape[0], recipe.memory.chunk if recipe.causal else recipe.clip_shape[0])
     found = WanSource(source, Source(folder or recipe.weights), recipe.wan, run=run)
-    parts = wan_parts(found, clip, WanOptions())
+    parts = wan_parts(found, clip, _options(recipe.wan, tiny))
     return Model(
         parts, sampler_of(recipe), recipe.clip_shape, 1.0 if guidance is None else guidance
     )
 
 
-def _converted(where: str, folder: str, released: str, guidance: float | None) -> Model:
+def _options(config: WanConfig, tiny: str) -> WanOptions:
+    """With a tiny decoder only image to video needs the VAE, which encodes the picture."""
+    return WanOptions(tiny_decoder=tiny, decodes=not tiny or bool(config.image_dim))
+
+
+def _converted(where: str, folder: str, released: str, guidance: float | None, tiny: str) -> Model:
     config = stored_config(WAN, where)
     shape = (*WAN_CLIP, config.out_channels)
     student = bool(released or folder)
@@ -90,6 +104,6 @@ def _converted(where: str, folder: str, released: str, guidance: float | None) -
         sampler = Sampler(steps, 5.0, "unipc", stepwise=True)
     chunk = sampler.memory.chunk if sampler.memory else shape[0]
     found = WanSource(where, Source(folder or where), config, student=where if folder else "")
-    parts = wan_parts(found, (shape[0], chunk), WanOptions())
+    parts = wan_parts(found, (shape[0], chunk), _options(config, tiny))
     usual = 1.0 if student else 5.0
     return Model(parts, sampler, shape, usual if guidance is None else guidance)

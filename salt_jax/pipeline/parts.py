@@ -34,6 +34,11 @@ class Video(NamedTuple):
 Decoded = tuple[Array, ...]
 """Frames that follow each other, as a decoder leaves them on its device."""
 
+Decode = Callable[[Params | None, Array], tuple[Decoded, Params | None]]
+"""(What the decoder remembers of a video, None before its first latents; the next [1, f, H, W, C])
+-> (their frames, not waited for; what it remembers then). The memory is given up.
+"""
+
 
 class Parts(NamedTuple):
     """A network with its text encoder and decoder. Weights are read on first use."""
@@ -46,9 +51,7 @@ class Parts(NamedTuple):
     read_texts: Callable[[Sequence[str]], dict[str, np.ndarray]]
     # (a picture or clip, uint8 [H, W, 3] or [T, H, W, 3], latent shape, whether chunk by chunk)
     read_given: Callable[[np.ndarray, tuple[int, ...], bool], Given]
-    # (what the decoder remembers of a video, None before its first latents; the next [1, f, H, W,
-    # C]) -> (their frames, not waited for; what it remembers then). The memory is given up.
-    decode: Callable[[Params | None, Array], tuple[Decoded, Params | None]]
+    decode: Decode
     to_bytes: Callable[[Decoded], np.ndarray]  # uint8 [t, H, W, 3]
     whole: bool  # whether `decode` must be given all of a video at once
     frames_of: Callable[[int], int]  # latent frames of a video of so many frames, and

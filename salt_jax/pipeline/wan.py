@@ -10,8 +10,10 @@ import numpy as np
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
+from salt_jax.convert.tiny_decoder import read_tiny_decoder
 from salt_jax.errors import UserError
 from salt_jax.io import model_folder
+from salt_jax.io.files import as_path
 from salt_jax.io.model_folder import IMAGE, TEXT, VAE, WAN, Source, part_file, stored_config
 from salt_jax.io.tensor_files import digest
 from salt_jax.models.attention import compute_here
@@ -27,8 +29,8 @@ from salt_jax.models.latent_size import FPS, SPACE, latent_frames, pixel_frames
 from salt_jax.models.presets import WanConfig
 from salt_jax.models.prompts import negative_prompt
 from salt_jax.models.vae import VAEConfig, encode_video
-from salt_jax.pipeline.parts import Decoded, Given, Parts
-from salt_jax.rollout.pixels import decode_chunk, decode_whole, to_bytes
+from salt_jax.pipeline.parts import Decode, Decoded, Given, Parts
+from salt_jax.rollout.pixels import decode_chunk, decode_chunk_tiny, decode_whole, to_bytes
 from salt_jax.sharding import own_devices, state_shardings
 from salt_jax.types import Params
 from salt_jax.workdir import Trained
@@ -52,6 +54,7 @@ class WanOptions(NamedTuple):
     image_fit: Literal["squash", "crop"] = "squash"  # how CLIP sees a picture: as Wan, or diffusers
     negative: str | None = None  # what guidance leads away from; None: Wan's own
     decodes: bool = True  # whether the folder has to have a VAE
+    tiny_decoder: str = ""  # a file of TAEHV, which decodes in place of the VAE; "": none
 
 
 class WanSource(NamedTuple):
@@ -74,22 +77,13 @@ def wan_parts(source: WanSource, clip: tuple[int, int], options: WanOptions) -> 
       UserError: something that will be read is absent, damaged, or of another network.
     """
     config, folder, dtype = source.config, source.folder, jnp.dtype(options.dtype)
-    weights = _checked(source, options.decodes)
+    decode, digests = _decoder(folder, options)
+    weights = _checked(source, options.decodes) | digests
     made_with, read_params = _network(source)
 
     def read_texts(prompts: Sequence[str]) -> dict[str, np.ndarray]:
         rows = model_folder.embed_prompts(folder, prompts, config.text_length, dtype)
         return {prompt: row[None] for prompt, row in zip(prompts, rows, strict=True)}
-
-    @functools.cache
-    def vae() -> tuple[VAEConfig, Params]:
-        return model_folder.open_part(VAE, folder)
-
-    def decode(memory: Params | None, latents: jax.Array) -> tuple[Decoded, Params | None]:
-        sizes, params = vae()
-        if options.tile:
-            return (decode_whole(params, sizes, jnp.float32, options.tile, latents),), None
-        return decode_chunk(params, sizes, jnp.float32, memory, latents)
 
     def as_bytes(decoded: Decoded) -> np.ndarray:
         return to_bytes(np.concatenate(decoded, axis=1))[0]
@@ -113,6 +107,25 @@ def wan_parts(source: WanSource, clip: tuple[int, int], options: WanOptions) -> 
         fps=FPS,
         zoom=SPACE,
     )
+
+
+def _decoder(folder: Source, options: WanOptions) -> tuple[Decode, dict[str, str]]:
+    """`Parts.decode`, and the digest of the file of a tiny decoder."""
+    if file := options.tiny_decoder:
+        tiny = read_tiny_decoder(file)
+        return functools.partial(decode_chunk_tiny, tiny), {"tiny_decoder": digest(as_path(file))}
+
+    @functools.cache
+    def vae() -> tuple[VAEConfig, Params]:
+        return model_folder.open_part(VAE, folder)
+
+    def decode(memory: Params | None, latents: jax.Array) -> tuple[Decoded, Params | None]:
+        sizes, params = vae()
+        if options.tile:
+            return (decode_whole(params, sizes, jnp.float32, options.tile, latents),), None
+        return decode_chunk(params, sizes, jnp.float32, memory, latents)
+
+    return decode, {}
 
 
 def _checked(source: WanSource, decodes: bool) -> dict[str, str]:

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from salt_jax.models.tiny_decoder import Memory, decode_tiny
 from salt_jax.models.vae import VAEConfig, decode_first, decode_next, decode_tiled
 from salt_jax.types import Latent, Params
 
 decode_first_frame = jax.jit(decode_first, static_argnums=(2, 3))
 decode_more = jax.jit(decode_next, static_argnums=(3, 4), donate_argnums=1)
 _decode_tiled = jax.jit(decode_tiled, static_argnums=(2, 3, 4, 5))
+_decode_tiny = jax.jit(decode_tiny, static_argnums=3, donate_argnums=1)
 
 
 def decode_chunk(
@@ -30,6 +32,14 @@ def decode_chunk(
         more, memory = decode_more(params, memory, chunk, config, dtype)
         frames = (*frames, more)
     return frames, memory
+
+
+def decode_chunk_tiny(
+    params: Params, memory: Memory | None, chunk: Latent
+) -> tuple[tuple[jax.Array, ...], Memory]:
+    """As `decode_chunk`, with the tiny decoder in float32."""
+    frames, seen = _decode_tiny(params, memory, chunk, jnp.float32)
+    return (frames,), seen
 
 
 def stream_pixels(

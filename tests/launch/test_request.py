@@ -115,6 +115,7 @@ OTHERS = [
     "--image_fit=crop",
     "--dtype=float32",
     "--tile=8",
+    "--tiny_decoder=x",
     "--vbench=x",
     "--extended=x",
 ]
@@ -145,6 +146,7 @@ CASES = {
         ([*CHUNKS, "--cut", "--switch=9:A"], "--cut", "relative"),
         ([*T2V, "--extended=x"], "--extended", "--vbench"),
         ([*T2V, "--vbench=x"], "--vbench", "--prompt"),
+        ([*T2V, "--tile=8", "--tiny_decoder=x"], "--tile", "--tiny_decoder", "exclude"),
         ([*SHAPES, "--prompts_file=x", "--count=3"], "--count", "--prompts_file"),
         ([*SHAPES, "--prompts_file=x", "--prompt=A"], "--prompt", "exclude"),
         ([*SHAPES, "--levels=1000,500", "--num_steps=2"], "--levels", "--num_steps"),

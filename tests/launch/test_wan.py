@@ -18,9 +18,11 @@ from salt_jax.models import vae
 from salt_jax.models.presets import PRESETS
 from salt_jax.rollout.pixels import to_bytes
 from salt_jax.sharding import all_devices
+from tests.convert.networks import save_torch
 from tests.helpers import same_bits
 from tests.launch.programs import frames, program, succeed
 from tests.launch.releases import ONE_ITERATION, release
+from tests.models.taehv import arrays_of
 
 SMALL = ["--size=32x32", "--frames=9"]
 TINY = ["--preset_size=tiny", "--model=wan2.1-t2v-1.3b", *SMALL]
@@ -58,7 +60,9 @@ def test_a_teacher_makes_a_video_of_each_prompt_and_leaves_what_is_there(tmp_pat
     assert "1 videos made" in succeed(*args, f"--prompts_file={prompts}")
     assert [(tmp_path / f"2_{i:03d}.mp4").read_bytes() for i in range(2)] == before
     other = [*args, "--prompt=A dog runs.", "--count=1"]
-    for more in ([], ["--guidance=2"], ["--guidance=2", "--seed=1"]):
+    tiny = save_torch(tmp_path / "taew2_1.pth", arrays_of(dtype=np.float16))
+    tiny = [f"--tiny_decoder={tiny}"]
+    for more in ([], tiny, ["--guidance=2"], ["--guidance=2", "--seed=1"]):
         assert "1 videos made" in succeed(*other, *more)
         assert "0 videos made" in succeed(*other, *more)
     assert (tmp_path / "2_000.mp4").read_bytes() != before[
@@ -68,6 +72,7 @@ def test_a_teacher_makes_a_video_of_each_prompt_and_leaves_what_is_there(tmp_pat
     assert (
         told[-1]["made_with"]["prompt"] == "A dog runs." and told[-1]["made_with"]["guidance"] == 2
     )
+    assert len({line["made_with"]["weights"].get("tiny_decoder") for line in told}) == 2
     (tmp_path / "2_001.mp4").write_bytes(b"mine")
     done = program(*args, f"--prompts_file={prompts}")
     assert (

@@ -1,14 +1,19 @@
 """Videos without end, as values."""
 
+import json
+from dataclasses import asdict
 from itertools import islice
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 import salt_jax
 from salt_jax.errors import UserError
-from salt_jax.io.model_folder import Source
+from salt_jax.io.model_folder import TEXT, WAN, Source
+from salt_jax.io.tensor_files import save_weights
 from salt_jax.models.cache_policy import MAX_FRAMES
 from salt_jax.models.presets import PRESETS
 from salt_jax.pipeline.live import fork
@@ -16,7 +21,9 @@ from salt_jax.pipeline.model import Model
 from salt_jax.pipeline.wan import WanOptions, WanSource, wan_parts
 from salt_jax.rollout import sampler as sampling
 from salt_jax.rollout.settings import Sampler
-from tests.helpers import randomised
+from tests.convert.networks import save_torch
+from tests.helpers import randomised, shapes_of
+from tests.models.taehv import arrays_of
 
 RED, BLUE = "A red circle moves left.", "A blue square moves up."
 FORGETS = salt_jax.CachePolicy(chunk=3, window=9, sink=3, positions="relative")
@@ -34,6 +41,24 @@ def wan():
     parts = wan_parts(WanSource("tiny", Source(""), preset), (6, 3), WanOptions("float32"))
     model = Model(parts, Sampler(2, 5.0, memory=FORGETS), (6, 4, 6, preset.out_channels))
     model.params = randomised(model.params, 0)  # the last layer of a new network is 0
+    return model
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """From a folder without a VAE, and the file of a tiny decoder, which remembers too."""
+    folder = tmp_path_factory.mktemp("tiny")
+    for part in (WAN, TEXT):
+        told = {"config": json.dumps(asdict(part.tiny))}
+        params = randomised(shapes_of(part.tiny, part.init), 0)
+        save_weights(folder / part.file, params, "float32", told)
+    words = {"<pad>": 0, "</s>": 1, "<unk>": 2, "A": 3, "red": 4, "blue": 5}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    file = save_torch(folder / "taew2_1.pth", arrays_of(dtype=np.float16))
+    model = salt_jax.load(folder, released="longlive", tiny_decoder=file)
+    model.shape = (6, 4, 6, model.shape[-1])
     return model
 
 
@@ -95,7 +120,7 @@ def test_a_copy_goes_its_own_way(world, request):
     assert np.any(turned[-4:] != straight[-4:])
 
 
-@pytest.mark.parametrize("world", ["shapes", "wan"])
+@pytest.mark.parametrize("world", ["shapes", "wan", pytest.param("tiny", marks=pytest.mark.slow)])
 def test_a_saved_video_goes_on_bit_for_bit(world, request, tmp_path):
     model = request.getfixturevalue(world)
     _, live = go_on(model, model.begin(RED, memory=FORGETS, num_steps=2, seed=3), 2)
@@ -118,6 +143,20 @@ def test_what_is_no_video_under_way_is_told(shapes, wan, tmp_path):
     shapes.save(shapes.begin(RED, memory=FORGETS), file)
     with pytest.raises(UserError, match="of another network than tiny"):
         wan.resume(file)
+
+
+def test_a_tiny_decoder_stands_for_the_vae(tiny):
+    weights = tiny.parts.made_with["weights"]
+    assert set(weights) == {"text_encoder.safetensors", "tokenizer.json", "tiny_decoder"}
+    decoded, memory = tiny.parts.decode(None, jnp.zeros((1, 2, 1, 2, 16)))
+    assert tiny.parts.to_bytes(decoded).shape == (5, 8, 16, 3) and memory
+    with pytest.raises(UserError, match=r"there is no .*vae\.safetensors"):
+        tiny.generate(RED, image=np.zeros((32, 48, 3), np.uint8))
+
+
+def test_a_tiny_decoder_is_of_wan_alone():
+    with pytest.raises(UserError, match="shapes_causal makes Moving Shapes"):
+        salt_jax.load("shapes_causal", tiny_decoder="taew2_1.pth")
 
 
 def test_absolute_positions_have_an_end(shapes):
