@@ -66,7 +66,7 @@ def shapes_score(latents: np.ndarray, task: Task) -> dict[str, float]:
 def each_clip(latents: np.ndarray, task: Task) -> dict[str, list[float]]:
     """What intervals are computed of (`evaluate.intervals`)."""
     cards, _ = each(to_pixels(latents, task.world), task.scene, task.world)
-    return {name: np.float64(cards[name]).round(4).tolist() for name in EACH}
+    return {name: [round(float(value), 4) for value in cards[name]] for name in EACH}
 
 
 def measure(
