@@ -64,6 +64,11 @@ STEPS = "--what=student,critic"
 TOGETHER = ("--config.mesh.data=1", "--config.mesh.fsdp=-1")
 SHARED = (STEPS, *TOGETHER)
 MAKING = (f"{STEPS},teacher", *TOGETHER)  # the trajectories beside the update that learns from them
+OWN = {
+    "ode": MAKING,
+    # compiled before a window's first latent was encoded anew in the step
+    "longlive": (*SHARED, "--config.stream.reencode=0"),
+}
 SALT = {  # Causal Forcing's programs are those of Self Forcing
     "self_forcing": "self_forcing.py:wan,salt,paper",
     "longlive": "longlive.py:wan,salt,paper",
@@ -96,7 +101,7 @@ ROWS = (
         for machine, (target, devices) in FIRST.items()
     ),
     *(
-        Row(f"{name}_{machine}", config, target, devices, None, MAKING if name == "ode" else SHARED)
+        Row(f"{name}_{machine}", config, target, devices, None, OWN.get(name, SHARED))
         for name, config in (
             {"longlive": SALT["longlive"], "causvid": SALT["causvid"], **STAGES}.items()
         )

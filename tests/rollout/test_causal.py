@@ -14,7 +14,7 @@ import pytest
 from salt_jax.flow.schedule import grid
 from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.denoiser import wan_denoiser
-from salt_jax.models.kv_cache import append, plan_next_chunk, trim
+from salt_jax.models.kv_cache import append, by_age, plan_next_chunk, take_slots, trim
 from salt_jax.models.position_channels import POSITION_CHANNELS
 from salt_jax.models.presets import Compute, WanConfig
 from salt_jax.models.visibility import AttentionPlan, QueryGroup
@@ -327,6 +327,7 @@ def test_streaming_on_a_cache_that_forgets_gives_the_rollouts_chunks(case):
         _, x0, cache = streamed(PARAMS, cache, prompts(), steps(4, 3), KEYS, size, policy)
         parts.append(x0)
     np.testing.assert_allclose(np.concatenate(parts, 1), made.x0, atol=1e-5)
+    cache = take_slots(cache, by_age(cache))
     slots = np.r_[: policy.sink, frames - cache.slots + policy.sink : frames]
     np.testing.assert_array_equal(cache.frames, slots)
     assert_close_to_scale(
