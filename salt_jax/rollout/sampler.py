@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Key
 
@@ -21,7 +21,7 @@ from salt_jax.models.kv_cache import KVCache, flush
 from salt_jax.rollout.causal import ChunkSpec, Steps, commit, extend, recache
 from salt_jax.rollout.parallel import multistep_start, multistep_step, noise_at, sample
 from salt_jax.rollout.settings import Sampler
-from salt_jax.types import Conditioning, Denoiser, Latent, Params
+from salt_jax.types import Conditioning, Denoiser, Latent, Params, Tree
 
 _sample = jax.jit(sample, static_argnums=(0, 4, 6))
 _noise_at = jax.jit(noise_at, static_argnums=3)
@@ -144,6 +144,8 @@ def next_chunk(
     policy, (cache, cond, keys, at) = sampler.memory, session
     assert policy and (cue or cond is not None), "a video begins with a prompt"
     size = policy.chunk if at else policy.first
+    if isinstance(cache.frames.sharding, SingleDeviceSharding):  # new, or read from a file
+        cache = _beside(params, cache)
     if cue:
         cond = cue.cond
         if isinstance(cond, Conditioning):
@@ -186,11 +188,7 @@ def whole_clips(
         return np.asarray(_sample(network, params, cond, sampler.grid(), solver, keys, shape))
     assert solver in ("unipc", "dpmpp", "euler"), f"teachers have no {solver}"
     noise = _noise_at(keys, jnp.float32(1.0), np.arange(shape[0]), shape[1:])
-    # Beside the parameters from the start: the first step is then of the same program as the
-    # others.
-    there = jax.tree.leaves(params)[0].sharding
-    there = NamedSharding(there.mesh, P()) if isinstance(there, NamedSharding) else there
-    history = jax.device_put(multistep_start(noise), there)
+    history = _beside(params, multistep_start(noise))
     rows = solver_steps(solver, sampler.num_steps, sampler.shift)
     table = jax.tree.map(lambda column: np.asarray(column, np.float32), rows)
     for i in range(sampler.num_steps):
@@ -200,6 +198,13 @@ def whole_clips(
         history.x.block_until_ready()
         report()
     return np.asarray(history.x)
+
+
+def _beside(params: Params, tree: Tree) -> Tree:
+    """What a first step is given, where the next ones find it: all are then of one program."""
+    there = getattr(jax.tree.leaves(params)[0], "sharding", None)  # numpy's arrays have none
+    there = NamedSharding(there.mesh, P()) if isinstance(there, NamedSharding) else there
+    return jax.device_put(tree, there)
 
 
 def on_device(cond: Cond) -> Cond:

@@ -86,6 +86,18 @@ def test_a_video_has_no_end_and_one_program(shapes):
     assert now == (programs[0], programs[1] + 1)
 
 
+def test_the_first_chunk_is_of_the_program_of_the_others(shapes, tmp_path):
+    """And those of a video that was saved."""
+    memory = salt_jax.CachePolicy(chunk=3, window=12, sink=3)
+    programs = sampling.make_chunk._cache_size
+    before = programs()
+    _, live = go_on(shapes, shapes.begin(RED, memory=memory), 3)
+    shapes.save(live, tmp_path / "video.safetensors")
+    go_on(shapes, fork(live), 2)
+    go_on(shapes, shapes.resume(tmp_path / "video.safetensors"), 2)
+    assert programs() == before + 1
+
+
 def test_memory_stays_what_it_is(shapes):
     live = shapes.begin(RED, memory=FORGETS, num_steps=1)
     _, live = go_on(shapes, live, 4)
