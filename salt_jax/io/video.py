@@ -85,7 +85,9 @@ def written_mp4(
     with av.open(str(file), "w", format="mp4", options=options) as container:
         # CRF 12: a picture of a few flat shapes shows every artefact, and costs few bytes all the
         # same.
-        options = {"crf": "12"} | ({"g": str(fps), "tune": "zerolatency"} if growing else {})
+        options = {"crf": "12"} | (
+            {"g": str(fps), "tune": "zerolatency", "preset": "ultrafast"} if growing else {}
+        )
         stream = container.add_stream(_h264_encoder(), rate=fps, options=options)
         assert isinstance(stream, av.VideoStream)
         stream.pix_fmt = "yuv420p"

@@ -30,7 +30,7 @@ def shapes_model(
 
     def to_bytes(decoded: Decoded) -> np.ndarray:
         (latent,) = decoded
-        return latents.to_pixels(np.asarray(latent[0]), recipe.world)
+        return latents.to_pixels(np.asarray(latent)[0], recipe.world)  # no work for the device
 
     def read_texts(prompts: Sequence[str]) -> dict[str, np.ndarray]:
         return {prompt: run.embed([prompt]) for prompt in prompts}

@@ -30,7 +30,7 @@ def test_it_is_the_video_that_is_made_otherwise_and_says_how_fast(tmp_path):
     assert shares and sum(map(float, shares.groups())) == pytest.approx(100, abs=0.3)
     succeed("sample", *asked, "--count=1", f"--out={tmp_path / 'whole'}")
     (streamed, _), (whole, _) = (frames(tmp_path / d / "2_000.mp4") for d in ("stream", "whole"))
-    assert np.abs(streamed.astype(int) - whole).mean() < 3  # both are lossy
+    assert np.abs(streamed.astype(int) - whole).mean() < 5  # both are lossy, of noise
     again = succeed("sample", *asked, "--stream", f"--out={tmp_path / 'stream'}")
     assert "is there already" in again
 
