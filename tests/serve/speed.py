@@ -1,4 +1,4 @@
-"""Frames per second of the shipped student, as launch.sample --stream counts them (docs/results.md).
+"""Frames per second of the shipped student, counted as launch.sample --stream does.
 
     JAX_PLATFORMS=cpu python -m tests.serve.speed
 
