@@ -125,8 +125,7 @@ def read_switches(wan: bool, policy: CachePolicy | None, frames: int) -> dict[in
     switches: dict[int, Switch] = {}
     if not policy:
         return switches
-    starts = np.cumsum(policy.sizes(frames))[:-1].tolist()
-    latent = {shown_by(wan)(start): start for start in starts}
+    latent = {shown_by(wan)(start): start for start in policy.starts(frames)[1:]}
     for text in f.SWITCH.value:
         number, _, prompt = text.partition(":")
         if not (number.isascii() and number.isdigit()) or not prompt.strip():

@@ -1,12 +1,13 @@
 """launch.sample --stream: one video, written while it is made, and how fast that was."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from salt_jax import hosts, samples
@@ -16,6 +17,7 @@ from salt_jax.errors import UserError
 from salt_jax.io.files import made_on_disk
 from salt_jax.io.tensor_files import digest
 from salt_jax.io.video import visible_scale, written_mp4
+from salt_jax.pipeline.live import Made
 from salt_jax.pipeline.model import Model
 from salt_jax.rollout.settings import Switch
 
@@ -80,19 +82,28 @@ def _write(request: Request, model: Model, file: Path, spans: list[Span]) -> boo
         tqdm(total=frames, desc="latent frames") as bar,
     ):
         try:
-            while True:
-                with timed(spans, "transformer"):
-                    made = next(chunks, None)
-                    jax.block_until_ready(made and made.latents)
-                if made is None:
-                    return True
-                with timed(spans, "decoder"):
-                    pixels = model.parts.to_bytes(made.decoded)
-                with timed(spans, "writing", len(pixels)):
-                    write(pixels)
-                bar.update(made.latents.shape[1])
+            for count in write_chunks(model, chunks, write, spans):
+                bar.update(count)
         except KeyboardInterrupt:
             return False
+    return True
+
+
+def write_chunks(
+    model: Model, chunks: Iterator[Made], write: Callable[[np.ndarray], None], spans: list[Span]
+) -> Iterator[int]:
+    """Hands over the frames of each chunk, and yields how many latent ones these were."""
+    while True:
+        with timed(spans, "transformer"):
+            made = next(chunks, None)
+            jax.block_until_ready(made and made.latents)
+        if made is None:
+            return
+        with timed(spans, "decoder"):
+            pixels = model.parts.to_bytes(made.decoded)
+        with timed(spans, "writing", len(pixels)):
+            write(pixels)
+        yield made.latents.shape[1]
 
 
 @contextmanager

@@ -148,13 +148,15 @@ def plan_next_chunk(
     """
     k, v, numbers, filled = cache.k, cache.v, cache.frames, cache.filled
     reach = policy.window - size if policy.window else cache.slots
-    ranks = jnp.argsort(by_age(cache)).astype(jnp.int32)
+    order = by_age(cache)
     if reach < cache.slots:  # the cache holds more than is seen: take the sink and the end
         ranks = jnp.arange(reach, dtype=jnp.int32)
         seen = jnp.where(ranks < policy.sink, ranks, ranks + jnp.maximum(filled - reach, 0))
-        seen = by_age(cache)[seen]
+        seen = order[seen]
         k, v, numbers = jnp.take(k, seen, 2), jnp.take(v, seen, 2), numbers[seen]
         filled = jnp.minimum(filled, reach)
+    else:
+        ranks = jnp.argsort(order).astype(jnp.int32)
     frames = cache.end + jnp.arange(size, dtype=jnp.int32)
     here = in_time(policy, frames, filled + jnp.arange(size, dtype=jnp.int32)) + jump
     there = in_time(policy, numbers, ranks)

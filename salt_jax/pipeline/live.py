@@ -17,7 +17,7 @@ from salt_jax.io.tensor_files import TensorWriter, load_weights, write_tensors
 from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.kv_cache import KVCache
 from salt_jax.pipeline.parts import Decoded, Parts
-from salt_jax.rollout.sampler import Session, empty_cache, numbered_keys
+from salt_jax.rollout.sampler import Session, empty_cache, numbered_keys, refuse_cues
 from salt_jax.rollout.settings import Sampler, Switch
 from salt_jax.types import Params
 
@@ -76,11 +76,7 @@ def read_script(prompts: Prompts, policy: CachePolicy, frames: int | None, usual
     if not isinstance(prompts, Mapping):
         return Script(prompts, [], frames)
     starts = policy.starts(frames or policy.nearest(last + policy.chunk)[0])
-    if 0 not in cues or not set(cues) <= set(starts):
-        raise ValueError(
-            f"prompts begin at frames {sorted(cues)}; these must be starts of chunks, and 0 among "
-            "them"
-        )
+    refuse_cues(cues, starts)
     return Script(cues.get, [as_switch(cue).prompt for cue in cues.values()], frames)
 
 

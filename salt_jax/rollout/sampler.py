@@ -2,7 +2,7 @@
 chunk by chunk, of any length in constant accelerator memory; or many steps.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -211,6 +211,15 @@ def on_device(cond: Cond) -> Cond:
     return jax.tree.map(jnp.asarray, cond)
 
 
+def refuse_cues(cues: Collection[int], starts: tuple[int, ...]) -> None:
+    """Raises ValueError where prompts begin at other frames than chunks, or none does at 0."""
+    if 0 not in cues or not set(cues) <= set(starts):
+        raise ValueError(
+            f"prompts begin at frames {sorted(cues)}; these must be starts of chunks, and 0 among "
+            "them"
+        )
+
+
 def _refuse(
     policy: CachePolicy, cues: dict[int, Cue], given: np.ndarray | None, shape: tuple[int, ...]
 ) -> tuple[int, ...]:
@@ -225,11 +234,7 @@ def _refuse(
                 f"the given frames are {given.shape}, a video of {shape} goes on from whole "
                 f"chunks: {starts[1:]} frames"
             )
-    if 0 not in cues or not set(cues) <= set(starts):
-        raise ValueError(
-            f"prompts begin at frames {sorted(cues)}; these must be starts of chunks, and 0 among "
-            "them"
-        )
+    refuse_cues(cues, starts)
     if policy.positions != "relative" and any(cue.cut for cue in cues.values()):
         raise ValueError("a scene cut moves relative positions; set positions to relative")
     refuse_overflow(policy, policy.capacity(shape[1]), shape[1])

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 
 import salt_jax
-from salt_jax.cli.streaming import Span, report, timed
+from salt_jax.cli.streaming import Span, report, timed, write_chunks
 from salt_jax.io.cache import cache_home
 from salt_jax.io.video import written_mp4
 from salt_jax.serve.offers import make_offer
@@ -36,16 +36,8 @@ def main() -> None:
             tempfile.TemporaryDirectory() as folder,
             written_mp4(Path(folder) / "video.mp4", model.fps, 16, growing=True) as write,
         ):
-            while True:
-                with timed(spans, "transformer"):
-                    made = next(chunks, None)
-                    jax.block_until_ready(made and made.latents)
-                if made is None:
-                    break
-                with timed(spans, "decoder"):
-                    pixels = model.parts.to_bytes(made.decoded)
-                with timed(spans, "writing", len(pixels)):
-                    write(pixels)
+            for _ in write_chunks(model, chunks, write, spans):
+                pass
         print(f"{steps} steps: {report(spans, start, model.fps)[-1]}; {os.cpu_count()} cores")
 
 
