@@ -11,7 +11,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from orbax.checkpoint import multihost
 
 from salt_jax.errors import Stopped, UserError
 from salt_jax.keys import Json
@@ -59,6 +58,8 @@ def agreed(what: str, limit: float = WAIT) -> Iterator[None]:
     except Exception as error:
         mine = error
     try:
+        from orbax.checkpoint import multihost  # here, because one process alone starts without it
+
         barrier = multihost.get_barrier_sync_fn()
         barrier(key=f"salt_jax {next(_calls)}", timeout_ms=int(1000 * limit))
     except jax.errors.JaxRuntimeError as error:

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from salt_jax.checkpoint import restore_step
 from salt_jax.checkpoint_files import checkpoint_digest
 from salt_jax.config.reading import from_json, read_workdir, to_json
 from salt_jax.config.schema import Recipe
@@ -54,6 +53,8 @@ def open_workdir(workdir: str | AnyPath, step: int | None = None, average: str =
     Raises:
       UserError: there is nothing to read, or it does not fit.
     """
+    from salt_jax.checkpoint import restore_step  # here, because files are read without Orbax
+
     stage, mesh = make_stage(read_workdir(workdir)), own_devices()
     recipe = stage.recipe
     step, params = restore_step(workdir, ITEMS[average], mesh, step)
@@ -84,6 +85,8 @@ def open_networks(workdir: str | AnyPath, step: int | None = None) -> Iterator[t
     run = open_workdir(workdir, run.made_with["step"], "ema")
     yield "generator_ema", run.params
     if "critic" in run.stage.learners:
+        from salt_jax.checkpoint import restore_step
+
         critic = restore_step(workdir, "critic", own_devices(), run.made_with["step"])[1]
         yield "critic", merge(run.weights.get("wan"), critic, run.recipe.lora)
 

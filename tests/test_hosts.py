@@ -7,6 +7,7 @@ import threading
 import jax
 import numpy as np
 import pytest
+from orbax.checkpoint import multihost
 
 from salt_jax import hosts
 from salt_jax.errors import Stopped, UserError
@@ -22,7 +23,7 @@ class Play:
         self.meet, self.value, self.late = threading.Barrier(count), None, late
         monkeypatch.setattr(jax, "process_count", lambda: count)
         monkeypatch.setattr(jax, "process_index", lambda: self.me.index)
-        monkeypatch.setattr(hosts.multihost, "get_barrier_sync_fn", lambda: self.barrier)
+        monkeypatch.setattr(multihost, "get_barrier_sync_fn", lambda: self.barrier)
         monkeypatch.setattr(hosts.multihost_utils, "broadcast_one_to_all", self.broadcast)
         monkeypatch.setattr(hosts.multihost_utils, "process_allgather", self.gather)
         self.every = [None] * count

@@ -46,6 +46,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 def main(_):
     # jax comes here
+    import jax
     import uvicorn
 
     import salt_jax
@@ -63,7 +64,8 @@ def main(_):
             tiny_decoder=f.TINY_DECODER.value,
         )
         offers[name] = make_offer(model)
-        model.advance(model.begin("", memory=next(iter(offers[name].memories.values()))))
+        model.embed([])  # before the network's parameters come
+        jax.block_until_ready(model.params)
     local = is_loopback(f.HOST.value)
     token = f.TOKEN.value or ("" if local else secrets.token_urlsafe(16))
     hosts = ("localhost", "127.0.0.1", "[::1]", f.HOST.value, *f.NAMES.value) if local else ("*",)

@@ -1,8 +1,10 @@
 """launch.sample --stream: one video, written while it is made, and how fast that was."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +25,7 @@ from salt_jax.rollout.settings import Switch
 
 PARTS = ("text", "weights", "transformer", "decoder", "writing")
 WARM = 2  # chunks at the start that are not counted: programs are compiled in them
+BEHIND = 8  # chunks that may wait to be written before the next is made
 
 
 class Span(NamedTuple):
@@ -31,7 +34,7 @@ class Span(NamedTuple):
     part: str
     start: float
     stop: float
-    frames: int = 0  # that were there when it ended, of "writing"
+    frames: int = 0  # that were handed over to be written, of "writing"
 
 
 def stream(request: Request) -> None:
@@ -82,8 +85,9 @@ def _write(request: Request, model: Model, file: Path, spans: list[Span]) -> boo
         tqdm(total=frames, desc="latent frames") as bar,
     ):
         try:
-            for count in write_chunks(model, chunks, write, spans):
-                bar.update(count)
+            with closing(write_chunks(model, chunks, write, spans)) as counts:
+                for count in counts:
+                    bar.update(count)
         except KeyboardInterrupt:
             return False
     return True
@@ -91,19 +95,26 @@ def _write(request: Request, model: Model, file: Path, spans: list[Span]) -> boo
 
 def write_chunks(
     model: Model, chunks: Iterator[Made], write: Callable[[np.ndarray], None], spans: list[Span]
-) -> Iterator[int]:
-    """Hands over the frames of each chunk, and yields how many latent ones these were."""
-    while True:
-        with timed(spans, "transformer"):
-            made = next(chunks, None)
-            jax.block_until_ready(made and made.latents)
-        if made is None:
-            return
-        with timed(spans, "decoder"):
-            pixels = model.parts.to_bytes(made.decoded)
-        with timed(spans, "writing", len(pixels)):
-            write(pixels)
-        yield made.latents.shape[1]
+) -> Generator[int, None, None]:
+    """Writes the frames of each chunk, in a thread, and yields how many latent ones these were."""
+    writing: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(1, "writer") as thread:
+        while True:
+            with timed(spans, "transformer"):
+                made = next(chunks, None)
+                jax.block_until_ready(made and made.latents)
+            if made is None:
+                break
+            with timed(spans, "decoder"):
+                pixels = model.parts.to_bytes(made.decoded)
+            with timed(spans, "writing", len(pixels)):
+                if len(writing) == BEHIND:
+                    writing.popleft().result()
+                writing.append(thread.submit(write, pixels))
+            yield made.latents.shape[1]
+        with timed(spans, "writing"):
+            for rest in writing:
+                rest.result()
 
 
 @contextmanager
@@ -123,7 +134,7 @@ def report(spans: list[Span], start: float, fps: int) -> list[str]:
         f"{shown} frames, {shown / fps:.1f} s of video, in {whole:.1f} s; the first after "
         f"{written[0].stop - start:.2f} s, reading weights and compiling included"
     ]
-    if len(written) <= WARM + 1:
+    if sum(span.frames > 0 for span in written) <= WARM + 1:
         return [*lines, f"no rates: these want more than {WARM + 1} chunks"]
     warm = written[WARM - 1].stop
     steady, frames = written[-1].stop - warm, sum(span.frames for span in written[WARM:])

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from salt_jax.errors import UserError
 from salt_jax.io.files import AnyPath, as_path
@@ -85,6 +84,8 @@ def open_records(directory: str | AnyPath, clip: Sequence[int], text_length: int
             "the run wants "
             f"{list(clip)}; set config.data.clip, or encode again with another --size and --frames"
         )
+    import tensorflow_datasets as tfds  # here, because programs that open no data start without it
+
     builder = tfds.builder_from_directory(str(directory))
     # TFDS decorates it.
     stored = builder.as_data_source("train")  # pyright: ignore[reportCallIssue]

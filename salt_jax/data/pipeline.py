@@ -6,15 +6,10 @@ Batch k is a function of (seed, k), whatever was read before it.
 import functools
 from collections.abc import Callable, Iterator, Sequence
 
-import grain
 import numpy as np
 
 from salt_jax.moving_shapes.latents import to_latent
 from salt_jax.moving_shapes.shapes import World
-
-# In batches. One thread: decoding holds the interpreter lock, more would only compete with the
-# training loop.
-READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 
 
 def batches(
@@ -58,8 +53,11 @@ def batches(
     def load(indices: np.ndarray) -> dict[str, np.ndarray]:
         return collate([source[int(i)] for i in indices[rows]], encode, world)
 
+    # In batches. One thread: decoding holds the interpreter lock, more would only compete with the
+    # training loop.
+    ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    stream = iter(order.batch(batch_size).map(load).to_iter_dataset(READ_AHEAD))
+    stream = iter(order.batch(batch_size).map(load).to_iter_dataset(ahead))
     stream.set_state({"next_index": start})
     return stream
 

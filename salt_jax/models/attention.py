@@ -19,7 +19,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from salt_jax.models.attention_blocks import attend_by_blocks
-from salt_jax.models.attention_splash import attend_splash
 from salt_jax.models.layout import BATCH, EXCHANGED, fitting, platform_of
 from salt_jax.models.presets import Compute, Kernel, WanConfig
 
@@ -117,9 +116,15 @@ def _cudnn(q, k, v, length):
     return out[:, :queries]
 
 
+def _splash(q, k, v, length):
+    from salt_jax.models.attention_splash import attend_splash  # here, because Pallas takes a while
+
+    return attend_splash(q, k, v, length)
+
+
 KERNELS: dict[str, Callable] = {
     "plain": _plain,
     "blocks": attend_by_blocks,
     "cudnn": _cudnn,
-    "splash": attend_splash,
+    "splash": _splash,
 }

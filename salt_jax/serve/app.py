@@ -98,7 +98,6 @@ def describe(offers: Mapping[str, Offer], limits: Limits) -> Json:
                 "steps": offer.steps,
                 "memories": list(offer.memories),
                 "fps": parts.fps,
-                "chunk": next(iter(offer.memories.values())).chunk,
                 "examples": parts.examples,
                 "perLatent": parts.shown(2) - parts.shown(1),
             }
@@ -228,7 +227,7 @@ def make_app(offers: Mapping[str, Offer], limits: Limits, access: Access) -> Sta
 
     @asynccontextmanager
     async def running(app: Starlette) -> AsyncIterator[None]:
-        server.engine.thread.start()
+        server.engine.start()
         yield
         await server.stop()
         await asyncio.to_thread(server.recorder.stop)

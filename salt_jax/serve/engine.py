@@ -10,12 +10,15 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from prometheus_client.context_managers import Timer
 
 from salt_jax.keys import Json
 from salt_jax.models.cache_policy import CachePolicy
+from salt_jax.pipeline.live import Made
 from salt_jax.pipeline.model import Model
 from salt_jax.serve.messages import Fork, Limits, Message, Pause, Say, Start
 from salt_jax.serve.metrics import Metrics
+from salt_jax.serve.programs import Programs, Ready
 from salt_jax.serve.recording import Recorder
 from salt_jax.serve.take import Take, begin, fork_at, go_on, record
 
@@ -52,6 +55,7 @@ class Viewer:
     since: float = 0.0  # when its turn began
     started: float = 0.0  # when its video would have begun, had it never waited
     left: float | None = None  # when it went away
+    wants: bool = False  # frames; it stands in line as soon as its programs are there
 
 
 class Engine:
@@ -62,11 +66,17 @@ class Engine:
     ):
         self.offers, self.limits, self.recorder, self.metrics = offers, limits, recorder, metrics
         self.records: dict[str, Json] = {}  # of videos, by name
+        self.programs = Programs()
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._viewers: dict[str, Viewer] = {}
         self._line: list[Viewer] = []  # who wants frames, the first have a slot
         self._stop = False
         self.thread = threading.Thread(target=self._run, name="generator", daemon=True)
+
+    def start(self) -> None:
+        for offer in self.offers.values():
+            self.programs.of(offer.model, next(iter(offer.memories.values())))
+        self.thread.start()
 
     def join(self, name: str, send: Send) -> None:
         self._calls.put(lambda: self._join(name, send))
@@ -82,15 +92,18 @@ class Engine:
         self._calls.put(lambda: self._end(reason))
         if self.thread.is_alive():
             self.thread.join()
+        self.programs.stop()
 
     def _run(self) -> None:
         try:
             while not self._stop:
                 self._listen()
                 self._turn()
-                for viewer in self._line[: self.limits.slots]:
-                    if not self._stop and self._due(viewer) <= time.monotonic():
-                        self._make(viewer)
+                now = time.monotonic()
+                due = [v for v in self._line[: self.limits.slots] if self._due(v) <= now]
+                # all are on their way before the first is waited for
+                for viewer, made in [(viewer, self._make(viewer)) for viewer in due]:
+                    self._deliver(viewer, made)
         except BaseException:
             self._end("The generator failed; the server's log says why.")
             raise
@@ -142,35 +155,50 @@ class Engine:
         self.metrics.viewers.set(len(self._viewers))
         self.metrics.waiting.set(max(0, len(self._line) - self.limits.slots))
 
-    def _make(self, viewer: Viewer) -> None:
-        """A chunk of each of its videos."""
-        begun, offers = time.perf_counter(), self.offers
-        models = [offers[take.side.model].model for take in viewer.takes]
+    def _models(self, viewer: Viewer) -> list[Model]:
+        return [self.offers[take.side.model].model for take in viewer.takes]
+
+    def _ready(self, take: Take) -> Ready:
+        offer = self.offers[take.side.model]
+        return self.programs.of(offer.model, offer.memories[take.side.memory])
+
+    def _make(self, viewer: Viewer) -> list[Made]:
+        """The next chunk of each of its videos, not waited for; none where they have ended."""
         made = []
         try:
-            for i, model in enumerate(models):
-                chunk, viewer.takes[i] = go_on(
-                    model, viewer.takes[i], viewer.prompt, self.limits.kept
-                )
+            for i, model in enumerate(self._models(viewer)):
+                take = viewer.takes[i]
+                turns = self._ready(take).turns.done() or not take.live.frames
+                prompt = viewer.prompt if turns else take.live.prompt
+                chunk, viewer.takes[i] = go_on(model, take, prompt, self.limits.kept)
                 made.append(chunk)
         except ValueError as error:  # no room for more
-            return self._finish(viewer, f"{error}.")
-        for i, (model, chunk) in enumerate(zip(models, made, strict=True)):
-            jax.block_until_ready(chunk.latents)
-            waited = time.perf_counter()
-            pixels = model.parts.to_bytes(chunk.decoded)
-            self.metrics.seconds.labels("decoder").observe(time.perf_counter() - waited)
+            self._finish(viewer, f"{error}.")
+            return []
+        return made
+
+    def _deliver(self, viewer: Viewer, made: list[Made]) -> None:
+        models = self._models(viewer)
+        for i, (model, chunk) in enumerate(zip(models, made, strict=False)):
+            with self._timed("transformer"):
+                jax.block_until_ready(chunk.latents)
+            with self._timed("decoder"):
+                pixels = model.parts.to_bytes(chunk.decoded)
             take = viewer.takes[i]
             told = {"type": "frames", "side": i, "frame": chunk.at, "prompt": chunk.prompt}
             told |= {"until": take.live.frames, "video": take.name}
             viewer.send(Frames(told, pixels))
-            self.recorder.write(take.name, pixels)
+            with self._timed("writing"):
+                self.recorder.write(take.name, pixels)
             self.records[take.name] = record(model, take)
             self.metrics.frames.inc(len(pixels))
-        self.metrics.seconds.labels("chunk").observe(time.perf_counter() - begun)
         longest = models[0].parts.shown(viewer.takes[0].live.frames) / models[0].fps
-        if longest >= self.limits.seconds:
+        if made and longest >= self.limits.seconds:
             self._finish(viewer, f"This server's videos end after {self.limits.seconds:g} s.")
+
+    def _timed(self, part: str) -> Timer:
+        """Counts how long the generator waits for a part."""
+        return self.metrics.seconds.labels(part).time()
 
     def _finish(self, viewer: Viewer, reason: str) -> None:
         viewer.send({"type": "finished", "reason": reason})
@@ -228,19 +256,30 @@ class Engine:
                 return
         viewer.videos += [take.name for take in viewer.takes]
         viewer.send(self._started(viewer))
-        self._pause(viewer, True)  # behind those who wait
         self._pause(viewer, False)
 
     def _pause(self, viewer: Viewer, on: bool) -> None:
-        others = [v for v in self._line if v is not viewer]
-        if on:
-            self._queue(others)
-        else:
-            self._queue([*others, viewer])
+        viewer.wants = not on
+        self._queue(v for v in self._line if v is not viewer)
+        if viewer.wants:
+            self._queue_when_compiled(viewer, list(viewer.takes))
+
+    def _queue_when_compiled(self, viewer: Viewer, takes: list[Take]) -> None:
+        """Puts a viewer behind those who wait; first, where it must be, its programs are made."""
+        if not viewer.wants or [t.name for t in takes] != [t.name for t in viewer.takes]:
+            return  # it has thought better of it
+        for take in takes:
+            programs = self._ready(take).goes_on
+            if not programs.done():
+                viewer.send({"type": "preparing"})
+                again = lambda _: self._calls.put(lambda: self._queue_when_compiled(viewer, takes))
+                programs.add_done_callback(again)
+                return
+            programs.result()
+        self._queue([*self._line, viewer])
 
     @staticmethod
     def _started(viewer: Viewer) -> Json:
-        takes = viewer.takes
         return {
             "type": "started",
             "prompt": viewer.prompt,
@@ -251,7 +290,7 @@ class Engine:
                     "frame": take.live.frames,
                     "script": {str(frame): prompt for frame, prompt in take.script.items()},
                 }
-                for take in takes
+                for take in viewer.takes
             ],
         }
 

@@ -15,5 +15,9 @@ class Metrics:
             "salt_dropped_chunks", "Chunks that a slow viewer did not get", registry=registry
         )
         self.seconds = Histogram(
-            "salt_seconds", "Time of a part", ["part"], buckets=SECONDS, registry=registry
+            "salt_seconds",
+            "Time that the generator waits for a part",
+            ["part"],
+            buckets=SECONDS,
+            registry=registry,
         )

@@ -38,16 +38,21 @@ def go_on(model: Model, take: Take, prompt: str, kept: int) -> tuple[Made, Take]
     live, script = take.live, take.script
     if prompt != live.prompt:
         script = script | {live.frames: prompt}
-    states = thinned(take.states | {live.frames: fork(live)}, kept)
+    states = remembered(take.states, live, kept)
     made, live = model.advance(live, prompt)
     return made, take._replace(live=live, script=script, states=states)
 
 
-def thinned(states: dict[int, Live], kept: int) -> dict[int, Live]:
-    """Every second one but the first, as often as they are too many."""
-    while len(states) > 2 and sum(map(nbytes, states.values())) > kept:
-        frames = sorted(states)
-        states = {frame: states[frame] for frame in frames[::2]}
+def remembered(states: dict[int, Live], live: Live, kept: int) -> dict[int, Live]:
+    """With a copy of this state, where it is as far from the last one as that is from the one
+    before; of too many, every second one but the first goes.
+    """
+    *_, before, last = [-1, -1, *sorted(states)]
+    if live.frames - last < last - before:
+        return states
+    states = states | {live.frames: fork(live)}
+    while len(states) > 2 and len(states) * nbytes(live) > kept:
+        states = {frame: states[frame] for frame in sorted(states)[::2]}
     return states
 
 

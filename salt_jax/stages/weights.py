@@ -13,7 +13,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from salt_jax.checkpoint import restore_params
 from salt_jax.checkpoint_files import newest_step
 from salt_jax.config.migrate import flat
 from salt_jax.config.reading import from_json, read_workdir
@@ -179,6 +178,8 @@ def student_start(recipe: Recipe, base: Params, mesh: Mesh) -> Params:
         text = jax.eval_shape(lambda: init_text_encoder(jax.random.key(0), recipe.text))
         like = {"wan": base, "text_encoder": text}
         return load_weights(file, like, shardings=state_shardings(mesh, like))["wan"]
+    from salt_jax.checkpoint import restore_params  # here, because files are read without Orbax
+
     average = restore_params(where, "ema", mesh, newest_step(where))
     if not before.lora.rank:
         return average
@@ -209,6 +210,8 @@ def critic_start(recipe: Recipe, base: Params, mesh: Mesh) -> Params:
             "name the workdir of a distillation, put a converted critic (launch.convert_wan "
             f"--key=critic) beside the student as {CRITIC.file}, or set config.init_critic=False"
         )
+    from salt_jax.checkpoint import restore_params
+
     critic = restore_params(where, "critic", mesh, newest_step(where))
     if not before.lora.rank:
         return critic

@@ -64,3 +64,20 @@ def test_a_flag_that_means_nothing_is_told_before_jax_is_imported(name, args, to
         done.stderr
     )
     assert done.stderr.count("\n") == 1
+
+
+def test_opening_a_file_reads_no_library_of_training():
+    """They take half a second, which a server and `launch.sample` are waited for."""
+    told = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import salt_jax.serve.app, sys; salt_jax.load('shapes_causal')\n"
+            "print(*{'grain', 'orbax', 'tensorflow_datasets'} & set(sys.modules))",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not told.stdout.strip()

@@ -15,6 +15,7 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 import salt_jax
+from salt_jax.serve import programs
 from salt_jax.serve.app import Access, make_app
 from salt_jax.serve.messages import Limits
 from salt_jax.serve.offers import make_offer
@@ -268,4 +269,41 @@ def test_the_end_of_the_server_is_told(offers):
         with pytest.raises(WebSocketDisconnect) as error:
             watcher.read(lambda event: False)
         assert error.value.code == 1001
+        client.app.state.server.engine.thread.join(10)
+        assert client.get("/healthz").status_code == 503
+
+
+def test_while_programs_are_compiled_other_videos_go_on(offers, monkeypatch):
+    compiled, make = threading.Event(), programs._go_on
+
+    def slow(model, memory):
+        if memory == offers["m"].memories["last chunks"]:
+            compiled.wait(30)
+        return make(model, memory)
+
+    monkeypatch.setattr(programs, "_go_on", slow)
+    with served(offers, slots=2) as client, page(client) as one, page(client) as other:
+        one.say(**started())
+        one.until(3)
+        other.say(**started({"memory": "last chunks"}))
+        other.of("preparing")
+        one.until(one.frames[0][-1]["until"] + 9)
+        other.say(type="pause", on=True)
+        other.say(type="pause", on=False)  # asks again
+        other.of("preparing")
+        assert not other.frames[0]
+        compiled.set()
+        other.until(9)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_programs_that_cannot_be_made_end_the_server(offers, monkeypatch):
+    def fails(model, memory):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(programs, "_go_on", fails)
+    with served(offers) as client, page(client) as watcher:
+        watcher.say(**started())
+        assert "log says why" in watcher.of("end")["reason"]
+        client.app.state.server.engine.thread.join(10)
         assert client.get("/healthz").status_code == 503

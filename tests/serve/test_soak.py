@@ -27,11 +27,12 @@ LIMITS = Limits(1, 1, 30.0, 1e9, 500, 20.0, 1 << 30, 8, KEPT, 60.0)
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_ten_thousand_chunks_need_what_two_hundred_do(tmp_path):
     offer = make_offer(salt_jax.load("shapes_causal"))
     recorder, inbox = Recorder(tmp_path, 16, 4), queue.SimpleQueue()
     engine = Engine({"m": offer}, LIMITS, recorder, Metrics())
-    engine.thread.start()
+    engine.start()
     engine.join("viewer", inbox.put)
     engine.say("viewer", Start((Side("m", 2, "window and sink", 0),), PROMPTS[0]))
     times, marks = [time.perf_counter()], {}

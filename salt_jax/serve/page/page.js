@@ -37,6 +37,7 @@ function told(event) {
     case "started": return started(event);
     case "place":
       return status(event.place ? `You wait: place ${event.place}. A turn is at most ${event.turn} s.` : (running ? "Making your video." : "Ready."));
+    case "preparing": return status("Its programs are being compiled, the first time for this model and memory …");
     case "prompt":
       $("strange").textContent = event.learnt ? "" : "The text encoder never learnt such a prompt, so the video may be of anything. It knows:";
       return examples(event.learnt ? hello.models[0].examples : event.examples);
