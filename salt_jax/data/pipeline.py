@@ -46,6 +46,8 @@ def batches(
     Raises:
       ValueError: the source is empty.
     """
+    import grain  # here, because programs that open no data start without it
+
     if not len(source):
         raise ValueError("the data set is empty: build it with at least one example")
     encode = functools.cache(encode_caption)
