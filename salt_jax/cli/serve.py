@@ -62,6 +62,7 @@ def main(_):
             folder=f.PARTS.value,
             released=f.RECIPE.value,
             tiny_decoder=f.TINY_DECODER.value,
+            keeps_text=True,
         )
         offers[name] = make_offer(model)
         model.embed([])  # before the network's parameters come

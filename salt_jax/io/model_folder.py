@@ -138,22 +138,25 @@ def open_tokenizer(source: Source) -> Callable[[str, int], np.ndarray]:
 
 
 def embed_prompts(
-    source: Source, prompts: Sequence[str], length: int, dtype: DTypeLike
+    tokenize: Callable[[str, int], np.ndarray],
+    open_encoder: Callable[[], tuple[TextEncoderConfig, Params]],
+    prompts: Sequence[str],
+    length: int,
+    dtype: DTypeLike,
 ) -> np.ndarray:
-    """Prompts as float32 [N, length, D], rows past a prompt's end zero. The text encoder is in
-    memory only meanwhile.
+    """Prompts as float32 [N, length, D], rows past a prompt's end zero.
 
-    One by one, so that the bits of one do not depend on the others.
+    One by one, so that the bits of one do not depend on the others. The encoder is opened when all
+    prompts have been found to fit.
 
     Raises:
-      UserError: a part is absent, or a prompt does not fit.
+      UserError: a prompt does not fit.
     """
-    tokenize = open_tokenizer(source)
     try:
         tokens = np.stack([tokenize(prompt, length) for prompt in prompts])
     except ValueError as error:
         raise UserError(str(error)) from error
-    config, params = open_part(TEXT, source)
+    config, params = open_encoder()
     rows = [
         encode_prompts(params, t[None], config, dtype=dtype)[0]
         for t in tqdm(tokens, desc="prompts", delay=2)

@@ -26,6 +26,7 @@ def load(
     guidance: float | None = None,
     step: int | None = None,
     tiny_decoder: str | AnyPath = "",
+    keeps_text: bool = False,
 ) -> Model:
     """Opens what makes videos.
 
@@ -40,14 +41,16 @@ def load(
       step: of a workdir's checkpoint; None: the newest.
       tiny_decoder: of Wan 2.1: taew2_1.pth of TAEHV, which decodes in place of the VAE, faster and
         not as exactly; videos from text then need no VAE.
+      keeps_text: of Wan 2.1: whether the text encoder stays in memory, for prompts that come while
+        a video is made, instead of being read from disk for each of them.
 
     Raises:
       UserError: there is nothing of that kind, or its parts do not fit.
     """
-    where, tiny = str(source), str(tiny_decoder)
+    where, options = str(source), WanOptions(tiny_decoder=str(tiny_decoder), keeps_text=keeps_text)
     path = located(where)
     if is_workdir(where):
-        return _of_run(open_workdir(where, step), where, folder, guidance, tiny)
+        return _of_run(open_workdir(where, step), where, folder, guidance, options)
     if not part_file(WAN, path).is_file():
         raise UserError(
             f"{source} is no workdir, no file of a network and no shipped network; train one with "
@@ -57,14 +60,16 @@ def load(
         path.is_file()
         and read_record(str(path)).config.get("data", {}).get("kind") == "moving_shapes"
     ):
-        return _of_run(open_exported(where), where, folder, guidance, tiny)
-    return _converted(where, folder, released, guidance, tiny)
+        return _of_run(open_exported(where), where, folder, guidance, options)
+    return _converted(where, folder, released, guidance, options)
 
 
-def _of_run(run: Trained, source: str, folder: str, guidance: float | None, tiny: str) -> Model:
+def _of_run(
+    run: Trained, source: str, folder: str, guidance: float | None, options: WanOptions
+) -> Model:
     recipe = run.recipe
     if recipe.data.kind == "moving_shapes":
-        if tiny:
+        if tiny := options.tiny_decoder:
             raise UserError(
                 f"{tiny} decodes latents of Wan 2.1, and {source} makes Moving Shapes; leave the "
                 "tiny decoder out"
@@ -77,18 +82,20 @@ def _of_run(run: Trained, source: str, folder: str, guidance: float | None, tiny
         return model
     clip = (recipe.clip_shape[0], recipe.memory.chunk if recipe.causal else recipe.clip_shape[0])
     found = WanSource(source, Source(folder or recipe.weights), recipe.wan, run=run)
-    parts = wan_parts(found, clip, _options(recipe.wan, tiny))
+    parts = wan_parts(found, clip, _decoding(options, recipe.wan))
     return Model(
         parts, sampler_of(recipe), recipe.clip_shape, 1.0 if guidance is None else guidance
     )
 
 
-def _options(config: WanConfig, tiny: str) -> WanOptions:
+def _decoding(options: WanOptions, config: WanConfig) -> WanOptions:
     """With a tiny decoder only image to video needs the VAE, which encodes the picture."""
-    return WanOptions(tiny_decoder=tiny, decodes=not tiny or bool(config.image_dim))
+    return options._replace(decodes=not options.tiny_decoder or bool(config.image_dim))
 
 
-def _converted(where: str, folder: str, released: str, guidance: float | None, tiny: str) -> Model:
+def _converted(
+    where: str, folder: str, released: str, guidance: float | None, options: WanOptions
+) -> Model:
     config = stored_config(WAN, where)
     shape = (*WAN_CLIP, config.out_channels)
     student = bool(released or folder)
@@ -104,6 +111,6 @@ def _converted(where: str, folder: str, released: str, guidance: float | None, t
         sampler = Sampler(steps, 5.0, "unipc", stepwise=True)
     chunk = sampler.memory.chunk if sampler.memory else shape[0]
     found = WanSource(where, Source(folder or where), config, student=where if folder else "")
-    parts = wan_parts(found, (shape[0], chunk), _options(config, tiny))
+    parts = wan_parts(found, (shape[0], chunk), _decoding(options, config))
     usual = 1.0 if student else 5.0
     return Model(parts, sampler, shape, usual if guidance is None else guidance)

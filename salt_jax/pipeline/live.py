@@ -80,10 +80,16 @@ def read_script(prompts: Prompts, policy: CachePolicy, frames: int | None, usual
     return Script(cues.get, [as_switch(cue).prompt for cue in cues.values()], frames)
 
 
+@jax.jit
+def _copied(tree: Params) -> Params:
+    """In one program: a cache has many arrays."""
+    return jax.tree.map(jnp.copy, tree)
+
+
 def fork(live: Live) -> Live:
     """A copy: `Model.advance` gives up what it is given."""
     session = live.session
-    cache, decoder = jax.tree.map(jnp.copy, (session.cache, live.decoder))
+    cache, decoder = _copied((session.cache, live.decoder))
     return live._replace(session=session._replace(cache=cache), decoder=decoder)
 
 

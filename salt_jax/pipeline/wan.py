@@ -55,6 +55,7 @@ class WanOptions(NamedTuple):
     negative: str | None = None  # what guidance leads away from; None: Wan's own
     decodes: bool = True  # whether the folder has to have a VAE
     tiny_decoder: str = ""  # a file of TAEHV, which decodes in place of the VAE; "": none
+    keeps_text: bool = False  # whether the text encoder stays in memory, for prompts to come
 
 
 class WanSource(NamedTuple):
@@ -81,8 +82,18 @@ def wan_parts(source: WanSource, clip: tuple[int, int], options: WanOptions) -> 
     weights = _checked(source, options.decodes) | digests
     made_with, read_params = _network(source)
 
+    open_tokenizer = functools.partial(model_folder.open_tokenizer, folder)
+    open_encoder = functools.partial(model_folder.open_part, TEXT, folder)
+    if options.keeps_text:
+        open_tokenizer, open_encoder = (
+            functools.cache(open_tokenizer),
+            functools.cache(open_encoder),
+        )
+
     def read_texts(prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        rows = model_folder.embed_prompts(folder, prompts, config.text_length, dtype)
+        rows = model_folder.embed_prompts(
+            open_tokenizer(), open_encoder, prompts, config.text_length, dtype
+        )
         return {prompt: row[None] for prompt, row in zip(prompts, rows, strict=True)}
 
     def as_bytes(decoded: Decoded) -> np.ndarray:

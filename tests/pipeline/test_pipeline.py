@@ -11,10 +11,13 @@ import salt_jax
 from configs import base, salt
 from salt_jax.config.reading import read_recipe
 from salt_jax.errors import UserError
+from salt_jax.io import model_folder
+from salt_jax.io.model_folder import Source
 from salt_jax.io.shipped import located
 from salt_jax.models.presets import PRESETS
 from salt_jax.pipeline.parts import Video, decoded
 from salt_jax.pipeline.shapes import sampler_of
+from salt_jax.pipeline.wan import WanOptions, WanSource, wan_parts
 from salt_jax.rollout.settings import RELEASED, Sampler, Switch
 from salt_jax.workdir import export, open_exported
 
@@ -72,6 +75,19 @@ def test_a_teacher_makes_whole_clips_of_many_guided_steps():
     assert teacher.generate(RED, num_steps=2).shape == (9, 12, 12, 3)
     with pytest.raises(UserError, match="makes whole clips; call generate"):
         teacher.stream(RED)
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_the_text_encoder_stays_for_prompts_to_come_where_it_is_asked_to(keeps, monkeypatch):
+    opened, read = [], model_folder.open_part
+    monkeypatch.setattr(
+        model_folder, "open_part", lambda part, *more: opened.append(part) or read(part, *more)
+    )
+    source = WanSource("tiny", Source(""), PRESETS["wan2.1-t2v-tiny"])
+    parts = wan_parts(source, (6, 3), WanOptions("float32", keeps_text=keeps))
+    for prompt in ("one", "two"):
+        assert parts.read_texts([prompt])[prompt].shape == (1, 512, 32)
+    assert opened == [model_folder.TEXT] * (1 if keeps else 2)
 
 
 def test_nothing_is_read_before_it_is_needed(monkeypatch):

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import websockets
 
-SIDE = {"model": "shapes_causal", "steps": 4, "memory": "window and sink", "seed": 0}
+SIDE = {"model": "shapes_causal", "steps": 4, "memory": "cyclic", "seed": 0}
 START = {"type": "start", "prompt": "A red circle moves left.", "sides": [SIDE]}
 
 

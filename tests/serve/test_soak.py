@@ -34,7 +34,7 @@ def test_ten_thousand_chunks_need_what_two_hundred_do(tmp_path):
     engine = Engine({"m": offer}, LIMITS, recorder, Metrics())
     engine.start()
     engine.join("viewer", inbox.put)
-    engine.say("viewer", Start((Side("m", 2, "window and sink", 0),), PROMPTS[0]))
+    engine.say("viewer", Start((Side("m", 2, "cyclic", 0),), PROMPTS[0]))
     times, marks = [time.perf_counter()], {}
     while len(times) <= CHUNKS:
         if not isinstance(inbox.get(timeout=60), Frames):
