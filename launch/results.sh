@@ -2,7 +2,7 @@
 # Every number of docs/results.md about students: the sweep of lambda_SC and stop-gradient over training length, then
 # methods, teachers and seeds, then the students that work chunk by chunk, then each other recipe once. Two and a half
 # hours on 2 CPU cores in two parts; run it again to go on where it stopped. ONLY=whole, ONLY=causal, ONLY=recipes or
-# ONLY=readings does one of the four; the third needs the second.
+# ONLY=readings or ONLY=switches does one of the five; the third needs the second.
 #
 #   bash launch/results.sh [DIR] [train options]     DIR defaults to runs/results
 #
@@ -119,6 +119,21 @@ readings() {
     done
 }
 
+# What the peers do otherwise, one by one and together, in Self Forcing's update; `readings` has it without.
+switches() {
+    local seed row live=--config.rollout.live_cache=True noise=--config.rollout.context_noise=0.00498
+    local table=--config.renoise.score_shift=8
+    declare -A set=([live_cache]=$live [context_noise]=$noise [score_shift]=$table [all]="$live $noise $table")
+    evaluate=(--solvers=cm)
+    for seed in 0 1 2; do
+        for row in live_cache context_noise score_shift all; do
+            mine || continue
+            # shellcheck disable=SC2086 # options with spaces between them
+            run "$dir/readings/peers_$row/$seed" self_forcing --config.init_from=shapes_causal --config.seed=$seed ${set[$row]}
+        done
+    done
+}
+
 # The recipes of the peers that the table above does not hold, one seed each, from their own starts.
 recipes() {
     local variant stages=$dir/causal/stages to=$dir/recipes
@@ -150,4 +165,5 @@ recipes() {
 [ "${ONLY:-causal}" != causal ] || causal
 [ "${ONLY:-recipes}" != recipes ] || recipes
 [ "${ONLY:-readings}" != readings ] || readings
+[ "${ONLY:-switches}" != switches ] || switches
 [ "$part" != 1/1 ] || python -m launch.tabulate --dir="$dir"
