@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Every number of docs/results.md about students: the sweep of lambda_SC and stop-gradient over training length, then
 # methods, teachers and seeds, then the students that work chunk by chunk, then each other recipe once. Two and a half
-# hours on 2 CPU cores in two parts; run it again to go on where it stopped. ONLY=whole, ONLY=causal, ONLY=recipes or
-# ONLY=readings or ONLY=switches does one of the five; the third needs the second.
+# hours on 2 CPU cores in two parts; run it again to go on where it stopped. ONLY=whole, causal, recipes, readings or
+# switches does one of the five; the third needs the second.
 #
 #   bash launch/results.sh [DIR] [train options]     DIR defaults to runs/results
 #

@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.compile, pytest.mark.slow]
 
 
 def test_every_wan_config_lowers_at_full_size(tmp_path):
-    check_lowered(run("lower", "gpu:h100:2x8", tmp_path))
+    check_lowered(run("lower", "gpu:h100:2x8", tmp_path), "gpu")
 
 
 def test_two_layers_compile_and_keep_no_scores(tmp_path):

@@ -8,7 +8,7 @@ pytestmark = [pytest.mark.compile, pytest.mark.slow]
 
 
 def test_every_wan_config_lowers_at_full_size(tmp_path):
-    check_lowered(run("lower", "tpu:v5p:2x2x4", tmp_path))
+    check_lowered(run("lower", "tpu:v5p:2x2x4", tmp_path), "tpu")
 
 
 def test_two_layers_compile_and_keep_no_scores(tmp_path):
