@@ -181,6 +181,8 @@ def run_main(
         # Programs that were compiled once are kept, so the next start and the next run of the same
         # shape are quick.
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_home() / "jax"))
+        # Of those that take a second a start has one or two, of shorter ones a dozen.
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
         # TFDS talks through absl; our own warnings go through the standard logger of their module.
         logging.set_verbosity(logging.ERROR)
         std_logging.getLogger("salt_jax").setLevel(std_logging.WARNING)

@@ -220,6 +220,9 @@ class Server:
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
+Image.preinit()  # reads the formats, which the first frame would wait for
+
+
 def make_app(offers: Mapping[str, Offer], limits: Limits, access: Access) -> Starlette:
     """An ASGI application; its generator runs while it does."""
     folder = tempfile.TemporaryDirectory(prefix="salt_serve_")
