@@ -109,11 +109,12 @@ causal() {
 
 # The same rows by both readings of the method, from the shipped causal start; `launch.claims` compares them.
 readings() {
-    local seed row
-    evaluate=(--solvers=cm)
+    local seed row memories=0:0:absolute,9:0:relative,6:0:relative,9:3:relative,9:3:absolute,9:3:cyclic:9
     for seed in 0 1 2; do
         for row in plain mixed naive naive,release mixed_sc mixed_sc,release salt salt,release; do
             mine || continue
+            evaluate=(--solvers=cm)
+            case $row in plain | salt*) evaluate+=("--memory=$memories,9:3:cyclic:9:last_step") ;; esac
             run "$dir/readings/$row/$seed" "self_forcing:${row/plain/}" --config.init_from=shapes_causal --config.seed=$seed
         done
     done
