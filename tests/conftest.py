@@ -35,6 +35,7 @@ del os.environ["NPROC"]
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 # the programs of launch would choose their own
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

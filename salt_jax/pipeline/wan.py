@@ -85,10 +85,8 @@ def wan_parts(source: WanSource, clip: tuple[int, int], options: WanOptions) -> 
     open_tokenizer = functools.partial(model_folder.open_tokenizer, folder)
     open_encoder = functools.partial(model_folder.open_part, TEXT, folder)
     if options.keeps_text:
-        open_tokenizer, open_encoder = (
-            functools.cache(open_tokenizer),
-            functools.cache(open_encoder),
-        )
+        open_tokenizer = functools.cache(open_tokenizer)
+        open_encoder = functools.cache(open_encoder)
 
     def read_texts(prompts: Sequence[str]) -> dict[str, np.ndarray]:
         rows = model_folder.embed_prompts(
