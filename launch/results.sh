@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Every number of docs/results.md about students: the sweep of lambda_SC and stop-gradient over training length, then
 # methods, teachers and seeds, then the students that work chunk by chunk, then each other recipe once. Two and a half
-# hours on 2 CPU cores in two parts; run it again to go on where it stopped. ONLY=whole, causal, recipes, readings or
-# switches does one of the five; the third needs the second.
+# hours on 2 CPU cores in two parts; run it again to go on where it stopped. ONLY=whole, causal, recipes, readings,
+# switches or memories does one of the six; the third needs the second, the last the fourth.
 #
 #   bash launch/results.sh [DIR] [train options]     DIR defaults to runs/results
 #
@@ -109,12 +109,11 @@ causal() {
 
 # The same rows by both readings of the method, from the shipped causal start; `launch.claims` compares them.
 readings() {
-    local seed row memories=0:0:absolute,9:0:relative,6:0:relative,9:3:relative,9:3:absolute,9:3:cyclic:9
+    local seed row
+    evaluate=(--solvers=cm --count=384 --long=0)
     for seed in 0 1 2; do
         for row in plain mixed naive naive,release mixed_sc mixed_sc,release salt salt,release; do
             mine || continue
-            evaluate=(--solvers=cm)
-            case $row in plain | salt*) evaluate+=("--memory=$memories,9:3:cyclic:9:last_step") ;; esac
             run "$dir/readings/$row/$seed" "self_forcing:${row/plain/}" --config.init_from=shapes_causal --config.seed=$seed
         done
     done
@@ -125,12 +124,30 @@ switches() {
     local seed row live=--config.rollout.live_cache=True noise=--config.rollout.context_noise=0.00498
     local table=--config.renoise.score_shift=8
     declare -A set=([live_cache]=$live [context_noise]=$noise [score_shift]=$table [all]="$live $noise $table")
-    evaluate=(--solvers=cm)
+    evaluate=(--solvers=cm --count=384 --long=0)
     for seed in 0 1 2; do
         for row in live_cache context_noise score_shift all; do
             mine || continue
             # shellcheck disable=SC2086 # options with spaces between them
             run "$dir/readings/peers_$row/$seed" self_forcing --config.init_from=shapes_causal --config.seed=$seed ${set[$row]}
+        done
+    done
+}
+
+# Long videos of three of these rows, under every memory.
+memories() {
+    local seed row ways=0:0:absolute,9:3:cyclic:9,9:3:cyclic:9:last_step,9:3:absolute,9:0:relative,6:0:relative,9:3:relative
+    evaluate=(--solvers=cm "--memory=$ways")
+    for seed in 0 1 2; do
+        for row in plain salt salt,release; do
+            mine || continue
+            local work="$dir/memories/$row/$seed"
+            if [ ! -d "$work" ]; then
+                mkdir -p "${work%/*}"
+                cp -r "$dir/readings/$row/$seed" "$work"
+                rm "$work/evaluation.json"
+            fi
+            run "$work" "self_forcing:${row/plain/}" --config.init_from=shapes_causal --config.seed=$seed
         done
     done
 }
@@ -167,4 +184,5 @@ recipes() {
 [ "${ONLY:-recipes}" != recipes ] || recipes
 [ "${ONLY:-readings}" != readings ] || readings
 [ "${ONLY:-switches}" != switches ] || switches
+[ "${ONLY:-memories}" != memories ] || memories
 [ "$part" != 1/1 ] || python -m launch.tabulate --dir="$dir"
