@@ -164,13 +164,8 @@ def student_start(recipe: Recipe, base: Params, mesh: Mesh) -> Params:
             f"{key} holds a teacher, where every student starts; {how} in config.weights"
         )
     before = from_json(json.dumps(record.config), file) if exported else read_workdir(where)
-    same = [
-        "model.preset",
-        "text_encoder",
-        "data.kind",
-        "data.clip",
-        *(f"world.{f.name}" for f in fields(World)),
-    ]
+    same = ["model.preset", "text_encoder", "data.kind", "data.clip"]
+    same += [f"world.{f.name}" for f in fields(World)]
     same += CHUNKS if before.causal else ()
     same += [] if same_file(before.weights, recipe.weights) else ["weights"]
     _refuse_difference(key, flat(asdict(before)), recipe, same)
