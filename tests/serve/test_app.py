@@ -269,7 +269,6 @@ def test_the_end_of_the_server_is_told(offers):
         with pytest.raises(WebSocketDisconnect) as error:
             watcher.read(lambda event: False)
         assert error.value.code == 1001
-        client.app.state.server.engine.thread.join(10)
         assert client.get("/healthz").status_code == 503
 
 
