@@ -13,6 +13,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from PIL import Image, ImageDraw, ImageFont
 
 from salt_jax.io.files import as_path, write_whole
@@ -92,6 +93,7 @@ def written_mp4(
         assert isinstance(stream, av.VideoStream)
         stream.pix_fmt = "yuv420p"
         _tag_bt709(stream.codec_context)
+        convert = VideoReformatter().reformat  # one for all: a frame's own one begins anew
 
         def write(frames: np.ndarray) -> None:
             frames = enlarge(_clip(frames), scale)
@@ -100,9 +102,12 @@ def written_mp4(
             if not stream.codec_context.is_open:
                 stream.height, stream.width = frames.shape[1:3]
             for frame in frames:
-                picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-                picture = picture.reformat(
-                    format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
+                picture = convert(
+                    av.VideoFrame.from_ndarray(frame, format="rgb24"),
+                    format="yuv420p",
+                    dst_colorspace=Colorspace.ITU709,
+                    dst_color_range="MPEG",
+                    interpolation=Interpolation.AREA,  # no colour runs into another pixel
                 )
                 _tag_bt709(picture)
                 container.mux(stream.encode(picture))

@@ -3,7 +3,7 @@ chunk by chunk, of any length in constant accelerator memory; or many steps.
 """
 
 from collections.abc import Callable, Collection, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
@@ -158,15 +158,19 @@ def next_chunk(
         x0 = jnp.asarray(given)
         cache = _commit(network, params, cache, x0, cond, policy)
     else:
-        levels, solver = sampler.grid(first=not at), sampler.solver
-        assert solver in ("euler", "cm"), f"students have no {solver}"
-        longest = max(len(sampler.grid()), len(sampler.grid(first=True)), USUAL_STEPS + 1)
-        padded = jnp.asarray(np.pad(levels, (0, longest - len(levels))))
-        steps = Steps(padded, jnp.int32(len(levels) - 2), solver)
-        call = keys, jnp.int32(CUT_AHEAD if cue and cue.cut else 0)
-        spec = ChunkSpec(size, policy)
+        call = keys, np.int32(CUT_AHEAD if cue and cue.cut else 0)
+        steps, spec = _steps(sampler, not at), ChunkSpec(size, policy)
         x0, cache = make_chunk(network, params, cache, cond, steps, call, spec)
     return x0, Session(cache, cond, keys, at + size)
+
+
+@lru_cache
+def _steps(sampler: Sampler, first: bool) -> Steps:
+    """Of the first chunk, or of the others."""
+    levels, solver = sampler.grid(first), sampler.solver
+    assert solver in ("euler", "cm"), f"students have no {solver}"
+    longest = max(len(sampler.grid()), len(sampler.grid(first=True)), USUAL_STEPS + 1)
+    return Steps(np.pad(levels, (0, longest - len(levels))), np.int32(len(levels) - 2), solver)
 
 
 def whole_clips(

@@ -28,10 +28,12 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from salt_jax.io.video import visible_scale
 from salt_jax.keys import Json
-from salt_jax.serve.engine import Engine, Event, Frames, Offer
+from salt_jax.serve.engine import Engine
 from salt_jax.serve.messages import Limits, Say, Start, read_message
 from salt_jax.serve.metrics import Metrics
+from salt_jax.serve.offers import Offer
 from salt_jax.serve.recording import Recorder, whole_fragments
+from salt_jax.serve.viewer import Event, Frames
 
 PAGE = Path(__file__).with_name("page")
 LOSSLESS = 128  # pixels: smaller pictures are sent as they are

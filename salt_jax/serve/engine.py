@@ -5,57 +5,19 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import jax
-import numpy as np
 from prometheus_client.context_managers import Timer
 
 from salt_jax.keys import Json
-from salt_jax.models.cache_policy import CachePolicy
-from salt_jax.pipeline.live import Made
 from salt_jax.pipeline.model import Model
 from salt_jax.serve.messages import Fork, Limits, Message, Pause, Say, Start
 from salt_jax.serve.metrics import Metrics
+from salt_jax.serve.offers import Offer
 from salt_jax.serve.programs import Programs, Ready
 from salt_jax.serve.recording import Recorder
 from salt_jax.serve.take import Take, begin, fork_at, go_on, record
-
-
-class Offer(NamedTuple):
-    """A model as viewers may choose it."""
-
-    model: Model
-    steps: tuple[int, ...]
-    memories: Mapping[str, CachePolicy]
-
-
-class Frames(NamedTuple):
-    """A chunk on its way to a viewer."""
-
-    told: Json
-    pixels: np.ndarray  # uint8 [t, H, W, 3]
-
-
-Event = Json | Frames
-Send = Callable[[Event], None]
-"""Hands an event to a viewer's connection; never waits."""
-
-
-@dataclass
-class Viewer:
-    """Somebody who watches. Only the engine's thread looks at this."""
-
-    name: str
-    send: Send
-    takes: list[Take] = field(default_factory=list)
-    videos: list[str] = field(default_factory=list)  # names of all it ever had
-    prompt: str = ""
-    since: float = 0.0  # when its turn began
-    started: float = 0.0  # when its video would have begun, had it never waited
-    left: float | None = None  # when it went away
-    wants: bool = False  # frames; it stands in line as soon as its programs are there
+from salt_jax.serve.viewer import Chunk, Frames, Send, Viewer
 
 
 class Engine:
@@ -96,14 +58,21 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            under_way: list[Chunk] = []
             while not self._stop:
-                self._listen()
                 self._turn()
                 now = time.monotonic()
                 due = [v for v in self._line[: self.limits.slots] if self._due(v) <= now]
-                # all are on their way before the first is waited for
-                for viewer, made in [(viewer, self._make(viewer)) for viewer in due]:
-                    self._deliver(viewer, made)
+                # the device has its next work before any frame is waited for
+                following = [self._make(viewer) for viewer in due]
+                for chunk in under_way:
+                    self._deliver(chunk)
+                under_way = following
+                if not under_way or not self._calls.empty():
+                    for chunk in under_way:
+                        self._deliver(chunk)
+                    under_way = []
+                    self._listen()
         except BaseException:
             self._end("The generator failed; the server's log says why.")
             raise
@@ -162,47 +131,42 @@ class Engine:
         offer = self.offers[take.side.model]
         return self.programs.of(offer.model, offer.memories[take.side.memory])
 
-    def _make(self, viewer: Viewer) -> list[Made]:
-        """The next chunk of each of its videos, not waited for; none where they have ended."""
-        made = []
+    def _make(self, viewer: Viewer) -> Chunk:
+        """The next chunk of each of its videos, not waited for."""
+        made, ended = [], ""
         try:
-            for i, model in enumerate(self._models(viewer)):
-                take = viewer.takes[i]
+            for i, (take, model) in enumerate(zip(viewer.takes, self._models(viewer), strict=True)):
+                if model.parts.shown(take.live.frames) >= self.limits.seconds * model.fps:
+                    raise ValueError(f"This server's videos end after {self.limits.seconds:g} s")
                 turns = self._ready(take).turns.done() or not take.live.frames
                 prompt = viewer.prompt if turns else take.live.prompt
                 chunk, viewer.takes[i] = go_on(model, take, prompt, self.limits.kept)
                 made.append(chunk)
         except ValueError as error:  # no room for more
-            self._finish(viewer, f"{error}.")
-            return []
-        return made
+            ended, viewer.wants = f"{error}.", False
+            self._queue(v for v in self._line if v is not viewer)
+        return Chunk(viewer, made, list(viewer.takes), ended)
 
-    def _deliver(self, viewer: Viewer, made: list[Made]) -> None:
-        models = self._models(viewer)
-        for i, (model, chunk) in enumerate(zip(models, made, strict=False)):
+    def _deliver(self, chunk: Chunk) -> None:
+        for i, (take, made) in enumerate(zip(chunk.takes, chunk.made, strict=False)):
+            model = self.offers[take.side.model].model
             with self._timed("transformer"):
-                jax.block_until_ready(chunk.latents)
+                jax.block_until_ready(made.latents)
             with self._timed("decoder"):
-                pixels = model.parts.to_bytes(chunk.decoded)
-            take = viewer.takes[i]
-            told = {"type": "frames", "side": i, "frame": chunk.at, "prompt": chunk.prompt}
+                pixels = model.parts.to_bytes(made.decoded)
+            told = {"type": "frames", "side": i, "frame": made.at, "prompt": made.prompt}
             told |= {"until": take.live.frames, "video": take.name}
-            viewer.send(Frames(told, pixels))
+            chunk.viewer.send(Frames(told, pixels))
             with self._timed("writing"):
                 self.recorder.write(take.name, pixels)
             self.records[take.name] = record(model, take)
             self.metrics.frames.inc(len(pixels))
-        longest = models[0].parts.shown(viewer.takes[0].live.frames) / models[0].fps
-        if made and longest >= self.limits.seconds:
-            self._finish(viewer, f"This server's videos end after {self.limits.seconds:g} s.")
+        if chunk.ended:
+            chunk.viewer.send({"type": "finished", "reason": chunk.ended})
 
     def _timed(self, part: str) -> Timer:
         """Counts how long the generator waits for a part."""
         return self.metrics.seconds.labels(part).time()
-
-    def _finish(self, viewer: Viewer, reason: str) -> None:
-        viewer.send({"type": "finished", "reason": reason})
-        self._queue(v for v in self._line if v is not viewer)
 
     def _join(self, name: str, send: Send) -> None:
         viewer = self._viewers.setdefault(name, Viewer(name, send))

@@ -2,13 +2,21 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 from salt_jax.errors import UserError
 from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.pipeline.model import Model
-from salt_jax.serve.engine import Offer
 
 STEPS = (2, 4, 8)
+
+
+class Offer(NamedTuple):
+    """A model as viewers may choose it."""
+
+    model: Model
+    steps: tuple[int, ...]
+    memories: Mapping[str, CachePolicy]
 
 
 def make_offer(model: Model) -> Offer:

@@ -12,6 +12,8 @@ from salt_jax.pipeline.live import Live, Made, fork
 from salt_jax.pipeline.model import Model
 from salt_jax.serve.messages import Side
 
+APART = 4  # chunks at least: to make them again is little, a copy of each state is much
+
 
 class Take(NamedTuple):
     """A video under way."""
@@ -45,10 +47,12 @@ def go_on(model: Model, take: Take, prompt: str, kept: int) -> tuple[Made, Take]
 
 def remembered(states: dict[int, Live], live: Live, kept: int) -> dict[int, Live]:
     """With a copy of this state, where it is as far from the last one as that is from the one
-    before; of too many, every second one but the first goes.
+    before, and some chunks at least; of too many, every second one but the first goes.
     """
-    *_, before, last = [-1, -1, *sorted(states)]
-    if live.frames - last < last - before:
+    *_, before, last = [0, 0, *sorted(states)]
+    policy = live.sampler.memory
+    assert policy
+    if states and live.frames - last < max(last - before, APART * policy.chunk):
         return states
     states = states | {live.frames: fork(live)}
     while len(states) > 2 and len(states) * nbytes(live) > kept:

@@ -1,5 +1,6 @@
-"""Frames per second of the shipped student, counted as launch.sample --stream does, and of the
-generator of launch.serve when no clock holds it back.
+"""Frames per second of the shipped student: of the transformer alone, whose programs are all handed
+over before one is waited for; counted as launch.sample --stream does; and of the generator of
+launch.serve when no clock holds it back.
 
     JAX_PLATFORMS=cpu python -m tests.serve.speed
 
@@ -19,14 +20,28 @@ from salt_jax.cli.streaming import WARM, Span, report, timed, write_chunks
 from salt_jax.io.cache import cache_home
 from salt_jax.io.video import written_mp4
 from salt_jax.pipeline.model import Model
-from salt_jax.serve.engine import Engine, Frames, Offer
+from salt_jax.serve.engine import Engine
 from salt_jax.serve.messages import Limits, Side, Start
 from salt_jax.serve.metrics import Metrics
-from salt_jax.serve.offers import make_offer
+from salt_jax.serve.offers import Offer, make_offer
 from salt_jax.serve.recording import Recorder
+from salt_jax.serve.viewer import Frames
 
 PROMPT, FRAMES, SCALE, MEMORY = "A red circle moves left.", 480, 16, "cyclic"
 LIMITS = Limits(1, 1, 30.0, 1e9, 500, 20.0, 1 << 30, 8, 256 << 20, 60.0)
+
+
+def alone(model: Model, offer: Offer, steps: int, folder: Path) -> str:
+    live = model.begin(PROMPT, memory=offer.memories[MEMORY], num_steps=steps)
+    for _ in range(WARM):
+        made, live = model.advance(live)
+    jax.block_until_ready(live.session.cache)
+    first, start = live.frames, time.perf_counter()
+    while live.frames < FRAMES:
+        made, live = model.advance(live)
+    jax.block_until_ready((made.latents, live.session.cache))
+    speed = (live.frames - first) / (time.perf_counter() - start)
+    return f"the transformer alone: {speed:.1f} frames per second"
 
 
 def into_a_file(model: Model, offer: Offer, steps: int, folder: Path) -> str:
@@ -52,6 +67,7 @@ def to_a_viewer(model: Model, offer: Offer, steps: int, folder: Path) -> str:
         return {part: get("salt_seconds_sum", {"part": part}) or 0.0 for part in parts}
 
     engine.start()
+    engine.programs.of(model, offer.memories[MEMORY]).turns.result()  # nothing is compiled now
     engine.join("viewer", inbox.put)
     engine.say("viewer", Start((Side("m", steps, MEMORY, 0),), PROMPT))
     chunks, frames, begun, before = 0, 0, 0.0, {}
@@ -76,7 +92,7 @@ def main() -> None:
     model = salt_jax.load("shapes_causal")
     offer = make_offer(model)
     for steps in (2, 4, 8):
-        for run in (into_a_file, to_a_viewer):
+        for run in (alone, into_a_file, to_a_viewer):
             with tempfile.TemporaryDirectory() as folder:
                 told = run(model, offer, steps, Path(folder))
             print(f"{steps} steps, {os.cpu_count()} cores: {told}")

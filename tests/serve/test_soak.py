@@ -14,11 +14,12 @@ import pytest
 
 import salt_jax
 from salt_jax.rollout import sampler
-from salt_jax.serve.engine import Engine, Frames
+from salt_jax.serve.engine import Engine
 from salt_jax.serve.messages import Limits, Say, Side, Start
 from salt_jax.serve.metrics import Metrics
 from salt_jax.serve.offers import make_offer
 from salt_jax.serve.recording import Recorder
+from salt_jax.serve.viewer import Frames
 
 CHUNKS, WARM = int(os.environ.get("SOAK", "600")), 200
 PROMPTS = ("A red circle moves left.", "A blue square moves up.")
