@@ -59,7 +59,7 @@ MAY_IMPORT = {
     "samples": ("io",),
     "convert": ("models", "io"),
     "data": ("moving_shapes", "io", "config"),
-    "rollout": ("flow", "models", "config"),
+    "rollout": ("flow", "models", "io", "config"),
     "optimizer": ("config",),
     "state": ("models", "config", "optimizer"),
     "checkpoint_files": ("io",),

@@ -50,11 +50,13 @@ def main(_):
     import uvicorn
 
     import salt_jax
+    from salt_jax.io.stored_jit import store_programs
     from salt_jax.serve.app import Access, is_loopback, make_app
     from salt_jax.serve.offers import make_offer
 
     if len(set(f.MODEL.value)) < len(f.MODEL.value):
         raise UserError("--model names the same twice; each is offered on both sides anyway")
+    store_programs()
     offers = {}
     for name in f.MODEL.value:
         model = salt_jax.load(

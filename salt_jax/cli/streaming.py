@@ -17,6 +17,7 @@ from salt_jax.cli.making import files_of, open_model
 from salt_jax.cli.request import Request
 from salt_jax.errors import UserError
 from salt_jax.io.files import made_on_disk
+from salt_jax.io.stored_jit import store_programs
 from salt_jax.io.tensor_files import digest
 from salt_jax.io.video import visible_scale, written_mp4
 from salt_jax.pipeline.live import Made
@@ -51,6 +52,7 @@ def stream(request: Request) -> None:
 def _stream(request: Request) -> None:
     spans: list[Span] = []
     start, (job,) = time.perf_counter(), request.jobs
+    store_programs()
     model = open_model(request)
     model.sampler = request.sampler._replace(num_steps=job.num_steps)
     sample = files_of(request, model, job)["mp4"]

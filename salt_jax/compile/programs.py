@@ -167,7 +167,7 @@ def _streaming(stage: Stage) -> dict[str, Callable[[], Program]]:
 
     def read() -> Program:
         params, _, cond = given()
-        return Program(sampler.read_prompt, (network, params, cond))
+        return Program(sampler.read_prompt.jitted, (network, params, cond))
 
     def chunk(size: int) -> Program:
         params, cache, cond = given()
@@ -177,11 +177,13 @@ def _streaming(stage: Stage) -> dict[str, Callable[[], Program]]:
         )
         call = put(lambda: (sampler.clip_keys(0, 1), jnp.int32(0)))
         spec = ChunkSpec(size, policy)
-        return Program(sampler.make_chunk, (network, params, cache, cross, steps, call, spec))
+        return Program(
+            sampler.make_chunk.jitted, (network, params, cache, cross, steps, call, spec)
+        )
 
     def again() -> Program:
         params, cache, cond = given()
-        return Program(sampler.read_again, (network, params, cache, cond, policy))
+        return Program(sampler.read_again.jitted, (network, params, cache, cond, policy))
 
     sizes = sorted(set(policy.sizes(shape[0])))
     chunks = {f"stream: chunk of {size}": partial(chunk, size=size) for size in sizes}

@@ -17,7 +17,7 @@ from salt_jax.io.tensor_files import TensorWriter, load_weights, write_tensors
 from salt_jax.models.cache_policy import CachePolicy
 from salt_jax.models.kv_cache import KVCache
 from salt_jax.pipeline.parts import Decoded, Parts
-from salt_jax.rollout.sampler import Session, empty_cache, numbered_keys, refuse_cues
+from salt_jax.rollout.sampler import Session, numbered_keys, refuse_cues
 from salt_jax.rollout.settings import Sampler, Switch
 from salt_jax.types import Params
 
@@ -131,7 +131,7 @@ def resume(parts: Parts, picture: tuple[int, ...], file: AnyPath) -> Live:
     made = told["sampler"]
     policy = CachePolicy(**made["memory"])
     sampler = Sampler(**made | {"memory": policy, "levels": tuple(made["levels"])})
-    empty = jax.eval_shape(lambda: empty_cache(parts.network, 1, told["slots"], picture))
+    empty = jax.eval_shape(lambda: parts.network.empty_cache(1, told["slots"], picture))
     first = jax.ShapeDtypeStruct((1, policy.first, *picture), jnp.float32)
     decoder = jax.eval_shape(parts.decode, None, first)[1] if told["frames"] else None
     leaves, form = jax.tree.flatten(decoder)

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Key
 
 from salt_jax.flow.multistep import solver_steps
+from salt_jax.io.stored_jit import StoredJit
 from salt_jax.models.blocks import CrossKV
 from salt_jax.models.cache_policy import CachePolicy, refuse_overflow
 from salt_jax.models.denoiser import Branches, CausalDenoiser, Cond
@@ -26,7 +27,6 @@ from salt_jax.types import Conditioning, Denoiser, Latent, Params, Tree
 _sample = jax.jit(sample, static_argnums=(0, 4, 6))
 _noise_at = jax.jit(noise_at, static_argnums=3)
 _multistep_step = jax.jit(multistep_step, static_argnums=0)
-read_again = jax.jit(recache, static_argnums=(0, 4), donate_argnums=2)
 _commit = jax.jit(commit, static_argnums=(0, 5), donate_argnums=2)
 _flush = jax.jit(flush, static_argnums=(1, 2), donate_argnums=0)
 
@@ -53,21 +53,24 @@ class Session(NamedTuple):
     frames: int  # made so far
 
 
-@partial(jax.jit, static_argnums=0)
-def read_prompt(network, params, cond):
+def _read_prompt(network, params, cond):
     return network.read(params, cond)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def empty_cache(network, clips, slots, picture):
+def _empty_cache(network, clips, slots, picture):
     return network.empty_cache(clips, slots, picture)
 
 
-@partial(jax.jit, static_argnames=("network", "spec"), donate_argnames="cache")
-def make_chunk(network, params, cache, cond, steps, call, spec):
+def _make_chunk(network, params, cache, cond, steps, call, spec):
     """`extend`, without the chunk's noisy state."""
     _, x0, cache = extend(network, params, cache, cond, steps, call, spec)
     return x0, cache
+
+
+read_prompt = StoredJit(_read_prompt, static=(0,))
+empty_cache = StoredJit(_empty_cache, static=(0, 1, 2, 3))
+make_chunk = StoredJit(_make_chunk, static=(0, 6), donated=2)
+read_again = StoredJit(recache, static=(0, 4), donated=2)
 
 
 def clip_keys(seed: int, count: int) -> jax.Array:

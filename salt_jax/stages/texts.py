@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
@@ -13,6 +12,7 @@ from salt_jax.config.schema import Recipe
 from salt_jax.data.latents import open_records
 from salt_jax.errors import UserError
 from salt_jax.hosts import fetch
+from salt_jax.io.stored_jit import StoredJit
 from salt_jax.io.tokenizer import byte_tokenize
 from salt_jax.models.image_condition import condition_latents
 from salt_jax.models.text_encoder import encode_text
@@ -20,7 +20,7 @@ from salt_jax.moving_shapes import shapes
 from salt_jax.stages.stage import ABSENT, Batch, Stage
 from salt_jax.types import Conditioning, Leaf, Params, TextEmb
 
-_encode = jax.jit(encode_text, static_argnums=2)
+_encode = StoredJit(encode_text, static=(2,))
 
 
 class Texts(NamedTuple):

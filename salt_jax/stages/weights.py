@@ -52,9 +52,9 @@ def initial_weights(recipe: Recipe, mesh: Mesh, dtype: DTypeLike | None = jnp.fl
     """
     if recipe.data.kind == "latents":
         return {"wan": open_wan(recipe, recipe.weights, mesh, dtype)}
-    k_wan, k_text = jax.random.split(jax.random.key(recipe.seed))
 
     def fresh():
+        k_wan, k_text = jax.random.split(jax.random.key(recipe.seed))
         return {
             "wan": init_wan(k_wan, recipe.wan),
             "text_encoder": init_text_encoder(k_text, recipe.text),

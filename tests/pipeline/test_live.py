@@ -74,7 +74,7 @@ def go_on(model, live, chunks, prompt=None):
 def test_a_video_has_no_end_and_one_program(shapes):
     """Whatever the number of steps, and whatever prompts come."""
     finite = np.concatenate(list(shapes.stream(RED, memory=FORGETS, num_steps=2, frames=30)))
-    programs = sampling.make_chunk._cache_size(), sampling.read_again._cache_size()
+    programs = sampling.make_chunk.jitted._cache_size(), sampling.read_again.jitted._cache_size()
     endless = shapes.stream(RED, memory=FORGETS, num_steps=2)
     np.testing.assert_array_equal(np.concatenate(list(islice(endless, 10))), finite)
     for steps in (2, 4, 8):
@@ -82,14 +82,14 @@ def test_a_video_has_no_end_and_one_program(shapes):
         many = shapes.stream(prompts, memory=FORGETS, num_steps=steps)
         sizes = {chunk.shape for chunk in islice(many, 12)}
         assert sizes == {(3, 12, 12, 3)}
-    now = sampling.make_chunk._cache_size(), sampling.read_again._cache_size()
+    now = sampling.make_chunk.jitted._cache_size(), sampling.read_again.jitted._cache_size()
     assert now == (programs[0], programs[1] + 1)
 
 
 def test_the_first_chunk_is_of_the_program_of_the_others(shapes, tmp_path):
     """And those of a video that was saved."""
     memory = salt_jax.CachePolicy(chunk=3, window=12, sink=3)
-    programs = sampling.make_chunk._cache_size
+    programs = sampling.make_chunk.jitted._cache_size
     before = programs()
     _, live = go_on(shapes, shapes.begin(RED, memory=memory), 3)
     shapes.save(live, tmp_path / "video.safetensors")

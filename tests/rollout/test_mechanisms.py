@@ -263,9 +263,9 @@ def test_given_frames_have_no_step_and_are_read_clean():
 def test_a_long_video_runs_one_program(policy):
     """Longer than there are absolute positions, on as many as a period has."""
     before = streamed(policy, 8, 1, first=2)
-    programs = make_chunk._cache_size()
+    programs = make_chunk.jitted._cache_size()
     longer = streamed(policy, 1032, 1, first=2)
-    assert make_chunk._cache_size() == programs and np.isfinite(longer).all()
+    assert make_chunk.jitted._cache_size() == programs and np.isfinite(longer).all()
     np.testing.assert_array_equal(longer[:, :8], before)
 
 

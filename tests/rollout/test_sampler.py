@@ -70,9 +70,9 @@ def test_a_long_video_runs_one_program_on_a_cache_of_fixed_size(params, policy):
     than for 12.
     """
     before = video(params, 12, policy)
-    programs = make_chunk._cache_size()
+    programs = make_chunk.jitted._cache_size()
     longer = video(params, 120, policy)
-    assert make_chunk._cache_size() == programs
+    assert make_chunk.jitted._cache_size() == programs
     assert longer.shape == (2, 120, *PICTURE)
     chex.assert_tree_all_finite(longer)
     np.testing.assert_array_equal(longer[:, :12], before)

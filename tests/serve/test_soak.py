@@ -46,7 +46,7 @@ def test_ten_thousand_chunks_need_what_two_hundred_do(tmp_path):
         if len(times) in (WARM, CHUNKS):
             host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             arrays = sum(array.nbytes for array in jax.live_arrays()) / 2**20
-            marks[len(times)] = host, arrays, sampler.make_chunk._cache_size()
+            marks[len(times)] = host, arrays, sampler.make_chunk.jitted._cache_size()
     engine.stop("the end")
     recorder.stop()
     (host, arrays, programs), (host_now, arrays_now, programs_now) = marks[WARM], marks[CHUNKS]
