@@ -7,6 +7,7 @@ machines reach it with --host=0.0.0.0, and then only with the token in the addre
 ends it.
 """
 
+import os
 import secrets
 import socket
 from contextlib import suppress
@@ -91,6 +92,8 @@ def main(_):
     )
     with suppress(KeyboardInterrupt):
         Server(config).run([here])
+    if app.state.server.engine.programs.busy:  # for minutes, and Python would wait for it
+        os._exit(0)
 
 
 def run() -> None:

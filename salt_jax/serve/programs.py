@@ -33,8 +33,13 @@ class Programs:
         return self._found[kind]
 
     def stop(self) -> None:
-        """Waits for the program that is being compiled: a process must not end meanwhile."""
-        self._thread.shutdown(cancel_futures=True)
+        """Begins nothing more."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a program is being compiled, which nothing can interrupt."""
+        return not all(future.done() for ready in self._found.values() for future in ready)
 
 
 def _go_on(model: Model, memory: CachePolicy) -> Live:

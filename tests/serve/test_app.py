@@ -3,9 +3,13 @@
 import io
 import json
 import queue
+import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
+from urllib.request import urlopen
 
 import av
 import numpy as np
@@ -19,6 +23,7 @@ from salt_jax.serve import programs
 from salt_jax.serve.app import Access, make_app
 from salt_jax.serve.messages import Limits
 from salt_jax.serve.offers import make_offer
+from tests.helpers import ROOT
 
 RED, BLUE = "A red circle moves left.", "A blue square moves up."
 LIMITS = Limits(3, 1, 1.0, 600.0, 500, 20.0, 1000, 2000, 64 << 20, 60.0)
@@ -306,3 +311,37 @@ def test_programs_that_cannot_be_made_end_the_server(offers, monkeypatch):
         assert "log says why" in watcher.of("end")["reason"]
         client.app.state.server.engine.thread.join(10)
         assert client.get("/healthz").status_code == 503
+
+
+def test_the_end_does_not_wait_for_a_program(offers, monkeypatch):
+    """Nor does the process: XLA cannot be interrupted."""
+    compiled = threading.Event()
+    monkeypatch.setattr(programs, "_go_on", lambda model, memory: compiled.wait(600))
+    with served(offers) as client, page(client) as watcher:
+        watcher.say(**started())
+        watcher.of("preparing")
+    assert client.app.state.server.engine.programs.busy
+    compiled.set()
+
+
+SLOW_COMPILER = """
+import sys, time
+from salt_jax.serve import programs
+programs._go_on = lambda model, memory: time.sleep(600)
+sys.argv = ["serve", "--port=0"]
+from salt_jax.cli import serve
+serve.run()
+"""
+
+
+def test_ctrl_c_does_not_wait_for_a_program():
+    command = [sys.executable, "-c", SLOW_COMPILER]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout
+            address = server.stdout.readline().strip()
+            assert urlopen(f"{address}healthz", timeout=60).status == 200
+            server.send_signal(signal.SIGINT)
+            assert server.wait(60) == 0
+        finally:
+            server.kill()
