@@ -18,6 +18,7 @@ import jax
 import salt_jax
 from salt_jax.cli.streaming import WARM, Span, report, timed, write_chunks
 from salt_jax.io.cache import cache_home
+from salt_jax.io.stored_jit import store_programs
 from salt_jax.io.video import written_mp4
 from salt_jax.pipeline.model import Model
 from salt_jax.serve.engine import Engine
@@ -89,6 +90,7 @@ def to_a_viewer(model: Model, offer: Offer, steps: int, folder: Path) -> str:
 
 def main() -> None:
     jax.config.update("jax_compilation_cache_dir", str(cache_home() / "jax"))
+    store_programs()
     model = salt_jax.load("shapes_causal")
     offer = make_offer(model)
     for steps in (2, 4, 8):
