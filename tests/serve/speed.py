@@ -8,7 +8,6 @@ Run it twice: the first run compiles.
 """
 
 import os
-import queue
 import tempfile
 import time
 from pathlib import Path
@@ -21,19 +20,15 @@ from salt_jax.io.cache import cache_home
 from salt_jax.io.stored_jit import store_programs
 from salt_jax.io.video import written_mp4
 from salt_jax.pipeline.model import Model
-from salt_jax.serve.engine import Engine
-from salt_jax.serve.messages import Limits, Side, Start
-from salt_jax.serve.metrics import Metrics
 from salt_jax.serve.offers import Offer, make_offer
-from salt_jax.serve.recording import Recorder
 from salt_jax.serve.viewer import Frames
+from tests.serve.engines import MEMORY, RED, watched
 
-PROMPT, FRAMES, SCALE, MEMORY = "A red circle moves left.", 480, 16, "cyclic"
-LIMITS = Limits(1, 1, 30.0, 1e9, 500, 20.0, 1 << 30, 8, 256 << 20, 60.0)
+FRAMES, SCALE = 480, 16
 
 
 def alone(model: Model, offer: Offer, steps: int, folder: Path) -> str:
-    live = model.begin(PROMPT, memory=offer.memories[MEMORY], num_steps=steps)
+    live = model.begin(RED, memory=offer.memories[MEMORY], num_steps=steps)
     for _ in range(WARM):
         made, live = model.advance(live)
     jax.block_until_ready(live.session.cache)
@@ -49,8 +44,8 @@ def into_a_file(model: Model, offer: Offer, steps: int, folder: Path) -> str:
     spans: list[Span] = []
     start = time.perf_counter()
     with timed(spans, "text"):
-        model.embed([PROMPT])
-    live = model.begin(PROMPT, memory=offer.memories[MEMORY], num_steps=steps)
+        model.embed([RED])
+    live = model.begin(RED, memory=offer.memories[MEMORY], num_steps=steps)
     chunks = model.chunks(live, lambda frame: None, FRAMES)
     with written_mp4(folder / "video.mp4", model.fps, SCALE, growing=True) as write:
         for _ in write_chunks(model, chunks, write, spans):
@@ -59,27 +54,20 @@ def into_a_file(model: Model, offer: Offer, steps: int, folder: Path) -> str:
 
 
 def to_a_viewer(model: Model, offer: Offer, steps: int, folder: Path) -> str:
-    recorder, inbox, metrics = Recorder(folder, model.fps, SCALE), queue.SimpleQueue(), Metrics()
-    engine = Engine({"m": offer}, LIMITS, recorder, metrics)
+    with watched(offer, folder, steps=steps, scale=SCALE) as (engine, get):
 
-    def waited() -> dict[str, float]:
-        parts = ("transformer", "decoder", "writing")
-        get = metrics.registry.get_sample_value
-        return {part: get("salt_seconds_sum", {"part": part}) or 0.0 for part in parts}
+        def waited() -> dict[str, float]:
+            get = engine.metrics.registry.get_sample_value
+            parts = ("transformer", "decoder", "writing")
+            return {part: get("salt_seconds_sum", {"part": part}) or 0.0 for part in parts}
 
-    engine.start()
-    engine.programs.of(model, offer.memories[MEMORY]).turns.result()  # nothing is compiled now
-    engine.join("viewer", inbox.put)
-    engine.say("viewer", Start((Side("m", steps, MEMORY, 0),), PROMPT))
-    chunks, frames, begun, before = 0, 0, 0.0, {}
-    while frames < FRAMES:
-        if isinstance(event := inbox.get(timeout=60), Frames):
-            chunks, frames = chunks + 1, event.told["until"]
-            if chunks == WARM:
-                begun, before, first = time.perf_counter(), waited(), frames
-    steady, after = time.perf_counter() - begun, waited()
-    engine.stop("the end")
-    recorder.stop()
+        chunks, frames, first, begun, before = 0, 0, 0, 0.0, {}
+        while frames < FRAMES:
+            if isinstance(event := get(), Frames):
+                chunks, frames = chunks + 1, event.told["until"]
+                if chunks == WARM:
+                    begun, before, first = time.perf_counter(), waited(), frames
+        steady, after = time.perf_counter() - begun, waited()
     shares = {part: (after[part] - before[part]) / steady for part in after}
     told = ", ".join(f"{part} {share:.1%}" for part, share in shares.items())
     return (

@@ -4,7 +4,6 @@ CI makes 600 chunks. The run in docs/results.md: SOAK=10000 pytest -s tests/serv
 """
 
 import os
-import queue
 import resource
 import time
 
@@ -14,41 +13,31 @@ import pytest
 
 import salt_jax
 from salt_jax.rollout import sampler
-from salt_jax.serve.engine import Engine
-from salt_jax.serve.messages import Limits, Say, Side, Start
-from salt_jax.serve.metrics import Metrics
+from salt_jax.serve.messages import Say
 from salt_jax.serve.offers import make_offer
-from salt_jax.serve.recording import Recorder
 from salt_jax.serve.viewer import Frames
+from tests.serve.engines import BLUE, LIMITS, RED, watched
 
 CHUNKS, WARM = int(os.environ.get("SOAK", "600")), 200
-PROMPTS = ("A red circle moves left.", "A blue square moves up.")
 KEPT = 4 << 20  # so that states are thinned within the warm chunks
-LIMITS = Limits(1, 1, 30.0, 1e9, 500, 20.0, 1 << 30, 8, KEPT, 60.0)
 
 
 @pytest.mark.slow
 @pytest.mark.optimized
 def test_ten_thousand_chunks_need_what_two_hundred_do(tmp_path):
     offer = make_offer(salt_jax.load("shapes_causal"))
-    recorder, inbox = Recorder(tmp_path, 16, 4), queue.SimpleQueue()
-    engine = Engine({"m": offer}, LIMITS, recorder, Metrics())
-    engine.start()
-    engine.join("viewer", inbox.put)
-    engine.say("viewer", Start((Side("m", 2, "cyclic", 0),), PROMPTS[0]))
     times, marks = [time.perf_counter()], {}
-    while len(times) <= CHUNKS:
-        if not isinstance(inbox.get(timeout=60), Frames):
-            continue
-        times.append(time.perf_counter())
-        if len(times) % 50 == 0:
-            engine.say("viewer", Say(PROMPTS[len(times) // 50 % 2]))
-        if len(times) in (WARM, CHUNKS):
-            host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            arrays = sum(array.nbytes for array in jax.live_arrays()) / 2**20
-            marks[len(times)] = host, arrays, sampler.make_chunk.jitted._cache_size()
-    engine.stop("the end")
-    recorder.stop()
+    with watched(offer, tmp_path, LIMITS._replace(kept=KEPT)) as (engine, get):
+        while len(times) <= CHUNKS:
+            if not isinstance(get(), Frames):
+                continue
+            times.append(time.perf_counter())
+            if len(times) % 50 == 0:
+                engine.say("viewer", Say((RED, BLUE)[len(times) // 50 % 2]))
+            if len(times) in (WARM, CHUNKS):
+                host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+                arrays = sum(array.nbytes for array in jax.live_arrays()) / 2**20
+                marks[len(times)] = host, arrays, sampler.make_chunk.jitted._cache_size()
     (host, arrays, programs), (host_now, arrays_now, programs_now) = marks[WARM], marks[CHUNKS]
     gaps = 1e3 * np.diff(times)
     early, late = np.median(gaps[50:WARM]), np.median(gaps[-150:])
