@@ -240,6 +240,7 @@ def read_sampler(
         return [len(levels)], sampler._replace(levels=levels)
     own = recipe.schedule.levels if recipe else released.levels if released else ()
     usual = recipe.sample.num_steps if recipe else (released.num_steps if released else 4,)
+    usual = (recipe.sample.one,) if recipe and f.STREAM.value else usual
     steps = read_num_steps(wanted or [str(k) for k in usual])
     if own:
         if steps != [len(own)] or f.SHIFT.value is not None or f.FIRST_STEPS.value:

@@ -75,7 +75,8 @@ EXTENDED = flags.DEFINE_string(
 NUM_STEPS = flags.DEFINE_list(
     "num_steps",
     None,
-    "network evaluations per clip; default as in the config, for teachers of Wan 50 (40)",
+    "network evaluations per clip; default as in the config (of --stream the middle number), for "
+    "teachers of Wan 50 (40)",
 )
 LEVELS = flags.DEFINE_list(
     "levels",

@@ -133,3 +133,8 @@ class Sample:
 
     num_steps: tuple[int, ...] = key((2, 4, 8), "network evaluations", STEPS, resume="free")
     solver: Solver = key("cm", "euler or cm", resume="free")
+
+    @property
+    def one(self) -> int:
+        """Where one number of evaluations is wanted: the middle one."""
+        return sorted(self.num_steps)[len(self.num_steps) // 2]

@@ -58,9 +58,8 @@ def shapes_model(
 
 def sampler_of(recipe: Recipe) -> Sampler:
     """What a student was trained for, at the middle one of `config.sample.num_steps`."""
-    steps = sorted(recipe.sample.num_steps)
     return Sampler(
-        steps[len(steps) // 2],
+        recipe.sample.one,
         recipe.schedule.shift,
         recipe.sample.solver,
         recipe.memory if recipe.causal else None,

@@ -252,6 +252,8 @@ TAKEN = [
      {"memory": [3, 3, 9, 3, "cyclic", 9, "last_step"], "first_steps": 4}),
     ([*TINY, "--recipe=longlive", "--memory=9:3:relative:last_step"],
      {"memory": [3, 3, 9, 3, "relative", 0, "last_step"], "first_steps": 0}),
+    ([*CHUNKS, "--stream", "--seconds=30", "--memory=9:3:cyclic:9"],
+     {"shape": [480, 12, 12], "jobs": 1, "levels": {"4": WARPED["4"]}}),
     (["--workdir=@listed"], {"levels": {"3": [1.0, 0.757, 0.522, 0.0]}}),
     (["--workdir=@listed", "--levels=1000,500"], {"levels": {"2": [1.0, 0.5, 0.0]}}),
     ([*SHAPES, "--prompts_file=@prompts.txt", "--num_steps=2,2"], {"jobs": 2}),
