@@ -51,6 +51,7 @@ LONGEST = (
     "launch/test_bench.py",
     "launch/test_shared_work.py",
     "launch/test_measure.py",
+    "train/test_resume.py",
     "planning/test_memory.py",
 )
 
