@@ -23,6 +23,7 @@ from salt_jax.train.step import Call
 from tests.placing import place
 
 ROOT = Path(__file__).parents[1]
+RED, BLUE = "A red circle moves left.", "A blue square moves up."  # captions of Moving Shapes
 
 
 @functools.cache

@@ -239,8 +239,10 @@ def read_sampler(
         levels = check_levels(read_levels(f.LEVELS.value))
         return [len(levels)], sampler._replace(levels=levels)
     own = recipe.schedule.levels if recipe else released.levels if released else ()
-    usual = recipe.sample.num_steps if recipe else (released.num_steps if released else 4,)
-    usual = (recipe.sample.one,) if recipe and f.STREAM.value else usual
+    if recipe:
+        usual = (recipe.sample.one,) if f.STREAM.value else recipe.sample.num_steps
+    else:
+        usual = (released.num_steps if released else 4,)
     steps = read_num_steps(wanted or [str(k) for k in usual])
     if own:
         if steps != [len(own)] or f.SHIFT.value is not None or f.FIRST_STEPS.value:

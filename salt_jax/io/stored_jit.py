@@ -46,7 +46,7 @@ class StoredJit:
 
     def __init__(self, function: Program, static: tuple[int, ...] = (), donated: int | None = None):
         self.jitted = jax.jit(function, static_argnums=static, donate_argnums=donated)
-        self.name, self.static = function.__name__.strip("_"), static
+        self.name, self.static = function.__name__, static
         self._found: dict[Hashable, Program] = {}
 
     def __call__(self, *args):
@@ -56,11 +56,11 @@ class StoredJit:
         rest = [arg for i, arg in enumerate(args) if i not in self.static]
         leaves, tree = jax.tree.flatten(rest)
         call = fixed, tree, tuple(map(_form, leaves))
-        program = self._found.get(call)
-        if program is None:
+        if call not in self._found:
             with self.lock:
-                program = self._found[call] = self._load(self.folder, call, args)
-        return program(*rest)
+                if call not in self._found:  # another thread may have made it meanwhile
+                    self._found[call] = self._load(self.folder, call, args)
+        return self._found[call](*rest)
 
     def _load(self, folder: Path, call: Hashable, args: tuple[object, ...]) -> Program:
         key = hashlib.sha256(f"{_circumstances()} {self.name} {call}".encode()).hexdigest()
@@ -117,7 +117,7 @@ def _circumstances() -> str:
     told = Path("/proc/cpuinfo")
     lines = told.read_text().splitlines() if told.exists() else []
     processor = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
-    flags = {k: v for k, v in os.environ.items() if k in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    flags = os.environ.get("XLA_FLAGS")
     settings = sorted(jax.config.values.items())
     versions = [metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")]
     machine = platform.machine(), sorted(processor)

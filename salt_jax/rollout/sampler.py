@@ -28,6 +28,7 @@ _sample = jax.jit(sample, static_argnums=(0, 4, 6))
 _noise_at = jax.jit(noise_at, static_argnums=3)
 _multistep_step = jax.jit(multistep_step, static_argnums=0)
 _commit = jax.jit(commit, static_argnums=(0, 5), donate_argnums=2)
+read_again = StoredJit(recache, static=(0, 4), donated=2)
 _flush = jax.jit(flush, static_argnums=(1, 2), donate_argnums=0)
 
 USUAL_STEPS = 16  # levels are padded to that many steps, so one program serves all usual numbers
@@ -53,24 +54,21 @@ class Session(NamedTuple):
     frames: int  # made so far
 
 
-def _read_prompt(network, params, cond):
+@partial(StoredJit, static=(0,))
+def read_prompt(network, params, cond):
     return network.read(params, cond)
 
 
-def _empty_cache(network, clips, slots, picture):
+@partial(StoredJit, static=(0, 1, 2, 3))
+def empty_cache(network, clips, slots, picture):
     return network.empty_cache(clips, slots, picture)
 
 
-def _make_chunk(network, params, cache, cond, steps, call, spec):
+@partial(StoredJit, static=(0, 6), donated=2)
+def make_chunk(network, params, cache, cond, steps, call, spec):
     """`extend`, without the chunk's noisy state."""
     _, x0, cache = extend(network, params, cache, cond, steps, call, spec)
     return x0, cache
-
-
-read_prompt = StoredJit(_read_prompt, static=(0,))
-empty_cache = StoredJit(_empty_cache, static=(0, 1, 2, 3))
-make_chunk = StoredJit(_make_chunk, static=(0, 6), donated=2)
-read_again = StoredJit(recache, static=(0, 4), donated=2)
 
 
 def clip_keys(seed: int, count: int) -> jax.Array:

@@ -61,17 +61,14 @@ class Engine:
             under_way: list[Chunk] = []
             while not self._stop:
                 self._turn()
-                now = time.monotonic()
-                due = [v for v in self._line[: self.limits.slots] if self._due(v) <= now]
-                # the device has its next work before any frame is waited for
-                following = [self._make(viewer) for viewer in due]
+                # the device has its next work before any frame is waited for, unless somebody asks
+                # for something: what is under way is delivered first
+                asked = under_way and not self._calls.empty()
+                following = [] if asked else [self._make(viewer) for viewer in self._due_now()]
                 for chunk in under_way:
                     self._deliver(chunk)
                 under_way = following
-                if not under_way or not self._calls.empty():
-                    for chunk in under_way:
-                        self._deliver(chunk)
-                    under_way = []
+                if not under_way:
                     self._listen()
         except BaseException:
             self._end("The generator failed; the server's log says why.")
@@ -89,9 +86,13 @@ class Engine:
         except queue.Empty:
             pass
 
+    def _due_now(self) -> list[Viewer]:
+        now = time.monotonic()
+        return [v for v in self._line[: self.limits.slots] if self._due(v) <= now]
+
     def _due(self, viewer: Viewer) -> float:
         """When its next chunk may be made: some chunks ahead of the clock of who watches."""
-        live, model = viewer.takes[0].live, self.offers[viewer.takes[0].side.model].model
+        live, model = viewer.takes[0].live, self._model(viewer.takes[0])
         policy = live.sampler.memory
         assert policy
         ahead = live.frames - self.limits.ahead * policy.chunk
@@ -116,16 +117,15 @@ class Engine:
         for place, viewer in enumerate(self._line):
             if place < self.limits.slots and viewer not in before:
                 viewer.since = now
-                live = viewer.takes[0].live
-                model = self.offers[viewer.takes[0].side.model].model
+                live, model = viewer.takes[0].live, self._model(viewer.takes[0])
                 viewer.started = now - model.parts.shown(live.frames) / model.fps
             waits = max(0, place - self.limits.slots + 1)
             viewer.send({"type": "place", "place": waits, "turn": self.limits.turn})
         self.metrics.viewers.set(len(self._viewers))
         self.metrics.waiting.set(max(0, len(self._line) - self.limits.slots))
 
-    def _models(self, viewer: Viewer) -> list[Model]:
-        return [self.offers[take.side.model].model for take in viewer.takes]
+    def _model(self, take: Take) -> Model:
+        return self.offers[take.side.model].model
 
     def _ready(self, take: Take) -> Ready:
         offer = self.offers[take.side.model]
@@ -135,7 +135,8 @@ class Engine:
         """The next chunk of each of its videos, not waited for."""
         made, ended = [], ""
         try:
-            for i, (take, model) in enumerate(zip(viewer.takes, self._models(viewer), strict=True)):
+            for i, take in enumerate(viewer.takes):
+                model = self._model(take)
                 if model.parts.shown(take.live.frames) >= self.limits.seconds * model.fps:
                     raise ValueError(f"This server's videos end after {self.limits.seconds:g} s")
                 turns = self._ready(take).turns.done() or not take.live.frames
@@ -143,13 +144,13 @@ class Engine:
                 chunk, viewer.takes[i] = go_on(model, take, prompt, self.limits.kept)
                 made.append(chunk)
         except ValueError as error:  # no room for more
-            ended, viewer.wants = f"{error}.", False
-            self._queue(v for v in self._line if v is not viewer)
+            ended = f"{error}."
+            self._pause(viewer, True)
         return Chunk(viewer, made, list(viewer.takes), ended)
 
     def _deliver(self, chunk: Chunk) -> None:
         for i, (take, made) in enumerate(zip(chunk.takes, chunk.made, strict=False)):
-            model = self.offers[take.side.model].model
+            model = self._model(take)
             with self._timed("transformer"):
                 jax.block_until_ready(made.latents)
             with self._timed("decoder"):
@@ -206,7 +207,7 @@ class Engine:
             case Fork(side, frame):
                 try:
                     old = viewer.takes[side]
-                    name, model = secrets.token_urlsafe(12), self.offers[old.side.model].model
+                    name, model = secrets.token_urlsafe(12), self._model(old)
                     new = fork_at(model, old, name, frame)
                 except (IndexError, ValueError):
                     viewer.send({"type": "error", "message": "The video has not come so far."})

@@ -22,10 +22,9 @@ from salt_jax.pipeline.wan import WanOptions, WanSource, wan_parts
 from salt_jax.rollout import sampler as sampling
 from salt_jax.rollout.settings import Sampler
 from tests.convert.networks import save_torch
-from tests.helpers import randomised, shapes_of
+from tests.helpers import BLUE, RED, randomised, shapes_of
 from tests.models.taehv import arrays_of
 
-RED, BLUE = "A red circle moves left.", "A blue square moves up."
 FORGETS = salt_jax.CachePolicy(chunk=3, window=9, sink=3, positions="relative")
 
 

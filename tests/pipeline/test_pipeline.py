@@ -20,8 +20,7 @@ from salt_jax.pipeline.shapes import sampler_of
 from salt_jax.pipeline.wan import WanOptions, WanSource, wan_parts
 from salt_jax.rollout.settings import RELEASED, Sampler, Switch
 from salt_jax.workdir import export, open_exported
-
-RED, BLUE = "A red circle moves left.", "A blue square moves up."
+from tests.helpers import BLUE, RED
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from salt_jax.serve.metrics import Metrics
 from salt_jax.serve.offers import Offer
 from salt_jax.serve.recording import Recorder
 from salt_jax.serve.viewer import Event
+from tests.helpers import RED
 
-RED, BLUE = "A red circle moves left.", "A blue square moves up."
 MEMORY = "cyclic"
 LIMITS = Limits(
     viewers=1,

@@ -22,7 +22,8 @@ from salt_jax.io.video import written_mp4
 from salt_jax.pipeline.model import Model
 from salt_jax.serve.offers import Offer, make_offer
 from salt_jax.serve.viewer import Frames
-from tests.serve.engines import MEMORY, RED, watched
+from tests.helpers import RED
+from tests.serve.engines import MEMORY, watched
 
 FRAMES, SCALE = 480, 16
 

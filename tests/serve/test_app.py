@@ -21,12 +21,13 @@ from starlette.websockets import WebSocketDisconnect
 import salt_jax
 from salt_jax.serve import programs
 from salt_jax.serve.app import Access, make_app
-from salt_jax.serve.messages import Limits
 from salt_jax.serve.offers import make_offer
-from tests.helpers import ROOT
+from tests.helpers import BLUE, RED, ROOT
+from tests.serve import engines
 
-RED, BLUE = "A red circle moves left.", "A blue square moves up."
-LIMITS = Limits(3, 1, 1.0, 600.0, 500, 20.0, 1000, 2000, 64 << 20, 60.0)
+LIMITS = engines.LIMITS._replace(
+    viewers=3, turn=1.0, seconds=600.0, ahead=1000, queue=2000, kept=64 << 20
+)
 START = {"type": "start", "prompt": RED}
 SIDE = {"model": "m", "steps": 2, "memory": "window", "seed": 1}
 

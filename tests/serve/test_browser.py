@@ -21,12 +21,11 @@ from selenium.webdriver.support.select import Select
 
 from salt_jax.moving_shapes.score import each
 from salt_jax.moving_shapes.shapes import World, caption, scenes
-from tests.helpers import ROOT
+from tests.helpers import BLUE, RED, ROOT
 from tests.launch.programs import program
 
 pytestmark = pytest.mark.slow
 DRIVER, CHROMIUM = shutil.which("chromedriver"), shutil.which("chromium")
-RED, BLUE = "A red circle moves left.", "A blue square moves up."
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ from salt_jax.serve import engine as engines
 from salt_jax.serve.messages import Pause, Say
 from salt_jax.serve.offers import make_offer
 from salt_jax.serve.viewer import Frames
-from tests.serve.engines import BLUE, LIMITS, RED, watched
+from tests.helpers import BLUE, RED
+from tests.serve.engines import LIMITS, watched
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from salt_jax.rollout import sampler
 from salt_jax.serve.messages import Say
 from salt_jax.serve.offers import make_offer
 from salt_jax.serve.viewer import Frames
-from tests.serve.engines import BLUE, LIMITS, RED, watched
+from tests.helpers import BLUE, RED
+from tests.serve.engines import LIMITS, watched
 
 CHUNKS, WARM = int(os.environ.get("SOAK", "600")), 200
 KEPT = 4 << 20  # so that states are thinned within the warm chunks

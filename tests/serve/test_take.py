@@ -6,8 +6,8 @@ import pytest
 import salt_jax
 from salt_jax.serve.messages import Side
 from salt_jax.serve.take import begin, fork_at, go_on, nbytes, record
+from tests.helpers import BLUE, RED
 
-RED, BLUE = "A red circle moves left.", "A blue square moves up."
 MEMORY = salt_jax.CachePolicy(chunk=3, window=9, sink=3, positions="relative")
 
 
